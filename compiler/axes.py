@@ -1,0 +1,223 @@
+"""The dimension analysis: walks the captured graph once and says which axes belong together.
+
+Every node gets one `Dim` per dimension from the rule of its operator (`rules/`). Parameters start with fresh dimensions;
+buffers are computed by the model's own code when it is loaded, so they are pinned, and with them whatever they touch.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from minitron.compiler.capture import Captured
+from minitron.compiler.dims import Dim, Note, Size, Space, size_of
+from minitron.compiler.rules import RULES, Dims, Result, experts
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """`value[.., k]` meets `weight[.., k]` at `node`; `dim` is the axis k. `weight` is None between two activations."""
+
+    node: Node
+    value: Node
+    weight: str | None
+    dim: Dim
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention: `heads` are its query heads (slow: key-value groups, fast: repeats), `value` the width of a value."""
+
+    node: Node
+    heads: Dim
+    value: Dim
+
+
+@dataclass(frozen=True)
+class AxisTable:
+    """What the analysis found. `parameters`: canonical parameter name -> dimensions; `nodes`: the same for every value."""
+
+    space: Space
+    parameters: dict[str, Dims]
+    nodes: dict[Node, Result]
+    contractions: list[Contraction]
+    attentions: list[AttentionSite]
+    unknown: dict[str, list[str]]
+
+    def dims(self, node: Node) -> Dims:
+        """The dimensions of a single tensor."""
+        return self.nodes[node]  # type: ignore[return-value]
+
+
+class Tracer:
+    """What op rules see: the space of atoms, and the node that they are asked about."""
+
+    def __init__(self, captured: Captured) -> None:
+        self.space = Space()
+        self.captured = captured
+        self.nodes: dict[Node, Result] = {}
+        self.parameters: dict[str, Dims] = {}
+        self.contractions: list[Contraction] = []
+        self.attentions: list[tuple[Node, Dim, Dim]] = []
+        self.softmaxes: list[tuple[Node, int]] = []
+        self.unknown: dict[str, list[str]] = {}
+
+    # -- reading nodes ------------------------------------------------------------------------------------------------
+
+    def dims(self, node: Any) -> Dims:
+        """The dimensions of an operand; scalars have none."""
+        return self.nodes[node] if isinstance(node, Node) and node in self.nodes else []  # type: ignore[return-value]
+
+    def operands(self, node: Node) -> list[Node]:
+        """All tensor operands."""
+        return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+
+    def arg(self, node: Node, index: int, default: Any = None, name: str | None = None) -> Any:
+        """An argument by its position in the schema, wherever it was written."""
+        if index < len(node.args):
+            return node.args[index]
+        if isinstance(node.target, torch._ops.OpOverload):
+            arguments = node.target._schema.arguments
+            named = name or (arguments[index].name if index < len(arguments) else None)
+            if named in node.kwargs:
+                return node.kwargs[named]
+        return default
+
+    def integer(self, node: Node, index: int) -> int:
+        value = self.arg(node, index)
+        assert isinstance(value, int), f"{node.target} argument {index} is {value!r}"
+        return value
+
+    def sizes(self, node: Node) -> list[Size]:
+        return self.result_sizes(node)[0]
+
+    def result_sizes(self, node: Node) -> list[list[Size]]:
+        value = node.meta["val"]
+        results = [value] if isinstance(value, torch.Tensor) else list(value)
+        return [[Size.of(s) for s in result.shape] for result in results if isinstance(result, torch.Tensor)]
+
+    def is_single(self, node: Node) -> bool:
+        return isinstance(node.meta.get("val"), torch.Tensor)
+
+    def rank(self, node: Node) -> int:
+        return len(self.sizes(node))
+
+    def place(self, node: Node) -> str:
+        """The op and the module it stands in, for people."""
+        return f"{op_name(node)} in {self.captured.module_of(node) or 'the model'}"
+
+    # -- what rules say -----------------------------------------------------------------------------------------------
+
+    def broadcast(self, operands: Sequence[Dims], rank: int, place: str) -> Dims:
+        """Unifies operands aligned at their last dimensions; dimensions of one follow the others."""
+        result: Dims = [()] * rank
+        for dims in operands:
+            for back, dim in enumerate(reversed(dims), start=1):
+                if dim and result[-back]:
+                    self.space.unify(result[-back], dim, place)
+                result[-back] = result[-back] or dim
+        return result
+
+    def contract(self, node: Node, value: Any, weight: Any, read: Dim, contracted: Dim) -> None:
+        """A contraction: `read` of `value` is summed against `contracted` of `weight`."""
+        self.space.unify(read, contracted, self.place(node))
+        name = self.captured.parameter_behind(weight)
+        self.contractions.append(Contraction(node, value, name, contracted))
+
+    def note(self, dim: Dim, kind: str, node: Node) -> None:
+        self.space.note(dim, Note(kind, node.name, self.place(node)))
+
+    def opaque(self, node: Node) -> Result:
+        """Nothing is known of this operator: everything it touches is pinned."""
+        place = self.place(node)
+        self.unknown.setdefault(op_name(node), []).append(self.captured.module_of(node))
+        reason = "an operator that the analysis has no rule for"
+        for operand in self.operands(node):
+            for dims in self._each(self.nodes[operand]):
+                for dim in dims:
+                    self.space.pin(dim, reason, place)
+        results: list[Dims] = [[self.space.fresh(size) for size in sizes] for sizes in self.result_sizes(node)]
+        for dims in results:
+            for dim in dims:
+                self.space.pin(dim, reason, place)
+        return results[0] if self.is_single(node) else results
+
+    @staticmethod
+    def _each(result: Result) -> Iterable[Dims]:
+        """One list of dimensions, or several: a `Dim` is a tuple, a list of them a list."""
+        return result if result and isinstance(result[0], list) else [result]  # type: ignore[list-item,return-value]
+
+    # -- the walk -----------------------------------------------------------------------------------------------------
+
+    def visit(self, node: Node) -> None:
+        value = node.meta.get("val")
+        if node.op == "get_attr":
+            self.nodes[node] = self._attribute(node)
+        elif node.op == "placeholder":
+            self.nodes[node] = [self.space.fresh(size) for size in self.sizes(node)]
+        elif node.target is operator.getitem:
+            source, position = node.args
+            self.nodes[node] = self.nodes[source][position]  # type: ignore[index]
+        elif node.op == "call_function" and (isinstance(value, torch.Tensor | list | tuple) or value is None):
+            rule: Callable[[Tracer, Node], Result] | None = RULES.get(node.target)
+            self.nodes[node] = rule(self, node) if rule is not None else self.opaque(node)
+            self._check(node)
+
+    def _check(self, node: Node) -> None:
+        """A rule that returns dimensions of a wrong size would make everything after it wrong."""
+        if self.is_single(node):
+            got = [size_of(dim) for dim in self.dims(node)]
+            assert got == self.sizes(node), f"the rule of {self.place(node)} gives {got} for {self.sizes(node)}"
+
+    def _attribute(self, node: Node) -> Dims:
+        sizes = self.sizes(node)
+        name = self.captured.parameter_behind(node)
+        if name is None:
+            dims = [self.space.fresh(size) for size in sizes]
+            for dim in dims:
+                self.space.pin(dim, "a table that the model computes for itself when it is loaded", str(node.target))
+            return dims
+        if name not in self.parameters:
+            self.parameters[name] = [self.space.fresh(size) for size in sizes]
+        return self.parameters[name]
+
+
+def op_name(node: Node) -> str:
+    """`linear` for aten.linear.default."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.split("::")[-1]
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def analyse(captured: Captured) -> AxisTable:
+    """Runs the analysis over a captured teacher."""
+    experts.register()
+    tracer = Tracer(captured)
+    for node in captured.graph.nodes:
+        tracer.visit(node)
+    attentions = [AttentionSite(node, heads, value) for node, heads, value in tracer.attentions]
+    attentions += _softmax_attention(tracer)
+    return AxisTable(
+        tracer.space, tracer.parameters, tracer.nodes, tracer.contractions, attentions, dict(tracer.unknown)
+    )
+
+
+def _softmax_attention(t: Tracer) -> list[AttentionSite]:
+    """Attention written out: a softmax over the (symbolic) key positions whose result is contracted with the values."""
+    activations = {c.value: c for c in t.contractions if c.weight is None}
+    sites = []
+    for node, axis in t.softmaxes:
+        if not size_of(t.dims(node)[axis]).symbols:
+            continue
+        reader = node
+        while reader not in activations and len(reader.users) == 1:
+            reader = next(iter(reader.users))
+        if reader in activations:
+            product = activations[reader].node
+            sites.append(AttentionSite(product, t.dims(node)[1], t.dims(product)[-1]))
+    return sites

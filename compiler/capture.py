@@ -1,0 +1,182 @@
+"""Captures a Hugging Face causal language model as an ATen graph, from its configuration alone.
+
+The model is built on the meta device and exported without weights, with symbolic batch and sequence sizes. Parameters
+keep the names that they have in the model's state dict.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from minitron.specs.errors import UsageError
+
+WRAPPER = "causal_lm"
+# Positions are below this bound in every exported program; export wants some bound, and none of ours depends on it.
+LONGEST = 1 << 20
+PASS_THROUGH = {"transpose", "t", "to", "permute", "contiguous", "alias", "numpy_T", "mT", "_to_copy", "detach"}
+
+
+class _Logits(torch.nn.Module):
+    """input_ids [B, S] -> logits [B, S, V], without a cache."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.causal_lm = model
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.causal_lm(input_ids=input_ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model as a graph.
+
+    graph_module   the exported graph; parameters and buffers are `get_attr` nodes
+    model          the Hugging Face module on the meta device that it was exported from
+    config         its configuration
+    attention      the attention implementation that could be exported (sdpa or eager)
+    canonical      attribute name -> the one name of that parameter; tied parameters share one
+    layers         the path of the module list that holds the layers (`model.layers`), and how many there are
+    """
+
+    graph_module: GraphModule
+    model: torch.nn.Module
+    config: Any
+    attention: str
+    dtype: torch.dtype
+    canonical: dict[str, str]
+    layer_path: str
+    layer_count: int
+
+    @property
+    def graph(self) -> Graph:
+        return self.graph_module.graph
+
+    def module_of(self, node: Node) -> str:
+        """The path of the innermost module that a node was traced in."""
+        stack = node.meta.get("nn_module_stack") or {}
+        path = next(reversed(stack.values()))[0] if stack else ""
+        return strip_wrapper(str(path))
+
+    def layer_of(self, node: Node) -> int | None:
+        """The number of the layer that a node was traced in."""
+        return self.layer_in_path(self.module_of(node))
+
+    def layer_in_path(self, path: str) -> int | None:
+        """The layer number in a module or parameter path."""
+        prefix = self.layer_path + "."
+        if not path.startswith(prefix):
+            return None
+        return int(path[len(prefix) :].split(".", 1)[0])
+
+    def parameter_behind(self, node: Any) -> str | None:
+        """The canonical name of the parameter that a node reads, looked at through transposes and casts."""
+        while isinstance(node, Node) and node.op == "call_function":
+            name = getattr(node.target, "_opname", None)
+            if name not in PASS_THROUGH:
+                return None
+            node = node.args[0]
+        if not isinstance(node, Node) or node.op != "get_attr":
+            return None
+        return self.canonical.get(strip_wrapper(str(node.target)))
+
+
+def strip_wrapper(path: str) -> str:
+    """A path as the model itself names it."""
+    return "" if path == WRAPPER else path.removeprefix(WRAPPER + ".")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences the notices of export and model construction: they name nothing that a user could act on."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "torch.export", "torch._export", "torch.fx")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def build_meta(config: Any, dtype: torch.dtype, attention: str) -> torch.nn.Module:
+    """The model of a configuration on the meta device: shapes and names, no bytes."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet(), torch.device("meta"):
+        model: torch.nn.Module = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
+    return model.eval()
+
+
+def canonical_names(model: torch.nn.Module) -> dict[str, str]:
+    """Every name of every parameter -> its first name, which tied parameters share."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(parameter), name)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def find_layers(model: torch.nn.Module, config: Any) -> tuple[str, int]:
+    """The outermost module list that is as long as the configuration says that the model has layers."""
+    count = int(config.num_hidden_layers)
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return path, count
+    raise UsageError(
+        f"{config.model_type}: no list of {count} layers in the model; minitron narrows models whose layers stand in one list"
+    )
+
+
+def capture(config: Any, dtype: torch.dtype = torch.float32) -> Captured:
+    """Exports the model of `config` in `dtype`. Raises UsageError where it cannot be exported, with torch's reason."""
+    reasons: list[str] = []
+    for attention in ("sdpa", "eager"):
+        try:
+            model = build_meta(config, dtype, attention)
+            graph_module = _export(model)
+        except Exception as error:  # whatever a modelling file or export raises decides only whether we can go on
+            reasons.append(f"with {attention} attention: {_first_line(error)}")
+            continue
+        path, count = find_layers(model, config)
+        return Captured(graph_module, model, config, attention, dtype, canonical_names(model), path, count)
+    raise UsageError(
+        f"{getattr(config, 'model_type', 'this model')} cannot be traced to a graph; " + "; ".join(reasons)
+    )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:300] if text else ''}"
+
+
+def _export(model: torch.nn.Module) -> GraphModule:
+    batch = torch.export.Dim("batch", min=2, max=LONGEST)
+    sequence = torch.export.Dim("sequence", min=2, max=LONGEST)
+    sample = torch.zeros(2, 7, dtype=torch.long, device="meta")
+    with quiet(), torch.no_grad():
+        program = torch.export.export(
+            _Logits(model), (sample,), dynamic_shapes=({0: batch, 1: sequence},), strict=False
+        )
+        module = program.module(check_guards=False)
+    assert isinstance(module, GraphModule)
+    for node in list(module.graph.nodes):
+        # Their only use is to catch a retrace with other dtypes; they would pin a device.
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            module.graph.erase_node(node)
+    module.recompile()
+    return module

@@ -1,0 +1,35 @@
+"""Grouped matrix products: the rows of each expert are multiplied with that expert's matrix."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from minitron.compiler.rules.registry import RULES, Dims
+
+if TYPE_CHECKING:
+    from minitron.compiler.axes import Tracer
+
+
+def grouped_mm(t: Tracer, node: torch.fx.Node) -> Dims:
+    """y[n, m] = x[n, k] W[e(n), k, m], where `offs[e]` counts the rows of each expert."""
+    rows, read = t.dims(node.args[0])
+    experts, contracted, written = t.dims(node.args[1])
+    t.contract(node, node.args[0], node.args[1], read, contracted)
+    t.space.unify(experts, t.dims(node.args[2])[0], t.place(node))
+    return [rows, written]
+
+
+def grouped_mm_targets() -> list[object]:
+    """The operator of torch and, once transformers has registered it, the one that export records instead."""
+    targets: list[object] = [torch.ops.aten._grouped_mm.default]
+    if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
+        targets.append(torch.ops.transformers.grouped_mm_fallback.default)
+    return targets
+
+
+def register() -> None:
+    """Called once a model is captured: only then are the custom operators known."""
+    for target in grouped_mm_targets():
+        RULES[target] = grouped_mm
