@@ -202,6 +202,7 @@ def analyse(captured: Captured) -> AxisTable:
         tracer.visit(node)
     attentions = [AttentionSite(node, heads, value) for node, heads, value in tracer.attentions]
     attentions += _softmax_attention(tracer)
+    tracer.space.settle()
     return AxisTable(
         tracer.space, tracer.parameters, tracer.nodes, tracer.contractions, attentions, dict(tracer.unknown)
     )

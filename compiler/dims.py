@@ -120,12 +120,17 @@ class Space:
 
     def __init__(self) -> None:
         self._numbers = itertools.count()
+        self._atoms: list[Atom] = []
 
     # -- making -------------------------------------------------------------------------------------------------------
 
     def fresh(self, size: Size, *, broadcast: bool = False) -> Dim:
         """A new dimension that nothing is known of yet."""
-        return () if size.is_one else (Atom(next(self._numbers), size, broadcast=broadcast),)
+        return () if size.is_one else (self._new(Atom(next(self._numbers), size, broadcast=broadcast)),)
+
+    def _new(self, atom: Atom) -> Atom:
+        self._atoms.append(atom)
+        return atom
 
     def cat(self, dims: Sequence[Dim]) -> Dim:
         """The concatenation of dimensions; empty ones do not count."""
@@ -133,7 +138,7 @@ class Space:
         if len(dims) == 1:
             return dims[0]
         total = sum(size_of(dim).coefficient for dim in dims)
-        return (Atom(next(self._numbers), Size(total), parts=tuple(dims)),)
+        return (self._new(Atom(next(self._numbers), Size(total), parts=tuple(dims))),)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -172,6 +177,16 @@ class Space:
             else:
                 words.append("(" + " + ".join(self.describe(part) for part in atom.parts) + ")" + mark)
         return " x ".join(words) or "1"
+
+    def settle(self) -> None:
+        """Hands every pin and note down to the leaves. To be called once, when everything is learnt."""
+        for atom in self._atoms:
+            if atom.forward is None and (atom.pins or atom.notes) and (atom.factors or atom.parts):
+                below = [atom.factors] if atom.factors is not None else list(atom.parts or ())
+                for dim in below:
+                    for leaf in self.leaves(dim):
+                        leaf.pins |= atom.pins
+                        leaf.notes |= atom.notes
 
     # -- learning -----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,88 @@
+"""Index lists: which indices of every leaf are kept, and what follows for a dimension that is made of several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from minitron.compiler.dims import Atom, Dim, Size, Space, size_of
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Dependent:
+    """A leaf whose kept indices differ from one index of `parent` to the next: `lists[i]` belongs to index i of it.
+
+    All lists that belong to kept indices are equally long. The repeats of a key-value group are such a leaf: which query
+    heads stay may differ between groups, because no key or value depends on them.
+    """
+
+    parent: Atom
+    lists: Sequence[Indices]
+    count: int
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """What is kept of each narrowed leaf. Leaves that are not named are kept whole. Keys are representatives."""
+
+    space: Space
+    kept: Mapping[Atom, Indices] = field(default_factory=dict)
+    dependent: Mapping[Atom, Dependent] = field(default_factory=dict)
+
+    def touches(self, dim: Dim) -> bool:
+        """Whether anything that the dimension is made of is narrowed."""
+        return any(leaf in self.kept or leaf in self.dependent for leaf in self.space.leaves(dim))
+
+    def count(self, dim: Dim) -> int:
+        """The size that is left of an integer dimension."""
+        return self.size(dim).coefficient
+
+    def size(self, dim: Dim) -> Size:
+        """The size that is left of a dimension."""
+        result = Size(1)
+        for atom in self.space.flat(dim):
+            if atom in self.kept:
+                result = result * Size(len(self.kept[atom]))
+            elif atom in self.dependent:
+                result = result * Size(self.dependent[atom].count)
+            elif atom.parts is not None:
+                result = result * Size(sum(self.count(part) for part in atom.parts))
+            else:
+                result = result * atom.size
+        return result
+
+    def positions(self, dim: Dim) -> Indices:
+        """The kept indices of an integer dimension, ascending wherever the lists of its leaves are."""
+        return self._product(self.space.flat(dim), {})
+
+    def _product(self, atoms: Dim, fixed: dict[Atom, int]) -> Indices:
+        if not atoms:
+            return np.zeros(1, dtype=np.int64)
+        first, rest = atoms[0], atoms[1:]
+        stride = size_of(rest).coefficient
+        own = self._own(first, fixed)
+        if any(self.dependent[leaf].parent is first for leaf in self.space.leaves(rest) if leaf in self.dependent):
+            blocks = [i * stride + self._product(rest, {**fixed, first: int(i)}) for i in own]
+            return np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.int64)
+        inner = self._product(rest, fixed)
+        return (own[:, None] * stride + inner[None, :]).reshape(-1)
+
+    def _own(self, atom: Atom, fixed: dict[Atom, int]) -> Indices:
+        if atom in self.kept:
+            return self.kept[atom]
+        if atom in self.dependent:
+            dependent = self.dependent[atom]
+            assert dependent.parent in fixed, "a dependent axis stands without the axis that it depends on"
+            return dependent.lists[fixed[dependent.parent]]
+        if atom.parts is None:
+            return np.arange(atom.size.coefficient, dtype=np.int64)
+        offset, blocks = 0, []
+        for part in atom.parts:
+            blocks.append(offset + self._product(self.space.flat(part), fixed))
+            offset += size_of(part).coefficient
+        return np.concatenate(blocks)

@@ -1,0 +1,121 @@
+"""Pass: drop whole layers.
+
+1. Every use of what a dropped layer yields becomes a use of what it was given: the residual stream passes it by.
+2. Nodes that only the dropped layer used are removed, its parameters with them.
+3. The layers that are left are numbered anew from 0, as the narrowed model will name them.
+
+A layer must read one value of the residual stream and yield one, else it is refused: `layer_ends` says so before any pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from minitron.compiler.capture import WRAPPER, Captured
+from minitron.compiler.rewrite.passes import Pass, PassResult
+from minitron.specs.errors import UsageError
+
+
+@dataclass(frozen=True)
+class LayerEnds:
+    """The names of the nodes that carry the residual stream into and out of one layer."""
+
+    entry: str
+    leave: str
+
+
+def layer_ends(captured: Captured) -> list[LayerEnds]:
+    """Where the residual stream enters and leaves each layer. UsageError where that is not one value each."""
+    inside: dict[int, list[Node]] = {i: [] for i in range(captured.layer_count)}
+    for node in captured.graph.nodes:
+        layer = captured.layer_of(node)
+        if node.op == "call_function" and layer is not None:
+            inside[layer].append(node)
+    ends: list[LayerEnds] = []
+    for number, nodes in inside.items():
+        members = set(nodes)
+        leaving = [n for n in nodes if any(user not in members for user in n.users) and _is_tensor(n)]
+        if len(leaving) != 1:
+            raise UsageError(f"layer {number} yields {len(leaving)} values, not the residual stream alone")
+        shape = leaving[0].meta["val"].shape
+        wanted = ends[-1].leave if ends else None
+        entering = {
+            source
+            for n in nodes
+            for source in n.all_input_nodes
+            if source not in members
+            and source.op == "call_function"
+            and _is_tensor(source)
+            and source.meta["val"].shape == shape
+            and source.meta["val"].dtype.is_floating_point
+            and (wanted is None or source.name == wanted)
+        }
+        if len(entering) != 1:
+            raise UsageError(f"layer {number} reads {len(entering)} values of the residual stream, not one")
+        ends.append(LayerEnds(entering.pop().name, leaving[0].name))
+    return ends
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def drop_layers(captured: Captured, ends: Sequence[LayerEnds], kept: Sequence[int]) -> Pass:
+    """The pass that leaves only the layers `kept` (teacher's numbers, ascending)."""
+    numbers = {old: new for new, old in enumerate(kept)}
+    prefix = f"{WRAPPER}.{captured.layer_path}."
+
+    def run(graph_module: GraphModule) -> PassResult:
+        nodes = {node.name: node for node in graph_module.graph.nodes}
+        dropped = [i for i in range(captured.layer_count) if i not in numbers]
+        for layer in dropped:
+            nodes[ends[layer].leave].replace_all_uses_with(nodes[ends[layer].entry])
+        graph_module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        for node in graph_module.graph.nodes:
+            target = str(node.target)
+            if node.op == "get_attr" and target.startswith(prefix):
+                number, rest = target[len(prefix) :].split(".", 1)
+                node.target = f"{prefix}{numbers[int(number)]}.{rest}"
+        _move_modules(graph_module, prefix.rstrip("."), kept)
+        return PassResult(graph_module, bool(dropped), f"dropped layers {dropped}" if dropped else "all layers kept")
+
+    def ensures(graph_module: GraphModule) -> None:
+        for node in graph_module.graph.nodes:
+            if node.op == "get_attr" and str(node.target).startswith(prefix):
+                number = int(str(node.target)[len(prefix) :].split(".", 1)[0])
+                assert number < len(kept), f"{node.target} belongs to a layer that is gone"
+                assert attribute(graph_module, str(node.target)) is not None
+
+    return Pass("drop_layers", run, ensures)
+
+
+def _move_modules(graph_module: GraphModule, path: str, kept: Sequence[int]) -> None:
+    """The sub-modules that hold the layers' parameters, renumbered."""
+    holder = graph_module.get_submodule(path)
+    layers = {name: child for name, child in holder.named_children()}
+    for name in layers:
+        delattr(holder, name)
+    for new, old in enumerate(kept):
+        holder.add_module(str(new), layers[str(old)])
+
+
+def attribute(graph_module: GraphModule, target: str) -> torch.Tensor:
+    """The parameter or buffer that a `get_attr` node reads."""
+    path, _, name = target.rpartition(".")
+    value = getattr(graph_module.get_submodule(path), name)
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def set_attribute(graph_module: GraphModule, target: str, value: torch.Tensor) -> None:
+    """Replaces a parameter or buffer."""
+    path, _, name = target.rpartition(".")
+    holder = graph_module.get_submodule(path)
+    if name in holder._parameters:
+        holder._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
+    else:
+        holder._buffers[name] = value

@@ -1,0 +1,47 @@
+"""Pass: narrow parameters.
+
+1. Every parameter that holds a narrowed axis gets the shape that is left, on the meta device: bytes come when the student is
+   written. Tied parameters, which are one parameter in the graph, stay tied.
+2. Nothing else is touched: the sizes that other operators hold as constants follow in `shape_constants`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch.fx import GraphModule
+
+from minitron.compiler.capture import Captured, strip_wrapper
+from minitron.compiler.narrowing import Narrowing
+from minitron.compiler.rewrite.drop_layers import attribute, set_attribute
+from minitron.compiler.rewrite.passes import Pass, PassResult
+from minitron.compiler.rules import Dims
+
+
+def narrow_parameters(captured: Captured, dims_of: Mapping[str, Dims], narrowing: Narrowing) -> Pass:
+    """`dims_of`: node name -> dimensions, as the analysis of the teacher found them."""
+
+    def wanted(name: str) -> tuple[int, ...]:
+        return tuple(narrowing.count(dim) for dim in dims_of[name])
+
+    def run(graph_module: GraphModule) -> PassResult:
+        changed = 0
+        for node in graph_module.graph.nodes:
+            if node.op != "get_attr":
+                continue
+            old = attribute(graph_module, str(node.target))
+            shape = wanted(node.name)
+            if tuple(old.shape) != shape:
+                set_attribute(graph_module, str(node.target), torch.empty(shape, dtype=old.dtype, device="meta"))
+                changed += 1
+        return PassResult(graph_module, changed > 0, f"narrowed {changed} parameters")
+
+    def ensures(graph_module: GraphModule) -> None:
+        for node in graph_module.graph.nodes:
+            if node.op == "get_attr":
+                shape = tuple(attribute(graph_module, str(node.target)).shape)
+                name = strip_wrapper(str(node.target))
+                assert shape == wanted(node.name), f"{name} is {shape}, not {wanted(node.name)}"
+
+    return Pass("narrow_parameters", run, ensures)

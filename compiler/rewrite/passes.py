@@ -1,0 +1,48 @@
+"""What a rewriting pass is: a function of a graph module, with a postcondition that is checked every time it runs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch.fx import GraphModule
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """The graph after a pass, whether anything changed, and in one line what."""
+
+    graph_module: GraphModule
+    modified: bool
+    summary: str
+
+
+@dataclass(frozen=True)
+class Pass:
+    """`run` rewrites a graph module in place; `ensures` raises AssertionError where the result is not as promised."""
+
+    name: str
+    run: Callable[[GraphModule], PassResult]
+    ensures: Callable[[GraphModule], None]
+
+
+class PassFailed(AssertionError):
+    """A pass did not keep its promise: a bug of ours. The message names the pass."""
+
+
+def run_passes(graph_module: GraphModule, passes: Sequence[Pass]) -> tuple[GraphModule, list[PassResult]]:
+    """Runs passes over a copy of `graph_module`, in order, and checks each one's postcondition."""
+    current = copy.deepcopy(graph_module)
+    results = []
+    for one in passes:
+        result = one.run(current)
+        current = result.graph_module
+        current.graph.lint()
+        current.recompile()
+        try:
+            one.ensures(current)
+        except AssertionError as error:
+            raise PassFailed(f"pass {one.name}: {error}") from error
+        results.append(result)
+    return current, results

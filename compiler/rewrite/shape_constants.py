@@ -1,0 +1,192 @@
+"""Pass: sizes and offsets that operators hold as constants follow the narrowed axes.
+
+1. `view`, `expand` and the factories: every integer size becomes the size that is left of that dimension.
+2. `slice`, `narrow`, `split` and `chunk`: every offset becomes the number of kept indices before it, so that each piece
+   holds exactly what is left of the piece that it was.
+3. Norms that name the shape that they normalise: the size that is left.
+4. -1 and symbolic sizes stay. A symbolic size that has a narrowed axis in it becomes -1.
+
+Postcondition: run on the meta device, every value of the graph has the sizes that the analysis says are left of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+
+from minitron.compiler.dims import Dim, size_of
+from minitron.compiler.narrowing import Narrowing
+from minitron.compiler.rewrite.passes import Pass, PassResult
+from minitron.compiler.rules import Dims, Result
+from minitron.compiler.rules.registry import axis_index
+from minitron.compiler.rules.shape import axis_bound
+from minitron.specs.errors import UsageError
+
+aten = torch.ops.aten
+
+# Where the sizes of the result stand among the arguments.
+SIZES_AT = {
+    aten.view.default: 1,
+    aten.reshape.default: 1,
+    aten._unsafe_view.default: 1,
+    aten.expand.default: 1,
+    aten.broadcast_to.default: 1,
+    aten.zeros.default: 0,
+    aten.ones.default: 0,
+    aten.full.default: 0,
+    aten.empty.memory_format: 0,
+    aten.new_zeros.default: 1,
+    aten.new_ones.default: 1,
+    aten.new_full.default: 1,
+    aten.new_empty.default: 1,
+}
+
+
+class _Sizes:
+    """The rewriting of one graph; `dims_of` is by node name."""
+
+    def __init__(self, dims_of: Mapping[str, Result], narrowing: Narrowing) -> None:
+        self.dims_of = dims_of
+        self.narrowing = narrowing
+
+    def dims(self, node: Any) -> Dims:
+        return self.dims_of[node.name]  # type: ignore[return-value]
+
+    def left(self, dim: Dim, old: Any) -> Any:
+        """A size argument: integers become what is left, symbols stay unless something in them is narrowed."""
+        if isinstance(old, int):
+            return old if old == -1 else self.narrowing.count(dim)
+        return -1 if self.narrowing.touches(dim) else old
+
+    def offset(self, dim: Dim, old: int) -> int:
+        """The number of kept indices before `old`."""
+        return int(np.count_nonzero(self.narrowing.positions(dim) < old))
+
+    def rewrite(self, node: Node) -> bool:
+        handler = HANDLERS.get(node.target)
+        if handler is None or node.name not in self.dims_of:
+            return False
+        before = (node.args, dict(node.kwargs))
+        handler(self, node)
+        return before != (node.args, dict(node.kwargs))
+
+
+def _sizes(s: _Sizes, node: Node) -> None:
+    at = SIZES_AT[node.target]  # type: ignore[index]
+    dims = s.dims(node)
+    old = list(node.args[at])  # type: ignore[arg-type]
+    new = [s.left(dim, size) for dim, size in zip(dims, old, strict=True)]
+    if sum(1 for size in new if size == -1) > 1 and "expand" not in str(node.target):
+        raise UsageError(f"{node.target} has two sizes that follow from narrowed axes and from the batch; refused")
+    node.update_arg(at, new)
+
+
+def _slice(s: _Sizes, node: Node) -> None:
+    dims = s.dims(node.args[0])
+    axis = axis_index(_arg(node, 1, 0), len(dims))
+    dim, step = dims[axis], _arg(node, 4, 1)
+    if step != 1 or not s.narrowing.touches(dim):
+        return
+    size = size_of(dim).coefficient
+    start, stop = _arg(node, 2, None), _arg(node, 3, None)
+    new_start = s.offset(dim, axis_bound(start, size, 0))
+    new_stop = s.offset(dim, axis_bound(stop, size, size))
+    node.args = (node.args[0], axis, new_start, new_stop)
+
+
+def _narrow(s: _Sizes, node: Node) -> None:
+    dims = s.dims(node.args[0])
+    axis, start, length = (int(_arg(node, i, 0)) for i in (1, 2, 3))
+    begin = s.offset(dims[axis], start)
+    node.args = (node.args[0], axis, begin, s.offset(dims[axis], start + length) - begin)
+
+
+def _split(s: _Sizes, node: Node) -> None:
+    """All of split, split_with_sizes and chunk become split_with_sizes where their pieces change."""
+    dims = s.dims(node.args[0])
+    axis = axis_index(_arg(node, 2, 0), len(dims))
+    if not s.narrowing.touches(dims[axis]):
+        return
+    pieces: list[Dims] = s.dims_of[node.name]  # type: ignore[assignment]
+    node.target = aten.split_with_sizes.default
+    node.args = (node.args[0], [s.narrowing.count(piece[axis]) for piece in pieces], axis)
+    node.kwargs = {}
+
+
+def _normalised_shape(s: _Sizes, node: Node) -> None:
+    shape: list[int] = node.args[1]  # type: ignore[assignment]
+    dims = s.dims(node.args[0])[-len(shape) :]
+    node.update_arg(1, [s.narrowing.count(dim) for dim in dims])
+
+
+def _unflatten(s: _Sizes, node: Node) -> None:
+    axis, old = int(_arg(node, 1, 0)), list(_arg(node, 2, []))
+    dims = s.dims(node)
+    axis = axis_index(axis, len(dims) - len(old) + 1)
+    node.update_arg(2, [s.left(dim, size) for dim, size in zip(dims[axis : axis + len(old)], old, strict=True)])
+
+
+def _repeat_interleave(s: _Sizes, node: Node) -> None:
+    axis = axis_index(_arg(node, 2, 0), len(s.dims(node)))
+    before, after = s.dims(node.args[0])[axis], s.dims(node)[axis]
+    node.update_arg(1, s.narrowing.count(after) // s.narrowing.count(before))
+
+
+def _arg(node: Node, index: int, default: Any) -> Any:
+    if index < len(node.args):
+        return node.args[index]
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return node.kwargs.get(node.target._schema.arguments[index].name, default)
+
+
+HANDLERS: dict[Any, Callable[[_Sizes, Node], None]] = {
+    **dict.fromkeys(SIZES_AT, _sizes),
+    aten.slice.Tensor: _slice,
+    aten.narrow.default: _narrow,
+    aten.split.Tensor: _split,
+    aten.split.sizes: _split,
+    aten.split_with_sizes.default: _split,
+    aten.chunk.default: _split,
+    aten.layer_norm.default: _normalised_shape,
+    aten.rms_norm.default: _normalised_shape,
+    aten.unflatten.int: _unflatten,
+    aten.repeat_interleave.self_int: _repeat_interleave,
+}
+
+
+class _Shapes(Interpreter):
+    """Runs a graph on the meta device and compares every value with what the analysis says is left of it."""
+
+    def __init__(self, graph_module: GraphModule, s: _Sizes) -> None:
+        super().__init__(graph_module)
+        self.s = s
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, torch.Tensor) and n.name in self.s.dims_of and n.op != "placeholder":
+            dims = self.s.dims(n)
+            for i, (size, dim) in enumerate(zip(value.shape, dims, strict=True)):
+                left = self.s.narrowing.size(dim)
+                assert left.symbols or left.coefficient == size, (
+                    f"dimension {i} of {n.name} ({n.target}) is {size}, the analysis says {left}"
+                )
+        return value
+
+
+def shape_constants(dims_of: Mapping[str, Result], narrowing: Narrowing) -> Pass:
+    """`dims_of`: node name -> dimensions of the teacher's value."""
+    sizes = _Sizes(dims_of, narrowing)
+
+    def run(graph_module: GraphModule) -> PassResult:
+        changed = sum([sizes.rewrite(node) for node in graph_module.graph.nodes])
+        return PassResult(graph_module, changed > 0, f"rewrote the sizes of {changed} operators")
+
+    def ensures(graph_module: GraphModule) -> None:
+        with torch.no_grad():
+            _Shapes(graph_module, sizes).run(torch.zeros(2, 3, dtype=torch.long, device="meta"))
+
+    return Pass("shape_constants", run, ensures)

@@ -1,0 +1,173 @@
+"""Names the axes for people, by where they stand in the graph.
+
+    hidden_size             what the token embedding yields: the residual stream
+    num_attention_heads     the query heads of every attention: (key-value group, repeat within it)
+    num_key_value_heads     the part of the query heads that the values have too
+    head_dim                the widths of queries, keys and values
+    intermediate_size       what a projection back into the residual stream contracts, and no attention yields;
+                            of stacked expert weights it is moe_intermediate_size where the config has that key
+    num_experts             the stacked dimension of expert weights
+    num_hidden_layers       the list of layers; no axis of a tensor
+    vocab_size              the rows of the embedding; never narrowed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from minitron.compiler.axes import AxisTable, Contraction
+from minitron.compiler.capture import Captured
+from minitron.compiler.dims import Atom, Dim, Space
+from minitron.specs.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of one attention. `group` is None where there is one group, `repeat` where groups have one query head."""
+
+    group: Atom | None
+    repeat: Atom | None
+    groups: int
+    repeats: int
+    value: Dim
+    readers: tuple[Contraction, ...]
+
+
+@dataclass(frozen=True)
+class Width:
+    """One leaf that a width names, in one layer; `readers` contract it, and their input is what scores it."""
+
+    leaf: Atom
+    readers: tuple[Contraction, ...]
+
+    @property
+    def size(self) -> int:
+        return self.leaf.size.coefficient
+
+
+@dataclass(frozen=True)
+class Roles:
+    """All named axes. Per-layer axes are mappings from the layer's number; layers without that axis are left out."""
+
+    hidden: Width
+    heads: dict[int, Heads]
+    widths: dict[str, dict[int, Width]]
+    refusals: dict[str, str] = field(default_factory=dict)
+
+
+def find_roles(captured: Captured, table: AxisTable) -> Roles:
+    """Reads the roles off the analysed graph."""
+    hidden = _hidden(captured, table)
+    heads = _heads(captured, table)
+    taken = {hidden.leaf}
+    for site in heads.values():
+        taken |= {atom for atom in (site.group, site.repeat) if atom is not None}
+        taken |= set(table.space.leaves(site.value))
+    widths: dict[str, dict[int, Width]] = {}
+    refusals: dict[str, str] = {}
+    for name, layer, width in _widths(captured, table, hidden.leaf, taken):
+        of_layer = widths.setdefault(name, {})
+        if layer in of_layer and of_layer[layer].leaf is not width.leaf:
+            refusals[name] = f"layer {layer} has more than one axis of this kind"
+        of_layer[layer] = width
+    return Roles(hidden, heads, widths, refusals)
+
+
+def _hidden(captured: Captured, table: AxisTable) -> Width:
+    """The width of the token embedding, the parameter that token ids index."""
+    ids = next(node for node in captured.graph.nodes if node.op == "placeholder")
+    for node in ids.users:
+        if getattr(node.target, "_opname", "") == "embedding":
+            name = captured.parameter_behind(node.args[0])
+            assert name is not None
+            leaves = list(table.space.leaves(table.parameters[name][1]))
+            if len(leaves) == 1:
+                readers = tuple(c for c in table.contractions if list(table.space.leaves(c.dim)) == leaves)
+                return Width(leaves[0], readers)
+    raise UsageError(f"{captured.config.model_type}: the token embedding does not yield the residual stream directly")
+
+
+def _heads(captured: Captured, table: AxisTable) -> dict[int, Heads]:
+    space = table.space
+    heads: dict[int, Heads] = {}
+    for site in table.attentions:
+        layer = captured.layer_of(site.node)
+        atoms = space.flat(site.heads)
+        values = set(space.leaves(site.value))
+        if layer is None or not values:
+            continue
+        missing = {
+            atom for atom in atoms for path in _paths_with(table, values) if atom not in path
+        }  # a value projection that lacks it: the axis only repeats what a group shares
+        groups = [atom for atom in atoms if atom not in missing]
+        repeats = [atom for atom in atoms if atom in missing]
+        if len(groups) > 1 or len(repeats) > 1 or list(atoms) != groups + repeats:
+            continue
+        wanted = set(values) | set(atoms)
+        readers = tuple(
+            c for c in table.contractions if c.weight is not None and set(space.leaves(c.dim)) == wanted
+        )
+        heads[layer] = Heads(
+            groups[0] if groups else None,
+            repeats[0] if repeats else None,
+            groups[0].size.coefficient if groups else 1,
+            repeats[0].size.coefficient if repeats else 1,
+            site.value,
+            readers,
+        )
+    return heads
+
+
+def _paths_with(table: AxisTable, values: set[Atom]) -> Iterator[set[Atom]]:
+    """Of every parameter that holds the width of a value: the atoms that stand in one product with it."""
+    for dims in table.parameters.values():
+        for dim in dims:
+            for path in paths(table.space, dim):
+                if path & values:
+                    yield path
+
+
+def paths(space: Space, dim: Dim) -> Iterator[set[Atom]]:
+    """The sets of leaves that are multiplied with each other, one set for every way through the concatenations."""
+    result: list[set[Atom]] = [set()]
+    for atom in space.flat(dim):
+        ways = [{atom}] if atom.parts is None else [way for part in atom.parts for way in paths(space, part)]
+        result = [have | way for have in result for way in ways]
+    yield from result
+
+
+def _widths(
+    captured: Captured, table: AxisTable, hidden: Atom, taken: set[Atom]
+) -> Iterator[tuple[str, int, Width]]:
+    """Every leaf that a weight contracts on its way back into the residual stream, and every stack of experts."""
+    space = table.space
+    seen: set[Atom] = set()
+    for contraction in table.contractions:
+        if contraction.weight is None:
+            continue
+        layer = captured.layer_in_path(contraction.weight)
+        dims = table.parameters[contraction.weight]
+        leaves = list(space.leaves(contraction.dim))
+        if layer is None or len(leaves) != 1 or leaves[0] in taken or leaves[0] in seen:
+            continue
+        if not any(list(space.leaves(dim)) == [hidden] for dim in dims):
+            continue
+        seen.add(leaves[0])
+        readers = tuple(c for c in table.contractions if list(space.leaves(c.dim)) == leaves and c.weight is not None)
+        yield _width_name(captured, len(dims) == 3, layer, table), layer, Width(leaves[0], readers)
+        if len(dims) == 3:
+            experts = list(space.leaves(dims[0]))
+            if len(experts) == 1 and experts[0] not in seen:
+                seen.add(experts[0])
+                yield "num_experts", layer, Width(experts[0], ())
+
+
+def _width_name(captured: Captured, stacked: bool, layer: int, table: AxisTable) -> str:
+    config = captured.config
+    if stacked:
+        return "moe_intermediate_size" if hasattr(config, "moe_intermediate_size") else "intermediate_size"
+    beside_experts = any(
+        len(dims) == 3 for name, dims in table.parameters.items() if captured.layer_in_path(name) == layer
+    )
+    return "shared_expert_intermediate_size" if beside_experts else "intermediate_size"
