@@ -1,0 +1,112 @@
+"""Importance scores from activations (Minitron, arXiv 2407.14679, section 2.2), accumulated batch by batch in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Aggregation = Literal["l2", "mean", "var"]
+Scores = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class WidthConfig:
+    """How activations become a score: over the tokens of a sample first, then over the samples."""
+
+    batch: Aggregation = "l2"
+    sequence: Aggregation = "mean"
+
+
+@dataclass
+class Accumulator:
+    """The score of every channel of one value.
+
+    `sequence` of |a| over the tokens of a sample gives one number a sample and channel; `batch` aggregates these. With
+    the defaults: score[c] = sqrt(sum over samples of (mean over tokens of |a[c]|)^2).
+    """
+
+    config: WidthConfig
+    samples: int = 0
+    total: torch.Tensor | None = None
+    squares: torch.Tensor | None = None
+
+    def update(self, value_BSC: torch.Tensor) -> None:
+        """Takes in the activations of one batch."""
+        per_sample_BC = over_tokens(value_BSC.float().abs(), self.config.sequence)
+        total, squares = per_sample_BC.sum(0), per_sample_BC.square().sum(0)
+        self.samples += per_sample_BC.shape[0]
+        self.total = total if self.total is None else self.total + total
+        self.squares = squares if self.squares is None else self.squares + squares
+
+    def result(self) -> torch.Tensor:
+        """The scores [C] on the CPU."""
+        assert self.total is not None and self.squares is not None, "no sample was seen"
+        if self.config.batch == "l2":
+            score = self.squares.sqrt()
+        elif self.config.batch == "mean":
+            score = self.total / self.samples
+        else:
+            score = (self.squares / self.samples - (self.total / self.samples).square()).clamp_min(0)
+        return score.cpu()
+
+
+def over_tokens(value_BSC: torch.Tensor, how: Aggregation) -> torch.Tensor:
+    """[B, S, C] -> [B, C]"""
+    if how == "l2":
+        return value_BSC.square().sum(1).sqrt()
+    if how == "mean":
+        return value_BSC.mean(1)
+    return value_BSC.var(1, correction=0)
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Scores by axis.
+
+    hidden   [hidden_size], the sum over the norms of the whole network
+    heads    layer -> [groups, repeats]
+    widths   axis name -> layer -> [width]
+    layers   [layers], high: important
+    """
+
+    hidden: Scores | None = None
+    heads: Mapping[int, Scores] = field(default_factory=dict)
+    widths: Mapping[str, Mapping[int, Scores]] = field(default_factory=dict)
+    layers: Scores | None = None
+
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """For scores.safetensors: `hidden_size`, `layers`, `num_attention_heads.3`, `intermediate_size.3`."""
+        tensors: dict[str, torch.Tensor] = {}
+        if self.hidden is not None:
+            tensors["hidden_size"] = torch.from_numpy(self.hidden)
+        if self.layers is not None:
+            tensors["num_hidden_layers"] = torch.from_numpy(self.layers)
+        for layer, score in self.heads.items():
+            tensors[f"num_attention_heads.{layer}"] = torch.from_numpy(score)
+        for name, layers in self.widths.items():
+            for layer, score in layers.items():
+                tensors[f"{name}.{layer}"] = torch.from_numpy(score)
+        return tensors
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, torch.Tensor]) -> ScoreTable:
+        hidden = layers = None
+        heads: dict[int, Scores] = {}
+        widths: dict[str, dict[int, Scores]] = {}
+        for key, tensor in tensors.items():
+            name, _, layer = key.partition(".")
+            array = tensor.numpy().astype(np.float32)
+            if name == "hidden_size":
+                hidden = array
+            elif name == "num_hidden_layers":
+                layers = array
+            elif name == "num_attention_heads":
+                heads[int(layer)] = array
+            else:
+                widths.setdefault(name, {})[int(layer)] = array
+        return ScoreTable(hidden, heads, widths, layers)

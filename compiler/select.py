@@ -1,0 +1,168 @@
+"""Selection: from scores to index lists.
+
+    hidden     one list for the network
+    widths     one list a layer
+    groups     one list a layer: the key-value groups with the highest scores (a group's score: L2 over its query heads)
+    heads      one list for each kept group: the query heads with the highest scores in that group
+    layers     those that the spec names, or the highest-scored ones, or all but one run of neighbours
+
+Of equal scores the lower index stays, so that a selection is the same on every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from minitron.compiler.axes import AxisTable
+from minitron.compiler.narrowing import Dependent, Indices, Narrowing
+from minitron.compiler.roles import Heads, Roles
+from minitron.compiler.scores import ScoreTable
+from minitron.compiler.targets import GROUPS, HEADS, HIDDEN, LAYERS, Targets
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is kept, in the teacher's numbers. Lists of layers that are dropped are not in it; what is whole is left out.
+
+    `heads`: layer -> one list of repeats (0 .. repeats-1) for each kept group, in the order of `groups`.
+    """
+
+    layers: tuple[int, ...]
+    hidden: Indices | None = None
+    widths: Mapping[str, Mapping[int, Indices]] = field(default_factory=dict)
+    groups: Mapping[int, Indices] = field(default_factory=dict)
+    heads: Mapping[int, tuple[Indices, ...]] = field(default_factory=dict)
+
+
+def top(scores: npt.NDArray[np.float32], count: int) -> Indices:
+    """The `count` highest-scored indices, ascending; of equal scores the lower index."""
+    order = np.argsort(-scores, kind="stable")
+    return np.sort(order[:count]).astype(np.int64)
+
+
+def weakest_run(scores: npt.NDArray[np.float32], length: int) -> list[int]:
+    """The neighbouring indices with the lowest sum of scores."""
+    sums = np.convolve(scores.astype(np.float64), np.ones(length), mode="valid")
+    start = int(np.argmin(sums))
+    return list(range(start, start + length))
+
+
+def select(targets: Targets, roles: Roles, scores: ScoreTable, layer_count: int, *, contiguous: bool) -> Selection:
+    """The highest-scored indices of every narrowed axis."""
+    layers = _layers(targets, scores, layer_count, contiguous)
+    hidden = None
+    if HIDDEN in targets.widths:
+        assert scores.hidden is not None
+        hidden = top(scores.hidden, targets.widths[HIDDEN])
+    widths = {
+        name: {i: top(of_layer[i], targets.widths[name]) for i in layers if i in of_layer}
+        for name, of_layer in scores.widths.items()
+        if name in targets.widths
+    }
+    groups: dict[int, Indices] = {}
+    heads: dict[int, tuple[Indices, ...]] = {}
+    if HEADS in targets.widths or GROUPS in targets.widths:
+        for layer in layers:
+            if layer in roles.heads:
+                groups[layer], heads[layer] = select_heads(scores.heads[layer], *wanted_heads(targets, roles.heads[layer]))
+    return Selection(layers, hidden, widths, groups, heads)
+
+
+def wanted_heads(targets: Targets, site: Heads) -> tuple[int, int]:
+    """How many groups, and how many query heads in each, are left of one attention."""
+    groups = targets.widths.get(GROUPS, site.groups)
+    return groups, targets.widths.get(HEADS, groups * site.repeats) // groups
+
+
+def select_heads(
+    scores_GR: npt.NDArray[np.float32], groups: int, repeats: int
+) -> tuple[Indices, tuple[Indices, ...]]:
+    """The best groups, and the best query heads within each."""
+    kept = top(np.sqrt(np.square(scores_GR.astype(np.float64)).sum(1)).astype(np.float32), groups)
+    return kept, tuple(top(scores_GR[g], repeats) for g in kept)
+
+
+def _layers(targets: Targets, scores: ScoreTable, count: int, contiguous: bool) -> tuple[int, ...]:
+    if targets.named_layers is not None:
+        return targets.named_layers
+    if targets.layers == count:
+        return tuple(range(count))
+    assert scores.layers is not None
+    if not contiguous:
+        return tuple(int(i) for i in top(scores.layers, targets.layers))
+    dropped = set(weakest_run(scores.layers, count - targets.layers))
+    return tuple(i for i in range(count) if i not in dropped)
+
+
+def leading(targets: Targets, roles: Roles, layer_count: int) -> Selection:
+    """The first indices of everything: stands in for a selection where only its sizes matter."""
+    layers = targets.named_layers or tuple(range(targets.layers))
+
+    def first(count: int) -> Indices:
+        return np.arange(count, dtype=np.int64)
+
+    groups: dict[int, Indices] = {}
+    heads: dict[int, tuple[Indices, ...]] = {}
+    if HEADS in targets.widths or GROUPS in targets.widths:
+        for layer in layers:
+            if layer in roles.heads:
+                g, r = wanted_heads(targets, roles.heads[layer])
+                groups[layer], heads[layer] = first(g), (first(r),) * g
+    return Selection(
+        layers,
+        first(targets.widths[HIDDEN]) if HIDDEN in targets.widths else None,
+        {
+            name: {i: first(targets.widths[name]) for i in layers if i in of_layer}
+            for name, of_layer in roles.widths.items()
+            if name in targets.widths
+        },
+        groups,
+        heads,
+    )
+
+
+def narrowing_of(selection: Selection, roles: Roles, table: AxisTable) -> Narrowing:
+    """The index lists of every leaf."""
+    kept: dict[Any, Indices] = {}
+    dependent: dict[Any, Dependent] = {}
+    if selection.hidden is not None:
+        kept[roles.hidden.leaf] = selection.hidden
+    for name, layers in selection.widths.items():
+        for layer, indices in layers.items():
+            kept[roles.widths[name][layer].leaf] = indices
+    for layer, groups in selection.groups.items():
+        site, lists = roles.heads[layer], selection.heads[layer]
+        if site.group is not None:
+            kept[site.group] = groups
+        if site.repeat is not None and site.group is None:
+            kept[site.repeat] = lists[0]
+        elif site.repeat is not None:
+            assert site.group is not None
+            of_group = {int(g): chosen for g, chosen in zip(groups, lists, strict=True)}
+            # Lists of groups that are gone are never read.
+            all_lists = [of_group.get(g, lists[0]) for g in range(site.groups)]
+            dependent[site.repeat] = Dependent(site.group, all_lists, len(lists[0]))
+    whole = {leaf for leaf, indices in kept.items() if len(indices) == leaf.size.coefficient}
+    return Narrowing(table.space, {leaf: indices for leaf, indices in kept.items() if leaf not in whole}, dependent)
+
+
+def selection_json(selection: Selection, roles: Roles) -> dict[str, list[list[int]]]:
+    """`selection` of the plan: axis -> one list of kept indices, or one for each kept layer."""
+    result: dict[str, list[list[int]]] = {LAYERS: [list(selection.layers)]}
+    if selection.hidden is not None:
+        result[HIDDEN] = [selection.hidden.tolist()]
+    for name, layers in selection.widths.items():
+        result[name] = [layers[i].tolist() for i in sorted(layers)]
+    if selection.groups:
+        order: Sequence[int] = sorted(selection.groups)
+        result[GROUPS] = [selection.groups[i].tolist() for i in order]
+        result[HEADS] = [
+            [int(g) * roles.heads[i].repeats + int(r) for g, rs in zip(selection.groups[i], selection.heads[i], strict=True) for r in rs]
+            for i in order
+        ]
+    return result

@@ -1,0 +1,191 @@
+"""Targets: what the spec asks for, resolved against what the teacher has. Every width that cannot be is an error here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from minitron.compiler.axes import AxisTable
+from minitron.compiler.capture import Captured
+from minitron.compiler.dims import Atom
+from minitron.compiler.roles import Heads, Roles
+from minitron.specs.errors import SpecError
+
+HIDDEN, HEADS, GROUPS, LAYERS = "hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers"
+HEAD_DIM = "head_dim"
+
+MakeError = Callable[[str, str, str], SpecError]
+Resolve = Callable[[str, Any, int], int]
+
+
+@dataclass(frozen=True)
+class AxisStatus:
+    """One line of the plan: `status` is exact, approximate or refused."""
+
+    axis: str
+    teacher: int
+    student: int
+    status: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Targets:
+    """`widths`: the narrowed axes by name; `layers`: how many stay; `named_layers`: which, where the spec says so."""
+
+    widths: Mapping[str, int]
+    layers: int
+    named_layers: tuple[int, ...] | None
+    statuses: tuple[AxisStatus, ...]
+
+
+def teacher_widths(captured: Captured, roles: Roles, table: AxisTable) -> dict[str, int]:
+    """Every axis of the teacher by name. An axis that differs from layer to layer has its largest width here."""
+    widths = {HIDDEN: roles.hidden.size}
+    for name, layers in roles.widths.items():
+        widths[name] = max(width.size for width in layers.values())
+    if roles.heads:
+        sites = list(roles.heads.values())
+        widths[HEADS] = max(site.groups * site.repeats for site in sites)
+        widths[GROUPS] = max(site.groups for site in sites)
+        head = next(iter(sites))
+        size = 1
+        for atom in table.space.flat(head.value):
+            size *= atom.size.coefficient
+        widths[HEAD_DIM] = size
+    widths[LAYERS] = captured.layer_count
+    return widths
+
+
+def uniform(values: Iterable[int]) -> bool:
+    return len(set(values)) <= 1
+
+
+def status_of(name: str, captured: Captured, roles: Roles, table: AxisTable) -> tuple[str, str]:
+    """Whether an axis can be narrowed, exactly or approximately, and why."""
+    if name == LAYERS:
+        return "exact", "a dropped layer is passed by"
+    if name in roles.refusals:
+        return "refused", roles.refusals[name]
+    leaves = leaves_of(name, roles, table)
+    if not leaves:
+        return "refused", f"the graph of {captured.config.model_type} shows no such axis"
+    pins = sorted({pin for leaf in leaves for pin in leaf.pins})
+    if pins:
+        return "refused", str(pins[0])
+    if name == HEAD_DIM:
+        return "refused", "queries, keys and values have separate widths in the graph, and one key in the configuration"
+    if name in roles.widths and not uniform(w.size for w in roles.widths[name].values()):
+        return "refused", "its width differs from layer to layer, which the configuration could not say of the student"
+    notes = sorted({(note.kind, note.place) for leaf in leaves for note in leaf.notes})
+    changed = [(kind, place) for kind, place in notes if kind not in ("mean", "rms_norm")]
+    if changed:
+        kind, place = changed[0]
+        return "approximate", f"{kind} is taken over the channels that are left, not equal to masking ({place})"
+    if notes:
+        return "exact", "equal to masking, once the mean square of each norm is taken over the channels that are left"
+    return "exact", "equal to masking"
+
+
+def leaves_of(name: str, roles: Roles, table: AxisTable) -> list[Atom]:
+    """The leaves that an axis name stands for, over all layers."""
+    if name == HIDDEN:
+        return [roles.hidden.leaf]
+    if name == GROUPS:
+        return [site.group for site in roles.heads.values() if site.group is not None]
+    if name == HEADS:
+        return [site.repeat or site.group for site in roles.heads.values() if (site.repeat or site.group) is not None]  # type: ignore[misc]
+    if name == HEAD_DIM:
+        return sorted({leaf for site in roles.heads.values() for leaf in _head_leaves(site, table)}, key=lambda a: a.number)
+    return [width.leaf for width in roles.widths.get(name, {}).values()]
+
+
+def _head_leaves(site: Heads, table: AxisTable) -> set[Atom]:
+    """The width of a value, and whatever else stands in one product with the heads: the width of queries and keys."""
+    from minitron.compiler.roles import paths
+
+    own = {atom for atom in (site.group, site.repeat) if atom is not None}
+    result = set(table.space.leaves(site.value))
+    for dims in table.parameters.values():
+        for dim in dims:
+            for path in paths(table.space, dim):
+                if own and own <= path:
+                    result |= path - own
+    return result
+
+
+def resolve_targets(
+    student: Any, captured: Captured, roles: Roles, table: AxisTable, resolve: Resolve, error: MakeError
+) -> tuple[Targets | None, list[SpecError]]:
+    """`student` is the spec's block; `resolve(key, value, teacher)` turns numbers and shares into a width."""
+    teacher = teacher_widths(captured, roles, table)
+    errors: list[SpecError] = []
+    wanted: dict[str, int] = {}
+    for key, value in student.targets():
+        path = f"student.{key}"
+        if key not in teacher:
+            errors.append(error(path, f"the teacher ({captured.config.model_type}) has no {key}", "leave it out"))
+            continue
+        width = resolve(key, value, teacher[key])
+        if not 0 < width <= teacher[key]:
+            errors.append(
+                error(path, f"{width} is not between 1 and the teacher's {teacher[key]}", f"write at most {teacher[key]}")
+            )
+            continue
+        status, reason = status_of(key, captured, roles, table)
+        if width < teacher[key] and status == "refused":
+            errors.append(error(path, f"cannot be narrowed: {reason}", f"leave it out, or write {teacher[key]}"))
+            continue
+        wanted[key] = width
+    errors += _check_heads(wanted, teacher, error)
+    layers, named = _layers(student, captured.layer_count, wanted, error, errors)
+    if errors:
+        return None, errors
+    widths = {key: width for key, width in wanted.items() if key != LAYERS and width < teacher[key]}
+    statuses = tuple(
+        AxisStatus(name, teacher[name], layers if name == LAYERS else widths.get(name, teacher[name]), *status_of(name, captured, roles, table))
+        for name in teacher
+    )
+    return Targets(widths, layers, named, statuses), []
+
+
+def _check_heads(wanted: dict[str, int], teacher: Mapping[str, int], error: MakeError) -> list[SpecError]:
+    """Fills in what follows (a dropped group takes its query heads along) and checks that heads divide into groups."""
+    if HEADS not in teacher or not (HEADS in wanted or GROUPS in wanted):
+        return []
+    repeats = teacher[HEADS] // teacher[GROUPS]
+    if GROUPS not in wanted:
+        wanted[GROUPS] = wanted[HEADS] if repeats == 1 else teacher[GROUPS]
+    if HEADS not in wanted:
+        wanted[HEADS] = wanted[GROUPS] * repeats
+    heads, groups = wanted[HEADS], wanted[GROUPS]
+    path = f"student.{HEADS}"
+    possible = [n * groups for n in range(1, repeats + 1)]
+    if heads in possible:
+        return []
+    if heads > possible[-1]:
+        message = f"{groups} key-value groups of this teacher have {repeats} query heads each, {possible[-1]} together, not {heads}"
+    else:
+        message = f"{heads} query heads do not divide into {groups} key-value groups"
+    near = sorted(sorted(possible, key=lambda n: abs(n - heads))[:2])
+    return [error(path, message, f"write {' or '.join(map(str, near))}, or change {GROUPS}")]
+
+
+def _layers(
+    student: Any, count: int, wanted: dict[str, int], error: MakeError, errors: list[SpecError]
+) -> tuple[int, tuple[int, ...] | None]:
+    named = student.layers
+    if named is None:
+        return wanted.get(LAYERS, count), None
+    key = "drop" if named.drop is not None else "keep"
+    numbers = named.drop if named.drop is not None else named.keep
+    path = f"student.layers.{key}"
+    if any(n >= count for n in numbers):
+        errors.append(error(path, f"layer {max(numbers)} does not exist", f"the teacher has layers 0 to {count - 1}"))
+        return count, None
+    kept = tuple(i for i in range(count) if (i in set(numbers)) == (key == "keep"))
+    if not kept:
+        errors.append(error(path, "no layer would be left", "keep at least one"))
+        return count, None
+    return len(kept), kept

@@ -1,0 +1,176 @@
+"""Where the bytes of the teacher's parameters come from, and what the student's are made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from minitron.compiler.capture import Captured, quiet
+from minitron.compiler.checkpoint import Checkpoint
+from minitron.compiler.narrowing import Indices, Narrowing
+from minitron.compiler.rules import Dims
+from minitron.specs.errors import UsageError, WorkError
+
+Fetch = Callable[[str], torch.Tensor]
+
+
+class WeightSource(Protocol):
+    """The teacher's parameters by canonical name; `streamed` says that each is read from disk when it is asked for."""
+
+    streamed: bool
+
+    def get(self, name: str) -> torch.Tensor: ...
+
+
+class StreamedWeights:
+    """Reads one tensor at a time. For checkpoints whose tensors are named and shaped as the model's parameters are."""
+
+    streamed = True
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def get(self, name: str) -> torch.Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        info = self._checkpoint.tensors[name]
+        try:
+            with safe_open(info.file, framework="pt") as handle:
+                tensor: torch.Tensor = handle.get_tensor(name)
+                return tensor
+        except (SafetensorError, OSError) as error:
+            raise WorkError(f"{info.file}: cannot read {name} ({error})") from None
+
+
+class LoadedWeights:
+    """A checkpoint that transformers converts while loading (experts that are stacked, say): the model is held whole."""
+
+    streamed = False
+
+    def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        self._parameters = parameters
+
+    def get(self, name: str) -> torch.Tensor:
+        return self._parameters[name]
+
+
+def check_headers(captured: Captured, checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint can be streamed. UsageError where headers contradict the configuration."""
+    parameters = dict(captured.model.named_parameters())
+    for name, parameter in parameters.items():
+        info = checkpoint.tensors.get(name)
+        if info is not None and info.shape != tuple(parameter.shape):
+            raise UsageError(
+                f"{checkpoint.folder}: config.json says that {name} is {list(parameter.shape)}, "
+                f"the weight file has {list(info.shape)}; one of the two files belongs to another model"
+            )
+    return all(name in checkpoint.tensors for name in parameters)
+
+
+def open_weights(captured: Captured, checkpoint: Checkpoint) -> WeightSource:
+    """Streams where names and shapes allow it, else loads the model through transformers."""
+    if check_headers(captured, checkpoint):
+        return StreamedWeights(checkpoint)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder, dtype="auto", output_loading_info=True, trust_remote_code=False, use_safetensors=True
+            )
+    except Exception as error:  # transformers raises anything for a broken checkpoint
+        raise WorkError(f"{checkpoint.folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise WorkError(f"{checkpoint.folder} lacks {len(missing)} of the model's tensors, the first is {missing[0]}")
+    return LoadedWeights({name: parameter.detach() for name, parameter in model.named_parameters()})
+
+
+def load_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tables that a model on the meta device computes for itself (rotary frequencies, embedding scales), by name.
+
+    Uses the hook by which transformers restores them after loading, so they are what a loaded model has.
+    """
+    buffers: dict[str, torch.Tensor] = {}
+    for path, module in model.named_modules():
+        own = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+        if not own:
+            continue
+        for name, buffer in own.items():
+            module._buffers[name] = torch.full_like(buffer, 0, device="cpu")
+        with torch.no_grad():
+            model._init_weights(module)  # type: ignore[operator]
+        for name in own:
+            value = module._buffers[name]
+            assert value is not None
+            buffers[f"{path}.{name}" if path else name] = value
+            module._buffers[name] = own[name]
+    return buffers
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one parameter of the student is made: `source` of the teacher, kept positions a dimension (None: all of them).
+
+    `scale` and `shift` are the repairs that a constant asked for: w -> (w + shift) * scale - shift.
+    """
+
+    source: str
+    positions: tuple[Indices | None, ...]
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def make(self, weight: torch.Tensor) -> torch.Tensor:
+        """The student's parameter from the teacher's, in the teacher's dtype."""
+        for axis, kept in enumerate(self.positions):
+            if kept is not None:
+                weight = weight.index_select(axis, torch.from_numpy(np.ascontiguousarray(kept)).to(weight.device))
+        if self.scale != 1.0:
+            exact = weight.double()
+            weight = ((exact + self.shift) * self.scale - self.shift).to(weight.dtype)
+        return weight.contiguous()
+
+    def mask(self, weight: torch.Tensor) -> torch.Tensor:
+        """The teacher's parameter with everything that is not kept set to zero."""
+        weight = weight.clone()
+        for axis, kept in enumerate(self.positions):
+            if kept is not None:
+                gone = torch.ones(weight.shape[axis], dtype=torch.bool)
+                gone[torch.from_numpy(np.ascontiguousarray(kept))] = False
+                weight.index_fill_(axis, gone.nonzero().flatten().to(weight.device), 0)
+        return weight
+
+
+def recipes(
+    captured: Captured, parameters: Mapping[str, Dims], narrowing: Narrowing, kept_layers: Sequence[int]
+) -> dict[str, Recipe]:
+    """Student parameter name -> how it is made, for every parameter that the student has."""
+    numbers = {old: new for new, old in enumerate(kept_layers)}
+    result: dict[str, Recipe] = {}
+    for name, dims in parameters.items():
+        layer = captured.layer_in_path(name)
+        if layer is not None and layer not in numbers:
+            continue
+        positions = tuple(narrowing.positions(dim) if narrowing.touches(dim) else None for dim in dims)
+        result[renumber(captured, name, numbers)] = Recipe(name, positions)
+    return result
+
+
+def renumber(captured: Captured, name: str, numbers: Mapping[int, int]) -> str:
+    """A parameter's name once its layer has its new number."""
+    layer = captured.layer_in_path(name)
+    if layer is None:
+        return name
+    prefix = f"{captured.layer_path}.{layer}."
+    return f"{captured.layer_path}.{numbers[layer]}.{name.removeprefix(prefix)}"
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """`bfloat16` -> torch.bfloat16"""
+    value: Any = getattr(torch, name)
+    assert isinstance(value, torch.dtype)
+    return value
