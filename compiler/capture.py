@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from minitron.specs.errors import UsageError
 
 WRAPPER = "causal_lm"
-# Positions are below this bound in every exported program; export wants some bound, and none of ours depends on it.
+# Export wants an upper bound for symbolic sizes; nothing of ours depends on it.
 LONGEST = 1 << 20
 PASS_THROUGH = {"transpose", "t", "to", "permute", "contiguous", "alias", "numpy_T", "mT", "_to_copy", "detach"}
 
@@ -113,12 +115,16 @@ def quiet() -> Iterator[None]:
 
 def build_meta(config: Any, dtype: torch.dtype, attention: str) -> torch.nn.Module:
     """The model of a configuration on the meta device: shapes and names, no bytes."""
+    with quiet(), torch.device("meta"):
+        return _build(config, dtype, attention)
+
+
+def _build(config: Any, dtype: torch.dtype, attention: str) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
-    with quiet(), torch.device("meta"):
-        model: torch.nn.Module = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=dtype, attn_implementation=attention, trust_remote_code=False
-        )
+    model: torch.nn.Module = AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), dtype=dtype, attn_implementation=attention, trust_remote_code=False
+    )
     return model.eval()
 
 
@@ -147,8 +153,7 @@ def capture(config: Any, dtype: torch.dtype = torch.float32) -> Captured:
     reasons: list[str] = []
     for attention in ("sdpa", "eager"):
         try:
-            model = build_meta(config, dtype, attention)
-            graph_module = _export(model)
+            model, graph_module = _export(config, dtype, attention)
         except Exception as error:  # whatever a modelling file or export raises decides only whether we can go on
             reasons.append(f"with {attention} attention: {_first_line(error)}")
             continue
@@ -164,19 +169,49 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0][:300] if text else ''}"
 
 
-def _export(model: torch.nn.Module) -> GraphModule:
-    batch = torch.export.Dim("batch", min=2, max=LONGEST)
-    sequence = torch.export.Dim("sequence", min=2, max=LONGEST)
-    sample = torch.zeros(2, 7, dtype=torch.long, device="meta")
+def _export(config: Any, dtype: torch.dtype, attention: str) -> tuple[torch.nn.Module, GraphModule]:
+    """The model on the meta device, and its graph.
+
+    Export sees fake tensors of the CPU: modelling files choose other operators on the meta device, which then refuse
+    real weights.
+    """
+    batch = torch.export.Dim("batch", min=1, max=LONGEST)
+    sequence = torch.export.Dim("sequence", min=1, max=LONGEST)
     with quiet(), torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+            fake = _build(config, dtype, attention)
+            sample = torch.zeros(2, 7, dtype=torch.long)
         program = torch.export.export(
-            _Logits(model), (sample,), dynamic_shapes=({0: batch, 1: sequence},), strict=False
+            _Logits(fake), (sample,), dynamic_shapes=({0: batch, 1: sequence},), strict=False
         )
         module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
+    names = canonical_names(fake)
     for node in list(module.graph.nodes):
-        # Their only use is to catch a retrace with other dtypes; they would pin a device.
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            # Its only use is to catch a retrace with other number formats; it would pin the device.
             module.graph.erase_node(node)
+        elif node.op == "get_attr":
+            name = strip_wrapper(str(node.target))
+            node.target = f"{WRAPPER}.{names[name]}" if name in names else node.target
+            set_attribute(module, str(node.target), attribute(module, str(node.target)).to("meta"))
     module.recompile()
-    return module
+    return build_meta(config, dtype, attention), module
+
+
+def attribute(graph_module: GraphModule, target: str) -> torch.Tensor:
+    """The parameter or buffer that a `get_attr` node reads."""
+    path, _, name = target.rpartition(".")
+    value = getattr(graph_module.get_submodule(path), name)
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def set_attribute(graph_module: GraphModule, target: str, value: torch.Tensor) -> None:
+    """Replaces a parameter or buffer."""
+    path, _, name = target.rpartition(".")
+    holder = graph_module.get_submodule(path)
+    if name in holder._parameters:
+        holder._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
+    else:
+        holder._buffers[name] = value

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from minitron.compiler.capture import WRAPPER, Captured
+from minitron.compiler.capture import WRAPPER, Captured, attribute
 from minitron.compiler.rewrite.passes import Pass, PassResult
 from minitron.specs.errors import UsageError
 
@@ -102,20 +102,3 @@ def _move_modules(graph_module: GraphModule, path: str, kept: Sequence[int]) -> 
     for new, old in enumerate(kept):
         holder.add_module(str(new), layers[str(old)])
 
-
-def attribute(graph_module: GraphModule, target: str) -> torch.Tensor:
-    """The parameter or buffer that a `get_attr` node reads."""
-    path, _, name = target.rpartition(".")
-    value = getattr(graph_module.get_submodule(path), name)
-    assert isinstance(value, torch.Tensor)
-    return value
-
-
-def set_attribute(graph_module: GraphModule, target: str, value: torch.Tensor) -> None:
-    """Replaces a parameter or buffer."""
-    path, _, name = target.rpartition(".")
-    holder = graph_module.get_submodule(path)
-    if name in holder._parameters:
-        holder._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
-    else:
-        holder._buffers[name] = value

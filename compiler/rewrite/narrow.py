@@ -12,9 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch.fx import GraphModule
 
-from minitron.compiler.capture import Captured, strip_wrapper
+from minitron.compiler.capture import Captured, attribute, set_attribute, strip_wrapper
 from minitron.compiler.narrowing import Narrowing
-from minitron.compiler.rewrite.drop_layers import attribute, set_attribute
 from minitron.compiler.rewrite.passes import Pass, PassResult
 from minitron.compiler.rules import Dims
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
+from minitron.compiler.capture import quiet
+
 
 @dataclass(frozen=True)
 class PassResult:
@@ -33,7 +35,8 @@ class PassFailed(AssertionError):
 
 def run_passes(graph_module: GraphModule, passes: Sequence[Pass]) -> tuple[GraphModule, list[PassResult]]:
     """Runs passes over a copy of `graph_module`, in order, and checks each one's postcondition."""
-    current = copy.deepcopy(graph_module)
+    with quiet():
+        current = copy.deepcopy(graph_module)
     results = []
     for one in passes:
         result = one.run(current)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.node import map_aggregate
 
 from minitron.compiler.dims import Dim, size_of
 from minitron.compiler.narrowing import Narrowing
@@ -164,6 +165,12 @@ class _Shapes(Interpreter):
     def __init__(self, graph_module: GraphModule, s: _Sizes) -> None:
         super().__init__(graph_module)
         self.s = s
+
+    def fetch_args_kwargs_from_env(self, n: Node) -> Any:
+        return map_aggregate(
+            super().fetch_args_kwargs_from_env(n),
+            lambda value: torch.device("meta") if isinstance(value, torch.device) else value,
+        )
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)

@@ -1,0 +1,136 @@
+"""Writes the student as a Hugging Face checkpoint: weights in shards, configuration, tokenizer, model card."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minitron.compiler.capture import quiet
+from minitron.compiler.weights import Recipe, WeightSource
+from minitron.specs.atomic import atomic_folder
+
+SHARD_BYTES = 2 << 30  # what is held in memory at a time, besides the tensor that is being made
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+    "chat_template*", "chat_templates",
+)  # fmt: skip
+
+Make = Callable[[str], torch.Tensor]
+
+
+def student_weights(source: WeightSource, recipes: Mapping[str, Recipe], dtype: torch.dtype) -> Make:
+    """Student parameter name -> tensor in the student's dtype, made when it is asked for."""
+
+    def make(name: str) -> torch.Tensor:
+        recipe = recipes[name]
+        weight = source.get(recipe.source)
+        return recipe.make(weight.to(dtype) if weight.is_floating_point() else weight)
+
+    return make
+
+
+def write_student(
+    target: Path,
+    config: Any,
+    model: torch.nn.Module,
+    make: Make,
+    *,
+    streamed: bool,
+    dtype: torch.dtype,
+    teacher_folder: Path,
+    card: str,
+    advance: Callable[[int], None],
+) -> None:
+    """Writes `target` whole or not at all. `model` is the student on the meta device.
+
+    With `streamed` one shard is in memory at a time; else transformers writes the model, undoing its own conversions.
+    """
+    with atomic_folder(target) as folder:
+        config = copy.deepcopy(config)
+        config.dtype = dtype
+        config.architectures = [type(model).__name__]
+        if streamed:
+            _write_shards(folder, [name for name, _ in model.named_parameters()], make, advance)
+            with quiet():
+                config.save_pretrained(folder)
+        else:
+            loaded = copy.deepcopy(model)
+            for name, parameter in list(loaded.named_parameters()):
+                _assign(loaded, name, torch.nn.Parameter(make(name), requires_grad=False))
+                advance(parameter.numel() * parameter.element_size())
+            loaded.tie_weights()  # type: ignore[operator]
+            loaded.config.dtype = dtype
+            with quiet():
+                loaded.save_pretrained(folder)
+                config.save_pretrained(folder)
+        _copy_others(teacher_folder, folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _assign(model: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
+    """Sets a parameter and every other name that it is tied to."""
+    old = model.get_parameter(name)
+    for module in model.modules():
+        for key, value in module._parameters.items():
+            if value is old:
+                module._parameters[key] = parameter
+
+
+def _write_shards(folder: Path, names: list[str], make: Make, advance: Callable[[int], None]) -> None:
+    from safetensors.torch import save_file
+
+    shards: list[dict[str, str]] = []
+    total = 0
+    pending: dict[str, torch.Tensor] = {}
+
+    def flush() -> None:
+        if pending:
+            path = folder / f"part-{len(shards)}.safetensors"
+            save_file(pending, path, metadata={"format": "pt"})
+            shards.append(dict.fromkeys(pending, path.name))
+            pending.clear()
+
+    for name in names:
+        tensor = make(name)
+        size = tensor.numel() * tensor.element_size()
+        if pending and sum(t.numel() * t.element_size() for t in pending.values()) + size > SHARD_BYTES:
+            flush()
+        pending[name] = tensor
+        total += size
+        advance(size)
+    flush()
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (folder / next(iter(shard.values()))).rename(folder / name)
+        weight_map.update(dict.fromkeys(shard, name))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_others(source: Path, folder: Path) -> None:
+    for path in tokenizer_files(source):
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name)
+        else:
+            shutil.copyfile(path, folder / path.name)
+    generation = source / "generation_config.json"
+    if generation.is_file() and not (folder / generation.name).exists():
+        shutil.copyfile(generation, folder / generation.name)
+
+
+def tokenizer_files(folder: Path) -> Iterator[Path]:
+    """The files of a checkpoint that make up its tokenizer."""
+    seen: set[Path] = set()
+    for pattern in TOKENIZER_FILES:
+        for path in sorted(folder.glob(pattern)):
+            if path not in seen:
+                seen.add(path)
+                yield path

@@ -1,0 +1,91 @@
+"""Reads off the graph what lies between the last hidden state and the logits, for a loss that never holds all logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Node
+
+from minitron.compiler.capture import Captured
+from minitron.specs.errors import UsageError
+
+NEUTRAL = {"to", "_to_copy", "alias", "type_as", "contiguous", "clone", "slice", "float", "dropout"}
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = softcap * tanh(z / softcap), z = scale * (h weight^T + bias); without softcap logits = z.
+
+    `backbone` is the sub-module whose last hidden state is h, `module` the one that holds `weight`; `bias` may be None.
+    """
+
+    backbone: str
+    module: str
+    weight: str
+    bias: str | None
+    scale: float
+    softcap: float | None
+
+    def to_yaml(self) -> dict[str, Any]:
+        return {
+            "backbone": self.backbone,
+            "module": self.module,
+            "weight": self.weight,
+            "bias": self.bias,
+            "scale": self.scale,
+            "softcap": self.softcap,
+        }
+
+
+def find_head(captured: Captured) -> Head:
+    """UsageError where something stands between hidden states and logits that the loss does not know."""
+    backbone = str(getattr(captured.model, "base_model_prefix", ""))
+    node = next(n for n in captured.graph.nodes if n.op == "output").args[0]
+    while isinstance(node, tuple | list):
+        (node,) = node
+    scale, softcap = 1.0, None
+    while not _is(node, "linear"):
+        if _is(node, *NEUTRAL):
+            node = node.args[0]
+        elif _is(node, "mul", "div") and isinstance(node.args[1], int | float):
+            factor = float(node.args[1])
+            inner = node.args[0]
+            if _is(node, "mul") and _is(inner, "tanh") and scale == 1.0 and softcap is None:
+                quotient = inner.args[0]
+                if not (_is(quotient, "div") and quotient.args[1] == node.args[1]):
+                    raise _unknown(captured, inner)
+                softcap, node = factor, quotient.args[0]
+                continue
+            scale *= factor if _is(node, "mul") else 1.0 / factor
+            node = inner
+        else:
+            raise _unknown(captured, node)
+    weight = captured.parameter_behind(node.args[1])
+    bias_node = node.args[2] if len(node.args) > 2 else None
+    bias = captured.parameter_behind(bias_node) if bias_node is not None else None
+    module = captured.module_of(node)
+    source = node.args[0]
+    while not captured.module_of(source).startswith(backbone):
+        if _is(source, *NEUTRAL):
+            source = source.args[0]
+        elif _is(source, "mul", "div") and isinstance(source.args[1], int | float) and bias is None:
+            scale *= float(source.args[1]) if _is(source, "mul") else 1.0 / float(source.args[1])
+            source = source.args[0]
+        else:
+            raise _unknown(captured, source)
+    if weight is None:
+        raise _unknown(captured, node)
+    return Head(backbone, module, weight, bias, scale, softcap)
+
+
+def _is(node: Any, *names: str) -> bool:
+    return isinstance(node, Node) and getattr(node.target, "_opname", "") in names
+
+
+def _unknown(captured: Captured, node: Any) -> UsageError:
+    name = getattr(getattr(node, "target", None), "_opname", str(node))
+    return UsageError(
+        f"{captured.config.model_type}: the logits come from the last hidden state through {name}, which the distillation "
+        "loss does not know"
+    )
