@@ -1,0 +1,274 @@
+"""Scores every axis of the teacher in one pass over the calibration samples.
+
+Samples go through in blocks; in a block the graph runs layer by layer for all its batches (`execute`), so that memory is
+one layer's weights and the block's residual stream. After every block what was accumulated is saved: a killed calibration
+goes on with the next block. All axes are scored, whatever the spec narrows, so that the scores serve other specs too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from minitron.compiler.axes import AxisTable
+from minitron.compiler.capture import Captured
+from minitron.compiler.execute import Executor, Tap
+from minitron.compiler.rewrite.drop_layers import LayerEnds
+from minitron.compiler.roles import Roles
+from minitron.compiler.scores import Accumulator, Scores, ScoreTable, WidthConfig
+from minitron.specs.atomic import atomic_path
+from minitron.specs.progress import Progress
+
+BATCH_TOKENS = 4096  # tokens that go through the graph at a time
+BLOCK_BYTES = 1 << 30  # residual stream that is held between two layers
+MOVES = {"view", "reshape", "contiguous", "to", "alias", "type_as", "clone", "_to_copy", "transpose", "permute", "flatten"}
+
+
+@dataclass(frozen=True)
+class DepthConfig:
+    """How layers are ranked (Minitron, arXiv 2407.14679, section 2.3)."""
+
+    metric: Literal["block_influence", "loss", "logit_mse"] = "block_influence"
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """What decides the scores, besides teacher and samples."""
+
+    width: WidthConfig
+    depth: DepthConfig
+
+
+class _Taps:
+    """All accumulators, and the nodes that feed them."""
+
+    def __init__(self, captured: Captured, table: AxisTable, roles: Roles, ends: Sequence[LayerEnds], config: CalibrationConfig):
+        self.roles = roles
+        self.space = table.space
+        self.accumulators: dict[str, Accumulator] = {}
+        self.influence: dict[str, torch.Tensor] = {
+            "turned": torch.zeros(len(ends), dtype=torch.float64),
+            "tokens": torch.zeros(len(ends), dtype=torch.float64),
+        }
+        self.by_node: dict[str, list[Tap]] = {}
+        self._entered: dict[int, torch.Tensor] = {}
+        self._config = config
+        for node in norm_outputs(captured, roles):
+            self._accumulate(node, f"hidden_size.{node.name}")
+        for layer, site in roles.heads.items():
+            for reader in site.readers[:1]:
+                self._accumulate(reader.value, f"num_attention_heads.{layer}")
+        for name, layers in roles.widths.items():
+            for layer, width in layers.items():
+                for reader in width.readers[:1]:
+                    self._accumulate(reader.value, f"{name}.{layer}")
+        if config.depth.metric == "block_influence":
+            for layer, end in enumerate(ends):
+                self._influence(layer, end)
+
+    def _add(self, name: str, tap: Tap) -> None:
+        self.by_node.setdefault(name, []).append(tap)
+
+    def _accumulate(self, node: Node, key: str) -> None:
+        accumulator = self.accumulators.setdefault(key, Accumulator(self._config.width))
+
+        def tap(value: torch.Tensor, number: int) -> None:
+            # Rows of experts come without a batch dimension: all of a batch's rows count as one sample.
+            accumulator.update(value if value.dim() == 3 else value.reshape(1, -1, value.shape[-1]))
+
+        self._add(node.name, tap)
+
+    def _influence(self, layer: int, end: LayerEnds) -> None:
+        """Block influence: 1 - E[cos(x_in, x_out)] over all tokens."""
+
+        def enter(value: torch.Tensor, number: int) -> None:
+            self._entered[number] = value
+
+        def leave(value: torch.Tensor, number: int) -> None:
+            before = self._entered[number]
+            cosine = torch.nn.functional.cosine_similarity(before.float(), value.float(), dim=-1)
+            self.influence["turned"][layer] += (1 - cosine).sum().double().cpu()
+            self.influence["tokens"][layer] += cosine.numel()
+            self._entered[number] = value
+
+        if layer == 0:
+            self._add(end.entry, enter)
+        self._add(end.leave, leave)
+
+    def taps(self) -> dict[str, Tap]:
+        def all_of(taps: list[Tap]) -> Tap:
+            def call(value: torch.Tensor, number: int) -> None:
+                for tap in taps:
+                    tap(value, number)
+
+            return call
+
+        return {name: all_of(taps) for name, taps in self.by_node.items()}
+
+    # -- what is kept of a calibration that was killed ------------------------------------------------------------------
+
+    def state(self) -> dict[str, torch.Tensor]:
+        state = {f"influence/{key}": value.clone() for key, value in self.influence.items()}
+        for key, accumulator in self.accumulators.items():
+            if accumulator.total is not None and accumulator.squares is not None:
+                state[f"total/{key}"] = accumulator.total.cpu()
+                state[f"squares/{key}"] = accumulator.squares.cpu()
+                state[f"samples/{key}"] = torch.tensor(accumulator.samples)
+        return state
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        self.influence = {key: state[f"influence/{key}"].clone() for key in self.influence}
+        for key, accumulator in self.accumulators.items():
+            if f"total/{key}" in state:
+                accumulator.total, accumulator.squares = state[f"total/{key}"], state[f"squares/{key}"]
+                accumulator.samples = int(state[f"samples/{key}"])
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def table(self) -> ScoreTable:
+        hidden: Scores | None = None
+        for key, accumulator in self.accumulators.items():
+            if key.startswith("hidden_size."):
+                score = accumulator.result().numpy()
+                hidden = score if hidden is None else hidden + score
+        heads = {}
+        for layer, site in self.roles.heads.items():
+            key = f"num_attention_heads.{layer}"
+            if key in self.accumulators:
+                channels = self.accumulators[key].result().reshape(site.groups, site.repeats, -1)
+                heads[layer] = channels.norm(dim=-1).numpy()  # L2 over the width of a head
+        widths = {
+            name: {layer: self.accumulators[f"{name}.{layer}"].result().numpy() for layer, width in layers.items() if width.readers}
+            for name, layers in self.roles.widths.items()
+            if any(width.readers for width in layers.values())
+        }
+        layers = None
+        if self._config.depth.metric == "block_influence":
+            layers = (self.influence["turned"] / self.influence["tokens"]).float().numpy()
+        return ScoreTable(hidden, heads, widths, layers)
+
+
+def norm_outputs(captured: Captured, roles: Roles) -> list[Node]:
+    """The values of the residual stream's width that projections inside the layers read: outputs of the input norms."""
+    result: list[Node] = []
+    for reader in roles.hidden.readers:
+        if reader.weight is None or captured.layer_in_path(reader.weight) is None:
+            continue
+        node = reader.value
+        while getattr(node.target, "_opname", "") in MOVES and isinstance(node.args[0], Node):
+            node = node.args[0]
+        if node not in result and node.meta["val"].dim() == 3:
+            result.append(node)
+    return result
+
+
+def calibrate(
+    captured: Captured,
+    table: AxisTable,
+    roles: Roles,
+    ends: Sequence[LayerEnds],
+    executor: Executor,
+    samples: torch.Tensor,
+    config: CalibrationConfig,
+    *,
+    need_layers: bool,
+    partial: Path,
+    key: str,
+    progress: Progress,
+) -> ScoreTable:
+    """Scores of all axes. `partial` keeps what was accumulated so far, for the calibration that `key` identifies."""
+    taps = _Taps(captured, table, roles, ends, config)
+    batches, block = batches_of(samples, roles.hidden.size)
+    done = _restore(taps, partial, key)
+    with progress.task("calibrate", len(batches) * executor.segments, "batches", done * executor.segments) as task:
+        while done < len(batches):
+            part = batches[done : done + block]
+            executor.run(part, taps=taps.taps(), advance=lambda _: task.advance(1))
+            done += len(part)
+            if done < len(batches):
+                _save(taps.state(), partial, key, done)
+    scores = taps.table()
+    if need_layers and config.depth.metric != "block_influence":
+        layers = removal_scores(captured, ends, executor, batches, block, config.depth.metric, progress)
+        scores = ScoreTable(scores.hidden, scores.heads, scores.widths, layers)
+    partial.unlink(missing_ok=True)
+    return scores
+
+
+def batches_of(samples: torch.Tensor, hidden: int) -> tuple[list[torch.Tensor], int]:
+    """Samples as batches, and how many batches make a block."""
+    size = max(1, BATCH_TOKENS // samples.shape[1])
+    batches = list(samples.split(size))
+    # The residual stream, its copy and the norm's output may be alive between two layers, in fp32.
+    block = max(1, BLOCK_BYTES // (3 * 4 * size * samples.shape[1] * hidden))
+    return batches, block
+
+
+def removal_scores(
+    captured: Captured,
+    ends: Sequence[LayerEnds],
+    executor: Executor,
+    batches: Sequence[torch.Tensor],
+    block: int,
+    metric: Literal["loss", "logit_mse"],
+    progress: Progress,
+) -> Scores:
+    """The harm of dropping each layer alone: the rise of the loss, or the mean squared error of the logits."""
+    nodes = {node.name: node for node in captured.graph.nodes}
+    harm = np.zeros(len(ends), dtype=np.float64)
+    with progress.task("rank layers", len(batches) * (len(ends) + 1), "batches") as task:
+        for start in range(0, len(batches), block):
+            part = batches[start : start + block]
+            whole: dict[int, torch.Tensor] = {}
+            executor.run(part, output=lambda logits, n, whole=whole: whole.__setitem__(n, logits))  # type: ignore[misc]
+            task.advance(len(part))
+            for layer, end in enumerate(ends):
+                measure = _removal(metric, part, whole, harm, layer)
+                executor.run(part, output=measure, skip={nodes[end.leave]: nodes[end.entry]})
+                task.advance(len(part))
+    return (harm / sum(batch.shape[0] for batch in batches)).astype(np.float32)
+
+
+def _removal(
+    metric: str, part: Sequence[torch.Tensor], whole: dict[int, torch.Tensor], harm: np.ndarray[tuple[int], np.dtype[np.float64]], layer: int
+) -> Callable[[torch.Tensor, int], None]:
+    def loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
+        flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
+        return float(torch.nn.functional.cross_entropy(flat, ids[:, 1:].reshape(-1).to(flat.device)))
+
+    def measure(logits: torch.Tensor, number: int) -> None:
+        if metric == "loss":
+            value = loss(logits, part[number]) - loss(whole[number], part[number])
+        else:
+            value = float((logits.float() - whole[number].float()).square().mean())
+        harm[layer] += value * part[number].shape[0]
+
+    return measure
+
+
+def _save(state: dict[str, torch.Tensor], path: Path, key: str, done: int) -> None:
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        save_file(state, temporary, metadata={"key": key, "done": json.dumps(done)})
+
+
+def _restore(taps: _Taps, path: Path, key: str) -> int:
+    """The number of batches that an earlier process has accumulated."""
+    from safetensors import safe_open
+
+    if not path.is_file():
+        return 0
+    with safe_open(path, framework="pt") as handle:
+        metadata = handle.metadata()
+        if metadata.get("key") != key:
+            return 0
+        taps.restore({name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118
+        return int(json.loads(metadata["done"]))

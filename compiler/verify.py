@@ -1,0 +1,199 @@
+"""Translation validation: is the student that was written the function that was asked for?
+
+Each check compares two independent routes. One that fails fails the compile.
+
+    widths       the widths asked for are those of the checkpoint, by its configuration and by its tensors
+    reload       the rewritten graph on weights in memory  =  the Hugging Face model loaded fresh from student/
+    masked       the teacher with everything dropped set to zero  =  the rewritten graph, where that is mathematically so
+    permutation  the teacher with every narrowed axis permuted  =  the teacher
+    program      student.pt2 run by plain torch on student/'s weights  =  the Hugging Face model
+    head         the description of the head in training.yaml yields the Hugging Face model's logits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from minitron.compiler.axes import AxisTable
+from minitron.compiler.capture import quiet
+from minitron.compiler.head import Head
+from minitron.compiler.narrowing import Dependent, Indices, Narrowing
+from minitron.compiler.program import run_program
+from minitron.compiler.rules.registry import axis_index
+from minitron.specs.errors import WorkError
+
+# Both routes run in fp32 and differ by the order of sums only; a wrong channel is off by far more than this.
+TOLERANCE = 1e-4
+# The student's weights were rounded once more after a constant was folded into them.
+ROUNDED_TOLERANCE = 3e-2
+SAMPLE = (2, 48)
+
+Run = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Check:
+    """`max_error` is the largest difference of logits over the largest logit; `exact` says what it was held against."""
+
+    name: str
+    passed: bool
+    exact: bool
+    max_error: float
+    tolerance: float
+    detail: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "passed": self.passed,
+            "exact": self.exact,
+            "max_error": self.max_error,
+            "tolerance": self.tolerance,
+            "detail": self.detail,
+        }
+
+
+def compare(name: str, got: torch.Tensor, wanted: torch.Tensor, detail: str, tolerance: float = TOLERANCE) -> Check:
+    """The relative error of logits; a shape that differs or a number that is none fails."""
+    if got.shape != wanted.shape:
+        return Check(name, False, True, float("inf"), tolerance, f"{detail}: {list(got.shape)} against {list(wanted.shape)}")
+    scale = max(float(wanted.abs().max()), 1e-6)
+    error = float((got.double() - wanted.double()).abs().max()) / scale
+    return Check(name, error <= tolerance, True, error, tolerance, detail)
+
+
+def skipped(name: str, detail: str) -> Check:
+    """A comparison that mathematics does not allow here: nothing is claimed."""
+    return Check(name, True, False, 0.0, 0.0, detail)
+
+
+def check_widths(folder: Path, wanted: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]) -> Check:
+    """`wanted`: configuration key -> width; `shapes`: the tensors that were planned, `got`: those of the loaded model."""
+    import json
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    wrong = [f"{key} is {config.get(key)}, not {width}" for key, width in wanted.items() if config.get(key) != width]
+    wrong += [f"{name} is {got.get(name)}, not {shape}" for name, shape in shapes.items() if got.get(name) != shape]
+    passed = not wrong
+    return Check("widths", passed, True, 0.0 if passed else float("inf"), 0.0, "; ".join(wrong[:3]) or "as asked for")
+
+
+def sample_ids(vocab_size: int, longest: int, samples: torch.Tensor | None) -> torch.Tensor:
+    """Token ids to compare on: calibration data where there is some, else random ones."""
+    rows, length = SAMPLE[0], min(SAMPLE[1], longest)
+    if samples is not None and samples.shape[0] >= rows:
+        return samples[:rows, :length].contiguous()
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocab_size, (rows, length), generator=generator)
+
+
+def load_student(folder: Path, attention: str) -> Any:
+    """The Hugging Face model of a folder in fp32, as any user loads it. WorkError with transformers' words."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation=attention, output_loading_info=True, trust_remote_code=False
+            )
+    except Exception as error:  # transformers raises anything
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WorkError(f"{folder} cannot be loaded back by transformers: {reason}") from None
+    problems = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if problems:
+        raise WorkError(f"{folder} does not load back whole: {problems[0]} and {len(problems) - 1} more tensors are off")
+    return model.eval()
+
+
+def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def check_program(path: Path, model: Any, ids: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> Check:
+    """student.pt2 in its own number format; where that is not fp32, the Hugging Face model is compared in it too."""
+    weights = {name: value.to(dtype) for name, value in model.state_dict().items() if value.is_floating_point()}
+    got = run_program(path, weights, ids).float()
+    if dtype == torch.float32:
+        return compare("program", got, wanted, "student.pt2 on student/'s weights against the Hugging Face model")
+    # Rounding of bf16 activations: two routes that are both right differ by it.
+    return compare("program", got, wanted, f"student.pt2 in {dtype} against the Hugging Face model in fp32", 0.1)
+
+
+def check_head(model: Any, head: Head, ids: torch.Tensor, wanted: torch.Tensor) -> Check:
+    with torch.no_grad():
+        hidden = model.get_submodule(head.backbone)(input_ids=ids, use_cache=False).last_hidden_state
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        z = hidden @ parameters[head.weight].T
+        if head.bias is not None:
+            z = z + parameters[head.bias]
+        z = z * head.scale
+        logits = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+    return compare("head", logits, wanted, "the head that the loss uses against the Hugging Face model")
+
+
+def masked_reference(graph_module: GraphModule, table: AxisTable, narrowing: Narrowing) -> GraphModule:
+    """The teacher's graph with every mean over a narrowed axis taken over what is left of it.
+
+    With dropped channels at zero, mean over all of x^2 = (kept / all) mean over the kept: the factor is undone here, in
+    the reference only. (The student ships its norms as they are; see docs/architecture.md.)
+    """
+    import copy
+
+    with quiet():
+        reference = copy.deepcopy(graph_module)
+    graph: Graph = reference.graph
+    dims_of = {node.name: table.nodes[node] for node in graph_module.graph.nodes if node in table.nodes}
+    for node in list(graph.nodes):
+        if getattr(node.target, "_opname", "") != "mean" or not isinstance(node.args[0], Node):
+            continue
+        dims: Any = dims_of[node.args[0].name]
+        named = node.args[1] if len(node.args) > 1 else list(range(len(dims)))
+        axes = [axis_index(int(i), len(dims)) for i in ([named] if isinstance(named, int) else named)]  # type: ignore[union-attr,arg-type]
+        factor = 1.0
+        for axis in axes:
+            if narrowing.touches(dims[axis]):
+                left = narrowing.count(dims[axis])
+                factor *= int(node.meta["val"].shape[axis] if False else _whole(dims[axis])) / left
+        if factor != 1.0:
+            with graph.inserting_after(node):
+                scaled = graph.call_function(torch.ops.aten.mul.Tensor, (node, factor))
+            scaled.meta = dict(node.meta)
+            node.replace_all_uses_with(scaled, delete_user_cb=lambda user, scaled=scaled: user is not scaled)  # type: ignore[misc]
+    reference.recompile()
+    return reference
+
+
+def _whole(dim: Any) -> int:
+    size = 1
+    for atom in dim:
+        size *= atom.size.coefficient
+    return size
+
+
+def permuted(narrowing: Narrowing, seed: int = 0) -> Narrowing:
+    """The same leaves, each permuted instead of narrowed."""
+    rng = np.random.default_rng(seed)
+    kept: dict[Any, Indices] = {
+        leaf: rng.permutation(leaf.size.coefficient).astype(np.int64) for leaf in narrowing.kept
+    }
+    dependent = {
+        leaf: Dependent(
+            one.parent,
+            [rng.permutation(leaf.size.coefficient).astype(np.int64) for _ in one.lists],
+            leaf.size.coefficient,
+        )
+        for leaf, one in narrowing.dependent.items()
+    }
+    return Narrowing(narrowing.space, kept, dependent)
+
+
+def failed(checks: Sequence[Check]) -> list[Check]:
+    return [check for check in checks if not check.passed]
