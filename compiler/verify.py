@@ -23,6 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from minitron.compiler.axes import AxisTable
 from minitron.compiler.capture import quiet
+from minitron.compiler.dims import size_of
 from minitron.compiler.head import Head
 from minitron.compiler.narrowing import Dependent, Indices, Narrowing
 from minitron.compiler.program import run_program
@@ -161,7 +162,7 @@ def masked_reference(graph_module: GraphModule, table: AxisTable, narrowing: Nar
         for axis in axes:
             if narrowing.touches(dims[axis]):
                 left = narrowing.count(dims[axis])
-                factor *= int(node.meta["val"].shape[axis] if False else _whole(dims[axis])) / left
+                factor *= size_of(dims[axis]).coefficient / left
         if factor != 1.0:
             with graph.inserting_after(node):
                 scaled = graph.call_function(torch.ops.aten.mul.Tensor, (node, factor))
@@ -169,13 +170,6 @@ def masked_reference(graph_module: GraphModule, table: AxisTable, narrowing: Nar
             node.replace_all_uses_with(scaled, delete_user_cb=lambda user, scaled=scaled: user is not scaled)  # type: ignore[misc]
     reference.recompile()
     return reference
-
-
-def _whole(dim: Any) -> int:
-    size = 1
-    for atom in dim:
-        size *= atom.size.coefficient
-    return size
 
 
 def permuted(narrowing: Narrowing, seed: int = 0) -> Narrowing:

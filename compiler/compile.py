@@ -1,0 +1,324 @@
+"""The driver: the table of contents of a compile."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from minitron.compiler import verify
+from minitron.compiler.calibrate import CalibrationConfig, DepthConfig, calibrate
+from minitron.compiler.capture import Captured
+from minitron.compiler.card import model_card
+from minitron.compiler.emit import student_weights, write_student
+from minitron.compiler.execute import Executor, Settings
+from minitron.compiler.head import Head
+from minitron.compiler.narrowing import Narrowing
+from minitron.compiler.plan import Plan, make_plan
+from minitron.compiler.program import build_program, save_program
+from minitron.compiler.rewrite import run_passes
+from minitron.compiler.rewrite.constants import changed_buffers, repair_scale
+from minitron.compiler.rewrite.drop_layers import drop_layers
+from minitron.compiler.rewrite.narrow import narrow_parameters
+from minitron.compiler.rewrite.shape_constants import shape_constants
+from minitron.compiler.samples import SampleConfig, calibration_samples, load_tokenizer
+from minitron.compiler.scores import ScoreTable, WidthConfig
+from minitron.compiler.select import Selection, narrowing_of, select
+from minitron.compiler.targets import LAYERS
+from minitron.compiler.training_plan import render, training_plan
+from minitron.compiler.weights import Fetch, Recipe, WeightSource, load_buffers, open_weights, recipes
+from minitron.specs.atomic import atomic_path, remove_leftovers, write_text
+from minitron.specs.data_files import content_hash, resolve
+from minitron.specs.errors import SpecInvalid, UsageError, WorkError
+from minitron.specs.load import LoadedSpec
+from minitron.specs.progress import Progress
+
+Buffers = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Student:
+    """The rewritten graph, how each of its parameters is made, and the tables that the student's own code computes."""
+
+    graph_module: GraphModule
+    recipes: Mapping[str, Recipe]
+    narrowing: Narrowing
+    buffers: Buffers
+    repaired: bool
+
+
+def compile_spec(
+    loaded: LoadedSpec, build: Path, *, device: str, progress: Progress, selection: Selection | None = None
+) -> Plan:
+    """Compiles a spec into the build folder: scores, student, program, verification, training plan.
+
+    `selection` is taken instead of one by scores, for experiments. SpecInvalid and UsageError for a wrong spec, WorkError
+    where the work fails; a check of the student that does not pass is such a failure.
+    """
+    plan = make_plan(loaded, build=build, weights=True)
+    build.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(build)
+    source = open_weights(plan.captured, plan.checkpoint)
+    buffers = load_buffers(plan.captured.model)
+    samples = None
+    if selection is None:
+        scores, samples = score(plan, source, buffers, device, progress)
+        selection = select(
+            plan.targets, plan.roles, scores, plan.captured.layer_count, contiguous=loaded.spec.importance.depth.contiguous
+        )
+    student = rewrite(plan, selection, buffers)
+    fingerprint = _fingerprint(plan, selection)
+    _guard_training(build, fingerprint)
+    (build / "verification.json").unlink(missing_ok=True)
+    emit(plan, student, source, build, progress)
+    write_training_plan(plan, build, fingerprint)
+    write_text(build / "plan.json", _json(plan.to_json(selection) | {"fingerprint": fingerprint}))
+    checks = validate(plan, student, source, buffers, build, samples, device, progress)
+    document = {
+        "format_version": 1,
+        "passed": not verify.failed(checks),
+        "checks": [check.to_json() for check in checks],
+    }
+    write_text(build / "verification.json", _json(document))
+    if verify.failed(checks):
+        first = verify.failed(checks)[0]
+        raise WorkError(
+            f"the student failed its check `{first.name}`: {first.detail} (error {first.max_error:.2e}, allowed "
+            f"{first.tolerance:.0e}); verification.json has all of them. Please report this: the student must not be used"
+        )
+    return plan
+
+
+def score(
+    plan: Plan, source: WeightSource, buffers: Buffers, device: str, progress: Progress
+) -> tuple[ScoreTable, torch.Tensor | None]:
+    """The importance scores, from the build folder where they were made from the same teacher, data and settings."""
+    importance = plan.loaded.spec.importance
+    if importance.data is None or not plan.needs_scores:
+        return ScoreTable(), None
+    try:
+        tokenizer = load_tokenizer(plan.checkpoint.folder)
+    except UsageError as error:
+        raise SpecInvalid([plan.loaded.error("teacher.model", str(error))]) from None
+    data = resolve(importance.data, plan.loaded.folder, at="importance.data", error=plan.loaded.error)
+    wanted = SampleConfig(importance.data.samples, importance.data.sequence_length)
+    samples = calibration_samples(data, tokenizer, plan.captured.config.vocab_size, wanted)
+    if len(samples) < wanted.samples:
+        progress.message(f"the calibration data makes {len(samples)} samples, not {wanted.samples}")
+    need_layers = plan.targets.named_layers is None and plan.targets.layers < plan.captured.layer_count
+    config = CalibrationConfig(
+        WidthConfig(importance.width.batch, importance.width.sequence), DepthConfig(importance.depth.metric)
+    )
+    key = _score_key(plan, content_hash(data), samples, config)
+    path = plan.build / "scores.safetensors"
+    cached = _read_scores(path, key)
+    if cached is not None and (cached.layers is not None or not need_layers):
+        progress.message(f"scores: taken from {path}")
+        return cached, samples
+    executor = Executor(
+        plan.captured.graph_module, plan.captured.layer_of, source.get, buffers, _settings(plan, device)
+    )
+    scores = calibrate(
+        plan.captured, plan.table, plan.roles, plan.ends, executor, samples, config,
+        need_layers=need_layers, partial=plan.build / "scores.partial.safetensors", key=key, progress=progress,
+    )  # fmt: skip
+    _write_scores(path, key, scores)
+    return scores, samples
+
+
+def rewrite(plan: Plan, selection: Selection, buffers: Buffers) -> Student:
+    """The graph passes, in order, and the recipes of the student's parameters."""
+    captured = plan.captured
+    narrowing = narrowing_of(selection, plan.roles, plan.table)
+    dims_of = {node.name: dims for node, dims in plan.table.nodes.items()}
+    passes = [narrow_parameters(captured, dims_of, narrowing), shape_constants(dims_of, narrowing)]
+    if len(selection.layers) < captured.layer_count:
+        passes.insert(0, drop_layers(captured, plan.ends, selection.layers))
+    graph_module, _ = run_passes(captured.graph_module, passes)
+    made = recipes(captured, plan.table.parameters, narrowing, selection.layers)
+    own = load_buffers(plan.model)
+    numbers = {old: new for new, old in enumerate(selection.layers)}
+    changed = changed_buffers(captured, buffers, own, numbers)
+    try:
+        for name in changed:
+            old, new = buffers.get(name), own.get(name)
+            if old is None or new is None or old.numel() != 1:
+                raise UsageError(f"{name} is computed from a narrowed width when the student is loaded; no repair is known")
+            repair_scale(graph_module, name, float(old) / float(new), made)
+    except UsageError as error:
+        raise SpecInvalid([plan.loaded.error("student", str(error))]) from None
+    return Student(graph_module, made, narrowing, own, bool(changed))
+
+
+def emit(plan: Plan, student: Student, source: WeightSource, build: Path, progress: Progress) -> None:
+    """student/ and student.pt2."""
+    make = student_weights(source, student.recipes, plan.dtype)
+    with progress.task("write student", plan.student_costs.weight_bytes, "B") as task:
+        write_student(
+            build / "student", plan.config, plan.model, make,
+            streamed=source.streamed, dtype=plan.dtype, teacher_folder=plan.checkpoint.folder,
+            card=model_card(plan.to_json()), advance=task.advance,
+        )  # fmt: skip
+    save_program(build_program(student.graph_module, student.buffers), build / "student.pt2")
+
+
+def write_training_plan(plan: Plan, build: Path, fingerprint: str) -> None:
+    """training.yaml"""
+    document = training_plan(plan.loaded, build, plan.checkpoint.folder, plan.head, plan.head, fingerprint)
+    write_text(build / "training.yaml", render(document, plan.loaded.path, build))
+
+
+def validate(
+    plan: Plan,
+    student: Student,
+    source: WeightSource,
+    buffers: Buffers,
+    build: Path,
+    samples: torch.Tensor | None,
+    device: str,
+    progress: Progress,
+) -> list[verify.Check]:
+    """All checks of `verify`, on logits of a few sequences."""
+    config = plan.captured.config
+    longest = getattr(config, "max_position_embeddings", None) or verify.SAMPLE[1]
+    ids = verify.sample_ids(config.vocab_size, int(longest), samples)
+    settings = _settings(plan, device)
+    make = student_weights(source, student.recipes, plan.dtype)
+    exact = [s for s in plan.targets.statuses if s.student < s.teacher and s.status != "exact"]
+
+    def held(name: str) -> torch.Tensor:
+        """The teacher's parameter as the spec says that it is held."""
+        return source.get(name).to(plan.dtype)
+
+    with progress.task("verify", 6, "checks") as task:
+        model = verify.load_student(build / "student", plan.captured.attention)
+        wanted = verify.logits_of(model, ids)
+        shapes = {name: tuple(p.shape) for name, p in plan.model.named_parameters()}
+        got = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        checks = [verify.check_widths(build / "student", _config_widths(plan), shapes, got)]
+        task.advance(1)
+        rewritten = _logits(student.graph_module, plan.captured, make, student.buffers, settings, ids)
+        checks.append(verify.compare("reload", rewritten, wanted, "rewritten graph against student/ loaded by transformers"))
+        task.advance(1)
+        if exact:
+            checks.append(verify.skipped("masked", f"{exact[0].axis}: {exact[0].reason}"))
+        else:
+            reference = verify.masked_reference(plan.captured.graph_module, plan.table, student.narrowing)
+            masked = _logits(reference, plan.captured, _masked(student.recipes, held), buffers, settings, ids)
+            tolerance = verify.ROUNDED_TOLERANCE if student.repaired and plan.dtype != torch.float32 else verify.TOLERANCE
+            detail = "teacher with everything dropped set to zero against the rewritten graph"
+            checks.append(verify.compare("masked", masked, rewritten, detail, tolerance))
+        task.advance(1)
+        whole = _logits(plan.captured.graph_module, plan.captured, held, buffers, settings, ids)
+        turned = recipes(
+            plan.captured, plan.table.parameters, verify.permuted(student.narrowing), range(plan.captured.layer_count)
+        )
+        mixed = _logits(
+            plan.captured.graph_module, plan.captured, lambda name: turned[name].make(held(name)), buffers, settings, ids
+        )
+        checks.append(verify.compare("permutation", mixed, whole, "teacher with its narrowed axes permuted against itself"))
+        task.advance(1)
+        checks.append(verify.check_program(build / "student.pt2", model, ids, wanted, plan.dtype))
+        task.advance(1)
+        checks.append(verify.check_head(model, plan.head, ids, wanted))
+        task.advance(1)
+    return checks
+
+
+def _masked(made: Mapping[str, Recipe], held: Fetch) -> Fetch:
+    """The teacher's parameters with everything dropped at zero; a dropped layer's are zero altogether."""
+    by_source = {recipe.source: recipe for recipe in made.values()}
+
+    def fetch(name: str) -> torch.Tensor:
+        weight = held(name)
+        return by_source[name].mask(weight) if name in by_source else torch.zeros_like(weight)
+
+    return fetch
+
+
+def _logits(
+    graph_module: GraphModule, captured: Captured, fetch: Fetch, buffers: Buffers, settings: Settings, ids: torch.Tensor
+) -> torch.Tensor:
+    found: list[torch.Tensor] = []
+    executor = Executor(graph_module, captured.layer_of, fetch, buffers, settings)
+    executor.run([ids], output=lambda logits, _: found.append(logits.float().cpu()))
+    return found[0]
+
+
+def _settings(plan: Plan, device: str) -> Settings:
+    return Settings(device, torch.float32, plan.dtype)
+
+
+def _config_widths(plan: Plan) -> dict[str, int]:
+    """Configuration key -> width, for everything that was asked for."""
+    from minitron.compiler.student_config import config_key
+    from minitron.compiler.targets import teacher_widths
+
+    old = teacher_widths(plan.captured, plan.roles, plan.table)
+    keys = {name: config_key(plan.captured.config, name, old[name]) for name in plan.targets.widths}
+    attribute_map = getattr(plan.config, "attribute_map", {})
+    wanted = {attribute_map.get(key, key): plan.targets.widths[name] for name, key in keys.items() if key is not None}
+    return wanted | {attribute_map.get(LAYERS, LAYERS): plan.targets.layers}
+
+
+def _score_key(plan: Plan, data: str, samples: torch.Tensor, config: CalibrationConfig) -> str:
+    """A hash of everything that decides the scores."""
+    digest = hashlib.sha256()
+    headers = sorted((n, t.dtype, t.shape, t.file.name, t.file.stat().st_size, t.file.stat().st_mtime_ns) for n, t in plan.checkpoint.tensors.items())
+    for part in (plan.checkpoint.config.to_json_string(), repr(headers), data, repr(config), str(plan.dtype), torch.__version__):
+        digest.update(part.encode())
+    digest.update(samples.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _fingerprint(plan: Plan, selection: Selection) -> str:
+    """Identifies the pruned student: teacher, selection and number format."""
+    from minitron.compiler.select import selection_json
+
+    headers = sorted((name, info.dtype, info.shape) for name, info in plan.checkpoint.tensors.items())
+    parts = (repr(headers), json.dumps(selection_json(selection, plan.roles)), plan.config.to_json_string(), str(plan.dtype))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _guard_training(build: Path, fingerprint: str) -> None:
+    """A build that holds the training of another student is not overwritten."""
+    from minitron.compiler.plan import read_plan
+
+    old = read_plan(build)
+    trained = any((build / "train").glob("*")) or (build / "model").exists()
+    if old is not None and trained and old.get("fingerprint") != fingerprint:
+        raise UsageError(
+            f"{build} holds the training of another student (other widths, selection or teacher); "
+            "name another folder with -o, or remove its train/ and model/"
+        )
+
+
+def _read_scores(path: Path, key: str) -> ScoreTable | None:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as handle:
+            if (handle.metadata() or {}).get("key") != key:
+                return None
+            return ScoreTable.from_tensors({name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118
+    except SafetensorError:
+        return None
+
+
+def _write_scores(path: Path, key: str, scores: ScoreTable) -> None:
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        save_file(scores.to_tensors(), temporary, metadata={"key": key})
+
+
+def _json(document: Any) -> str:
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"

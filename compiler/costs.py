@@ -1,0 +1,139 @@
+"""What a model and each phase cost, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from minitron.compiler.axes import AxisTable
+from minitron.compiler.capture import Captured
+from minitron.compiler.roles import Roles
+
+# bf16 dense, without sparsity; and a model FLOPs utilisation no more hopeful than what published distillation runs imply
+# (a 9B hybrid to 7B: 6.3B tokens in about 600 H100-hours is 18%; Qwen3-8B to 6B: 50B tokens in about 3,000 is 25%).
+REFERENCE_DEVICE = "H100"
+REFERENCE_FLOPS = 989e12
+REFERENCE_MFU = 0.17
+
+
+@dataclass(frozen=True)
+class ModelCosts:
+    """All integers; bytes in the checkpoint's number format, FLOPs of one token's forward pass.
+
+    `flops_per_token` counts two for every weight that a token meets; `attention_flops_per_pair` is what attention adds for
+    each earlier position that the token looks at.
+    """
+
+    parameters: int
+    non_embedding_parameters: int
+    active_parameters: int
+    weight_bytes: int
+    kv_cache_bytes_per_token: int
+    flops_per_token: int
+    attention_flops_per_pair: int
+
+    def to_json(self) -> dict[str, int]:
+        return {
+            "parameters": self.parameters,
+            "non_embedding_parameters": self.non_embedding_parameters,
+            "active_parameters": self.active_parameters,
+            "weight_bytes": self.weight_bytes,
+            "kv_cache_bytes_per_token": self.kv_cache_bytes_per_token,
+            "flops_per_token": self.flops_per_token,
+            "attention_flops_per_pair": self.attention_flops_per_pair,
+        }
+
+
+@dataclass(frozen=True)
+class HeadCounts:
+    """Of one attention layer: key-value groups, query heads, and the widths of a key and a value."""
+
+    groups: int
+    heads: int
+    key_width: int
+    value_width: int
+
+
+def chosen_experts(captured: Captured) -> int | None:
+    """How many experts a token is sent to: the k of the router's top-k."""
+    for node in captured.graph.nodes:
+        if getattr(node.target, "_opname", "") == "topk" and len(node.args) > 1 and isinstance(node.args[1], int):
+            return node.args[1]
+    return None
+
+
+def model_costs(
+    model: torch.nn.Module,
+    stacked: Mapping[str, int],
+    chosen: int | None,
+    attention: list[HeadCounts],
+    embedding: str,
+    head: str,
+    bytes_per_weight: int,
+) -> ModelCosts:
+    """`stacked`: parameter name -> number of experts that it stacks; `attention`: one entry a layer that attends."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    total = sum(sizes.values())
+    active = sum(
+        size * chosen // stacked[name] if name in stacked and chosen is not None else size for name, size in sizes.items()
+    )
+    ends = {embedding, head}
+    non_embedding = total - sum(size for name, size in sizes.items() if name in ends)
+    # An embedding is looked up, not multiplied; tied to the head it is both.
+    multiplied = active - (sizes[embedding] if embedding != head else 0)
+    cache = sum(one.groups * (one.key_width + one.value_width) for one in attention)
+    pairs = sum(2 * one.heads * (one.key_width + one.value_width) for one in attention)
+    return ModelCosts(total, non_embedding, active, total * bytes_per_weight, cache * bytes_per_weight, 2 * multiplied, pairs)
+
+
+def embedding_name(captured: Captured) -> str:
+    """The parameter that token ids index."""
+    ids = next(node for node in captured.graph.nodes if node.op == "placeholder")
+    for node in ids.users:
+        if getattr(node.target, "_opname", "") == "embedding":
+            name = captured.parameter_behind(node.args[0])
+            assert name is not None
+            return name
+    raise AssertionError("a captured model reads its token ids through an embedding")
+
+
+def attention_counts(captured: Captured, roles: Roles, table: AxisTable) -> dict[int, HeadCounts]:
+    """Layer -> the teacher's attention."""
+    counts = {}
+    for site in table.attentions:
+        layer = captured.layer_of(site.node)
+        if layer is None or layer not in roles.heads:
+            continue
+        heads = roles.heads[layer]
+        value = site.node.meta["val"].shape[-1]
+        query: Any = site.node.args[0]
+        key = query.meta["val"].shape[-1] if getattr(site.node.target, "_opname", "").startswith("scaled") else value
+        counts[layer] = HeadCounts(heads.groups, heads.groups * heads.repeats, int(key), int(value))
+    return counts
+
+
+def stacked_parameters(captured: Captured, table: AxisTable) -> dict[str, int]:
+    """Parameters that stack the weights of experts -> how many."""
+    return {
+        name: dims[0][0].size.coefficient
+        for name, dims in table.parameters.items()
+        if len(dims) == 3 and dims[0] and captured.layer_in_path(name) is not None
+    }
+
+
+def training_memory(teacher: ModelCosts, student: ModelCosts, layers: int, hidden: int, sequences: int, length: int) -> int:
+    """Peak bytes of distillation on one device: teacher and fp32 student with gradients and two moments, and activations.
+
+    Activations: about 34 bytes a token, channel and layer without recomputation (Korthikanti et al., arXiv 2205.05198,
+    section 4, bf16), estimated; logits never exist whole.
+    """
+    states = student.parameters * 4 * 4
+    return teacher.weight_bytes + states + 34 * layers * hidden * sequences * length
+
+
+def device_hours(flops: float) -> float:
+    """Hours on the reference device at the reference utilisation."""
+    return flops / (REFERENCE_FLOPS * REFERENCE_MFU) / 3600

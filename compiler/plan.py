@@ -1,0 +1,265 @@
+"""The plan: everything that is known before a weight is read. `compile` starts from it, `plan` prints it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minitron.compiler import costs
+from minitron.compiler.axes import AxisTable, analyse
+from minitron.compiler.capture import Captured, capture
+from minitron.compiler.checkpoint import Checkpoint, open_checkpoint
+from minitron.compiler.head import Head, find_head
+from minitron.compiler.rewrite.constants import check_scalars
+from minitron.compiler.rewrite.drop_layers import LayerEnds, layer_ends
+from minitron.compiler.roles import Roles, find_roles
+from minitron.compiler.select import Selection, leading, narrowing_of, selection_json, wanted_heads
+from minitron.compiler.student_config import prove, student_config
+from minitron.compiler.targets import HIDDEN, LAYERS, AxisStatus, Targets, resolve_targets, teacher_widths
+from minitron.compiler.weights import check_headers, dtype_of, recipes
+from minitron.specs.available import unavailable
+from minitron.specs.data_files import check_data
+from minitron.specs.errors import SpecError, SpecInvalid, UsageError, WorkError
+from minitron.specs.load import LoadedSpec
+from minitron.specs.units import Share, default_multiple
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A spec resolved against its teacher.
+
+    captured, table, roles, ends, head   what the graph of the teacher says
+    targets                              the widths asked for
+    config, model                        the student's configuration, proved on the meta device, and that model
+    teacher_costs, student_costs         from shapes alone
+    """
+
+    loaded: LoadedSpec
+    build: Path
+    checkpoint: Checkpoint
+    captured: Captured
+    table: AxisTable
+    roles: Roles
+    ends: tuple[LayerEnds, ...]
+    head: Head
+    targets: Targets
+    config: Any
+    model: torch.nn.Module
+    teacher_costs: costs.ModelCosts
+    student_costs: costs.ModelCosts
+    remarks: tuple[str, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of teacher and student."""
+        return dtype_of(self.loaded.spec.teacher.dtype)
+
+    def to_json(self, selection: Selection | None = None) -> dict[str, Any]:
+        """The document of `plan --json` and plan.json."""
+        spec = self.loaded.spec
+        widths = teacher_widths(self.captured, self.roles, self.table)
+        student = {**widths, **self.targets.widths, LAYERS: self.targets.layers}
+        document: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "spec": {
+                "name": spec.name,
+                "path": str(self.loaded.path),
+                "sha256": self.loaded.sha256,
+                "overrides": list(self.loaded.overrides),
+                "resolved": self.loaded.resolved,
+            },
+            "teacher": self._side(self.teacher_costs, widths) | {"model": self.checkpoint.name},
+            "student": self._side(self.student_costs, student),
+            "axes": [_axis(status) for status in self.targets.statuses],
+            "phases": self.phases(),
+            "remarks": list(self.remarks),
+        }
+        if selection is not None:
+            document["selection"] = selection_json(selection, self.roles)
+        return document
+
+    def _side(self, model: costs.ModelCosts, widths: Mapping[str, int]) -> dict[str, Any]:
+        return {"model_type": self.captured.config.model_type, **model.to_json(), "widths": dict(widths)}
+
+    def phases(self) -> list[dict[str, Any]]:
+        """What is done, in order, and what it costs; hours are those of the reference device."""
+        spec = self.loaded.spec
+        phases: list[dict[str, Any]] = []
+        hidden, layers = self.roles.hidden.size, self.captured.layer_count
+        if spec.importance.data is not None and self.needs_scores:
+            tokens = spec.importance.data.samples * spec.importance.data.sequence_length
+            layer_bytes = self.teacher_costs.parameters * 4 // max(layers, 1)
+            work = float(tokens * self.teacher_costs.flops_per_token)
+            phases.append(_phase("calibrate", tokens, work, layer_bytes + (1 << 30)))
+        if spec.distill is not None:
+            tokens, length = spec.distill.tokens, spec.distill.sequence_length
+            attention = (length // 2) * (
+                self.teacher_costs.attention_flops_per_pair + 3 * self.student_costs.attention_flops_per_pair
+            )
+            each = self.teacher_costs.flops_per_token + 3 * self.student_costs.flops_per_token + attention
+            sequences = spec.distill.micro_batch_size or 1
+            width = self.targets.widths.get(HIDDEN, hidden)
+            memory = costs.training_memory(
+                self.teacher_costs, self.student_costs, self.targets.layers, width, sequences, length
+            )
+            phases.append(_phase("distill", tokens, float(tokens * each), memory))
+        return phases
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether activations decide anything."""
+        chosen = self.targets.named_layers is not None or self.targets.layers == self.captured.layer_count
+        return bool(self.targets.widths) or not chosen
+
+
+def _axis(status: AxisStatus) -> dict[str, Any]:
+    return {
+        "axis": status.axis,
+        "teacher": status.teacher,
+        "student": status.student,
+        "status": status.status,
+        "reason": status.reason,
+    }
+
+
+def _phase(name: str, tokens: int, flops: float, memory: int) -> dict[str, Any]:
+    return {
+        "name": name,
+        "tokens": tokens,
+        "flops": int(flops),
+        "peak_memory_bytes": memory,
+        "device_hours": round(costs.device_hours(flops), 6),
+        "device": f"{costs.REFERENCE_DEVICE} at {costs.REFERENCE_MFU:.0%} of its peak",
+    }
+
+
+def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan:
+    """Resolves a spec. SpecInvalid with everything that is wrong with it, each at its place.
+
+    Without `weights` the configuration and whatever weight headers are there suffice; with it the weights must be there.
+    """
+    spec = loaded.spec
+    errors = [loaded.error(path, message) for path, message in unavailable(spec)]
+    errors += check_data(loaded)
+    if spec.teacher.model is None:
+        raise SpecInvalid(errors or [loaded.error("teacher", "names no model", "write `model`")])
+    try:
+        checkpoint = open_checkpoint(spec.teacher.model, spec.teacher.revision, loaded.folder, weights=weights)
+        captured = capture(checkpoint.config, dtype_of(spec.teacher.dtype))
+        table = analyse(captured)
+        roles = find_roles(captured, table)
+        head = find_head(captured)
+        check_headers(captured, checkpoint)
+    except UsageError as error:
+        raise SpecInvalid([*errors, loaded.error("teacher.model", str(error))]) from None
+    targets, wrong = resolve_targets(spec.student, captured, roles, table, _resolver(loaded), loaded.error)
+    errors += wrong + _check_lengths(loaded, captured)
+    if targets is None or errors:
+        raise SpecInvalid(errors)
+    ends: tuple[LayerEnds, ...] = ()
+    try:
+        ends = tuple(layer_ends(captured))
+    except UsageError as error:
+        if targets.layers != captured.layer_count:
+            raise SpecInvalid([loaded.error("student", f"no layer can be dropped: {error}")]) from None
+    try:
+        config, model = _prove(captured, table, roles, targets)
+    except UsageError as error:
+        raise SpecInvalid([loaded.error("student", str(error))]) from None
+    teacher_cost, student_cost = _both_costs(captured, table, roles, targets, head, model)
+    return Plan(
+        loaded, build, checkpoint, captured, table, roles, ends, head, targets, config, model, teacher_cost, student_cost,
+        _remarks(checkpoint, captured),
+    )  # fmt: skip
+
+
+def _resolver(loaded: LoadedSpec) -> Any:
+    """Numbers as they are; shares of widths rounded down to a multiple, counts of heads and layers to whole numbers."""
+    counts = {"num_attention_heads", "num_key_value_heads", "num_experts", LAYERS, "mamba_num_heads"}
+
+    def resolve(key: str, value: Any, teacher: int) -> int:
+        if not isinstance(value, Share):
+            return int(value)
+        multiple = 1 if key in counts else loaded.spec.student.multiple_of or default_multiple(teacher)
+        return value.of(teacher, multiple)
+
+    return resolve
+
+
+def _check_lengths(loaded: LoadedSpec, captured: Captured) -> list[SpecError]:
+    longest = getattr(captured.config, "max_position_embeddings", None)
+    errors = []
+    spec = loaded.spec
+    for path, block in (("importance.data.sequence_length", spec.importance.data), ("distill.sequence_length", spec.distill)):
+        if block is not None and isinstance(longest, int) and block.sequence_length > longest:
+            errors.append(
+                loaded.error(path, f"{block.sequence_length} is more than the teacher's {longest} positions", f"write at most {longest}")
+            )
+    return errors
+
+
+def _prove(captured: Captured, table: AxisTable, roles: Roles, targets: Targets) -> tuple[Any, torch.nn.Module]:
+    selection = leading(targets, roles, captured.layer_count)
+    narrowing = narrowing_of(selection, roles, table)
+    made = recipes(captured, table.parameters, narrowing, selection.layers)
+    shapes = {
+        name: tuple(narrowing.count(dim) for dim in table.parameters[recipe.source]) for name, recipe in made.items()
+    }
+    widths = teacher_widths(captured, roles, table)
+    config = student_config(captured, targets.widths, widths, selection.layers)
+    model = prove(captured, config, shapes)
+    if targets.widths or len(selection.layers) != captured.layer_count:
+        numbers = {old: new for new, old in enumerate(selection.layers)}
+        check_scalars(captured, capture(config, captured.dtype), numbers)
+    return config, model
+
+
+def _both_costs(
+    captured: Captured, table: AxisTable, roles: Roles, targets: Targets, head: Head, model: torch.nn.Module
+) -> tuple[costs.ModelCosts, costs.ModelCosts]:
+    stacked = costs.stacked_parameters(captured, table)
+    chosen = costs.chosen_experts(captured)
+    attention = costs.attention_counts(captured, roles, table)
+    embedding = costs.embedding_name(captured)
+    size = torch.empty(0, dtype=captured.dtype).element_size()
+    teacher = costs.model_costs(
+        captured.model, stacked, chosen, list(attention.values()), embedding, head.weight, size
+    )
+    narrowed = []
+    for layer, counts in list(attention.items())[: targets.layers]:
+        groups, repeats = wanted_heads(targets, roles.heads[layer])
+        narrowed.append(costs.HeadCounts(groups, groups * repeats, counts.key_width, counts.value_width))
+    student = costs.model_costs(model, stacked, chosen, narrowed, embedding, head.weight, size)
+    return teacher, student
+
+
+def _remarks(checkpoint: Checkpoint, captured: Captured) -> tuple[str, ...]:
+    """What the user should know and no axis says."""
+    remarks = []
+    if not checkpoint.tensors:
+        remarks.append("no weight files are there: tensor names and shapes could not be compared with the configuration")
+    else:
+        known = set(captured.canonical)
+        extra = [name for name in checkpoint.tensors if name not in known]
+        if extra and all(name in checkpoint.tensors for name in set(captured.canonical.values())):
+            remarks.append(f"{len(extra)} tensors of the checkpoint are not the model's and are ignored, such as {extra[0]}")
+    return tuple(remarks)
+
+
+def read_plan(build: Path) -> dict[str, Any] | None:
+    """The plan.json of a build folder, None where there is none."""
+    path = build / "plan.json"
+    if not path.is_file():
+        return None
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WorkError(f"{path} is not valid JSON ({error}); remove it and compile again") from None
+    return document

@@ -1,0 +1,114 @@
+"""Generates training.yaml: the training plan with every value resolved. The runtime reads it and nothing else."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minitron.compiler.head import Head
+from minitron.specs.data import DataSource
+from minitron.specs.data_files import resolve
+from minitron.specs.load import LoadedSpec
+
+FORMAT_VERSION = 1
+MICRO_BATCH_TOKENS = 8192  # tokens of one forward pass where the spec leaves the micro batch open
+CHECKPOINTS = 20  # over the whole training, where the spec leaves it open
+SUITES = {
+    "minitron-9": [
+        "arc_challenge", "gsm8k", "hellaswag", "humaneval", "mbpp", "mmlu", "truthfulqa_mc2", "winogrande", "xlsum_en",
+    ]
+}  # fmt: skip
+
+HEADER = """\
+# The training plan that minitron generated from {spec}.
+# Every value stands here and nothing is implied; it can be read, edited and run: minitron train {build}
+"""
+
+
+def training_plan(
+    loaded: LoadedSpec, build: Path, teacher_folder: Path, teacher_head: Head, student_head: Head, fingerprint: str
+) -> dict[str, Any]:
+    """The document. `fingerprint` identifies the pruned student that training starts from."""
+    spec = loaded.spec
+    distill, evaluate = spec.distill, spec.evaluate
+    document: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "name": spec.name,
+        "fingerprint": fingerprint,
+        "teacher": {
+            "model": _relative(teacher_folder, build),
+            "revision": None,
+            "dtype": spec.teacher.dtype,
+            "head": teacher_head.to_yaml(),
+        },
+        "student": {"model": "student", "dtype": spec.teacher.dtype, "head": student_head.to_yaml()},
+        "tokenizer": "student",
+        "output": "model",
+        "work": "train",
+    }
+    if distill is not None:
+        every = distill.checkpoint.every_tokens or max(1, distill.tokens // CHECKPOINTS)
+        document |= {
+            "data": _source(loaded, distill.data, "distill.data"),
+            "teacher_logits": distill.teacher_logits
+            if isinstance(distill.teacher_logits, str)
+            else distill.teacher_logits.model_dump(mode="json"),
+            "tokens": distill.tokens,
+            "sequence_length": distill.sequence_length,
+            "global_batch_size": distill.global_batch_size,
+            "micro_batch_size": distill.micro_batch_size
+            or micro_batch(distill.global_batch_size, distill.sequence_length),
+            "optimizer": distill.optimizer.model_dump(mode="json"),
+            "loss": distill.loss.model_dump(mode="json"),
+            "seed": distill.seed,
+            "compute_dtype": {"cpu": "float32", "cuda": "bfloat16"},
+            "gradient_checkpointing": distill.gradient_checkpointing,
+            "checkpoint": {"every_tokens": every, "keep_last": distill.checkpoint.keep_last},
+        }
+    held_out = None
+    if evaluate is not None and evaluate.held_out is not None:
+        held_out = {
+            "data": _source(loaded, evaluate.held_out, "evaluate.held_out"),
+            "max_tokens": evaluate.max_tokens,
+            "every_tokens": evaluate.every_tokens or document.get("checkpoint", {}).get("every_tokens"),
+        }
+    document["held_out"] = held_out
+    document["evaluate"] = {
+        "suite": [] if evaluate is None else _suite(evaluate.suite),
+        "data_dir": None
+        if evaluate is None or evaluate.data_dir is None
+        else str((loaded.folder / evaluate.data_dir).resolve()),
+        "prompt": None if evaluate is None else evaluate.prompt,
+        "continuation_tokens": 64 if evaluate is None else evaluate.continuation_tokens,
+    }
+    return document
+
+
+def micro_batch(global_batch: int, length: int) -> int:
+    """The largest divisor of the global batch whose tokens stay within MICRO_BATCH_TOKENS, at least 1."""
+    most = max(1, MICRO_BATCH_TOKENS // length)
+    return max(n for n in range(1, min(most, global_batch) + 1) if global_batch % n == 0)
+
+
+def render(document: dict[str, Any], spec: Path, build: Path) -> str:
+    """The file's text."""
+    body = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
+    return HEADER.format(spec=spec.name, build=build.name) + body
+
+
+def _suite(suite: Any) -> list[str]:
+    return list(SUITES[suite]) if isinstance(suite, str) else list(suite)
+
+
+def _source(loaded: LoadedSpec, source: DataSource, at: str) -> dict[str, Any]:
+    resolved = resolve(source, loaded.folder, at=at, error=loaded.error)
+    return DataSource.model_validate(resolved.model_dump(mode="json")).model_dump(mode="json", exclude_none=True)
+
+
+def _relative(folder: Path, build: Path) -> str:
+    """Relative to the build folder, so that both can be moved together; absolute for what lies in a cache."""
+    relative = os.path.relpath(folder, build)
+    return relative if relative.count("..") <= 4 else str(folder)
