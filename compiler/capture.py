@@ -18,6 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from transformers.utils import logging as transformers_logging
 
 from minitron.specs.errors import UsageError
 
@@ -102,8 +103,10 @@ def quiet() -> Iterator[None]:
     """Silences the notices of export and model construction: they name nothing that a user could act on."""
     loggers = [logging.getLogger(name) for name in ("transformers", "torch.export", "torch._export", "torch.fx")]
     levels = [logger.level for logger in loggers]
+    bars = transformers_logging.is_progress_bar_enabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        transformers_logging.disable_progress_bar()
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         try:
@@ -111,6 +114,8 @@ def quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+            if bars:
+                transformers_logging.enable_progress_bar()
 
 
 def build_meta(config: Any, dtype: torch.dtype, attention: str) -> torch.nn.Module:

@@ -224,7 +224,7 @@ def validate(
         )
         checks.append(verify.compare("permutation", mixed, whole, "teacher with its narrowed axes permuted against itself"))
         task.advance(1)
-        checks.append(verify.check_program(build / "student.pt2", model, ids, wanted, plan.dtype))
+        checks.append(verify.check_program(build, model, ids, wanted, plan.dtype, streamed=source.streamed))
         task.advance(1)
         checks.append(verify.check_head(model, plan.head, ids, wanted))
         task.advance(1)

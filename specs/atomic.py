@@ -54,8 +54,10 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
+        for path in [temporary, *temporary.rglob("*")]:
+            if path.is_dir():
+                sync_folder(path)
+            else:
                 with path.open("rb") as handle:
                     os.fsync(handle.fileno())
         if target.exists():

@@ -1,0 +1,48 @@
+# `make quickstart` takes a fresh clone to a distilled model; `make test` and `make lint` check a change.
+#
+#   PYTHON=python3.12 make quickstart    another interpreter
+#   VENV=/tmp/venv make test             another virtual environment
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Touched when the installation is complete: it is repeated only after pyproject.toml or constraints.txt has changed.
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help quickstart install test lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make quickstart   install into $(VENV), then compile, distil and evaluate examples/quickstart/spec.yaml'
+	@echo 'make test         run the tests'
+	@echo 'make lint         ruff check, ruff format --check, mypy --strict'
+	@echo 'make install      install into $(VENV) only'
+	@echo 'make clean        remove $(VENV), caches and the builds of the examples'
+
+quickstart: $(INSTALLED)
+	$(BIN)/minitron run examples/quickstart/spec.yaml
+
+install: $(INSTALLED)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict -p minitron
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "minitron needs Python 3.11 or newer; there is no $(PYTHON) here." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "minitron needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name a newer one: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,tensorboard,datasets]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis examples/*/builds
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,174 @@
+"""What pruning and distilling are worth: four ways to one student of the quickstart's teacher, at equal tokens.
+
+    python benchmarks/quality.py                       # three seeds of the quickstart as it stands; about half an hour
+    python benchmarks/quality.py --tokens 200K         # the same, shorter
+    python benchmarks/quality.py --spec my.yaml        # on another teacher
+
+Held-out loss (nats a token) of
+    random init + KD            the student's shape with fresh weights, distilled
+    pruned + cross-entropy      the pruned student trained on the text itself, without the teacher
+    random choice + KD          what is kept drawn at random (layers, channels, neurons, heads), distilled
+    pruned + KD                 what minitron does
+Shape, data, tokens, optimizer and learning rate are the same for all. A seed decides the order of the data, the fresh
+weights and the random choice; calibration does not depend on it. The table shows mean and standard deviation over the
+seeds. Everything goes through the compiler and the runtime as `minitron run` does; finished runs in `--work` are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from minitron.compiler import compile_spec
+from minitron.compiler.select import Selection
+from minitron.compiler.targets import GROUPS, HEADS, HIDDEN, LAYERS
+from minitron.runtime import evaluate, train
+from minitron.specs import load_spec
+from minitron.specs.atomic import atomic_folder, write_text
+from minitron.specs.progress import Silent
+
+ROOT = Path(__file__).resolve().parent.parent
+RANDOM_INIT, CROSS_ENTROPY, RANDOM_CHOICE, PRUNED = (
+    "random init + KD",
+    "pruned + cross-entropy",
+    "random choice + KD",
+    "pruned + KD",
+)
+METHODS = (RANDOM_INIT, CROSS_ENTROPY, RANDOM_CHOICE, PRUNED)
+
+Results = dict[str, Any]
+
+
+def random_selection(plan: dict[str, Any], seed: int) -> Selection:
+    """A selection of the same sizes as the plan's, every list of it drawn at random. `plan`: plan.json's content."""
+    rng = np.random.default_rng(seed)
+    axes = {axis["axis"]: axis for axis in plan["axes"]}
+    chosen: dict[str, list[list[int]]] = plan["selection"]
+
+    def draw(teacher: int, student: int) -> Any:
+        return np.sort(rng.choice(teacher, student, replace=False)).astype(np.int64)
+
+    layers = tuple(int(i) for i in draw(axes[LAYERS]["teacher"], axes[LAYERS]["student"]))
+    hidden = draw(axes[HIDDEN]["teacher"], axes[HIDDEN]["student"]) if HIDDEN in chosen else None
+    widths = {
+        name: {layer: draw(axes[name]["teacher"], axes[name]["student"]) for layer in layers}
+        for name in chosen
+        if name not in (LAYERS, HIDDEN, GROUPS, HEADS)
+    }
+    groups, heads = {}, {}
+    if GROUPS in chosen:
+        count, kept = axes[GROUPS]["teacher"], axes[GROUPS]["student"]
+        repeats, kept_repeats = axes[HEADS]["teacher"] // count, axes[HEADS]["student"] // kept
+        groups = {layer: draw(count, kept) for layer in layers}
+        heads = {layer: tuple(draw(repeats, kept_repeats) for _ in range(kept)) for layer in layers}
+    return Selection(layers, hidden, widths, groups, heads)
+
+
+def fresh_weights(student: Path, seed: int) -> None:
+    """Puts freshly initialised weights of the same shape in the place of a checkpoint's."""
+    torch.manual_seed(seed)
+    config = AutoConfig.from_pretrained(student)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(student)
+
+
+def edit_training(build: Path, seed: int, cross_entropy: bool) -> None:
+    """Sets the seed in training.yaml and, where asked for, exchanges the teacher's distribution for the text itself."""
+    path = build / "training.yaml"
+    plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+    plan["seed"] = seed
+    if cross_entropy:
+        plan["loss"]["logits"]["weight"], plan["loss"]["cross_entropy"] = 0.0, 1.0
+    write_text(path, yaml.safe_dump(plan, sort_keys=False))
+
+
+def run(method: str, seed: int, spec: Path, overrides: list[str], pruned: Path, build: Path, device: str) -> Results:
+    """One student from its start to its evaluation; what a build holds already is not done again."""
+    results = build / "results.json"
+    if results.exists():
+        return dict(json.loads(results.read_text(encoding="utf-8")))
+    if not (build / "training.yaml").exists():
+        if method == RANDOM_CHOICE:
+            plan = json.loads((pruned / "plan.json").read_text(encoding="utf-8"))
+            selection = random_selection(plan, seed)
+            compile_spec(load_spec(spec, overrides), build, device=device, progress=Silent(), selection=selection)
+            edit_training(build, seed, cross_entropy=False)
+        else:
+            with atomic_folder(build) as copy:
+                shutil.copytree(pruned, copy, dirs_exist_ok=True)
+                if method == RANDOM_INIT:
+                    fresh_weights(copy / "student", seed)
+                edit_training(copy, seed, method == CROSS_ENTROPY)
+    train(build, device=device, progress=Silent())
+    return evaluate(build, device=device, progress=Silent())
+
+
+def loss_of(results: Results, model: str) -> float:
+    return float(results["models"][model]["held_out"]["loss"])
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation, or the one value that all share."""
+    if max(values) - min(values) < 5e-5:
+        return f"{values[0]:.4f}"
+    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+
+
+def table(results: dict[str, list[Results]], tokens: int) -> str:
+    """The figures as a markdown table."""
+    teacher = loss_of(results[PRUNED][0], "teacher")
+    head = f"| student | before training | after {tokens:,} tokens | above the teacher |"
+    lines = [head, "|---|---|---|---|", f"| the teacher itself | {teacher:.4f} | | |"]
+    for method in METHODS:
+        before = [loss_of(one, "pruned") for one in results[method]]
+        after = [loss_of(one, "distilled") for one in results[method]]
+        lines.append(f"| {method} | {spread(before)} | {spread(after)} | {statistics.mean(after) - teacher:.4f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--spec", type=Path, default=ROOT / "examples" / "quickstart" / "spec.yaml")
+    parser.add_argument("--tokens", help="tokens of each training, such as 200K; left out: what the spec says")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/minitron-quality"), help="builds; can be removed after")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="as in `minitron run`")
+    args = parser.parse_args()
+    overrides = [*args.set, *([f"distill.tokens={args.tokens}"] if args.tokens else [])]
+    loaded = load_spec(args.spec, overrides)
+    assert loaded.spec.distill is not None, "the spec must have a `distill` block"
+    work: Path = args.work / loaded.sha256[:12]
+
+    pruned = work / "pruned"
+    if not (pruned / "training.yaml").exists():
+        compile_spec(loaded, pruned, device=args.device, progress=Silent())
+    results: dict[str, list[Results]] = {method: [] for method in METHODS}
+    for seed in range(args.seeds):
+        for method in METHODS:
+            start = time.monotonic()
+            build = work / f"{method.replace(' ', '-')}-{seed}"
+            one = run(method, seed, args.spec, overrides, pruned, build, args.device)
+            results[method].append(one)
+            print(
+                f"seed {seed}, {method}: {loss_of(one, 'pruned'):.4f} -> {loss_of(one, 'distilled'):.4f} "
+                f"({time.monotonic() - start:.0f} s)",
+                file=sys.stderr,
+                flush=True,
+            )
+    print(table(results, loaded.spec.distill.tokens))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The commands that work on a build: compile, train, eval, run, show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minitron.cli import builds, options
+from minitron.cli.build_sections import results_sections, training_section, verification_section
+from minitron.cli.device import pick_device, use_threads
+from minitron.cli.libraries import quiet_libraries
+from minitron.cli.plan_sections import plan_sections
+from minitron.cli.progress import progress_for
+from minitron.cli.render import say, show_sections, stderr_console, write
+from minitron.cli.sections import Column, Document, Section
+from minitron.cli.spec_commands import preview
+from minitron.specs import LoadedSpec, load_spec
+from minitron.specs.errors import UsageError
+
+
+def compile_command(
+    spec: options.SpecFile,
+    output: options.Output = None,
+    overrides: options.Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the preview: the same as `plan`.")] = False,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+    as_markdown: options.Markdown = False,
+    detailed_exitcode: options.DetailedExitcode = False,
+) -> None:
+    """Score, select, rewrite, write the pruned student and its training plan, verify."""
+    loaded = load_spec(spec, overrides or ())
+    if dry_run:
+        preview(loaded, output, as_json=as_json, as_markdown=as_markdown, detailed_exitcode=detailed_exitcode)
+        return
+    if as_markdown or detailed_exitcode:
+        raise UsageError("--markdown and --detailed-exitcode belong to the preview; add --dry-run")
+    build = output or builds.default_build(loaded.path, loaded.spec.name)
+    quiet_libraries()
+    plan = _compile(loaded, build, pick_device(device), threads)
+    verification = builds.read_document(build / builds.VERIFICATION) or {}
+    sections = [*plan_sections(plan), verification_section(verification), _places(build)]
+    show_sections(sections, plan, as_json=as_json)
+
+
+def train(
+    build: options.BuildFolder,
+    device: options.Device = None,
+    threads: options.Threads = None,
+) -> None:
+    """Execute the training plan of a build; what an interrupted run has done is not done again."""
+    builds.require_build(build)
+    if not (build / builds.TRAINING).is_file():
+        raise UsageError(
+            f"{build}: has no {builds.TRAINING}, its spec has no `distill` block; add one and compile again"
+        )
+    quiet_libraries()
+    _train(build, pick_device(device), threads)
+    progress = builds.training_progress(build)
+    show_sections([*([training_section(progress)] if progress else []), _places(build)], {})
+
+
+def evaluate(
+    build: options.BuildFolder,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+) -> None:
+    """Measure teacher, pruned and distilled model side by side."""
+    builds.require_build(build)
+    quiet_libraries()
+    results = _evaluate(build, pick_device(device), threads)
+    show_sections(results_sections(results), results, as_json=as_json)
+
+
+def run(
+    spec: options.SpecFile,
+    output: options.Output = None,
+    overrides: options.Overrides = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+) -> None:
+    """Compile, train and evaluate; what is there already is not done again."""
+    loaded = load_spec(spec, overrides or ())
+    build = output or builds.default_build(loaded.path, loaded.spec.name)
+    quiet_libraries()
+    chosen = pick_device(device)
+    if builds.staleness(build, loaded.sha256) is None:
+        say(f"compile: {build} is up to date with {spec}, skipped")
+    else:
+        # Printed before the long work and not after it: a wrong width is seen while it costs nothing.
+        preview(loaded, build, as_json=False, as_markdown=False, detailed_exitcode=False)
+        write("")
+        _compile(loaded, build, chosen, threads)
+    if loaded.spec.distill is None:
+        say("train: the spec has no `distill` block, skipped")
+    else:
+        _train(build, chosen, threads)
+    results = _evaluate(build, chosen, threads)
+    show_sections([*results_sections(results), _places(build)], results)
+
+
+def show(build: options.BuildFolder, as_json: options.Json = False) -> None:
+    """Show the plan, the selection, training progress, checks and results of a build."""
+    content = builds.show_document(builds.require_build(build))
+    sections: list[Section] = []
+    if content["plan"] is not None:
+        sections += plan_sections(content["plan"])
+    if content["verification"] is not None:
+        sections.append(verification_section(content["verification"]))
+    if content["training"] is not None:
+        sections.append(training_section(content["training"]))
+    if content["results"] is not None:
+        sections += results_sections(content["results"])
+    show_sections([*sections, _places(build)], content, as_json=as_json)
+
+
+def _compile(loaded: LoadedSpec, build: Path, device: str, threads: int | None) -> Document:
+    from minitron.compiler import compile_spec
+
+    use_threads(threads)
+    return compile_spec(loaded, build, device=device, progress=progress_for(stderr_console())).to_json()
+
+
+def _train(build: Path, device: str, threads: int | None) -> None:
+    from minitron.runtime import train as execute
+
+    use_threads(threads)
+    execute(build, device=device, progress=progress_for(stderr_console()))
+
+
+def _evaluate(build: Path, device: str, threads: int | None) -> Document:
+    from minitron.runtime import evaluate as measure
+
+    use_threads(threads)
+    return measure(build, device=device, progress=progress_for(stderr_console()))
+
+
+def _places(build: Path) -> Section:
+    """Where the models and documents of a build are: those that exist."""
+    rows = [("build", str(build))]
+    for label, name in (
+        ("pruned student", builds.STUDENT),
+        ("training plan", builds.TRAINING),
+        ("distilled student", builds.MODEL),
+        ("results", builds.RESULTS),
+    ):
+        if (build / name).exists():
+            rows.append((label, str(build / name)))
+    return Section("Files", (Column(""), Column("path")), tuple(rows))

@@ -1,0 +1,121 @@
+"""Reading a build folder: which of its documents are there, and what they say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from minitron.cli.sections import Document, part
+from minitron.specs.errors import UsageError, WorkError
+
+PLAN = "plan.json"
+VERIFICATION = "verification.json"
+RESULTS = "results.json"
+TRAINING = "training.yaml"
+METRICS = Path("train") / "metrics.jsonl"
+STUDENT = "student"
+MODEL = "model"
+
+
+def default_build(spec_file: Path, name: str) -> Path:
+    """Where a spec is built when nobody says otherwise: `builds/NAME` beside the spec."""
+    return spec_file.parent / "builds" / name
+
+
+def require_build(build: Path) -> Path:
+    """`build` when it is one; UsageError with what to do about it when it is not."""
+    if not build.exists():
+        raise UsageError(f"{build}: no such build folder; `minitron compile SPEC -o {build}` makes one")
+    if not build.is_dir():
+        raise UsageError(f"{build}: a file, not a build folder; give the folder that `minitron compile` has written")
+    if not any((build / name).is_file() for name in (PLAN, TRAINING)):
+        raise UsageError(
+            f"{build}: not a build folder, it has neither {PLAN} nor {TRAINING}; "
+            f"give the folder that `minitron compile` has written"
+        )
+    return build
+
+
+def read_document(path: Path) -> Document | None:
+    """The JSON object in `path`; None where there is no such file, WorkError where it cannot be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise WorkError(f"{path}: not a JSON document ({error}); remove it and compile again") from error
+    if not isinstance(content, dict):
+        raise WorkError(f"{path}: not a JSON object; remove it and compile again")
+    return content
+
+
+def staleness(build: Path, sha256: str) -> str | None:
+    """Why `build` is not what the spec with this hash compiles to; None when it is, complete and verified."""
+    plan = read_document(build / PLAN)
+    if plan is None:
+        return "not compiled yet"
+    if part(plan, "spec").get("sha256") != sha256:
+        return "compiled from another version of the spec"
+    verification = read_document(build / VERIFICATION)
+    if verification is None:
+        return "compiling was not finished"
+    return None if verification.get("passed") is True else "its verification did not pass"
+
+
+def training_progress(build: Path) -> Document | None:
+    """`{total_tokens, steps, first, last}` of the training so far; None where none has begun.
+
+    `first` and `last` are records of train/metrics.jsonl, `total_tokens` is what training.yaml asks for.
+    """
+    first: Document | None = None
+    last: Document = {}
+    steps = 0
+    for record in _records(build / METRICS):
+        first = record if first is None else first
+        last = record
+        steps += 1
+    if first is None:
+        return None
+    return {
+        "total_tokens": _total_tokens(build / TRAINING),
+        "steps": last.get("step", steps),
+        "first": first,
+        "last": last,
+    }
+
+
+def show_document(build: Path) -> Document:
+    """All that is known about a build: `build`, `plan`, `training`, `verification`, `results`, null where not there."""
+    return {
+        "build": str(build),
+        "plan": read_document(build / PLAN),
+        "training": training_progress(build),
+        "verification": read_document(build / VERIFICATION),
+        "results": read_document(build / RESULTS),
+    }
+
+
+def _records(path: Path) -> Iterator[Document]:
+    """The objects of a JSON-lines file; a line that a killed process left unfinished is passed over."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield record
+
+
+def _total_tokens(path: Path) -> int | None:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return None
+    tokens = content.get("tokens") if isinstance(content, dict) else None
+    return tokens if isinstance(tokens, int) else None

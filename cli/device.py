@@ -1,0 +1,37 @@
+"""Which device a command works on, and with how many threads: the flags that never change what comes out."""
+
+from __future__ import annotations
+
+import re
+
+from minitron.specs.errors import UsageError
+
+
+def pick_device(name: str | None) -> str:
+    """`name` checked against what this machine has; without a name `cuda` where there is one, else `cpu`.
+
+    Imports torch. UsageError for a device that is unknown or not there.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if match is None:
+        raise UsageError(f"--device {name}: not a device that minitron works on; write cpu, cuda or cuda:N")
+    if name == "cpu":
+        return name
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found == 0:
+        raise UsageError(f"--device {name}: this machine has no CUDA device that torch can use; write --device cpu")
+    if match[1] is not None and int(match[1]) >= found:
+        raise UsageError(f"--device {name}: the last CUDA device of this machine is cuda:{found - 1}")
+    return name
+
+
+def use_threads(threads: int | None) -> None:
+    """Limits torch to `threads` threads; None leaves what it chose."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)

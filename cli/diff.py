@@ -1,0 +1,104 @@
+"""What changes between two specs or builds: key by key in the spec, width by width and cost by cost in the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from minitron.cli import figures
+from minitron.cli.plan_sections import model_rows, written
+from minitron.cli.sections import Column, Document, Section, entries
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two: where it is, its plan, and its resolved spec where it is a spec and not a build."""
+
+    name: str
+    plan: Document
+    spec: Document | None
+
+
+def difference(left: Side, right: Side) -> Document:
+    """`a`, `b` (names), `spec [{path, a, b}]` (null unless both are specs), `plan [{path, a, b}]`."""
+    both_specs = left.spec is not None and right.spec is not None
+    return {
+        "a": left.name,
+        "b": right.name,
+        "spec": _changes(left.spec or {}, right.spec or {}) if both_specs else None,
+        "plan": _changes(_compared(left.plan), _compared(right.plan)),
+    }
+
+
+def diff_sections(content: Document, left: Side, right: Side) -> list[Section]:
+    """The sections of `difference`: the changed keys of the spec, then every width and cost of the two students."""
+    sections = []
+    if content["spec"] is not None:
+        columns = (Column("key"), Column("A"), Column("B"))
+        rows = tuple((one["path"], _plain(one["a"]), _plain(one["b"])) for one in content["spec"])
+        sections.append(Section("Spec", columns, rows, () if rows else ("no difference",)))
+    changed = {one["path"].split(".")[0] for one in content["plan"]}
+    for side in ("teacher", "student"):
+        # Two students of one teacher are the usual case: the teacher is shown only where there are two.
+        if side == "student" or side in changed:
+            sections.append(_models(side, left.plan, right.plan))
+    sections.append(_phases(left.plan, right.plan))
+    sections.append(Section("A and B", notes=(f"A is {left.name}", f"B is {right.name}")))
+    return sections
+
+
+def _models(side: str, left: Document, right: Document) -> Section:
+    pair = {"teacher": left.get(side), "student": right.get(side)}
+    rows = tuple(
+        (label, written(a, kind), written(b, kind), _change(a, b)) for label, a, b, kind, _ in model_rows(pair)
+    )
+    columns = (Column(""), Column("A", right=True), Column("B", right=True), Column("change", right=True))
+    return Section(side.capitalize(), columns, rows)
+
+
+def _phases(left: Document, right: Document) -> Section:
+    sides = [{str(one.get("name")): one for one in entries(plan, "phases")} for plan in (left, right)]
+    rows = []
+    for name in dict.fromkeys([*sides[0], *sides[1]]):
+        for key, label, kind in (("tokens", "tokens", "count"), ("device_hours", "device-hours", "hours")):
+            a, b = (phases.get(name, {}).get(key) for phases in sides)
+            texts = [figures.count(one) if kind == "count" else figures.hours(one) for one in (a, b)]
+            rows.append((f"{name} {label}", *texts, _change(a, b)))
+    columns = (Column("phase"), Column("A", right=True), Column("B", right=True), Column("change", right=True))
+    return Section("Phases", columns, tuple(rows))
+
+
+def _compared(plan: Document) -> Document:
+    """What of a plan is compared: the models and the phases, not where the spec lies or which indices were kept."""
+    phases = {str(one.get("name")): {k: v for k, v in one.items() if k != "name"} for one in entries(plan, "phases")}
+    return {"teacher": plan.get("teacher"), "student": plan.get("student"), "phases": phases}
+
+
+def _changes(left: Document, right: Document) -> list[Document]:
+    a, b = dict(_leaves(left)), dict(_leaves(right))
+    return [
+        {"path": path, "a": a.get(path), "b": b.get(path)}
+        for path in dict.fromkeys([*a, *b])
+        if a.get(path) != b.get(path)
+    ]
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that is not a mapping with its dotted path; a list is one value."""
+    if isinstance(value, Mapping) and value:
+        for key, one in value.items():
+            yield from _leaves(one, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
+def _change(a: Any, b: Any) -> str:
+    if a == b:
+        return ""
+    numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in (a, b))
+    return f"{100 * (b - a) / a:+.1f}%" if numbers and a else "changed"
+
+
+def _plain(value: Any) -> str:
+    return figures.NOTHING if value is None else str(value)

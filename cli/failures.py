@@ -1,0 +1,101 @@
+"""From an exception to what a user sees: a sentence on stderr or an `errors` document, and an exit code."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from minitron.specs.errors import MinitronError, SpecError, SpecInvalid
+
+DONE = 0
+FAILED = 1
+WRONG = 2
+INTERRUPTED = 130
+
+_FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "the disk quota is used up"}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a command ends that does not end well."""
+
+    exit_code: int
+    errors: tuple[SpecError, ...]
+
+    def lines(self) -> list[str]:
+        """What is written to stderr: one line an error, those of a spec in the form that editors and CI can jump to."""
+        kind = "" if self.exit_code == INTERRUPTED else "error: "
+        return [
+            str(error) if error.file else f"{kind}{error.message}" + (f"; {error.hint}" if error.hint else "")
+            for error in self.errors
+        ]
+
+    def document(self) -> dict[str, object]:
+        """The same for `--json`."""
+        return {"errors": errors_document(self.errors)}
+
+
+def errors_document(errors: Sequence[SpecError]) -> list[dict[str, object]]:
+    """`errors [{file, line, column, path, message, hint}]`."""
+    return [asdict(error) for error in errors]
+
+
+def failure_of(error: BaseException) -> Failure:
+    """What to say about `error`, and with which exit code. Never raises: this is where every error ends."""
+    if isinstance(error, SpecInvalid):
+        return Failure(error.exit_code, tuple(error.errors))
+    if isinstance(error, MinitronError):
+        return _failure(error.exit_code, str(error))
+    if isinstance(error, KeyboardInterrupt):
+        return _failure(INTERRUPTED, "interrupted", "the same command, started again, goes on where it was")
+    if isinstance(error, OSError):
+        return _failure(FAILED, *_os_words(error))
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        # The name and not the class: torch's own OutOfMemoryError would need an import of torch to be compared with.
+        return _failure(FAILED, "out of memory", "a smaller micro_batch_size or sequence_length needs less")
+    if is_call_error(error):
+        refusal = _call_words(error)
+        return _failure(WRONG, refusal) if refusal else Failure(WRONG, ())
+    words = str(error).strip().splitlines()
+    return _failure(
+        FAILED,
+        f"unexpected {type(error).__name__}" + (f": {words[0]}" if words else ""),
+        "run again with --debug to see where it comes from",
+    )
+
+
+def is_call_error(error: BaseException) -> bool:
+    """Whether typer refused the arguments. By shape: the class has moved between typer's releases."""
+    return hasattr(error, "format_message") and getattr(error, "exit_code", None) == WRONG
+
+
+def _failure(exit_code: int, message: str, hint: str = "") -> Failure:
+    return Failure(exit_code, (SpecError("", 0, 0, "", message, hint),))
+
+
+def _os_words(error: OSError) -> tuple[str, str]:
+    where = f"{error.filename}: " if error.filename else ""
+    what = error.strerror or str(error) or type(error).__name__
+    if error.errno in _FULL:
+        return f"{where}{_FULL[error.errno]}", "make room and start the same command again: it goes on where it was"
+    if error.errno == errno.EROFS:
+        return f"{where}the file system is read-only", "choose another folder with -o"
+    if isinstance(error, PermissionError):
+        return f"{where}no permission", "change its owner or mode, or choose another folder with -o"
+    if isinstance(error, ConnectionError | TimeoutError):
+        return f"the network failed: {what}", "check the connection and start the same command again"
+    if isinstance(error, FileNotFoundError):
+        return f"{where}no such file or folder", "check the path"
+    return f"{where}{what[:1].lower()}{what[1:]}", ""
+
+
+def _call_words(error: BaseException) -> str:
+    """What typer has to say; nothing where it has printed the help instead."""
+    message = str(error.format_message()) if hasattr(error, "format_message") else str(error)
+    if not message:
+        return ""
+    context = getattr(error, "ctx", None)
+    path = getattr(context, "command_path", "minitron")
+    message = f"{message[:1].lower()}{message[1:]}".rstrip(".")
+    return f"{message}; `{path} --help` shows how it is called"

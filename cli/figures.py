@@ -1,0 +1,110 @@
+"""How figures are written for people. The same words in the terminal, in markdown and in progress lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+NOTHING = "-"
+# A per-layer list with more runs of equal values than this is written as its range: nobody reads 40 numbers in a cell.
+MAX_RUNS = 6
+_SECONDS_A_DAY = 86_400
+
+
+def count(value: int | float | None) -> str:
+    """An exact count with thousands separators: 260032 -> `260,032`."""
+    return NOTHING if value is None else f"{round(value):,}"
+
+
+def short(value: float | None) -> str:
+    """A count for narrow places, three digits and a decimal unit: 3000000 -> `3.00M`, 999 -> `999`."""
+    if value is None:
+        return NOTHING
+    number = float(value)
+    if number == int(number) and abs(number) < 1000:
+        return f"{number:.0f}"
+    for unit in ("", "k", "M", "G", "T", "P"):
+        # 999.5 would be rounded up to 1000 of this unit, so it is 1.00 of the next one.
+        if abs(number) < 999.5:
+            return _three_digits(number) + unit
+        number /= 1000
+    return f"{_three_digits(number)}E"
+
+
+def size(value: int | float | None) -> str:
+    """Bytes in binary units, as specs write them: 1572864 -> `1.50 MiB`."""
+    if value is None:
+        return NOTHING
+    number = float(value)
+    if abs(number) < 1024:
+        return f"{number:.0f} B"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(number) < 1023.5:
+            return f"{_three_digits(number)} {unit}"
+        number /= 1024
+    return f"{_three_digits(number)} TiB"
+
+
+def percent(part: float | None, whole: float | None = 1.0) -> str:
+    """`part` of `whole` as a percentage with one decimal; nothing where there is no whole."""
+    if part is None or not whole:
+        return NOTHING
+    return f"{100 * part / whole:.1f}%"
+
+
+def decimal(value: float | None, digits: int = 4) -> str:
+    """A measured figure: 1.2345678 -> `1.235`; very large and very small ones in scientific notation."""
+    if value is None:
+        return NOTHING
+    return f"{value:.{digits}g}"
+
+
+def duration(seconds: float | None) -> str:
+    """Time left or taken: `42s`, `3m05s`, `2h10m`, `4d03h`."""
+    if seconds is None:
+        return NOTHING
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < _SECONDS_A_DAY:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // _SECONDS_A_DAY}d{whole % _SECONDS_A_DAY // 3600:02d}h"
+
+
+def hours(value: float | None) -> str:
+    """Device-hours, where a tenth of a second and a year both occur: 0.004 -> `0.004`, 1234.5 -> `1,235`."""
+    if value is None:
+        return NOTHING
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def width(value: object) -> str:
+    """A width as it stands in a plan: a number, or a per-layer list as runs: `[128, 128, 96]` -> `128 x2, 96`."""
+    if value is None:
+        return NOTHING
+    if isinstance(value, bool) or not isinstance(value, int | float | list | tuple):
+        return str(value)
+    if isinstance(value, int | float):
+        return count(value) if value == round(value) else decimal(value)
+    runs = [(one, len(list(same))) for one, same in groupby(value)]
+    if not runs:
+        return NOTHING
+    if len(runs) == 1:
+        return width(runs[0][0])
+    if len(runs) > MAX_RUNS:
+        return f"{width(min(value))} to {width(max(value))} over {len(value)} layers"
+    return ", ".join(width(one) + (f" x{times}" if times > 1 else "") for one, times in runs)
+
+
+def kept(indices: Sequence[int], show: int = 8) -> str:
+    """A list of kept indices, its ends only when it is long: `0 1 2 3 ... 60 61 62 63`."""
+    if len(indices) <= show:
+        return " ".join(map(str, indices))
+    half = show // 2
+    return " ".join([*map(str, indices[:half]), "...", *map(str, indices[-half:])])
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:.0f}" if abs(number) >= 999.5 else f"{number:#.3g}".rstrip(".")

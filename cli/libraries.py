@@ -1,0 +1,14 @@
+"""Keeping the libraries below from talking past our own messages."""
+
+from __future__ import annotations
+
+
+def quiet_libraries() -> None:
+    """Turns off the bars and the advice that transformers prints while it loads a model; imports transformers.
+
+    Downloads from the Hub keep their bars: they are long, and nothing else shows how far they are.
+    """
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,94 @@
+"""The `minitron` command: the table of commands, and the one place where every error ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
+
+import typer
+
+from minitron import __version__
+from minitron.cli import build_commands, diff_command, spec_commands
+from minitron.cli.failures import DONE, FAILED, INTERRUPTED, failure_of
+from minitron.cli.render import document, say, write
+
+app = typer.Typer(
+    name="minitron",
+    help="Compile a large language model into a smaller one: prune, distil, verify.",
+    epilog="Exit codes: 0 done, 1 it failed while working, 2 the spec or the call is wrong, 130 interrupted.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("init")(spec_commands.init)
+app.command("schema")(spec_commands.schema)
+app.command("validate")(spec_commands.validate)
+app.command("plan")(spec_commands.plan)
+app.command("compile")(build_commands.compile_command)
+app.command("train")(build_commands.train)
+app.command("eval")(build_commands.evaluate)
+app.command("run")(build_commands.run)
+app.command("show")(build_commands.show)
+app.command("diff")(diff_command.diff)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        write(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and warnings; anywhere on the line.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Declared for the help; `--debug` is read in `command_line`, before typer, so that it may stand anywhere."""
+
+
+def main() -> NoReturn:
+    """Runs the command line of this process and ends it with the command's exit code."""
+    sys.exit(command_line(sys.argv[1:]))
+
+
+def command_line(arguments: Sequence[str]) -> int:
+    """Runs one command and returns its exit code; whatever it raises is said on stderr, or as JSON under `--json`."""
+    debug = "--debug" in arguments
+    if not debug:
+        warnings.simplefilter("ignore")
+    try:
+        code = app([one for one in arguments if one != "--debug"], prog_name="minitron", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _closed_pipe()
+    except typer.Abort:
+        # What older typer releases make of an interrupt.
+        return _report(KeyboardInterrupt(), as_json=False)
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        return _report(error, as_json="--json" in arguments)
+    if code == INTERRUPTED:
+        return _report(KeyboardInterrupt(), as_json="--json" in arguments)
+    return code if isinstance(code, int) else DONE
+
+
+def _report(error: BaseException, *, as_json: bool) -> int:
+    failure = failure_of(error)
+    if as_json:
+        write(document(failure.document()))
+    else:
+        say(*failure.lines())
+    return failure.exit_code
+
+
+def _closed_pipe() -> int:
+    """Nobody reads stdout any more (`| head`): ends quietly, also when Python flushes stdout for the last time."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return FAILED

@@ -1,0 +1,35 @@
+"""The arguments and options that several commands share, said once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="The spec file.", show_default=False)]
+BuildFolder = Annotated[
+    Path, typer.Argument(metavar="BUILD", help="The folder that `minitron compile` wrote.", show_default=False)
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", metavar="BUILD", help="The build folder; builds/NAME beside the spec by default."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="PATH=VALUE", help="Override a value of the spec, as in student.hidden_size=48; repeatable."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print markdown tables, for a pull request.")]
+DetailedExitcode = Annotated[
+    bool, typer.Option("--detailed-exitcode", help="Exit with 0 when BUILD is up to date with SPEC, with 3 when not.")
+]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N; by default cuda where there is one."),
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads; by default what torch chooses.")
+]

@@ -1,0 +1,140 @@
+"""The sections of a plan: teacher and student side by side, axes, phases, whether it fits, the selection once made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from minitron.cli import figures
+from minitron.cli.sections import Column, Document, Section, entries, part
+
+
+def plan_sections(plan: Document) -> list[Section]:
+    """All sections of a plan (`plan --json`, plan.json), in the order in which they are always shown."""
+    sections = [_models(plan), _axes(plan)]
+    sections += [one for one in (_phases(plan), _fits(plan), selection_section(plan)) if one is not None]
+    return sections
+
+
+def selection_section(plan: Document) -> Section | None:
+    """What was kept of each axis, shortened; None before anything was selected."""
+    selection = part(plan, "selection")
+    if not selection:
+        return None
+    columns = (Column("axis"), Column("lists", right=True), Column("kept of each", right=True), Column("first list"))
+    rows = []
+    for axis, lists in selection.items():
+        sizes = figures.width([len(one) for one in lists])
+        rows.append((axis, figures.count(len(lists)), sizes, figures.kept(lists[0]) if lists else figures.NOTHING))
+    return Section("Selection", columns, tuple(rows))
+
+
+def model_rows(plan: Document) -> Iterator[tuple[str, Any, Any, str, bool]]:
+    """Yields (label, teacher's value, student's value, kind, comparable) for every width and cost of a plan.
+
+    `kind` names the function of `figures` that writes the value; `comparable` says whether a ratio means anything.
+    """
+    teacher, student = part(plan, "teacher"), part(plan, "student")
+    yield "model type", teacher.get("model_type"), student.get("model_type"), "width", False
+    old, new = part(teacher, "widths"), part(student, "widths")
+    for key in [*old, *(key for key in new if key not in old)]:
+        yield key, old.get(key), new.get(key), "width", True
+    for label, key, kind in (
+        ("parameters", "parameters", "count"),
+        ("parameters without embeddings", "non_embedding_parameters", "count"),
+        ("parameters active per token", "active_parameters", "count"),
+        ("weights", "weight_bytes", "size"),
+        ("KV cache per token", "kv_cache_bytes_per_token", "size"),
+        ("FLOPs per token", "flops_per_token", "short"),
+    ):
+        yield label, teacher.get(key), student.get(key), kind, True
+
+
+def written(value: Any, kind: str) -> str:
+    """One value of `model_rows` for people."""
+    if kind == "size":
+        return figures.size(value)
+    if kind == "count":
+        return figures.count(value)
+    return figures.short(value) if kind == "short" else figures.width(value)
+
+
+def _models(plan: Document) -> Section:
+    spec = part(plan, "spec")
+    columns = (Column(""), Column("teacher", right=True), Column("student", right=True), Column("kept", right=True))
+    rows = tuple(
+        (label, written(old, kind), written(new, kind), _ratio(old, new) if comparable else "")
+        for label, old, new, kind, comparable in model_rows(plan)
+    )
+    digest = str(spec.get("sha256", ""))[:12]
+    notes = (f"spec {spec.get('path', figures.NOTHING)}, sha256 {digest}",) if spec else ()
+    return Section(f"Plan {spec.get('name', '')}".rstrip(), columns, rows, notes)
+
+
+def _ratio(old: Any, new: Any) -> str:
+    """Share of a width or cost that is kept; of a per-layer list the mean counts."""
+    return figures.percent(_mean(new), _mean(old))
+
+
+def _mean(value: Any) -> float | None:
+    numbers = value if isinstance(value, list) else [value]
+    if not numbers or not all(isinstance(one, int | float) and not isinstance(one, bool) for one in numbers):
+        return None
+    return float(sum(numbers)) / len(numbers)
+
+
+def _axes(plan: Document) -> Section:
+    columns = (
+        Column("axis"),
+        Column("teacher", right=True),
+        Column("student", right=True),
+        Column("status"),
+        Column("reason"),
+    )
+    rows = tuple(
+        (
+            str(one.get("axis", "")),
+            figures.width(one.get("teacher")),
+            figures.width(one.get("student")),
+            str(one.get("status", "")),
+            str(one.get("reason") or ""),
+        )
+        for one in entries(plan, "axes")
+    )
+    return Section("Axes", columns, rows)
+
+
+def _phases(plan: Document) -> Section | None:
+    phases = entries(plan, "phases")
+    if not phases:
+        return None
+    columns = (
+        Column("phase"),
+        Column("tokens", right=True),
+        Column("FLOPs", right=True),
+        Column("peak memory", right=True),
+        Column("device-hours", right=True),
+    )
+    rows = tuple(
+        (
+            str(one.get("name", "")),
+            figures.count(one.get("tokens")),
+            figures.short(one.get("flops")),
+            figures.size(one.get("peak_memory_bytes")),
+            figures.hours(one.get("device_hours")),
+        )
+        for one in phases
+    )
+    return Section("Phases", columns, rows)
+
+
+def _fits(plan: Document) -> Section | None:
+    fits = part(plan, "fits")
+    if not fits:
+        return None
+    device = fits.get("device", "the device")
+    if fits.get("ok"):
+        return Section("Fits", notes=(f"yes, on {device}",))
+    nearest = fits.get("nearest")
+    advice = f"; the nearest that does: {nearest}" if nearest else ""
+    return Section("Fits", notes=(f"no, not on {device}{advice}",))

@@ -1,0 +1,120 @@
+"""The commands that need a spec and no weights: validate, schema, init, plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minitron.cli import options
+from minitron.cli.builds import default_build, staleness
+from minitron.cli.failures import WRONG, errors_document, failure_of
+from minitron.cli.plan_sections import plan_sections
+from minitron.cli.render import document, say, show_sections, write
+from minitron.cli.sections import Document
+from minitron.specs import LoadedSpec, load_spec, unavailable
+from minitron.specs.errors import SpecError, UsageError
+
+# What `plan --detailed-exitcode` ends with when there is something to compile.
+NOT_UP_TO_DATE = 3
+DEFAULT_SPEC = "spec.yaml"
+
+
+def validate(
+    specs: Annotated[list[Path], typer.Argument(metavar="SPEC...", help="Spec files.", show_default=False)],
+    overrides: options.Overrides = None,
+    as_json: options.Json = False,
+) -> None:
+    """Check spec files alone: no network, no teacher, all mistakes of all files at once."""
+    valid: list[Document] = []
+    errors: list[SpecError] = []
+    warnings: list[SpecError] = []
+    for path in specs:
+        try:
+            loaded = load_spec(path, overrides or ())
+        except UsageError as error:
+            failure = failure_of(error)
+            errors += failure.errors
+            if not as_json:
+                say(*failure.lines())
+            continue
+        valid.append({"file": str(path), "name": loaded.spec.name, "sha256": loaded.sha256})
+        # Published recipes hold what this version cannot do yet: right as specs, refused by `plan`.
+        early = [loaded.error(dotted, message) for dotted, message in unavailable(loaded.spec)]
+        warnings += early
+        if not as_json:
+            write(f"{path}: valid")
+            say(*(f"warning: {one}" for one in early))
+    if as_json:
+        lists = {"errors": errors_document(errors), "warnings": errors_document(warnings)}
+        write(document({"valid": not errors, "specs": valid, **lists}))
+    elif errors:
+        say(f"{len(errors)} {'error' if len(errors) == 1 else 'errors'}")
+    if errors:
+        raise typer.Exit(WRONG)
+
+
+def schema() -> None:
+    """Print the JSON Schema of specs, for editors."""
+    from minitron.specs import json_schema_text
+
+    write(json_schema_text())
+
+
+def init(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="A published recipe; a commented starting spec without it.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="RECIPE.yaml or spec.yaml by default.")
+    ] = None,
+    list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes and write nothing.")] = False,
+) -> None:
+    """Write a commented starting spec, or a published recipe."""
+    from minitron.specs import recipe_names, recipe_text, starting_spec
+    from minitron.specs.atomic import write_text
+
+    if list_recipes:
+        write(*recipe_names())
+        return
+    text = starting_spec() if recipe is None else recipe_text(recipe)
+    target = output or Path(DEFAULT_SPEC if recipe is None else f"{recipe}.yaml")
+    if target.exists():
+        raise UsageError(f"{target}: exists already and is not overwritten; choose another file with -o")
+    write_text(target, text)
+    write(str(target))
+    say(f"next: minitron plan {target}")
+
+
+def plan(
+    spec: options.SpecFile,
+    output: options.Output = None,
+    overrides: options.Overrides = None,
+    as_json: options.Json = False,
+    as_markdown: options.Markdown = False,
+    detailed_exitcode: options.DetailedExitcode = False,
+) -> None:
+    """Preview: check every width against the teacher and print what would be done and what it would cost."""
+    loaded = load_spec(spec, overrides or ())
+    preview(loaded, output, as_json=as_json, as_markdown=as_markdown, detailed_exitcode=detailed_exitcode)
+
+
+def preview(
+    loaded: LoadedSpec, output: Path | None, *, as_json: bool, as_markdown: bool, detailed_exitcode: bool
+) -> None:
+    """`plan`, and `compile --dry-run`, which is the same thing."""
+    if as_json and as_markdown:
+        raise UsageError("--json and --markdown are two renderings of one plan; choose one")
+    from minitron.cli.libraries import quiet_libraries
+
+    quiet_libraries()
+    from minitron.compiler import make_plan
+
+    build = output or default_build(loaded.path, loaded.spec.name)
+    content = make_plan(loaded, build=build).to_json()
+    show_sections(plan_sections(content), content, as_json=as_json, as_markdown=as_markdown)
+    stale = staleness(build, loaded.sha256)
+    if detailed_exitcode and stale is not None:
+        say(f"{build}: {stale}")
+        raise typer.Exit(NOT_UP_TO_DATE)

@@ -1,0 +1,143 @@
+"""Samples of a fixed length out of token streams, in an order that only (seed, global sample index) decides."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minitron.runtime.order import blend_place, blend_quotas, mix, shuffled
+from minitron.runtime.tokens import TextEncoder, TokenArray, stream_key, token_stream
+from minitron.specs.data import BlendPart, DataSource, Source
+from minitron.specs.errors import WorkError
+from minitron.specs.progress import Progress
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B sequences of L tokens: what is read, the token that comes next at each position, and where there is one to predict."""
+
+    input_ids_BL: Tensor
+    labels_BL: Tensor
+    valid_BL: Tensor
+
+    def micro_batches(self, size: int) -> Iterator[Batch]:
+        for start in range(0, self.input_ids_BL.shape[0], size):
+            part = slice(start, start + size)
+            yield Batch(self.input_ids_BL[part], self.labels_BL[part], self.valid_BL[part])
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.input_ids_BL.to(device), self.labels_BL.to(device), self.valid_BL.to(device))
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A token stream cut into sequences of `length` so that every token is predicted once.
+
+    Without BOS a window reads `length` tokens and predicts each one's successor; windows share no token that is predicted.
+    With BOS every window begins with it, as the model was trained to see it (a Gemma without it loses a full nat), and
+    predicts its own tokens; BOS itself is never predicted. What a window lacks at the end of the stream is masked.
+    """
+
+    stream: TokenArray
+    length: int
+    bos: int | None
+
+    def __len__(self) -> int:
+        predicted = len(self.stream) - (self.bos is None)
+        return -(-predicted // self.length)
+
+    def window(self, index: int) -> tuple[TokenArray, TokenArray]:
+        """Read and predicted tokens, as many of one as of the other, at most `length`."""
+        start = index * self.length
+        if self.bos is None:
+            span = self.stream[start : start + self.length + 1].astype(np.int64)
+            return span[:-1], span[1:]
+        content = self.stream[start : start + self.length].astype(np.int64)
+        if content[0] == self.bos:
+            content = content[1:]
+        return np.concatenate(([self.bos], content[:-1])).astype(np.int64)[: len(content)], content
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The windows `indices`, padded with token 0 and masked. Padding stands last, where no causal model sees it."""
+        inputs = np.zeros((len(indices), self.length), np.int64)
+        labels, valid = np.zeros_like(inputs), np.zeros(inputs.shape, bool)
+        for row, index in enumerate(indices):
+            read, predicted = self.window(index)
+            inputs[row, : len(read)], labels[row, : len(read)] = read, predicted
+            valid[row, : len(read)] = True if self.bos is None else predicted != self.bos
+        return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), torch.from_numpy(valid))
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The training data: one set of windows, or several that are mixed by quotas."""
+
+    sources: tuple[Windows, ...]
+    quotas: tuple[int, ...]
+    seed: int
+
+    def place(self, sample: int) -> tuple[int, int]:
+        """Source and window of the global sample with this index."""
+        source, number = (0, sample) if len(self.sources) == 1 else blend_place(sample, self.quotas, self.seed)
+        return source, shuffled(number, len(self.sources[source]), mix(self.seed, source))
+
+    def batch(self, samples: Sequence[int]) -> Batch:
+        """The global samples with these indices."""
+        places = [self.place(sample) for sample in samples]
+        rows = [self.sources[source].batch([window]) for source, window in places]
+        return Batch(
+            torch.cat([row.input_ids_BL for row in rows]),
+            torch.cat([row.labels_BL for row in rows]),
+            torch.cat([row.valid_BL for row in rows]),
+        )
+
+
+def _parts(data: DataSource) -> tuple[Source, ...]:
+    return data.blend if data.blend is not None else (data,)
+
+
+def _limit(source: Source, tokens: int) -> int | None:
+    """A streamed data set has no end that one could wait for: as many tokens as training can use. The rest is read whole,
+    so that a short training sees all of it."""
+    return tokens + 1 if source.streaming else None
+
+
+def data_hash(data: DataSource, encoder: TextEncoder, tokens: int) -> str:
+    """Of everything that decides the samples of a resolved source, whatever folder it lies in."""
+    weights = [part.weight if isinstance(part, BlendPart) else 1.0 for part in _parts(data)]
+    keys = [stream_key(part, encoder, _limit(part, tokens)) for part in _parts(data)]
+    return hashlib.sha256(repr((weights, keys)).encode()).hexdigest()
+
+
+def open_corpus(
+    data: DataSource, encoder: TextEncoder, cache: Path, *, length: int, tokens: int, seed: int, progress: Progress
+) -> Corpus:
+    """The samples of a resolved source, tokenized on the first call. WorkError where there is nothing to predict."""
+    parts = _parts(data)
+    windows = []
+    for part in parts:
+        stream = token_stream(part, encoder, cache, progress, limit=_limit(part, tokens))
+        windows.append(_windows(stream, length, encoder))
+    weights = [part.weight for part in parts if isinstance(part, BlendPart)]
+    return Corpus(tuple(windows), tuple(blend_quotas(weights)) if weights else (1,), seed)
+
+
+def open_held_out(
+    data: DataSource, encoder: TextEncoder, cache: Path, *, length: int, max_tokens: int, progress: Progress
+) -> Windows:
+    """The first `max_tokens` tokens of a resolved source, in order."""
+    limit = max_tokens + (encoder.bos is None)
+    return _windows(token_stream(data, encoder, cache, progress, limit=limit), length, encoder)
+
+
+def _windows(stream: TokenArray, length: int, encoder: TextEncoder) -> Windows:
+    windows = Windows(stream, length, encoder.bos)
+    if len(stream) < 2:
+        raise WorkError(f"the data has {len(stream)} tokens, too few to predict one from another; name more data")
+    return windows

@@ -1,0 +1,60 @@
+"""Loss and perplexity on text that was never trained on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from minitron.runtime.data import Windows
+from minitron.runtime.loss import negative_log_likelihood
+from minitron.runtime.models import LanguageModel
+from minitron.runtime.world import World
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """`loss` is the mean of -log p in nats over `tokens` predicted tokens, `perplexity` its exponential."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@torch.no_grad()
+def held_out(
+    model: LanguageModel, windows: Windows, world: World, *, batch_size: int, compute_dtype: torch.dtype = torch.float32
+) -> HeldOut:
+    """Every token of the windows predicted once, the ranks sharing the work; no [tokens x vocabulary] at any time."""
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    mine = range(world.rank, len(windows), world.size)
+    with evaluating(model), autocast(world.device, compute_dtype):
+        for start in range(0, len(mine), batch_size):
+            batch = windows.batch(mine[start : start + batch_size]).to(world.device)
+            hidden_TD = model.hidden_states(batch.input_ids_BL)[batch.valid_BL]
+            sums[0] += negative_log_likelihood(hidden_TD, model.head, batch.labels_BL[batch.valid_BL])
+            sums[1] += batch.valid_BL.sum()
+    loss, tokens = world.sum(sums).tolist()
+    return HeldOut(loss / tokens, int(tokens))
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Matrix products in `dtype`; in fp32 nothing is cast."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+@contextmanager
+def evaluating(model: LanguageModel) -> Iterator[None]:
+    """In eval mode, and back to what it was."""
+    training = model.module.training
+    model.module.eval()
+    try:
+        yield
+    finally:
+        model.module.train(training)

@@ -1,0 +1,211 @@
+"""Distillation over the whole vocabulary from hidden states, never holding [tokens x vocabulary].
+
+For each chunk of tokens both models' logits are computed into two buffers that are used again by the next chunk; a block of
+rows at a time, small enough for the processor's cache, turns them into the loss and, in place, into its closed-form
+gradient; two products carry that to the student's hidden states and head. So the gradient is there when the forward ends,
+nothing is kept for the backward but the two gradients, and the memory beside them does not depend on how many tokens there
+are. (The chunking of the head follows Cut Cross-Entropy, arXiv 2411.09009, and Liger, arXiv 2410.10989, section 3.2.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitron.runtime.loss.divergence import DIVERGENCES, DivergenceName
+from minitron.runtime.loss.head import Head
+from minitron.runtime.loss.products import accumulate_outer, project, project_back
+
+_BUFFER_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+"""Size of one logits buffer. Enough rows for an efficient product, little beside the gradient of the head itself."""
+
+_BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
+"""Logits that the row formulas handle at a time. On a CPU 8 MiB: the temporaries stay in the shared cache, and the pieces
+are not so small that threads spend their time waiting for each other."""
+
+
+@dataclass(frozen=True)
+class DistillationLoss:
+    """What is minimised: `weight * temperature^2 * divergence + cross_entropy * (-log p(label))`, averaged over tokens.
+
+    The temperature divides the logits of both models in the divergence (not in the cross-entropy); its square keeps the
+    gradient's size independent of it (Hinton et al., arXiv 1503.02531, section 2). `weight` 0 needs no teacher.
+    `chunk_tokens` bounds a chunk from above; a large vocabulary makes it smaller.
+    """
+
+    divergence: DivergenceName = "forward_kl"
+    temperature: float = 1.0
+    weight: float = 1.0
+    cross_entropy: float = 0.0
+    chunk_tokens: int = 1024
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """`total` is what to call backward on. The terms are detached and unweighted; each is a share of a global mean:
+    the sum over this call's tokens divided by the normaliser. `divergence` carries no temperature^2."""
+
+    total: Tensor
+    divergence: Tensor
+    cross_entropy: Tensor
+
+
+def distillation_loss(
+    settings: DistillationLoss,
+    student_TD: Tensor,
+    student: Head,
+    teacher_TE: Tensor | None,
+    teacher: Head | None,
+    labels_T: Tensor | None,
+    *,
+    normaliser: float,
+    compute_dtype: torch.dtype = torch.float32,
+) -> LossTerms:
+    """The loss of T valid tokens, its gradient flowing to `student_TD` and to the student's head.
+
+    `labels_T` (the next tokens) are needed only where `cross_entropy` is not 0, the teacher only where `weight` is not 0.
+    The sums over tokens are divided by `normaliser`: give the number of valid tokens of the global batch (all ranks, all
+    accumulation steps), and the sum of all calls is the mean over it. With T = 0 the loss is 0 and its gradient zeros.
+    `compute_dtype` is what the student's head is multiplied in on CUDA; products come out in fp32 everywhere.
+    """
+    assert normaliser > 0, "a batch without a single valid token has no mean; give 1"
+    assert settings.weight == 0 or (teacher is not None and teacher_TE is not None)
+    assert settings.cross_entropy == 0 or labels_T is not None
+    total, parts = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+        student_TD,
+        student.weight_VD,
+        student.bias_V,
+        student,
+        teacher_TE if settings.weight else None,
+        teacher,
+        labels_T,
+        settings,
+        normaliser,
+        compute_dtype,
+    )
+    return LossTerms(total, parts[0], parts[1])
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Forward: the loss and its gradients. Backward: hands them out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        student: Head,
+        teacher_TE: Tensor | None,
+        teacher: Head | None,
+        labels_T: Tensor | None,
+        settings: DistillationLoss,
+        normaliser: float,
+        compute_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        device = student_TD.device
+        tokens, vocabulary = student_TD.shape[0], weight_VD.shape[0]
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        # Autocast would turn the products of this function back into bf16.
+        with torch.autocast(device.type, enabled=False):
+            student = replace(student, weight_VD=weight_VD.detach(), bias_V=None if bias_V is None else bias_V.detach())
+            if device.type == "cuda":
+                student = student.in_dtype(compute_dtype)
+            rows = _Rows(settings, student, teacher, 1.0 / normaliser)
+            chunk = max(1, min(settings.chunk_tokens, tokens, _BUFFER_BYTES[device.type] // (4 * vocabulary)))
+            student_CV = torch.empty(chunk, vocabulary, device=device)
+            teacher_CV = torch.empty_like(student_CV) if teacher_TE is not None else None
+            grad_TD = torch.empty(student_TD.shape, device=device) if needs_hidden else None
+            grad_VD = torch.zeros(weight_VD.shape, device=device) if needs_weight else None
+            grad_V = torch.zeros(vocabulary, device=device) if needs_bias else None
+            sums = torch.zeros(2, dtype=torch.float64, device=device)
+            for start in range(0, tokens, chunk):
+                part = slice(start, min(start + chunk, tokens))
+                z_CV = student_CV[: part.stop - part.start]
+                project(student_TD[part], student.weight_VD, z_CV)
+                t_CV = None
+                if teacher_TE is not None and teacher is not None and teacher_CV is not None:
+                    t_CV = teacher_CV[: part.stop - part.start]
+                    project(teacher_TE[part], teacher.weight_VD, t_CV)
+                sums += rows.to_gradient_(z_CV, t_CV, None if labels_T is None else labels_T[part])
+                if grad_TD is not None:
+                    project_back(z_CV, student.weight_VD, grad_TD[part])
+                if grad_VD is not None:
+                    accumulate_outer(z_CV, student_TD[part], student.weight_VD, grad_VD)
+                if grad_V is not None:
+                    grad_V += z_CV.sum(0)
+        ctx.gradients = tuple(
+            None if g is None else g.to(like.dtype)
+            for g, like in ((grad_TD, student_TD), (grad_VD, weight_VD), (grad_V, weight_VD if bias_V is None else bias_V))
+        )
+        parts = (sums / normaliser).float()
+        total = parts[0] * (settings.weight * settings.temperature**2) + parts[1] * settings.cross_entropy
+        ctx.mark_non_differentiable(parts)
+        return total, parts
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _parts: Tensor) -> tuple[Tensor | None, ...]:
+        # Let go of them, so that autograd takes the head's gradient over instead of copying it.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the gradients of a distillation loss can be taken once; compute the loss again")
+        # The training loop calls backward on the loss itself: then no multiplied copy is needed either.
+        if not bool(upstream == 1):
+            gradients = tuple(None if g is None else g * upstream.to(g.dtype) for g in gradients)
+        return (*gradients, None, None, None, None, None, None, None)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The formulas between the logits and the gradient of the loss, a block of rows at a time."""
+
+    settings: DistillationLoss
+    student: Head
+    teacher: Head | None
+    share: float
+    """What one token counts in the global mean."""
+
+    def to_gradient_(self, z_CV: Tensor, t_CV: Tensor | None, labels_C: Tensor | None) -> Tensor:
+        """Overwrites the student's `z_CV` by d loss / d z_CV, and `t_CV` by scratch. Returns the two sums of the terms."""
+        sums = torch.zeros(2, dtype=torch.float64, device=z_CV.device)
+        rows = max(1, _BLOCK_ELEMENTS[z_CV.device.type] // z_CV.shape[1])
+        for start in range(0, z_CV.shape[0], rows):
+            part = slice(start, start + rows)
+            sums += self._block_(
+                z_CV[part],
+                None if t_CV is None else t_CV[part],
+                None if labels_C is None or self.settings.cross_entropy == 0 else labels_C[part],
+            )
+        return sums
+
+    def _block_(self, z_RV: Tensor, t_RV: Tensor | None, labels_R: Tensor | None) -> Tensor:
+        settings, temperature = self.settings, self.settings.temperature
+        slope_RV = self.student.finish_(z_RV)
+        sums = torch.zeros(2, dtype=torch.float64, device=z_RV.device)
+        grad_RV: Tensor | None = None
+        if t_RV is not None and self.teacher is not None:
+            self.teacher.finish_(t_RV)
+            log_q_RV = torch.log_softmax(t_RV if temperature == 1 else t_RV.div_(temperature), -1)
+            log_p_RV = torch.log_softmax(z_RV if temperature == 1 else z_RV / temperature, -1)
+            value_R, grad_RV = DIVERGENCES[settings.divergence](log_p_RV, log_q_RV)
+            sums[0] = value_R.sum(dtype=torch.float64)
+            # temperature^2 of the loss, one of them cancelled by d (logits / temperature) / d logits
+            grad_RV.mul_(settings.weight * temperature * self.share)
+        if labels_R is not None:
+            log_p_RV = torch.log_softmax(z_RV, -1)
+            index_R1 = labels_R.unsqueeze(-1)
+            sums[1] = -log_p_RV.gather(-1, index_R1).sum(dtype=torch.float64)
+            cross_RV = log_p_RV.exp_().mul_(settings.cross_entropy * self.share)
+            cross_RV.scatter_add_(-1, index_R1, cross_RV.new_full(index_R1.shape, -settings.cross_entropy * self.share))
+            grad_RV = cross_RV if grad_RV is None else grad_RV.add_(cross_RV)
+        if grad_RV is None:
+            z_RV.zero_()
+        elif slope_RV is not None:
+            torch.mul(grad_RV, slope_RV, out=z_RV)
+        else:
+            torch.mul(grad_RV, self.student.scale, out=z_RV)
+        return sums

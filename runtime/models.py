@@ -1,0 +1,200 @@
+"""Hugging Face models, taken apart where the head begins."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from minitron.runtime.loss import Head
+from minitron.runtime.plan import HeadPlan, LoadedPlan, ModelPlan
+from minitron.specs.errors import UsageError, WorkError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_HEAD_TOLERANCE = 0.02
+"""Of the largest logit. bf16 rounds by 0.4%; a scale, bias or soft-cap that was read wrongly changes more than that."""
+
+Tokenizer = Any
+"""A transformers tokenizer; the library has no types."""
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A module, and how its logits come from the hidden states of its backbone."""
+
+    module: Any
+    plan: HeadPlan
+
+    def hidden_states(self, input_ids_BL: Tensor) -> Tensor:
+        """The hidden states [B, L, D] that the head reads. No logits are computed and no cache is kept."""
+        backbone = self.module.get_submodule(self.plan.backbone)
+        hidden: Tensor = backbone(input_ids=input_ids_BL, use_cache=False).last_hidden_state
+        return hidden
+
+    @property
+    def head(self) -> Head:
+        """The head with the module's own parameters, so that gradients reach them."""
+        bias = None if self.plan.bias is None else self.module.get_parameter(self.plan.bias)
+        return Head(self.module.get_parameter(self.plan.weight), bias, self.plan.scale, self.plan.softcap)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+
+def load_model(loaded: LoadedPlan, at: str, plan: ModelPlan, dtype: torch.dtype, device: torch.device) -> LanguageModel:
+    """The model that the plan names under `at` (`teacher` or `student`), in eval mode, its head checked.
+
+    SpecInvalid where the plan and the model do not fit, UsageError where there is no model, WorkError for broken files.
+    """
+    folder = model_folder(loaded, at, plan)
+    return open_model(folder, dtype, device, plan.head, loaded, f"{at}.head")
+
+
+def model_folder(loaded: LoadedPlan, at: str, plan: ModelPlan) -> Path:
+    """The folder that holds a model of the plan; a Hugging Face id is fetched."""
+    folder = loaded.folder / plan.model
+    if folder.is_dir():
+        return folder
+    if at == "student" or plan.model.startswith((".", "/")) or plan.model.count("/") != 1:
+        raise loaded.invalid(f"{at}.model", f"there is no folder {folder}", "write where the model is, or compile again")
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
+        revision = getattr(plan, "revision", None)
+        return Path(snapshot_download(plan.model, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # network, permissions, cache: a dozen kinds for one thing, that it is not to be had
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise WorkError(f"{plan.model} cannot be fetched from the Hugging Face Hub ({reason}); go online, or write a folder") from None
+
+
+def open_model(
+    folder: Path, dtype: torch.dtype, device: torch.device, head: HeadPlan, loaded: LoadedPlan, at: str
+) -> LanguageModel:
+    """The model in `folder` with the head that the plan gives at the dotted path `at`."""
+    weight_files(folder)
+    try:
+        with _quiet():
+            module, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                trust_remote_code=False,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise WorkError(f"{folder} cannot be loaded as a language model ({reason}); make it again") from None
+    if absent := sorted(report["missing_keys"]):
+        raise WorkError(f"{folder}: the weights of {absent[0]} ({len(absent)} missing) are not in its files; make it again")
+    module.eval().to(device)
+    model = LanguageModel(module, head)
+    _check_head(model, loaded, at)
+    return model
+
+
+@torch.no_grad()
+def _check_head(model: LanguageModel, loaded: LoadedPlan, at: str) -> None:
+    """What the plan says about the head must give the logits that the module itself gives."""
+    module, plan = model.module, model.plan
+    for key, find in (("backbone", module.get_submodule), ("weight", module.get_parameter), ("bias", module.get_parameter)):
+        name = getattr(plan, key)
+        if name is not None:
+            try:
+                find(name)
+            except AttributeError:
+                raise loaded.invalid(f"{at}.{key}", f"the model has no `{name}`", "compile again, or correct it") from None
+    ids = torch.arange(8, device=next(module.parameters()).device).unsqueeze(0) % model.head.vocabulary
+    hidden = model.hidden_states(ids)[0].float()
+    logits = hidden @ model.head.weight_VD.float().T
+    model.head.finish_(logits)
+    expected = module(input_ids=ids, use_cache=False).logits[0].float()
+    if (logits - expected).abs().max() > _HEAD_TOLERANCE * expected.abs().max().clamp(min=1e-3):
+        raise loaded.invalid(
+            at, "does not give the logits that the model gives", "`bias`, `scale` or `softcap` is wrong: compile again"
+        )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those of its index, or the single one. WorkError where one is missing."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise WorkError(f"{index} is broken ({error}); make the model again") from None
+    for name in names:
+        if not (folder / name).is_file():
+            raise WorkError(f"{folder} has no {name}; only safetensors weights are read, make the model again")
+    return [folder / name for name in names]
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of all tensors in a checkpoint, from the headers of its files."""
+    total = 0
+    for path in weight_files(folder):
+        with path.open("rb") as handle:
+            try:
+                (length,) = struct.unpack("<Q", handle.read(8))
+                header = json.loads(handle.read(length))
+                spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+            except (ValueError, KeyError, struct.error, OverflowError, MemoryError) as error:
+                raise WorkError(f"{path} is no safetensors file ({error}); make the model again") from None
+        total += sum(end - start for start, end in spans)
+    return total
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in `folder`, which never warns about long texts: they are cut into sequences later."""
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True, model_max_length=int(1e30)
+            )
+    except Exception as error:  # a wrong file surfaces as whatever its reader stumbles over
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise WorkError(f"{folder} has no tokenizer that can be loaded ({reason}); copy the teacher's files there") from None
+
+
+def check_vocabularies(loaded: LoadedPlan, teacher: LanguageModel, student: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Teacher and student must speak of the same tokens. SpecInvalid where they cannot."""
+    theirs, ours = teacher.head.vocabulary, student.head.vocabulary
+    if theirs != ours:
+        message = f"the teacher has a vocabulary of {theirs} tokens and the student one of {ours}"
+        raise loaded.invalid("teacher.model", message, "distillation compares them token by token: use one tokenizer")
+    if len(tokenizer) > ours:
+        message = f"the tokenizer knows {len(tokenizer)} tokens and the models only {ours}"
+        raise loaded.invalid("tokenizer", message, "write the folder with the teacher's tokenizer")
+    folder = model_folder(loaded, "teacher", loaded.plan.teacher)
+    if (folder / "tokenizer_config.json").is_file() and load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+        message = "its tokens are not those of the teacher's tokenizer"
+        raise loaded.invalid("tokenizer", message, "write the folder with the teacher's tokenizer")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's own bars and warnings: what matters is raised as an error of ours."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

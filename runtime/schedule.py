@@ -1,0 +1,20 @@
+"""The course of the learning rate."""
+
+from __future__ import annotations
+
+import math
+
+from minitron.specs.blocks.training import Optimizer
+
+
+def learning_rate(step: int, steps: int, optimizer: Optimizer) -> float:
+    """Of the optimizer step with number `step`, counted from 0, in a training of `steps`.
+
+    Linear warm-up that reaches `lr` at the last of the warm-up steps, then half a cosine down to exactly `min_lr` at the last
+    step (Loshchilov and Hutter, arXiv 1608.03983, equation 5, without restarts).
+    """
+    warmup = min(optimizer.warmup_steps, steps)
+    if step < warmup:
+        return optimizer.lr * (step + 1) / warmup
+    done = (step + 1 - warmup) / (steps - warmup)
+    return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * 0.5 * (1.0 + math.cos(math.pi * done))

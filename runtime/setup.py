@@ -1,0 +1,133 @@
+"""From a training plan to everything that its training needs, ready to run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minitron.runtime.checkpoint import Checkpoints, TrainerState, load
+from minitron.runtime.data import Corpus, Windows, open_corpus, open_held_out
+from minitron.runtime.loss import DistillationLoss
+from minitron.runtime.models import DTYPES, LanguageModel, check_vocabularies, load_model
+from minitron.runtime.optimizer import make_optimizer
+from minitron.runtime.plan import LoadedPlan, TrainingPlan
+from minitron.runtime.tokens import TextEncoder
+from minitron.runtime.world import World
+from minitron.specs.errors import SpecInvalid
+from minitron.specs.progress import Progress, Silent
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training in this process."""
+
+    plan: TrainingPlan
+    world: World
+    work: Path
+    student: LanguageModel
+    """fp32, in training mode."""
+
+    teacher: LanguageModel | None
+    """None where the divergence has weight 0."""
+
+    corpus: Corpus
+    held_out: Windows | None
+    optimizer: torch.optim.Optimizer
+    checkpoints: Checkpoints
+    identity: dict[str, Any]
+    """What a checkpoint of this training remembers of the plan."""
+
+    loss: DistillationLoss
+    compute_dtype: torch.dtype
+
+    def state_after(self, samples: int) -> TrainerState:
+        return TrainerState(samples // self.plan.global_batch_size, samples, samples * self.plan.sequence_length)
+
+
+def prepare(
+    loaded: LoadedPlan, plan: TrainingPlan, world: World, encoder: TextEncoder, identity: dict[str, Any], progress: Progress
+) -> Run:
+    """Opens data and models. SpecInvalid with the place where the plan does not fit them; WorkError for broken files."""
+    if plan.global_batch_size % (world.size * plan.micro_batch_size):
+        least = world.size * plan.micro_batch_size
+        message = f"{plan.global_batch_size} sequences cannot be shared by {world.size} processes, {plan.micro_batch_size} at a time"
+        raise loaded.invalid("global_batch_size", message, f"write a multiple of {least}, or start fewer processes")
+    work = loaded.folder / plan.work
+    with world.leader_first():
+        corpus, windows = _open_data(loaded, plan, encoder, work / "data", progress if world.leads else Silent())
+    teacher = load_model(loaded, "teacher", plan.teacher, DTYPES[plan.teacher.dtype], world.device)
+    student = load_model(loaded, "student", plan.student, torch.float32, world.device)
+    check_vocabularies(loaded, teacher, student, encoder.tokenizer)
+    teacher.module.requires_grad_(False)
+    for parameter in student.module.parameters():
+        # Storage of our own, aligned as every allocation is: that of a mapped file is not, and sums may depend on it.
+        parameter.data = parameter.data.clone()
+    student.module.train()
+    if plan.gradient_checkpointing:
+        student.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    logits = plan.loss.logits
+    return Run(
+        plan=plan,
+        world=world,
+        work=work,
+        student=student,
+        teacher=teacher if logits.weight else None,
+        corpus=corpus,
+        held_out=windows,
+        optimizer=make_optimizer(student.module, plan.optimizer),
+        checkpoints=Checkpoints(work / "checkpoints", plan.checkpoint.keep_last),
+        identity=identity,
+        loss=DistillationLoss(
+            divergence=logits.divergence,
+            temperature=logits.temperature,
+            weight=logits.weight,
+            cross_entropy=plan.loss.cross_entropy,
+            chunk_tokens=plan.loss.chunk_tokens,
+        ),
+        compute_dtype=DTYPES[getattr(plan.compute_dtype, world.device.type)],
+    )
+
+
+def _open_data(
+    loaded: LoadedPlan, plan: TrainingPlan, encoder: TextEncoder, cache: Path, progress: Progress
+) -> tuple[Corpus, Windows | None]:
+    length = plan.sequence_length
+    data = loaded.data("data", plan.data)
+    corpus = open_corpus(data, encoder, cache, length=length, tokens=plan.tokens, seed=plan.seed, progress=progress)
+    if plan.held_out is None:
+        return corpus, None
+    data, most = loaded.data("held_out.data", plan.held_out.data), plan.held_out.max_tokens
+    return corpus, open_held_out(data, encoder, cache, length=length, max_tokens=most, progress=progress)
+
+
+def resume(loaded: LoadedPlan, run: Run, progress: Progress) -> TrainerState:
+    """How far this training already is; weights and moments are set to where they were then."""
+    with run.world.leader_first():
+        checkpoint = run.checkpoints.newest(progress)
+    if checkpoint is None:
+        return run.state_after(0)
+    require_same_training(loaded, checkpoint.identity, run.identity)
+    load(checkpoint, run.student.module, run.optimizer)
+    progress.message(f"going on from step {checkpoint.state.step} of {run.plan.steps}")
+    return checkpoint.state
+
+
+def require_same_training(loaded: LoadedPlan, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """SpecInvalid with every value that decides the result and is not what it was when this training began."""
+    begin_again = f"or delete {loaded.folder / loaded.plan.work} to train from the beginning"
+    changed = {"data": "the training data or its tokenizer", "fingerprint": "the pruned student"}
+    errors = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if old == new:
+            continue
+        if key in changed:
+            message, remedy = f"{changed[key]} changed since this training began", "bring back what was there"
+        else:
+            message, remedy = f"was {old} when this training began and is now {new}", f"write {old} again"
+        errors.append(loaded.error(key, message, f"{remedy}, {begin_again}"))
+    if errors:
+        raise SpecInvalid(errors)

@@ -1,0 +1,89 @@
+"""One optimizer step: the global batch forward and backward in micro batches, gradients summed, clipped, applied."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from safetensors.torch import save_file
+
+from minitron.runtime.checkpoint import TrainerState
+from minitron.runtime.data import Batch
+from minitron.runtime.disk import writing
+from minitron.runtime.held_out import autocast
+from minitron.runtime.loss import LossTerms, distillation_loss
+from minitron.runtime.optimizer import set_learning_rate
+from minitron.runtime.order import mix
+from minitron.runtime.schedule import learning_rate
+from minitron.runtime.setup import Run
+from minitron.specs.atomic import atomic_path
+from minitron.specs.errors import WorkError
+
+
+def train_step(run: Run, state: TrainerState) -> dict[str, float]:
+    """Learns the global batch that follows `state`. Returns the step's figures: the loss and its terms as means over all
+    valid tokens of the batch, the learning rate, and the norm of the gradient before clipping.
+
+    WorkError where loss or gradient are not finite; the weights are then as they were, and the batch is saved.
+    """
+    plan, world = run.plan, run.world
+    batch = run.corpus.batch(world.share(range(state.samples, state.samples + plan.global_batch_size)))
+    valid = world.sum(batch.valid_BL.sum().to(world.device))
+    normaliser = max(1.0, float(valid))  # a batch that is masked throughout has loss 0 and gradient 0
+    sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+    for number, micro in enumerate(batch.micro_batches(plan.micro_batch_size)):
+        # What dropout draws, where a model has it, follows from the sample too: nothing to save, nothing to lose.
+        torch.manual_seed(mix(plan.seed, state.samples, world.rank, number))
+        terms = _loss(run, micro.to(world.device), normaliser)
+        terms.total.backward()  # type: ignore[no-untyped-call]
+        sums += torch.stack([terms.total.detach(), terms.divergence, terms.cross_entropy])
+    parameters = list(run.student.module.parameters())
+    world.sum_gradients(parameters)
+    most = plan.optimizer.clip_grad_norm
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if most is None else most))
+    loss, divergence, cross_entropy = world.sum(sums).tolist()
+    if not math.isfinite(loss) or not math.isfinite(grad_norm):
+        raise _not_finite(run, state, batch, f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {grad_norm}")
+    lr = learning_rate(state.step, plan.steps, plan.optimizer)
+    set_learning_rate(run.optimizer, lr)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    figures = {"loss": loss}
+    if run.loss.weight:
+        figures[run.loss.divergence] = divergence
+    if run.loss.cross_entropy:
+        figures["cross_entropy"] = cross_entropy
+    return figures | {"lr": lr, "grad_norm": grad_norm}
+
+
+def _loss(run: Run, batch: Batch, normaliser: float) -> LossTerms:
+    """The share of one micro batch in the loss of the global batch."""
+    teacher_TE, teacher_head = None, None
+    if run.teacher is not None:
+        with torch.no_grad():
+            teacher_TE = run.teacher.hidden_states(batch.input_ids_BL)[batch.valid_BL]
+        teacher_head = run.teacher.head
+    with autocast(run.world.device, run.compute_dtype):
+        student_TD = run.student.hidden_states(batch.input_ids_BL)[batch.valid_BL]
+    return distillation_loss(
+        run.loss,
+        student_TD,
+        run.student.head,
+        teacher_TE,
+        teacher_head,
+        batch.labels_BL[batch.valid_BL],
+        normaliser=normaliser,
+        compute_dtype=run.compute_dtype,
+    )
+
+
+def _not_finite(run: Run, state: TrainerState, batch: Batch, what: str) -> WorkError:
+    """Keeps what was computed on, for whoever looks for the reason."""
+    rank = f"-rank-{run.world.rank}" if run.world.size > 1 else ""
+    path = run.work / f"not-finite-step-{state.step + 1}{rank}.safetensors"
+    with writing(str(path)), atomic_path(path) as temporary:
+        save_file({"input_ids": batch.input_ids_BL, "labels": batch.labels_BL}, temporary)
+    return WorkError(
+        f"the {what} at step {state.step + 1}: the weights of step {state.step} were kept and the batch was saved as {path}. "
+        f"Often the learning rate is too high: lower `optimizer.lr`, delete {run.work / 'checkpoints'} and train again"
+    )

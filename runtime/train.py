@@ -1,0 +1,131 @@
+"""`minitron train BUILD`: the student learns from the teacher what training.yaml says, and nothing of it is ever lost."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from minitron.runtime.checkpoint import TrainerState
+from minitron.runtime.data import data_hash
+from minitron.runtime.disk import only_one, writing
+from minitron.runtime.held_out import held_out
+from minitron.runtime.interrupt import Interrupt, interrupts
+from minitron.runtime.metrics import MetricsLog, read_metrics
+from minitron.runtime.models import DTYPES, model_folder
+from minitron.runtime.output import write_model
+from minitron.runtime.plan import LoadedPlan, read_plan, resume_identity
+from minitron.runtime.setup import Run, prepare, require_same_training, resume
+from minitron.runtime.step import train_step
+from minitron.runtime.tokens import TextEncoder
+from minitron.runtime.world import join_world
+from minitron.specs.atomic import write_text
+from minitron.specs.progress import Progress, Silent
+
+FINISHED = "finished.json"
+METRICS = "metrics.jsonl"
+
+
+def train(build: Path, *, device: str | None, progress: Progress) -> None:
+    """Trains what BUILD/training.yaml says and writes BUILD/model. Goes on from the last checkpoint where there is one, and
+    does nothing where training is finished.
+
+    UsageError (SpecInvalid with the place) for a plan that is wrong, or not that of the training that is under way; WorkError
+    for broken files, a full disk, a loss that is not finite; KeyboardInterrupt after SIGINT or SIGTERM, a checkpoint written.
+    """
+    loaded = read_plan(build)
+    plan = loaded.training()
+    work, output = loaded.folder / plan.work, loaded.folder / plan.output
+    with interrupts() as interrupt, join_world(device) as world, only_one(work, "training", world.leads):
+        progress = progress if world.leads else Silent()
+        encoder = TextEncoder.load(loaded.folder / plan.tokenizer)
+        identity = resume_identity(plan, data_hash(loaded.data("data", plan.data), encoder, plan.tokens))
+        if (work / FINISHED).is_file() and output.is_dir():
+            require_same_training(loaded, json.loads((work / FINISHED).read_text(encoding="utf-8"))["identity"], identity)
+            progress.message(f"already trained: {output}; delete {work} to train from the beginning")
+            return
+        run = prepare(loaded, plan, world, encoder, identity, progress)
+        state = resume(loaded, run, progress)
+        with interrupt.deferring():
+            _learn(run, state, interrupt, progress)
+        if world.leads:
+            _finish(loaded, run)
+            progress.message(f"trained: {output}")
+        world.wait()
+
+
+def _learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progress) -> None:
+    """Step after step until all tokens are learnt; held-out loss and checkpoints each so many tokens and at the end.
+
+    What is measured and saved when depends on the tokens alone, so a training that was killed is the same training.
+    """
+    plan, world = run.plan, run.world
+    measure_every = plan.held_out.every_tokens if plan.held_out is not None else None
+    with (
+        torch.random.fork_rng([world.device] if world.device.type == "cuda" else []),
+        _metrics(run, state, progress) as metrics,
+        progress.task("train", plan.steps * plan.step_tokens, "tokens", done=state.tokens) as task,
+    ):
+        while state.step < plan.steps:
+            start, before = time.perf_counter(), state
+            figures = train_step(run, before)
+            state = run.state_after(before.samples + plan.global_batch_size)
+            rate = plan.step_tokens / (time.perf_counter() - start)
+            line = {"step": state.step, "tokens": state.tokens, **figures, "tokens_per_second": round(rate, 1)}
+            last = state.step == plan.steps
+            if run.held_out is not None and (last or _crosses(before, state, measure_every)):
+                result = held_out(
+                    run.student, run.held_out, world, batch_size=plan.micro_batch_size, compute_dtype=run.compute_dtype
+                )
+                line |= {"held_out_loss": result.loss, "held_out_perplexity": result.perplexity}
+            if metrics is not None:
+                metrics.write(line)
+            task.advance(plan.step_tokens, **{key: line[key] for key in ("loss", "held_out_loss", "lr") if key in line})
+            stop = world.any(interrupt.requested)
+            if last or stop or _crosses(before, state, plan.checkpoint.every_tokens):
+                _save(run, state, metrics)
+            if stop and not last:
+                progress.message(f"interrupted after step {state.step}; train again to go on from there")
+                raise KeyboardInterrupt
+
+
+def _crosses(before: TrainerState, after: TrainerState, every: int | None) -> bool:
+    """Whether a multiple of `every` tokens lies between two states."""
+    return every is not None and before.tokens // every < after.tokens // every
+
+
+@contextmanager
+def _metrics(run: Run, state: TrainerState, progress: Progress) -> Iterator[MetricsLog | None]:
+    """The log, on the rank that writes."""
+    if not run.world.leads:
+        yield None
+        return
+    with writing(str(run.work / METRICS)):
+        log = MetricsLog(run.work, state.step, progress)
+    with log:
+        yield log
+
+
+def _save(run: Run, state: TrainerState, metrics: MetricsLog | None) -> None:
+    if metrics is not None:
+        metrics.sync()
+        run.checkpoints.save(state, run.student.module, run.optimizer, run.identity)
+    run.world.wait()
+
+
+def _finish(loaded: LoadedPlan, run: Run) -> None:
+    """The final model, and the note that this training is done."""
+    plan = run.plan
+    report = [
+        f"Trained on {plan.steps * plan.step_tokens:,} tokens to the teacher's output distribution "
+        f"({plan.loss.logits.divergence}, weight {plan.loss.logits.weight:g}; cross-entropy, weight {plan.loss.cross_entropy:g})."
+    ]
+    if lines := [line for line in read_metrics(run.work / METRICS) if "held_out_loss" in line]:
+        report.append(f"Loss on held-out text: {lines[-1]['held_out_loss']:.4f} nats a token.")
+    source = model_folder(loaded, "student", plan.student)
+    write_model(run.student, DTYPES[plan.student.dtype], source, loaded.folder / plan.output, plan.name, report)
+    write_text(run.work / FINISHED, json.dumps({"format_version": 1, "identity": run.identity}, indent=1) + "\n")

@@ -1,0 +1,199 @@
+"""What every block is made of: the base model, and the types of values that carry units or take several forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeAlias, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from minitron.specs.source import YesNo
+from minitron.specs.suggest import closest
+from minitron.specs.units import BYTES_UNITS, COUNT_UNITS, FLOPS_UNITS, LARGEST, NUMBER_PATTERN, Share, parse_quantity
+
+
+class Block(BaseModel):
+    """A mapping of the spec: frozen, without unknown keys, without conversions between types."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+def wrong(message: str, hint: str = "") -> PydanticCustomError:
+    """An error in our own words, for validators to raise. `{given}` in `message` becomes what the user wrote."""
+    return PydanticCustomError("minitron", "{message}", {"message": message, "hint": hint})
+
+
+T = TypeVar("T")
+
+# Strict models want tuples; YAML has lists. Only the list itself is converted, what is in it stays strict.
+Listed: TypeAlias = Annotated[tuple[T, ...], Field(strict=False)]
+
+
+# --- numbers with units ---
+
+
+def _quantity(what: str, example: str, units: Mapping[str, int]) -> Callable[[Any], int]:
+    hint = f"write a positive whole number, or one with a unit such as {example}"
+
+    def read(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise wrong(f"{{given}} is not {what}", hint)
+        try:
+            # repr() of a float is its shortest spelling: 3e6 is exactly three million.
+            number = (
+                value
+                if isinstance(value, int)
+                else parse_quantity(value if isinstance(value, str) else repr(value), units)
+            )
+        except ValueError as error:
+            raise wrong(str(error) if isinstance(value, str) else f"{{given}} is not {what}", hint) from None
+        if not 1 <= number <= LARGEST:
+            raise wrong(f"{{given}} is not {what}", hint)
+        return number
+
+    return read
+
+
+def _quantity_schema(example: str, units: Mapping[str, int]) -> WithJsonSchema:
+    text = {"type": "string", "pattern": rf"^{NUMBER_PATTERN}\s*({'|'.join(units)})?$", "examples": [example]}
+    return WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, text]})
+
+
+Count: TypeAlias = Annotated[
+    int, BeforeValidator(_quantity("a count", "8.0B", COUNT_UNITS)), _quantity_schema("8.0B", COUNT_UNITS)
+]
+"""A number of tokens or parameters: 380B, 1e9, 3000000."""
+
+Flops: TypeAlias = Annotated[
+    int, BeforeValidator(_quantity("a number of FLOPs", "16G", FLOPS_UNITS)), _quantity_schema("16G", FLOPS_UNITS)
+]
+"""Floating-point operations: 16G, 1.2T."""
+
+Bytes: TypeAlias = Annotated[
+    int, BeforeValidator(_quantity("a size", "24GiB", BYTES_UNITS)), _quantity_schema("24GiB", BYTES_UNITS)
+]
+"""A size in memory or on disk: 24GiB, 64KiB."""
+
+
+def _read_fraction(value: Any) -> float:
+    hint = "write a share between 0% and 100%, such as 5%"
+    try:
+        number = float(Share.parse(value)) if isinstance(value, str) else value
+    except ValueError as error:
+        raise wrong(str(error), hint) from None
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < 1:
+        raise wrong("{given} is not a share", hint)
+    return float(number)
+
+
+PERCENT_PATTERN = rf"^{NUMBER_PATTERN}\s*%$"
+
+Fraction: TypeAlias = Annotated[
+    float,
+    BeforeValidator(_read_fraction),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
+                {"type": "string", "pattern": PERCENT_PATTERN, "examples": ["5%"]},
+            ]
+        }
+    ),
+]
+"""A share of something: 5%, or 0.05."""
+
+PositiveInt: TypeAlias = Annotated[int, Field(ge=1, le=LARGEST)]
+NonNegativeInt: TypeAlias = Annotated[int, Field(ge=0, le=LARGEST)]
+PositiveFloat: TypeAlias = Annotated[float, Field(gt=0)]
+NonNegativeFloat: TypeAlias = Annotated[float, Field(ge=0)]
+
+# An empty name or path is never meant.
+Text: TypeAlias = Annotated[str, Field(min_length=1)]
+
+
+# --- widths ---
+
+Target: TypeAlias = int | Share
+"""One width: a number, or a share of the teacher's."""
+
+_WIDTH_HINT = 'write a number such as 4096, or a share of the teacher such as "80%"'
+
+
+def _read_target(value: Any) -> Target:
+    if isinstance(value, Share):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        if not 1 <= value <= LARGEST:
+            raise wrong(f"{value} is not a width", _WIDTH_HINT)
+        return value
+    if not isinstance(value, str):
+        shown = "{given}" if not isinstance(value, int | float | YesNo) else f"`{getattr(value, 'text', value)}`"
+        raise wrong(f"{shown} is not a width", _WIDTH_HINT)
+    try:
+        share = Share.parse(value)
+    except ValueError:
+        raise wrong(f"`{value}` is not a width", _WIDTH_HINT) from None
+    if not 0 < share.of_one <= 1:
+        raise wrong(f"`{value}` is not between 0% and 100%: a student has no more than its teacher", _WIDTH_HINT)
+    return share
+
+
+def _read_width(value: Any) -> Target | tuple[Target, ...]:
+    if not isinstance(value, list | tuple):
+        return _read_target(value)
+    if not value:
+        raise wrong("the list is empty", "write the widths to try, or leave the key out")
+    targets = tuple(_read_target(item) for item in value)
+    if len(set(targets)) < len(targets):
+        raise wrong("the list names a width twice", "keep one of them")
+    return targets
+
+
+def _write_width(width: Target | tuple[Target, ...]) -> int | str | list[int | str]:
+    if isinstance(width, tuple):
+        return [item if isinstance(item, int) else str(item) for item in width]
+    return width if isinstance(width, int) else str(width)
+
+
+_TARGET_SCHEMA = [
+    {"type": "integer", "minimum": 1},
+    {"type": "string", "pattern": PERCENT_PATTERN, "examples": ["80%"]},
+]
+
+Width: TypeAlias = Annotated[
+    Target | tuple[Target, ...],
+    PlainValidator(_read_width),
+    PlainSerializer(_write_width, return_type=int | str | list[int | str]),
+    WithJsonSchema({"anyOf": [*_TARGET_SCHEMA, {"type": "array", "minItems": 1, "items": {"anyOf": _TARGET_SCHEMA}}]}),
+]
+"""A width of the student; a list of them under `search`."""
+
+
+# --- a word, or something longer ---
+
+
+WORD, LONGER = "<word>", "<longer>"
+"""pydantic puts the name of a union's member into the place of an error; the translation takes these out again."""
+
+
+def is_longer(value: Any) -> str:
+    """The discriminator of `word | mapping` and `word | list`: which of the two was written."""
+    return WORD if isinstance(value, str) else LONGER
+
+
+def word_or(hint: str, *words: str, also: type | tuple[type, ...]) -> BeforeValidator:
+    """Refuses what is neither one of `words` nor an `also`, before the union is tried, with one message for both."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, str) and value in words:
+            return value
+        if isinstance(value, str | bool) or not isinstance(value, also):
+            nearest = closest(value, words) if isinstance(value, str) else None
+            meant = f"did you mean `{nearest}`? " if nearest else ""
+            raise wrong("{given} is not possible here", f"{meant}write {hint}")
+        return value
+
+    return BeforeValidator(check)

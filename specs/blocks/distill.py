@@ -1,0 +1,144 @@
+"""`distill`: how the student learns from the teacher."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Discriminator, Field, Tag
+
+from minitron.specs.blocks.base import (
+    LONGER,
+    WORD,
+    Block,
+    Count,
+    Listed,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    is_longer,
+    word_or,
+)
+from minitron.specs.blocks.training import Optimizer
+from minitron.specs.data import DataSource
+
+
+class SampledLogits(Block):
+    """The teacher's output distribution, stored as samples (arXiv 2503.16870)."""
+
+    sampled: PositiveInt
+    """Unbiased samples for each token."""
+
+
+TeacherLogits: TypeAlias = Annotated[
+    Annotated[Literal["online"], Tag(WORD)] | Annotated[SampledLogits, Tag(LONGER)],
+    Discriminator(is_longer),
+    word_or("online or {sampled: 12}", "online", also=dict),
+]
+
+LayerPair = Annotated[tuple[NonNegativeInt, NonNegativeInt], Field(strict=False)]
+
+LayerPairs: TypeAlias = Annotated[
+    Annotated[Literal["last:last"], Tag(WORD)] | Annotated[Listed[LayerPair], Field(min_length=1), Tag(LONGER)],
+    Discriminator(is_longer),
+    word_or("last:last or a list of [teacher layer, student layer] such as [[29, 13]]", "last:last", also=list),
+]
+
+LossWeight: TypeAlias = Annotated[
+    Annotated[Literal["dynamic"], Tag(WORD)] | Annotated[NonNegativeFloat, Tag(LONGER)],
+    Discriminator(is_longer),
+    word_or("dynamic or a number such as 0.5", "dynamic", also=(int, float)),
+]
+
+
+class LogitLoss(Block):
+    """The divergence between the teacher's and the student's distribution of the next token."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """`forward_kl`: KL(teacher || student); `reverse_kl`: KL(student || teacher); `jsd`: Jensen-Shannon."""
+
+    temperature: PositiveFloat = 1.0
+    """Both distributions are softened by it; the loss is multiplied by its square."""
+
+    weight: NonNegativeFloat = 1.0
+    """Share in the sum of losses."""
+
+
+class HiddenStateLoss(Block):
+    """The distance between hidden states of teacher and student, through a projection that is learnt and
+    thrown away."""
+
+    pairs: LayerPairs = "last:last"
+    """`last:last`, or pairs of [teacher layer, student layer]."""
+
+    distance: Literal["cosine", "mse"] = "cosine"
+    """How the distance is measured."""
+
+    embedding: bool = True
+    """The output of the embedding is compared as well."""
+
+    weight: LossWeight = "dynamic"
+    """`dynamic`: scaled to the size of the logit loss; or a number."""
+
+
+class Loss(Block):
+    """What is minimised: the weighted sum of these terms."""
+
+    logits: LogitLoss = LogitLoss()
+    """The divergence of the output distributions."""
+
+    hidden_states: HiddenStateLoss | None = None
+    """The distance of hidden states; null: none."""
+
+    cross_entropy: NonNegativeFloat = 0.0
+    """Weight of the cross-entropy with the data's own next token."""
+
+    chunk_tokens: PositiveInt = 1024
+    """Tokens whose logits exist at one time: more is faster, less takes less memory."""
+
+
+class Checkpoint(Block):
+    """What is kept to go on from after an interruption."""
+
+    every_tokens: Count | None = None
+    """A checkpoint each so many tokens. Left out: twenty over the whole training."""
+
+    keep_last: PositiveInt = 2
+    """How many checkpoints are kept."""
+
+
+class Distill(Block):
+    """How the student learns from the teacher. Left out, `minitron compile` prunes and nothing is trained."""
+
+    data: DataSource
+    """What to train on."""
+
+    tokens: Count
+    """How many tokens to train on."""
+
+    teacher_logits: TeacherLogits = "online"
+    """`online`: the teacher runs beside the student; `{sampled: 12}`: `minitron capture` stores its samples once."""
+
+    sequence_length: Annotated[int, Field(ge=2, le=2**31)] = 8192
+    """Tokens in a sequence."""
+
+    global_batch_size: PositiveInt = 768
+    """Sequences in an optimizer step, over all devices."""
+
+    micro_batch_size: PositiveInt | None = None
+    """Sequences that go through the model at one time; divides `global_batch_size`. Left out: the compiler chooses."""
+
+    optimizer: Optimizer = Optimizer()
+    """The optimizer and its schedule."""
+
+    loss: Loss = Loss()
+    """What is minimised."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more work."""
+
+    checkpoint: Checkpoint = Checkpoint()
+    """What is kept to go on from after an interruption."""
+
+    seed: NonNegativeInt = 0
+    """Decides the order of the data."""

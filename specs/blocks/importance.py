@@ -1,0 +1,62 @@
+"""`importance`: what is kept."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from minitron.specs.blocks.base import Block, PositiveInt
+from minitron.specs.data import DataSource
+
+Aggregation = Literal["l2", "mean", "var"]
+
+
+class CalibrationData(DataSource):
+    """The documents whose activations are measured, and how much of them."""
+
+    samples: PositiveInt = 1024
+    """Number of sequences."""
+
+    sequence_length: Annotated[int, Field(ge=2, le=2**31)] = 8192
+    """Tokens in a sequence."""
+
+
+class WidthScores(Block):
+    """How activations become one score for each channel, head and neuron (Minitron, arXiv 2407.14679, section 2.2)."""
+
+    batch: Aggregation = "l2"
+    """Aggregation over the samples."""
+
+    sequence: Aggregation = "mean"
+    """Aggregation over the tokens of a sample, of absolute values."""
+
+
+class DepthScores(Block):
+    """How layers are ranked (Minitron, arXiv 2407.14679, section 2.2)."""
+
+    metric: Literal["block_influence", "loss", "logit_mse"] = "block_influence"
+    """`block_influence`: how much a layer turns the residual stream; `loss`, `logit_mse`: the harm of dropping it."""
+
+    contiguous: bool = False
+    """Leave out one run of neighbouring layers rather than the lowest-scored ones."""
+
+
+class Importance(Block):
+    """How it is decided which channels, heads, neurons and layers stay."""
+
+    data: CalibrationData | None = None
+    """Calibration data; required where scores decide something."""
+
+    width: WidthScores = WidthScores()
+    """Scores of channels, heads and neurons."""
+
+    depth: DepthScores = DepthScores()
+    """Scores of layers."""
+
+    selection: Literal["scores", "greedy"] = "scores"
+    """`scores`: the highest stay; `greedy`: backward elimination on the Gram matrix, for axes that recovery refits."""
+
+    hidden_basis: Literal["channels", "principal"] = "channels"
+    """`channels`: the residual stream loses channels (Minitron); `principal`: it is rotated onto its principal
+    components first."""

@@ -1,0 +1,17 @@
+"""`recovery`: what is repaired before any training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from minitron.specs.blocks.base import Block
+
+
+class Recovery(Block):
+    """Closed-form repair from the calibration activations, before any training."""
+
+    refit: Literal["none", "least_squares"] = "none"
+    """`least_squares`: projections that read or write a narrowed axis are refitted layer by layer."""
+
+    merge_heads: bool = False
+    """The residual of dropped query heads is folded into the kept ones (multi-head attention only)."""

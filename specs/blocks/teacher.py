@@ -1,0 +1,23 @@
+"""`teacher`: the model to make smaller."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from minitron.specs.blocks.base import Block, Text
+
+
+class Teacher(Block, json_schema_extra={"oneOf": [{"required": ["model"]}, {"required": ["spec"]}]}):
+    """The model to make smaller: `model`, or `spec` for the result of another spec."""
+
+    model: Text | None = None
+    """Hugging Face id, or a folder relative to this file."""
+
+    spec: Text | None = None
+    """Instead of `model`: a spec, relative to this file, whose result is the teacher (a chain 15B -> 8B -> 4B)."""
+
+    revision: Text | None = None
+    """Branch, tag or commit of a Hugging Face id; the lock file pins the commit. Left out: the main branch."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """The number format that the teacher's weights are held in, and the student's are saved in."""

@@ -1,0 +1,19 @@
+"""`teacher_correction`: the teacher gets used to the data first."""
+
+from __future__ import annotations
+
+from minitron.specs.blocks.base import Block, Count
+from minitron.specs.blocks.training import CorrectionOptimizer
+
+
+class TeacherCorrection(Block):
+    """Fine-tunes the teacher on the distillation data before it teaches (arXiv 2408.11796, "Teacher Correction").
+
+    Data, sequence length, global batch size and seed are those of `distill`.
+    """
+
+    tokens: Count
+    """How many tokens to train the teacher on."""
+
+    optimizer: CorrectionOptimizer = CorrectionOptimizer()
+    """The optimizer and its schedule."""

@@ -1,0 +1,52 @@
+"""What every kind of training in a spec has: an optimizer and its schedule."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from minitron.specs.blocks.base import Block, NonNegativeFloat, NonNegativeInt, PositiveFloat
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Optimizer(Block):
+    """AdamW and the course of its learning rate: a linear warm-up to `lr`, then down to `min_lr` at the last token."""
+
+    name: Literal["adamw"] = "adamw"
+    """The optimizer."""
+
+    lr: PositiveFloat = 1e-4
+    """The highest learning rate."""
+
+    min_lr: NonNegativeFloat = 4.5e-7
+    """The learning rate at the end."""
+
+    warmup_steps: NonNegativeInt = 60
+    """Steps from 0 to `lr`."""
+
+    schedule: Literal["cosine"] = "cosine"
+    """The course from `lr` to `min_lr`."""
+
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
+    """Decay rates of the two moments."""
+
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay."""
+
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+
+    clip_grad_norm: PositiveFloat | None = 1.0
+    """Gradients of a larger norm are scaled down to it; null: never."""
+
+
+class CorrectionOptimizer(Optimizer):
+    """AdamW as under `distill`, with the defaults of the published teacher correction (arXiv 2408.11796)."""
+
+    lr: PositiveFloat = 2e-5
+    """The highest learning rate."""
+
+    warmup_steps: NonNegativeInt = 120
+    """Steps from 0 to `lr`."""

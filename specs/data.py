@@ -1,0 +1,157 @@
+"""`data`: where documents come from. The same model stands in the spec and in training.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    model_serializer,
+    model_validator,
+)
+
+from minitron.specs.blocks.base import Block, Listed, PositiveFloat, Text, wrong
+from minitron.specs.suggest import closest, one_of
+
+STDLIB_PREFIX = "python-stdlib:"
+STDLIB_SPLITS = ("train", "held_out")
+
+# Which options go with which kind of source, and the defaults that are then filled in.
+_KINDS: Mapping[str, tuple[str, ...]] = {
+    "text": ("document",),
+    "jsonl": ("text_field", "messages_field"),
+    "parquet": ("text_field", "messages_field"),
+    "dataset": ("text_field", "messages_field", "subset", "split", "revision", "streaming"),
+    "blend": (),
+}
+_DEFAULTS = {"document": "file", "text_field": "text", "split": "train", "streaming": False}
+_OPTIONS = sorted({option for options in _KINDS.values() for option in options})
+
+
+def _check_pattern(pattern: str) -> str:
+    split = pattern.removeprefix(STDLIB_PREFIX)
+    if split != pattern and split not in STDLIB_SPLITS:
+        meant = closest(split, STDLIB_SPLITS)
+        hint = f"did you mean `{STDLIB_PREFIX}{meant}`?" if meant else f"write {STDLIB_PREFIX}{one_of(STDLIB_SPLITS)}"
+        raise wrong(f"the standard library has no part `{split}`", hint)
+    return pattern
+
+
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+_PATTERN_SCHEMA = {"type": "string", "minLength": 1}
+
+Patterns: TypeAlias = Annotated[
+    Listed[Annotated[Text, BeforeValidator(lambda value: _check_pattern(value) if isinstance(value, str) else value)]],
+    BeforeValidator(_one_or_many),
+    Field(min_length=1),
+    WithJsonSchema({"anyOf": [_PATTERN_SCHEMA, {"type": "array", "minItems": 1, "items": _PATTERN_SCHEMA}]}),
+]
+"""One file or pattern, or a list of them."""
+
+
+def _say_one_kind(schema: dict[str, Any], model: type[BaseModel]) -> None:
+    """Tells editors that exactly one kind of source is given."""
+    kinds = [kind for kind in _KINDS if kind in model.model_fields]
+    schema["oneOf"] = [{"required": [kind], "properties": {kind: {"not": {"type": "null"}}}} for kind in kinds]
+
+
+class Source(Block, json_schema_extra=_say_one_kind):
+    """One source of documents: `text`, `jsonl`, `parquet` or `dataset`."""
+
+    text: Patterns | None = None
+    """Text files or patterns (`corpus/**/*.txt`), relative to this file; or `python-stdlib:train` and
+    `python-stdlib:held_out`: the source of the running Python's standard library."""
+
+    jsonl: Patterns | None = None
+    """Files or patterns of JSON Lines, one document a line, relative to this file."""
+
+    parquet: Patterns | None = None
+    """Parquet files or patterns, one document a row, relative to this file."""
+
+    dataset: Text | None = None
+    """A data set of the Hugging Face Hub by id, or a folder relative to this file."""
+
+    document: Literal["file", "line", "paragraph"] | None = None
+    """With `text`: what one document is. `file`: a whole file; `line`: each line that is not empty; `paragraph`: what
+    stands between blank lines. Left out: `file`."""
+
+    text_field: Text | None = None
+    """With `jsonl`, `parquet` and `dataset`: the field that holds the text. Left out: `text`."""
+
+    messages_field: Text | None = None
+    """Instead of `text_field`: the field that holds chat messages, rendered with the tokenizer's chat template."""
+
+    subset: Text | None = None
+    """With `dataset`: its configuration, for data sets that have several."""
+
+    split: Text | None = None
+    """With `dataset`: its split. Left out: `train`."""
+
+    revision: Text | None = None
+    """With `dataset`: branch, tag or commit; the lock file pins the commit."""
+
+    streaming: bool | None = None
+    """With `dataset`: read over the network as it goes instead of downloading first. Left out: false."""
+
+    @property
+    def kind(self) -> str:
+        """Which of the kinds this is."""
+        return next(kind for kind in _KINDS if getattr(self, kind, None) is not None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, value: Any) -> Any:
+        """Writes the defaults that go with the kind; what is wrong is left to the checks behind it."""
+        if not isinstance(value, dict):
+            return value
+        kinds = [kind for kind in _KINDS if value.get(kind) is not None]
+        options = _KINDS[kinds[0]] if len(kinds) == 1 else ()
+        given = {key: item for key, item in value.items() if item is not None}
+        defaults = {option: _DEFAULTS[option] for option in options if option in _DEFAULTS and option not in given}
+        if "messages_field" in given:
+            defaults.pop("text_field", None)
+        return given | defaults
+
+    @model_validator(mode="after")
+    def _check(self) -> Source:
+        kinds = [kind for kind in _KINDS if getattr(self, kind, None) is not None]
+        possible = [kind for kind in _KINDS if kind in type(self).model_fields]
+        if not kinds:
+            raise wrong("says no source of documents", f"write one of {one_of(possible)}")
+        if len(kinds) > 1:
+            several = "keep one of them, or set the one of the base spec to null; `blend` mixes several sources"
+            raise wrong(f"says {' and '.join(f'`{kind}`' for kind in kinds)}: a source is one of these", several)
+        for option in _OPTIONS:
+            if getattr(self, option) is not None and option not in _KINDS[kinds[0]]:
+                fitting = one_of([f"`{kind}`" for kind in possible if option in _KINDS[kind]])
+                raise wrong(f"`{option}` goes with {fitting}, not with `{kinds[0]}`", "leave it out")
+        if self.text_field is not None and self.messages_field is not None:
+            raise wrong("says both `text_field` and `messages_field`", "keep one of them")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _only_given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the keys of other kinds."""
+        return {key: value for key, value in write(self).items() if value is not None}
+
+
+class BlendPart(Source):
+    """One source of a blend."""
+
+    weight: PositiveFloat
+    """Share of the text that comes from this source, in proportion to the other weights."""
+
+
+class DataSource(Source):
+    """Where documents come from: exactly one of `text`, `jsonl`, `parquet`, `dataset` and `blend`."""
+
+    blend: Annotated[Listed[BlendPart], Field(min_length=1)] | None = None
+    """Several sources, mixed by weight: `[{weight: 0.7, text: [...]}, {weight: 0.3, jsonl: [...]}]`."""

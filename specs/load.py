@@ -1,0 +1,152 @@
+"""From a file to a spec that holds: read, take the base in, override, validate, check the rules."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from minitron.specs import shape, source
+from minitron.specs.errors import SpecError, SpecInvalid, UsageError
+from minitron.specs.extends import read_with_bases
+from minitron.specs.overrides import apply_override
+from minitron.specs.rules import RULES
+from minitron.specs.shape import from_dotted
+from minitron.specs.spec import Spec
+from minitron.specs.translate import locate, translate
+
+
+@dataclass(frozen=True)
+class LoadedSpec:
+    """A valid spec, where it came from, and where each of its values stands."""
+
+    spec: Spec
+    path: Path
+    """The spec's file, absolute."""
+    overrides: tuple[str, ...]
+    """The `--set` values, as given."""
+    tree: source.Mapping = field(repr=False)
+    """The values as written, with their places; bases and overrides taken in."""
+
+    @property
+    def folder(self) -> Path:
+        """What relative paths in the spec are relative to."""
+        return self.path.parent
+
+    @cached_property
+    def resolved(self) -> dict[str, Any]:
+        """The spec with every default written out, as JSON has it."""
+        return self.spec.model_dump(mode="json")
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the resolved spec: equal for two files that ask for the same, however they are written."""
+        canonical = json.dumps(self.resolved, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def error(self, path: str, message: str, hint: str = "") -> SpecError:
+        """An error at the place of the dotted `path`, or of its nearest parent where only a default stands."""
+        return locate(self.tree, from_dotted(path))[0].error(path, message, hint)
+
+
+def load_spec(path: Path, overrides: Sequence[str] = ()) -> LoadedSpec:
+    """Reads and checks a spec. It needs the file and its bases only: no network, no data, no model.
+
+    SpecInvalid with all errors of the file; UsageError where it cannot be read or an override leads nowhere.
+    """
+    tree, errors = read_with_bases(_read(path), str(path))
+    for override in overrides:
+        tree = apply_override(tree, override)
+    # An empty block (`recovery:` with every line below commented out) is one that was left out.
+    written = {key: source.plain(entry.node) for key, entry in tree.entries.items()}
+    values = {"name": path.stem} | {key: value for key, value in written.items() if value is not None}
+    spec, wrong = _check(tree, values)
+    if errors or wrong:
+        raise SpecInvalid([*errors, *wrong])
+    return LoadedSpec(spec, path.absolute(), tuple(overrides), tree)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UsageError(f"{path}: there is no such file; `minitron init -o {path}` writes one to start from") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path}: is a folder; name the spec file in it") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+
+
+# What stands in for a required value that is missing or wrong, so that the rest of the spec is checked as well.
+# Nothing is ever said about these values: rules that read them are passed over.
+STAND_INS: Mapping[str, Any] = {
+    "name": "unnamed",
+    "teacher": {},
+    "student": {},
+    "budget": {},
+    "data": {"text": "unnamed"},
+    "tokens": 1,
+    "sampled": 1,
+    "weight": 1.0,
+}
+
+
+def _check(tree: source.Mapping, values: dict[str, Any]) -> tuple[Spec, list[SpecError]]:
+    """The spec, and all its errors; with errors, what is wrong has been taken out of the spec.
+
+    pydantic stops checking a model where one of its parts is wrong, and rules need a whole spec. So what is wrong is
+    taken out and the rest is checked again, until it holds; errors that only follow from an earlier one are dropped.
+    """
+    errors: list[SpecError] = []
+    broken: list[shape.Path] = []
+    while True:
+        try:
+            spec = Spec.model_validate(values)
+            break
+        except ValidationError as error:
+            found = translate(error.errors(include_url=False), tree)
+        errors += [one.error for one in found if one.error is not None and not _touches(one.path, broken)]
+        broken += [one.path for one in found]
+        progress = [_take_out(values, one.path) for one in found]
+        assert any(progress), f"no stand-in for one of {broken}"
+    for rule in RULES:
+        if not any(_touches(from_dotted(path), broken) for path in rule.reads):
+            errors += [
+                locate(tree, from_dotted(problem.path))[0].error(problem.path, problem.message, problem.hint)
+                for problem in rule.check(spec)
+            ]
+    return spec, errors
+
+
+def _touches(path: shape.Path, broken: list[shape.Path]) -> bool:
+    """Whether `path` lies above, at or below one of the broken ones."""
+    return any(path[: len(other)] == other[: len(path)] for other in broken)
+
+
+def _take_out(values: dict[str, Any], path: shape.Path) -> bool:
+    """Deletes a wrong value, or gives a missing one its stand-in; says whether there was anything to do.
+
+    For what is wrong or missing in a list the whole list is deleted.
+    """
+    steps: list[tuple[dict[str, Any], str]] = []
+    inside: Any = values
+    for part in path:
+        if not isinstance(inside, dict):
+            break
+        steps.append((inside, str(part)))
+        inside = inside.get(str(part))
+    holder, key = steps[-1]
+    if key in holder:
+        del holder[key]
+        return True
+    if len(steps) == len(path) and key in STAND_INS:
+        holder[key] = copy.deepcopy(STAND_INS[key])
+        return True
+    return False

@@ -1,0 +1,69 @@
+"""The whole spec."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from minitron.specs.blocks.base import Block, wrong
+from minitron.specs.blocks.distill import Distill
+from minitron.specs.blocks.evaluate import Evaluate
+from minitron.specs.blocks.importance import Importance
+from minitron.specs.blocks.recovery import Recovery
+from minitron.specs.blocks.search import Search
+from minitron.specs.blocks.student import Student
+from minitron.specs.blocks.teacher import Teacher
+from minitron.specs.blocks.teacher_correction import TeacherCorrection
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+
+
+def _check_name(name: str) -> str:
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise wrong(
+            "{given} cannot name a build folder",
+            "write up to 100 letters, digits, `.`, `_` and `-`, such as mistral-nemo-minitron-8b",
+        )
+    return name
+
+
+Name = Annotated[str, AfterValidator(_check_name), Field(json_schema_extra={"pattern": NAME_PATTERN})]
+
+
+class Spec(Block):
+    """How a large language model becomes a smaller one."""
+
+    apiVersion: Literal["minitron/v1"] = "minitron/v1"
+    """The version of the spec language."""
+
+    kind: Literal["Compression"] = "Compression"
+    """What this file describes."""
+
+    name: Name
+    """Names the build folder and the lock file. Left out: the file's name."""
+
+    teacher: Teacher
+    """The model to make smaller."""
+
+    student: Student
+    """How small it shall be."""
+
+    importance: Importance = Importance()
+    """How it is decided what stays."""
+
+    recovery: Recovery = Recovery()
+    """What is repaired before any training."""
+
+    search: Search | None = None
+    """Which of several shapes becomes the student."""
+
+    teacher_correction: TeacherCorrection | None = None
+    """Fine-tunes the teacher on the distillation data first."""
+
+    distill: Distill | None = None
+    """How the student learns from the teacher. Left out: nothing is trained."""
+
+    evaluate: Evaluate | None = None
+    """What is measured of teacher, pruned student and distilled student."""

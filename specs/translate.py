@@ -1,0 +1,256 @@
+"""pydantic's errors in the words of the language: what was given, what is wanted, what to write."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from collections.abc import Mapping as AbstractMapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic_core import ErrorDetails
+
+from minitron.specs import shape
+from minitron.specs.blocks.base import LONGER, WORD
+from minitron.specs.errors import SpecError
+from minitron.specs.shape import Path, dotted
+from minitron.specs.source import Mapping, Node, Place, Scalar, Sequence, YesNo
+from minitron.specs.spec import Spec
+from minitron.specs.suggest import closest, one_of
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The path of something wrong, and the error to show; none where it only follows from another one."""
+
+    path: Path
+    error: SpecError | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """One error of pydantic and what the spec says at its path."""
+
+    path: Path
+    node: Node | None
+    value: Any
+    context: AbstractMapping[str, Any]
+
+    @property
+    def given(self) -> str:
+        match self.node:
+            case Mapping():
+                return "a mapping"
+            case Sequence():
+                return "a list"
+            case Scalar(value=None, text=""):
+                return "nothing"
+            case Scalar(text=text):
+                return f"`{textwrap.shorten(text, 60, placeholder=' ...')}`"
+            case None:
+                return f"`{self.value}`"
+
+
+def locate(root: Node, path: Path) -> tuple[Place, Node | None]:
+    """Where `path` stands, or its nearest parent where it does not (then without a node).
+
+    A scalar stands at its own place; a mapping or list stands at its key, which is where a reader looks for it.
+    """
+    place, node = root.place, root
+    for part in path:
+        if isinstance(node, Mapping) and part in node.entries:
+            entry = node.entries[str(part)]
+            node = entry.node
+            place = node.place if isinstance(node, Scalar) else entry.place
+        elif isinstance(node, Sequence) and isinstance(part, int) and part < len(node.items):
+            node = node.items[part]
+            place = node.place
+        else:
+            return place, None
+    return place, node
+
+
+def translate(details: list[ErrorDetails], root: Node) -> list[Found]:
+    """Every error of pydantic, at its place."""
+    paths = [_path(detail, root) for detail in details]
+    unknown = [path for path, detail in zip(paths, details, strict=True) if detail["type"] == "extra_forbidden"]
+    meant = {(*path[:-1], _nearest_key(path)) for path in unknown}
+    found = []
+    for path, detail in zip(paths, details, strict=True):
+        misspelled = detail["type"] == "missing" and path in meant
+        # pydantic counts only the items of a list that hold.
+        uncounted = detail["type"] == "too_short" and any(path == other[: len(path)] != other for other in paths)
+        if misspelled or uncounted:
+            found.append(Found(path, None))
+            continue
+        place, node = locate(root, path)
+        if detail["type"] == "extra_forbidden":
+            place = _key_place(root, path)
+        case = _Case(path, node, detail["input"], detail.get("ctx", {}))
+        message, hint = _WORDS.get(detail["type"], _anything_else)(case)
+        if isinstance(node, Scalar) and node.value is None and node.text == "" and detail["type"] != "extra_forbidden":
+            message = "nothing is written here"
+        found.append(Found(path, place.error(dotted(path), message, hint)))
+    return found
+
+
+def _path(detail: ErrorDetails, root: Node) -> Path:
+    """pydantic's location without the names of union members, and without an index into what is no list."""
+    loc = detail["loc"]
+    # An unknown key is the user's own word, whatever it is.
+    own = len(loc) - 1 if detail["type"] == "extra_forbidden" else None
+    path = tuple(part for index, part in enumerate(loc) if index == own or part not in (WORD, LONGER))
+    while path and isinstance(path[-1], int) and isinstance(locate(root, path[:-1])[1], Scalar):
+        path = path[:-1]
+    return path
+
+
+def _key_place(root: Node, path: Path) -> Place:
+    parent = locate(root, path[:-1])[1]
+    assert isinstance(parent, Mapping), "an unknown key stands in a mapping"
+    return parent.entries[str(path[-1])].place
+
+
+def _keys_beside(path: Path) -> list[str]:
+    return [key for block in shape.blocks_at(Spec, path[:-1]) for key in block.model_fields]
+
+
+def _nearest_key(path: Path) -> str:
+    return closest(str(path[-1]), _keys_beside(path)) or ""
+
+
+# --- one function for each error of pydantic ---
+
+Words = tuple[str, str]
+
+# Keys that people write because other tools have them; the answer is more than "unknown".
+_NOT_HERE: AbstractMapping[Path, Words] = {
+    ("student", "vocab_size"): (
+        "the vocabulary is never changed",
+        "leave it out: the student reads the teacher's tokens",
+    ),
+    ("extends",): ("`extends` stands at the top of a spec file only", "move it there"),
+}
+
+
+def _unknown_key(case: _Case) -> Words:
+    if case.path in _NOT_HERE:
+        return _NOT_HERE[case.path]
+    key = str(case.path[-1])
+    if nearest := _nearest_key(case.path):
+        return f"unknown key `{key}`", f"did you mean `{nearest}`?"
+    if homes := [home for home in shape.homes(Spec).get(key, []) if home]:
+        return f"unknown key `{key}`", f"it belongs under {one_of(list(dict.fromkeys(f'`{home}`' for home in homes)))}"
+    keys = _keys_beside(case.path)
+    return f"unknown key `{key}`", f"write one of {one_of(keys)}, or leave it out"
+
+
+def _missing(case: _Case) -> Words:
+    key = case.path[-1]
+    if isinstance(key, int):
+        return "the list is too short", "write two values"
+    fields = [block.model_fields[key] for block in shape.blocks_at(Spec, case.path[:-1]) if key in block.model_fields]
+    what = (fields[0].description or "").split("\n")[0].rstrip(".") if fields else ""
+    return f"`{key}` is missing", f"add `{key}:` ({what[:1].lower()}{what[1:]})"
+
+
+def _wants_word(case: _Case) -> Words:
+    words = shape.words_at(Spec, case.path)
+    nearest = closest(case.node.text, words) if isinstance(case.node, Scalar) else None
+    if nearest and len(words) > 1:
+        return f"{case.given} is not possible here", f"did you mean `{nearest}`? possible are {one_of(words)}"
+    return f"{case.given} is not possible here", f"write {one_of(words)}"
+
+
+def _wants_text(case: _Case) -> Words:
+    match case.node:
+        case Scalar(value=YesNo()):
+            return (
+                f"{case.given} is a truth value to some YAML readers",
+                f'write "{case.node.text}" in quotes',
+            )
+        case Scalar(value=None):
+            return f"{case.given} is written here, and text is wanted", "write a text, or leave the key out"
+        case Scalar():
+            kind = "a truth value" if isinstance(case.value, bool) else "a number"
+            return f"{case.given} is {kind}, and text is wanted", f'write "{case.node.text}" in quotes'
+        case _:
+            return f"{case.given} stands here, and text is wanted", "write one text"
+
+
+def _wants_truth(case: _Case) -> Words:
+    if isinstance(case.value, YesNo):
+        meant = "true" if case.value.text.lower() in ("yes", "on") else "false"
+        return f"{case.given} is neither true nor false", f"write {meant}"
+    return f"{case.given} is neither true nor false", "write true or false"
+
+
+def _wants_number(kind: str) -> Callable[[_Case], Words]:
+    def words(case: _Case) -> Words:
+        if isinstance(case.value, str):
+            try:
+                float(case.value)
+            except ValueError:
+                return f"{case.given} is not {kind}", f"write {kind}"
+            return f'"{case.value}" is text, and {kind} is wanted', f"write {case.value} without quotes"
+        return f"{case.given} is not {kind}", f"write {kind}"
+
+    return words
+
+
+def _bound(key: str, words: str) -> Callable[[_Case], Words]:
+    def bound(case: _Case) -> Words:
+        limit = case.context[key]
+        return f"{case.given} is out of range", f"write a number {words} {limit:g}" if abs(
+            limit
+        ) < 1e6 else f"write a number {words} {limit}"
+
+    return bound
+
+
+def _wants_list(case: _Case) -> Words:
+    return f"{case.given} stands here, and a list is wanted", "write [first, second]"
+
+
+def _wants_mapping(case: _Case) -> Words:
+    keys = [key for block in shape.blocks_at(Spec, case.path) for key in block.model_fields]
+    return f"{case.given} stands here, and a mapping is wanted", f"write `key: value` with keys from {one_of(keys)}"
+
+
+def _too_short(case: _Case) -> Words:
+    return "the list is empty", "write what it shall hold, or leave the key out"
+
+
+def _too_long(case: _Case) -> Words:
+    limit = case.context["max_length"]
+    return f"the list has {case.context['actual_length']} values", f"write {limit}"
+
+
+def _ours(case: _Case) -> Words:
+    return case.context["message"].replace("{given}", case.given), case.context["hint"]
+
+
+def _anything_else(case: _Case) -> Words:
+    return f"{case.given} is not possible here", "the spec reference says what may stand here"
+
+
+_WORDS: AbstractMapping[str, Callable[[_Case], Words]] = {
+    "minitron": _ours,
+    "extra_forbidden": _unknown_key,
+    "missing": _missing,
+    "literal_error": _wants_word,
+    "string_type": _wants_text,
+    "string_too_short": lambda case: ("an empty text stands here", "write a text, or leave the key out"),
+    "bool_type": _wants_truth,
+    "int_type": _wants_number("a whole number"),
+    "float_type": _wants_number("a number"),
+    "finite_number": _wants_number("a finite number"),
+    "greater_than": _bound("gt", "greater than"),
+    "greater_than_equal": _bound("ge", "of at least"),
+    "less_than": _bound("lt", "less than"),
+    "less_than_equal": _bound("le", "of at most"),
+    "tuple_type": _wants_list,
+    "too_short": _too_short,
+    "too_long": _too_long,
+    "model_type": _wants_mapping,
+}

@@ -1,0 +1,90 @@
+"""Twenty and more ways to write a wrong spec: each is exit code 2, the right line, and never a traceback."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from .tiny import SPEC, Command
+
+# (what is wrong, the lines in place, what stands there instead, a word that the message must contain). The line that
+# the message has to name is the one that ends in `#!`.
+OF_THE_LANGUAGE = [
+    ("misspelled block", "student:\n", "studnet: #!\n", "student"),
+    ("misspelled key", "  hidden_size: 24\n", "  hiden_size: 24 #!\n", "hidden_size"),
+    ("unknown key", "  dtype: float32\n", "  colour: blue #!\n", "colour"),
+    ("key given twice", "  hidden_size: 24\n", "  hidden_size: 24\n  hidden_size: 16 #!\n", "hidden_size"),
+    ("block given twice", "evaluate:\n", "student: {hidden_size: 8} #!\nevaluate:\n", "student"),
+    ("no teacher's model", "  model: teacher\n  dtype: float32\n", "  dtype: float32\n", "model"),
+    ("a boolean for a width", "  hidden_size: 24\n", "  hidden_size: off #!\n", "off"),
+    ("a word for a width", "  hidden_size: 24\n", "  hidden_size: narrow #!\n", "narrow"),
+    ("a negative width", "  hidden_size: 24\n", "  hidden_size: -8 #!\n", "-8"),
+    ("more than all", "  hidden_size: 24\n", "  hidden_size: 120% #!\n", "120%"),
+    ("an unknown unit", "  tokens: 4096\n", "  tokens: 4 crates #!\n", "crates"),
+    ("no tokens", "  tokens: 4096\n", "  tokens: 0 #!\n", "0"),
+    ("a list for a number", "    samples: 8\n", "    samples: [8] #!\n", "samples"),
+    ("an unknown choice", "importance:\n", "importance:\n  width: {batch: l3, sequence: mean} #!\n", "l3"),
+    ("a divergence that is none", "  tokens: 4096\n", "  tokens: 4096\n  loss: {logits: {divergence: kl}} #!\n", "kl"),
+    ("a learning rate below zero", "{lr: 1e-3, warmup_steps: 2}\n", "{lr: -1e-3, warmup_steps: 2} #!\n", "lr"),
+    ("two sources of data", "document: line}\n  tokens", "document: line, jsonl: [a.jsonl]} #!\n  tokens", "jsonl"),
+    ("a base that is not there", "name: tiny\n", "extends: base.yaml #!\nname: tiny\n", "base.yaml"),
+    ("not YAML", "  hidden_size: 24\n", "\thidden_size: 24 #!\n", "tab"),
+    ("layers both ways", "  num_hidden_layers: 2\n", "  layers: {drop: [0], keep: [1]} #!\n", "keep"),
+    ("another version", "name: tiny\n", "apiVersion: minitron/v9 #!\nname: tiny\n", "minitron/v1"),
+    ("a name that is no folder", "name: tiny\n", "name: a/b #!\n", "name"),
+]
+OF_THE_TEACHER = [
+    ("wider than the teacher", "  hidden_size: 24\n", "  hidden_size: 64 #!\n", "32"),
+    ("more layers than there are", "  num_hidden_layers: 2\n", "  num_hidden_layers: 9 #!\n", "3"),
+    ("a layer that is not there", "  num_hidden_layers: 2\n", "  layers: {drop: [7]} #!\n", "7"),
+    ("heads that do not divide", "  hidden_size: 24\n", "  num_attention_heads: 3 #!\n", "num_attention_heads"),
+    ("what RoPE cannot express", "  hidden_size: 24\n", "  head_dim: 6 #!\n", "head_dim"),
+    ("what this teacher has not", "  hidden_size: 24\n", "  num_experts: 2 #!\n", "num_experts"),
+    ("a teacher that is not there", "  model: teacher\n", "  model: ./nowhere #!\n", "nowhere"),
+]
+
+
+def written(folder: Path, old: str, new: str) -> tuple[Path, int | None]:
+    """Writes the spec with `old` replaced and returns it with the line that must be named (None: any)."""
+    assert SPEC.count(old) == 1, f"{old!r} has to stand once in the spec"
+    text = SPEC.replace(old, new)
+    marked = [number for number, line in enumerate(text.splitlines(), 1) if line.endswith("#!")]
+    path = folder / "wrong.yaml"
+    path.write_text(text)
+    return path, marked[0] if marked else None
+
+
+def check(done: object, path: Path, line: int | None, word: str) -> None:
+    code, out, err = done.returncode, done.stdout, done.stderr  # type: ignore[attr-defined]
+    assert code == 2, err
+    assert out == "" and "Traceback" not in err
+    places = [int(found) for found in re.findall(rf"^{re.escape(str(path))}:(\d+):\d+: ", err, flags=re.MULTILINE)]
+    assert places, err
+    assert line is None or line in places, err
+    assert word in err, err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "word"), [case[1:] for case in OF_THE_LANGUAGE], ids=[c[0] for c in OF_THE_LANGUAGE]
+)
+def test_the_language(minitron: Command, tmp_path: Path, old: str, new: str, word: str) -> None:
+    path, line = written(tmp_path, old, new)
+    check(minitron("validate", path), path, line, word)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "word"), [case[1:] for case in OF_THE_TEACHER], ids=[c[0] for c in OF_THE_TEACHER]
+)
+def test_what_the_teacher_cannot(minitron: Command, workshop: Path, old: str, new: str, word: str) -> None:
+    path, line = written(workshop, old, new)
+    check(minitron("plan", path), path, line, word)
+
+
+def test_all_mistakes_come_at_once_and_in_order(minitron: Command, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(SPEC.replace("name: tiny", "name: a/b").replace("size: 24", "size: off").replace("4096", "0"))
+    done = minitron("validate", path)
+    lines = [int(found) for found in re.findall(r"wrong\.yaml:(\d+):", done.stderr)]
+    assert done.returncode == 2 and lines == sorted(lines) and len(lines) == 3
