@@ -1,12 +1,14 @@
-"""The distillation loss beside the naive one (and Liger's, where it is installed): peak memory, time, gradient error.
+"""The distillation loss beside the naive one (and Liger's, where it is installed): peak memory, time, gradient
+error.
 
     python benchmarks/kd_loss.py                      # vocabulary 131072, 1,024 tokens, hidden 256 / 384, fp32, CPU
     python benchmarks/kd_loss.py --tokens 2048        # the memory hardly grows
     python benchmarks/kd_loss.py --device cuda --tokens 8192 --hidden 4096 --teacher-hidden 5120 --dtype bfloat16
 
-Every measurement runs in a process of its own, the methods interleaved, and the medians are compared. Memory is what forward and
-backward add at their peak to the inputs (resident set on a CPU, allocator on CUDA), the gradients included. Time is that of the
-last of --passes forwards and backwards. The gradient error is the norm of the difference to fp64 autograd over the norm, on 32 tokens.
+Every measurement runs in a process of its own, the methods interleaved, and the medians are compared. Memory is
+what forward and backward add at their peak to the inputs (resident set on a CPU, allocator on CUDA), the gradients
+included. Time is that of the last of --passes forwards and backwards. The gradient error is the norm of the
+difference to fp64 autograd over the norm, on 32 tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from minitron.runtime.loss import DistillationLoss, Head, distillation_loss
 
 ERROR_TOKENS = 32
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # student hidden [T, D] and head [V, D], teacher hidden [T, E] and head [V, E]
+Inputs = tuple[
+    Tensor, Tensor, Tensor, Tensor
+]  # student hidden [T, D] and head [V, D], teacher hidden [T, E] and head [V, E]
 Method = Callable[[Inputs], Tensor]
 
 
@@ -78,14 +82,18 @@ METHODS: dict[str, Callable[[], Method]] = {
 
 
 def make_inputs(args: argparse.Namespace, tokens: int, dtype: torch.dtype) -> Inputs:
-    """Hidden states and heads whose distributions are as sharp as a language model's, student and teacher a KL of about 1 apart."""
+    """Hidden states and heads whose distributions are as sharp as a language model's, student and teacher a KL of
+    about 1 apart."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
     shared = min(args.hidden, args.teacher_hidden)
-    teacher_TE, teacher_VE = normal(tokens, args.teacher_hidden), normal(args.vocabulary, args.teacher_hidden).mul_(0.15)
+    teacher_TE, teacher_VE = (
+        normal(tokens, args.teacher_hidden),
+        normal(args.vocabulary, args.teacher_hidden).mul_(0.15),
+    )
     student_TD, student_VD = normal(tokens, args.hidden), normal(args.vocabulary, args.hidden).mul_(0.15)
     student_TD[:, :shared], student_VD[:, :shared] = teacher_TE[:, :shared], teacher_VE[:, :shared]
     student_TD, student_VD, teacher_TE, teacher_VE = (
@@ -151,7 +159,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--passes", type=int, default=2, help="forwards and backwards in each process; the last one counts")
+    parser.add_argument(
+        "--passes", type=int, default=2, help="forwards and backwards in each process; the last one counts"
+    )
     parser.add_argument("--only", choices=list(METHODS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
@@ -171,16 +181,16 @@ def main() -> None:
             figures[name].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
 
     print(
-        f"vocabulary {args.vocabulary}, {args.tokens} tokens, hidden {args.hidden} / {args.teacher_hidden}, {args.dtype}, "
-        f"{args.device}, {torch.get_num_threads()} threads, medians of {args.repetitions}"
+        f"vocabulary {args.vocabulary}, {args.tokens} tokens, hidden {args.hidden} / {args.teacher_hidden}, "
+        f"{args.dtype}, {args.device}, {torch.get_num_threads()} threads, medians of {args.repetitions}"
     )
     base = {key: statistics.median(f[key] for f in figures["naive"]) for key in ("bytes", "seconds")}
     print(f"{'':22}{'peak MiB':>10}{'/ naive':>9}{'seconds':>10}{'/ naive':>9}{'gradient error':>17}")
     for name in names:
         memory, seconds = (statistics.median(f[key] for f in figures[name]) for key in ("bytes", "seconds"))
         print(
-            f"{name:22}{memory / 2**20:10.0f}{memory / base['bytes']:9.3f}{seconds:10.2f}{seconds / base['seconds']:9.3f}"
-            f"{gradient_error(args, name):17.1e}"
+            f"{name:22}{memory / 2**20:10.0f}{memory / base['bytes']:9.3f}{seconds:10.2f}"
+            f"{seconds / base['seconds']:9.3f}{gradient_error(args, name):17.1e}"
         )
 
 

@@ -1,0 +1,6 @@
+"""Build folder -> trained, evaluated model. Reads training.yaml and nothing else."""
+
+from minitron.runtime.evaluate import evaluate
+from minitron.runtime.train import train
+
+__all__ = ["evaluate", "train"]

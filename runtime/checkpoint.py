@@ -102,7 +102,9 @@ class Checkpoints:
                 damaged = folder.with_name(f"damaged-{folder.name}")
                 shutil.rmtree(damaged, ignore_errors=True)
                 folder.rename(damaged)
-                progress.message(f"the checkpoint {folder.name} is damaged ({error}); it was put aside as {damaged.name}")
+                progress.message(
+                    f"the checkpoint {folder.name} is damaged ({error}); it was put aside as {damaged.name}"
+                )
         if there:
             raise WorkError(f"every checkpoint in {self.folder} is damaged; delete that folder to begin again")
         return None

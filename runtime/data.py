@@ -20,7 +20,8 @@ from minitron.specs.progress import Progress
 
 @dataclass(frozen=True)
 class Batch:
-    """B sequences of L tokens: what is read, the token that comes next at each position, and where there is one to predict."""
+    """B sequences of L tokens: what is read, the token that comes next at each position, and where there is one to
+    predict."""
 
     input_ids_BL: Tensor
     labels_BL: Tensor
@@ -39,9 +40,10 @@ class Batch:
 class Windows:
     """A token stream cut into sequences of `length` so that every token is predicted once.
 
-    Without BOS a window reads `length` tokens and predicts each one's successor; windows share no token that is predicted.
-    With BOS every window begins with it, as the model was trained to see it (a Gemma without it loses a full nat), and
-    predicts its own tokens; BOS itself is never predicted. What a window lacks at the end of the stream is masked.
+    Without BOS a window reads `length` tokens and predicts each one's successor; windows share no token that is
+    predicted. With BOS every window begins with it, as the model was trained to see it (a Gemma without it loses a
+    full nat), and predicts its own tokens; BOS itself is never predicted. What a window lacks at the end of the
+    stream is masked.
     """
 
     stream: TokenArray
@@ -103,8 +105,8 @@ def _parts(data: DataSource) -> tuple[Source, ...]:
 
 
 def _limit(source: Source, tokens: int) -> int | None:
-    """A streamed data set has no end that one could wait for: as many tokens as training can use. The rest is read whole,
-    so that a short training sees all of it."""
+    """A streamed data set has no end that one could wait for: as many tokens as training can use. The rest is read
+    whole, so that a short training sees all of it."""
     return tokens + 1 if source.streaming else None
 
 

@@ -27,5 +27,7 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
     count = torch.cuda.device_count()
     index = device.index if device.index is not None else local_rank
     if index >= count:
-        raise UsageError(f"there is no cuda:{index} here, the last one is cuda:{count - 1}; start fewer processes or name another")
+        raise UsageError(
+            f"there is no cuda:{index} here, the last one is cuda:{count - 1}; start fewer processes or name another"
+        )
     return torch.device("cuda", index)

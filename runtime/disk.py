@@ -14,7 +14,8 @@ from minitron.specs.errors import UsageError, WorkError
 
 
 def explain(error: Exception) -> tuple[str, str]:
-    """What went wrong and what to do, for an error of writing; safetensors raises its own kind with the system's words."""
+    """What went wrong and what to do, for an error of writing; safetensors raises its own kind with the system's
+    words."""
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
         return "the disk is full", "make room"
     return str(error), "see that it can be written to"

@@ -10,7 +10,8 @@ from types import FrameType
 
 
 class Interrupt:
-    """Set while a checkpoint can be written first (`deferred`); otherwise the signal raises KeyboardInterrupt at once."""
+    """Set while a checkpoint can be written first (`deferred`); otherwise the signal raises KeyboardInterrupt at
+    once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -33,7 +34,8 @@ class Interrupt:
 
 @contextmanager
 def interrupts() -> Iterator[Interrupt]:
-    """Takes SIGINT and SIGTERM over until it ends. Outside the main thread, where Python allows no handlers, it does nothing."""
+    """Takes SIGINT and SIGTERM over until it ends. Outside the main thread, where Python allows no handlers, it
+    does nothing."""
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
         yield interrupt

@@ -9,13 +9,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from minitron.runtime.disk import writing
 from minitron.specs.atomic import write_text
 from minitron.specs.progress import Progress
 
 
 class MetricsLog:
-    """Appends one JSON object a step. Opened at a step, it first forgets everything after it, so that each step stands in
-    the file once, however often training was killed; a last line that was cut short goes with it."""
+    """Appends one JSON object a step. Opened at a step, it first forgets everything after it, so that each step
+    stands in the file once, however often training was killed; a last line that was cut short goes with it."""
 
     def __init__(self, folder: Path, step: int, progress: Progress) -> None:
         path = folder / "metrics.jsonl"
@@ -26,12 +27,13 @@ class MetricsLog:
 
     def write(self, figures: Mapping[str, float]) -> None:
         """`figures` has `step`; one line a step."""
-        self._file.write(json.dumps(dict(figures)) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name, value in figures.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, int(figures["step"]))
+        with writing(self._file.name):
+            self._file.write(json.dumps(dict(figures)) + "\n")
+            self._file.flush()
+            if self._board is not None:
+                for name, value in figures.items():
+                    if name != "step":
+                        self._board.add_scalar(name, value, int(figures["step"]))
 
     def sync(self) -> None:
         """On the disk before a checkpoint of the same step is: else a power cut could leave a step without its line."""
@@ -40,7 +42,9 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()
@@ -69,4 +73,4 @@ def _tensorboard(folder: Path, step: int, progress: Progress) -> Any:
     except ImportError:
         progress.message("metrics.jsonl only: TensorBoard is not installed (pip install 'minitron[tensorboard]')")
         return None
-    return SummaryWriter(str(folder), purge_step=step + 1)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder), purge_step=step + 1)

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from minitron.runtime.loss import Head
 from minitron.runtime.plan import HeadPlan, LoadedPlan, ModelPlan
-from minitron.specs.errors import UsageError, WorkError
+from minitron.specs.errors import WorkError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -69,7 +69,9 @@ def model_folder(loaded: LoadedPlan, at: str, plan: ModelPlan) -> Path:
     if folder.is_dir():
         return folder
     if at == "student" or plan.model.startswith((".", "/")) or plan.model.count("/") != 1:
-        raise loaded.invalid(f"{at}.model", f"there is no folder {folder}", "write where the model is, or compile again")
+        raise loaded.invalid(
+            f"{at}.model", f"there is no folder {folder}", "write where the model is, or compile again"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -78,7 +80,9 @@ def model_folder(loaded: LoadedPlan, at: str, plan: ModelPlan) -> Path:
         return Path(snapshot_download(plan.model, revision=revision, allow_patterns=wanted))
     except Exception as error:  # network, permissions, cache: a dozen kinds for one thing, that it is not to be had
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise WorkError(f"{plan.model} cannot be fetched from the Hugging Face Hub ({reason}); go online, or write a folder") from None
+        raise WorkError(
+            f"{plan.model} cannot be fetched from the Hugging Face Hub ({reason}); go online, or write a folder"
+        ) from None
 
 
 def open_model(
@@ -100,7 +104,9 @@ def open_model(
         reason = str(error).strip().split("\n")[0]
         raise WorkError(f"{folder} cannot be loaded as a language model ({reason}); make it again") from None
     if absent := sorted(report["missing_keys"]):
-        raise WorkError(f"{folder}: the weights of {absent[0]} ({len(absent)} missing) are not in its files; make it again")
+        raise WorkError(
+            f"{folder}: the weights of {absent[0]} ({len(absent)} missing) are not in its files; make it again"
+        )
     module.eval().to(device)
     model = LanguageModel(module, head)
     _check_head(model, loaded, at)
@@ -111,13 +117,19 @@ def open_model(
 def _check_head(model: LanguageModel, loaded: LoadedPlan, at: str) -> None:
     """What the plan says about the head must give the logits that the module itself gives."""
     module, plan = model.module, model.plan
-    for key, find in (("backbone", module.get_submodule), ("weight", module.get_parameter), ("bias", module.get_parameter)):
+    for key, find in (
+        ("backbone", module.get_submodule),
+        ("weight", module.get_parameter),
+        ("bias", module.get_parameter),
+    ):
         name = getattr(plan, key)
         if name is not None:
             try:
                 find(name)
             except AttributeError:
-                raise loaded.invalid(f"{at}.{key}", f"the model has no `{name}`", "compile again, or correct it") from None
+                raise loaded.invalid(
+                    f"{at}.{key}", f"the model has no `{name}`", "compile again, or correct it"
+                ) from None
     ids = torch.arange(8, device=next(module.parameters()).device).unsqueeze(0) % model.head.vocabulary
     hidden = model.hidden_states(ids)[0].float()
     logits = hidden @ model.head.weight_VD.float().T
@@ -168,18 +180,24 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             )
     except Exception as error:  # a wrong file surfaces as whatever its reader stumbles over
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise WorkError(f"{folder} has no tokenizer that can be loaded ({reason}); copy the teacher's files there") from None
+        raise WorkError(
+            f"{folder} has no tokenizer that can be loaded ({reason}); copy the teacher's files there"
+        ) from None
 
 
-def check_vocabularies(loaded: LoadedPlan, teacher: LanguageModel, student: LanguageModel, tokenizer: Tokenizer) -> None:
-    """Teacher and student must speak of the same tokens. SpecInvalid where they cannot."""
-    theirs, ours = teacher.head.vocabulary, student.head.vocabulary
-    if theirs != ours:
+def check_vocabularies(
+    loaded: LoadedPlan, teacher: LanguageModel | None, student: LanguageModel, tokenizer: Tokenizer
+) -> None:
+    """Teacher and student must speak of the same tokens. SpecInvalid where they do not."""
+    ours = student.head.vocabulary
+    if teacher is not None and (theirs := teacher.head.vocabulary) != ours:
         message = f"the teacher has a vocabulary of {theirs} tokens and the student one of {ours}"
         raise loaded.invalid("teacher.model", message, "distillation compares them token by token: use one tokenizer")
     if len(tokenizer) > ours:
         message = f"the tokenizer knows {len(tokenizer)} tokens and the models only {ours}"
         raise loaded.invalid("tokenizer", message, "write the folder with the teacher's tokenizer")
+    if teacher is None:
+        return
     folder = model_folder(loaded, "teacher", loaded.plan.teacher)
     if (folder / "tokenizer_config.json").is_file() and load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
         message = "its tokens are not those of the teacher's tokenizer"

@@ -1,8 +1,9 @@
-"""Which sample comes when: pure functions of (seed, global sample index), so no state is kept and no restart can lose it.
+"""Which sample comes when: pure functions of (seed, global sample index), so no state is kept and no restart can
+lose it.
 
-A permutation of any size is computed for one index at a time, by a Feistel network on the next larger power of four with
-cycle walking (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002, section 4), so that an epoch of a billion
-samples costs no memory.
+A permutation of any size is computed for one index at a time, by a Feistel network on the next larger power of four
+with cycle walking (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002, section 4), so that an epoch of
+a billion samples costs no memory.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def shuffled(index: int, size: int, seed: int) -> int:
 
 
 def blend_quotas(weights: Sequence[float]) -> list[int]:
-    """Samples of each source in a block: proportional to the weights, at least 1, together BLEND_BLOCK (largest remainder)."""
+    """Samples of each source in a block: proportional to the weights, at least 1, together BLEND_BLOCK (largest
+    remainder)."""
     total = sum(weights)
     exact = [weight / total * BLEND_BLOCK for weight in weights]
     quotas = [max(1, int(share)) for share in exact]

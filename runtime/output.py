@@ -18,8 +18,8 @@ _CARD = "README.md"
 def write_model(
     student: LanguageModel, dtype: torch.dtype, source: Path, target: Path, name: str, report: Sequence[str]
 ) -> None:
-    """Writes `target` whole or not at all: weights in `dtype`, and what `source`, the pruned student, has beside its weights
-    (tokenizer, generation settings). `report` is what the model card says about the training."""
+    """Writes `target` whole or not at all: weights in `dtype`, and what `source`, the pruned student, has beside
+    its weights (tokenizer, generation settings). `report` is what the model card says about the training."""
     with writing(str(target)), atomic_folder(target) as temporary:
         student.module.to(dtype).save_pretrained(temporary)
         for file in source.iterdir():
@@ -31,7 +31,8 @@ def write_model(
 
 
 def model_card(before: str, name: str, report: Sequence[str]) -> str:
-    """A card about the distilled model, with the front matter of the pruned student's card and that card's text below."""
+    """A card about the distilled model, with the front matter of the pruned student's card and that card's text
+    below."""
     front, body = "", before
     if before.startswith("---\n") and "\n---\n" in before[4:]:
         front, body = before[4:].split("\n---\n", 1)

@@ -21,8 +21,7 @@ from minitron.specs.data import DataSource
 from minitron.specs.data_files import resolve
 from minitron.specs.errors import SpecError, SpecInvalid, UsageError
 from minitron.specs.shape import from_dotted
-from minitron.specs.suggest import closest
-from minitron.specs.translate import locate
+from minitron.specs.translate import locate, translate
 
 FILE = "training.yaml"
 
@@ -30,7 +29,8 @@ DtypeName = Literal["float32", "bfloat16"]
 
 
 class HeadPlan(Block):
-    """How a model's logits come from its hidden states: `z = scale * (h @ weight.T + bias)`, `softcap * tanh(z / softcap)`."""
+    """How a model's logits come from its hidden states: `z = scale * (h @ weight.T + bias)`, `softcap * tanh(z /
+    softcap)`."""
 
     backbone: Text
     """Submodule whose last hidden state `h` is what the head reads."""
@@ -221,32 +221,12 @@ def read_plan(build: Path) -> LoadedPlan:
     try:
         plan = kind.model_validate(values)
     except ValidationError as error:
-        raise SpecInvalid(list(_translate(error, tree, kind))) from None
+        found = translate(error.errors(include_url=False), tree, kind)
+        raise SpecInvalid([one.error for one in found if one.error is not None]) from None
     loaded = LoadedPlan(plan, path.absolute(), tree)
     if isinstance(plan, TrainingPlan) and (wrong := [loaded.error(*problem) for problem in _contradictions(plan)]):
         raise SpecInvalid(wrong)
     return loaded
-
-
-def _translate(error: ValidationError, tree: source.Node, kind: type[EvaluationPlan]) -> Iterator[SpecError]:
-    """pydantic's errors at their places, in a sentence with what to do."""
-    for detail in error.errors(include_url=False):
-        path = ".".join(str(part) for part in detail["loc"] if not str(part).startswith("<"))
-        place, node = locate(tree, from_dotted(path))
-        if detail["type"] == "minitron":  # in our own words already
-            given = f"`{node.text}`" if isinstance(node, source.Scalar) else f"`{detail['input']}`"
-            yield place.error(path, detail["ctx"]["message"].replace("{given}", given), detail["ctx"]["hint"])
-        elif detail["type"] == "missing":
-            yield place.error(path, "is missing", "every value stands in this file; add it, or compile again")
-        elif detail["type"] == "extra_forbidden":
-            meant = closest(str(detail["loc"][-1]), kind.model_fields) if len(detail["loc"]) == 1 else None
-            yield place.error(path, "is no key of a training plan", f"did you mean `{meant}`?" if meant else "delete it")
-        else:
-            yield place.error(path, f"`{detail['input']}`: {_lower(detail['msg'])}", "correct it, or compile again")
-
-
-def _lower(text: str) -> str:
-    return text[:1].lower() + text[1:]
 
 
 Problem = tuple[str, str, str]
@@ -264,7 +244,11 @@ def _contradictions(plan: TrainingPlan) -> Iterator[Problem]:
             f"write at most {optimizer.lr:g}",
         )
     if loss.logits.weight == 0 and loss.cross_entropy == 0:
-        yield "loss", "every term has weight 0: there is nothing to learn", "give `logits.weight` or `cross_entropy` a weight"
+        yield (
+            "loss",
+            "every term has weight 0: there is nothing to learn",
+            "give `logits.weight` or `cross_entropy` a weight",
+        )
     if plan.teacher_logits != "online":
         yield "teacher_logits", "sampled teacher logits are not available in this version", "write online"
     if loss.hidden_states is not None:
@@ -280,7 +264,10 @@ def resume_identity(plan: TrainingPlan, data_hash: str) -> dict[str, Any]:
     """
     whole = plan.model_dump(mode="json")
     kept = {key: whole[key] for key in _IDENTITY_KEYS}
-    kept["student"], kept["teacher"] = whole["student"]["head"], {k: v for k, v in whole["teacher"].items() if k != "model"}
+    kept["student"], kept["teacher"] = (
+        whole["student"]["head"],
+        {k: v for k, v in whole["teacher"].items() if k != "model"},
+    )
     kept["loss"].pop("chunk_tokens")
     kept["data"] = data_hash
     return dict(_flat("", kept))

@@ -10,8 +10,8 @@ from minitron.specs.blocks.training import Optimizer
 def learning_rate(step: int, steps: int, optimizer: Optimizer) -> float:
     """Of the optimizer step with number `step`, counted from 0, in a training of `steps`.
 
-    Linear warm-up that reaches `lr` at the last of the warm-up steps, then half a cosine down to exactly `min_lr` at the last
-    step (Loshchilov and Hutter, arXiv 1608.03983, equation 5, without restarts).
+    Linear warm-up that reaches `lr` at the last of the warm-up steps, then half a cosine down to exactly `min_lr`
+    at the last step (Loshchilov and Hutter, arXiv 1608.03983, equation 5, without restarts).
     """
     warmup = min(optimizer.warmup_steps, steps)
     if step < warmup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,33 +49,41 @@ class Run:
 
 
 def prepare(
-    loaded: LoadedPlan, plan: TrainingPlan, world: World, encoder: TextEncoder, identity: dict[str, Any], progress: Progress
+    loaded: LoadedPlan,
+    plan: TrainingPlan,
+    world: World,
+    encoder: TextEncoder,
+    identity: dict[str, Any],
+    progress: Progress,
 ) -> Run:
-    """Opens data and models. SpecInvalid with the place where the plan does not fit them; WorkError for broken files."""
+    """Opens data and models. SpecInvalid with the place where the plan does not fit them; WorkError for broken
+    files."""
     if plan.global_batch_size % (world.size * plan.micro_batch_size):
         least = world.size * plan.micro_batch_size
-        message = f"{plan.global_batch_size} sequences cannot be shared by {world.size} processes, {plan.micro_batch_size} at a time"
+        shares = f"{world.size} processes, {plan.micro_batch_size} at a time"
+        message = f"{plan.global_batch_size} sequences cannot be shared by {shares}"
         raise loaded.invalid("global_batch_size", message, f"write a multiple of {least}, or start fewer processes")
     work = loaded.folder / plan.work
     with world.leader_first():
         corpus, windows = _open_data(loaded, plan, encoder, work / "data", progress if world.leads else Silent())
-    teacher = load_model(loaded, "teacher", plan.teacher, DTYPES[plan.teacher.dtype], world.device)
+    logits, teacher = plan.loss.logits, None
+    if logits.weight:
+        teacher = load_model(loaded, "teacher", plan.teacher, DTYPES[plan.teacher.dtype], world.device)
+        teacher.module.requires_grad_(False)
     student = load_model(loaded, "student", plan.student, torch.float32, world.device)
     check_vocabularies(loaded, teacher, student, encoder.tokenizer)
-    teacher.module.requires_grad_(False)
     for parameter in student.module.parameters():
         # Storage of our own, aligned as every allocation is: that of a mapped file is not, and sums may depend on it.
         parameter.data = parameter.data.clone()
     student.module.train()
     if plan.gradient_checkpointing:
         student.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    logits = plan.loss.logits
     return Run(
         plan=plan,
         world=world,
         work=work,
         student=student,
-        teacher=teacher if logits.weight else None,
+        teacher=teacher,
         corpus=corpus,
         held_out=windows,
         optimizer=make_optimizer(student.module, plan.optimizer),
@@ -115,7 +124,7 @@ def resume(loaded: LoadedPlan, run: Run, progress: Progress) -> TrainerState:
     return checkpoint.state
 
 
-def require_same_training(loaded: LoadedPlan, before: dict[str, Any], now: dict[str, Any]) -> None:
+def require_same_training(loaded: LoadedPlan, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """SpecInvalid with every value that decides the result and is not what it was when this training began."""
     begin_again = f"or delete {loaded.folder / loaded.plan.work} to train from the beginning"
     changed = {"data": "the training data or its tokenizer", "fingerprint": "the pruned student"}

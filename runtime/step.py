@@ -21,8 +21,8 @@ from minitron.specs.errors import WorkError
 
 
 def train_step(run: Run, state: TrainerState) -> dict[str, float]:
-    """Learns the global batch that follows `state`. Returns the step's figures: the loss and its terms as means over all
-    valid tokens of the batch, the learning rate, and the norm of the gradient before clipping.
+    """Learns the global batch that follows `state`. Returns the step's figures: the loss and its terms as means
+    over all valid tokens of the batch, the learning rate, and the norm of the gradient before clipping.
 
     WorkError where loss or gradient are not finite; the weights are then as they were, and the batch is saved.
     """
@@ -43,7 +43,9 @@ def train_step(run: Run, state: TrainerState) -> dict[str, float]:
     grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if most is None else most))
     loss, divergence, cross_entropy = world.sum(sums).tolist()
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        raise _not_finite(run, state, batch, f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {grad_norm}")
+        raise _not_finite(
+            run, state, batch, f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {grad_norm}"
+        )
     lr = learning_rate(state.step, plan.steps, plan.optimizer)
     set_learning_rate(run.optimizer, lr)
     run.optimizer.step()
@@ -84,6 +86,6 @@ def _not_finite(run: Run, state: TrainerState, batch: Batch, what: str) -> WorkE
     with writing(str(path)), atomic_path(path) as temporary:
         save_file({"input_ids": batch.input_ids_BL, "labels": batch.labels_BL}, temporary)
     return WorkError(
-        f"the {what} at step {state.step + 1}: the weights of step {state.step} were kept and the batch was saved as {path}. "
+        f"the {what} at step {state.step + 1}: the last checkpoint was kept and the batch was saved as {path}. "
         f"Often the learning rate is too high: lower `optimizer.lr`, delete {run.work / 'checkpoints'} and train again"
     )

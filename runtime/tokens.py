@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from minitron.runtime.disk import writing
 from minitron.runtime.models import Tokenizer, load_tokenizer
 from minitron.specs.atomic import atomic_folder
 from minitron.specs.data import Source
@@ -23,14 +24,23 @@ _LAYOUT = 1
 
 _BATCH_CHARACTERS = 1 << 20
 
-_TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "*.model",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+)
 
 TokenArray = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A tokenizer, and what stands around each document: BOS where the tokenizer itself puts it, EOS where there is one."""
+    """A tokenizer, and what stands around each document: BOS where the tokenizer itself puts it, EOS where there is
+    one."""
 
     tokenizer: Tokenizer
     fingerprint: str
@@ -45,7 +55,9 @@ class TextEncoder:
             digest.update(f"\n{file.name} ".encode() + hashlib.sha256(file.read_bytes()).digest())
         ids = tokenizer("a").input_ids
         bos = tokenizer.bos_token_id
-        return cls(tokenizer, digest.hexdigest(), bos if bos is not None and ids[:1] == [bos] else None, tokenizer.eos_token_id)
+        return cls(
+            tokenizer, digest.hexdigest(), bos if bos is not None and ids[:1] == [bos] else None, tokenizer.eos_token_id
+        )
 
     def encode(self, documents: list[Document]) -> list[list[int]]:
         """Token ids of each document, BOS and EOS included. WorkError for chat data that the template refuses."""
@@ -68,7 +80,9 @@ class TextEncoder:
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
         except Exception as error:  # a template is a program: it raises what it likes
-            raise WorkError(f"the tokenizer's chat template cannot render a document ({error}); check its messages") from None
+            raise WorkError(
+                f"the tokenizer's chat template cannot render a document ({error}); check its messages"
+            ) from None
 
 
 def stream_key(source: Source, encoder: TextEncoder, limit: int | None) -> str:
@@ -87,7 +101,7 @@ def token_stream(
     folder = cache / stream_key(source, encoder, limit)
     wide = len(encoder.tokenizer) > 1 << 16
     if not folder.is_dir():
-        with atomic_folder(folder) as temporary:
+        with writing(str(folder)), atomic_folder(folder) as temporary:
             dtype = np.dtype(np.uint32 if wide else np.uint16)
             with (temporary / "tokens.bin").open("wb") as file:
                 documents, tokens = _write(iter_documents(source), encoder, file, dtype, limit)
@@ -100,7 +114,9 @@ def token_stream(
     except (OSError, ValueError, KeyError) as error:
         raise WorkError(f"{folder}: the tokenized data cannot be read ({error}); delete that folder") from None
     if len(stream) != about["tokens"]:
-        raise WorkError(f"{folder}: the tokenized data has {len(stream)} of {about['tokens']} tokens; delete that folder")
+        raise WorkError(
+            f"{folder}: the tokenized data has {len(stream)} of {about['tokens']} tokens; delete that folder"
+        )
     return stream
 
 
@@ -112,7 +128,7 @@ def _write(
     for batch in _batches(documents):
         for ids in encoder.encode(batch):
             room = len(ids) if limit is None else min(len(ids), limit - written)
-            np.asarray(ids[:room], dtype).tofile(file)
+            file.write(np.asarray(ids[:room], dtype).tobytes())
             count, written = count + 1, written + room
             if written == limit:
                 return count, written

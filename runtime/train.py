@@ -1,4 +1,5 @@
-"""`minitron train BUILD`: the student learns from the teacher what training.yaml says, and nothing of it is ever lost."""
+"""`minitron train BUILD`: the student learns from the teacher what training.yaml says, and nothing of it is ever
+lost."""
 
 from __future__ import annotations
 
@@ -31,11 +32,12 @@ METRICS = "metrics.jsonl"
 
 
 def train(build: Path, *, device: str | None, progress: Progress) -> None:
-    """Trains what BUILD/training.yaml says and writes BUILD/model. Goes on from the last checkpoint where there is one, and
-    does nothing where training is finished.
+    """Trains what BUILD/training.yaml says and writes BUILD/model. Goes on from the last checkpoint where there is
+    one, and does nothing where training is finished.
 
-    UsageError (SpecInvalid with the place) for a plan that is wrong, or not that of the training that is under way; WorkError
-    for broken files, a full disk, a loss that is not finite; KeyboardInterrupt after SIGINT or SIGTERM, a checkpoint written.
+    UsageError (SpecInvalid with the place) for a plan that is wrong, or not that of the training that is under way;
+    WorkError for broken files, a full disk, a loss that is not finite; KeyboardInterrupt after SIGINT or SIGTERM, a
+    checkpoint written.
     """
     loaded = read_plan(build)
     plan = loaded.training()
@@ -45,7 +47,9 @@ def train(build: Path, *, device: str | None, progress: Progress) -> None:
         encoder = TextEncoder.load(loaded.folder / plan.tokenizer)
         identity = resume_identity(plan, data_hash(loaded.data("data", plan.data), encoder, plan.tokens))
         if (work / FINISHED).is_file() and output.is_dir():
-            require_same_training(loaded, json.loads((work / FINISHED).read_text(encoding="utf-8"))["identity"], identity)
+            require_same_training(
+                loaded, json.loads((work / FINISHED).read_text(encoding="utf-8"))["identity"], identity
+            )
             progress.message(f"already trained: {output}; delete {work} to train from the beginning")
             return
         run = prepare(loaded, plan, world, encoder, identity, progress)
@@ -120,10 +124,10 @@ def _save(run: Run, state: TrainerState, metrics: MetricsLog | None) -> None:
 def _finish(loaded: LoadedPlan, run: Run) -> None:
     """The final model, and the note that this training is done."""
     plan = run.plan
-    report = [
-        f"Trained on {plan.steps * plan.step_tokens:,} tokens to the teacher's output distribution "
-        f"({plan.loss.logits.divergence}, weight {plan.loss.logits.weight:g}; cross-entropy, weight {plan.loss.cross_entropy:g})."
-    ]
+    loss = f"{plan.loss.logits.divergence} to the teacher with weight {plan.loss.logits.weight:g}"
+    if plan.loss.cross_entropy:
+        loss += f", cross-entropy with weight {plan.loss.cross_entropy:g}"
+    report = [f"Trained on {plan.steps * plan.step_tokens:,} tokens: {loss}."]
     if lines := [line for line in read_metrics(run.work / METRICS) if "held_out_loss" in line]:
         report.append(f"Loss on held-out text: {lines[-1]['held_out_loss']:.4f} nats a token.")
     source = model_folder(loaded, "student", plan.student)

@@ -1,7 +1,7 @@
 """The processes that train together. One process alone is a world of size 1, in which all of this costs nothing.
 
-Data parallel: every rank holds the whole student, computes its share of each global batch, and gradients are summed. What is
-divided by the global count of valid tokens before it is summed needs no other treatment.
+Data parallel: every rank holds the whole student, computes its share of each global batch, and gradients are
+summed. What is divided by the global count of valid tokens before it is summed needs no other treatment.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class World:
 
 @contextmanager
 def join_world(device: str | None) -> Iterator[World]:
-    """The world that torchrun started this process into, or a world of one. The one place where its variables are read."""
+    """The world that torchrun started this process into, or a world of one. The one place where its variables are
+    read."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if size == 1:

@@ -111,7 +111,7 @@ def _check(tree: source.Mapping, values: dict[str, Any]) -> tuple[Spec, list[Spe
             spec = Spec.model_validate(values)
             break
         except ValidationError as error:
-            found = translate(error.errors(include_url=False), tree)
+            found = translate(error.errors(include_url=False), tree, Spec)
         errors += [one.error for one in found if one.error is not None and not _touches(one.path, broken)]
         broken += [one.path for one in found]
         progress = [_take_out(values, one.path) for one in found]

@@ -1,4 +1,7 @@
-"""pydantic's errors in the words of the language: what was given, what is wanted, what to write."""
+"""pydantic's errors in the words of the language: what was given, what is wanted, what to write.
+
+It knows nothing of the spec but the model that it is given, and so serves training.yaml as well.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,10 @@ from typing import Any
 from pydantic_core import ErrorDetails
 
 from minitron.specs import shape
-from minitron.specs.blocks.base import LONGER, WORD
+from minitron.specs.blocks.base import LONGER, WORD, Block
 from minitron.specs.errors import SpecError
 from minitron.specs.shape import Path, dotted
 from minitron.specs.source import Mapping, Node, Place, Scalar, Sequence, YesNo
-from minitron.specs.spec import Spec
 from minitron.specs.suggest import closest, one_of
 
 
@@ -29,8 +31,9 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """One error of pydantic and what the spec says at its path."""
+    """One error of pydantic and what the file says at its path."""
 
+    model: type[Block]
     path: Path
     node: Node | None
     value: Any
@@ -70,11 +73,11 @@ def locate(root: Node, path: Path) -> tuple[Place, Node | None]:
     return place, node
 
 
-def translate(details: list[ErrorDetails], root: Node) -> list[Found]:
-    """Every error of pydantic, at its place."""
+def translate(details: list[ErrorDetails], root: Node, model: type[Block]) -> list[Found]:
+    """Every error that pydantic found when it read the tree `root` as a `model`, at its place."""
     paths = [_path(detail, root) for detail in details]
     unknown = [path for path, detail in zip(paths, details, strict=True) if detail["type"] == "extra_forbidden"]
-    meant = {(*path[:-1], _nearest_key(path)) for path in unknown}
+    meant = {(*path[:-1], _nearest_key(model, path)) for path in unknown}
     found = []
     for path, detail in zip(paths, details, strict=True):
         misspelled = detail["type"] == "missing" and path in meant
@@ -86,7 +89,7 @@ def translate(details: list[ErrorDetails], root: Node) -> list[Found]:
         place, node = locate(root, path)
         if detail["type"] == "extra_forbidden":
             place = _key_place(root, path)
-        case = _Case(path, node, detail["input"], detail.get("ctx", {}))
+        case = _Case(model, path, node, detail["input"], detail.get("ctx", {}))
         message, hint = _WORDS.get(detail["type"], _anything_else)(case)
         if isinstance(node, Scalar) and node.value is None and node.text == "" and detail["type"] != "extra_forbidden":
             message = "nothing is written here"
@@ -111,12 +114,12 @@ def _key_place(root: Node, path: Path) -> Place:
     return parent.entries[str(path[-1])].place
 
 
-def _keys_beside(path: Path) -> list[str]:
-    return [key for block in shape.blocks_at(Spec, path[:-1]) for key in block.model_fields]
+def _keys_at(model: type[Block], path: Path) -> list[str]:
+    return [key for block in shape.blocks_at(model, path) for key in block.model_fields]
 
 
-def _nearest_key(path: Path) -> str:
-    return closest(str(path[-1]), _keys_beside(path)) or ""
+def _nearest_key(model: type[Block], path: Path) -> str:
+    return closest(str(path[-1]), _keys_at(model, path[:-1])) or ""
 
 
 # --- one function for each error of pydantic ---
@@ -137,11 +140,11 @@ def _unknown_key(case: _Case) -> Words:
     if case.path in _NOT_HERE:
         return _NOT_HERE[case.path]
     key = str(case.path[-1])
-    if nearest := _nearest_key(case.path):
+    if nearest := _nearest_key(case.model, case.path):
         return f"unknown key `{key}`", f"did you mean `{nearest}`?"
-    if homes := [home for home in shape.homes(Spec).get(key, []) if home]:
+    if homes := [home for home in shape.homes(case.model).get(key, []) if home]:
         return f"unknown key `{key}`", f"it belongs under {one_of(list(dict.fromkeys(f'`{home}`' for home in homes)))}"
-    keys = _keys_beside(case.path)
+    keys = _keys_at(case.model, case.path[:-1])
     return f"unknown key `{key}`", f"write one of {one_of(keys)}, or leave it out"
 
 
@@ -149,13 +152,15 @@ def _missing(case: _Case) -> Words:
     key = case.path[-1]
     if isinstance(key, int):
         return "the list is too short", "write two values"
-    fields = [block.model_fields[key] for block in shape.blocks_at(Spec, case.path[:-1]) if key in block.model_fields]
+    fields = [
+        block.model_fields[key] for block in shape.blocks_at(case.model, case.path[:-1]) if key in block.model_fields
+    ]
     what = (fields[0].description or "").split("\n")[0].rstrip(".") if fields else ""
     return f"`{key}` is missing", f"add `{key}:` ({what[:1].lower()}{what[1:]})"
 
 
 def _wants_word(case: _Case) -> Words:
-    words = shape.words_at(Spec, case.path)
+    words = shape.words_at(case.model, case.path)
     nearest = closest(case.node.text, words) if isinstance(case.node, Scalar) else None
     if nearest and len(words) > 1:
         return f"{case.given} is not possible here", f"did you mean `{nearest}`? possible are {one_of(words)}"
@@ -213,7 +218,7 @@ def _wants_list(case: _Case) -> Words:
 
 
 def _wants_mapping(case: _Case) -> Words:
-    keys = [key for block in shape.blocks_at(Spec, case.path) for key in block.model_fields]
+    keys = _keys_at(case.model, case.path)
     return f"{case.given} stands here, and a mapping is wanted", f"write `key: value` with keys from {one_of(keys)}"
 
 

@@ -1,7 +1,7 @@
 """What the student is trained on: divergences from the teacher over the whole vocabulary, and cross-entropy.
 
-Legend of shape suffixes in this package: T tokens of a call, C tokens of a chunk, R rows of a block, V vocabulary, D hidden
-size of the student, E hidden size of the teacher.
+Legend of shape suffixes in this package: T tokens of a call, C tokens of a chunk, R rows of a block, V vocabulary,
+D hidden size of the student, E hidden size of the teacher.
 """
 
 from minitron.runtime.loss.distillation import DistillationLoss, LossTerms, distillation_loss

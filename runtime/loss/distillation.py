@@ -1,10 +1,11 @@
 """Distillation over the whole vocabulary from hidden states, never holding [tokens x vocabulary].
 
-For each chunk of tokens both models' logits are computed into two buffers that are used again by the next chunk; a block of
-rows at a time, small enough for the processor's cache, turns them into the loss and, in place, into its closed-form
-gradient; two products carry that to the student's hidden states and head. So the gradient is there when the forward ends,
-nothing is kept for the backward but the two gradients, and the memory beside them does not depend on how many tokens there
-are. (The chunking of the head follows Cut Cross-Entropy, arXiv 2411.09009, and Liger, arXiv 2410.10989, section 3.2.)
+For each chunk of tokens both models' logits are computed into two buffers that are used again by the next chunk; a
+block of rows at a time, small enough for the processor's cache, turns them into the loss and, in place, into its
+closed-form gradient; two products carry that to the student's hidden states and head. So the gradient is there when
+the forward ends, nothing is kept for the backward but the two gradients, and the memory beside them does not depend
+on how many tokens there are. (The chunking of the head follows Cut Cross-Entropy, arXiv 2411.09009, and Liger,
+arXiv 2410.10989, section 3.2.)
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ _BUFFER_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 """Size of one logits buffer. Enough rows for an efficient product, little beside the gradient of the head itself."""
 
 _BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
-"""Logits that the row formulas handle at a time. On a CPU 8 MiB: the temporaries stay in the shared cache, and the pieces
-are not so small that threads spend their time waiting for each other."""
+"""Logits that the row formulas handle at a time. On a CPU 8 MiB: the temporaries stay in the shared cache, and the
+pieces are not so small that threads spend their time waiting for each other."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,11 @@ def distillation_loss(
 ) -> LossTerms:
     """The loss of T valid tokens, its gradient flowing to `student_TD` and to the student's head.
 
-    `labels_T` (the next tokens) are needed only where `cross_entropy` is not 0, the teacher only where `weight` is not 0.
-    The sums over tokens are divided by `normaliser`: give the number of valid tokens of the global batch (all ranks, all
-    accumulation steps), and the sum of all calls is the mean over it. With T = 0 the loss is 0 and its gradient zeros.
-    `compute_dtype` is what the student's head is multiplied in on CUDA; products come out in fp32 everywhere.
+    `labels_T` (the next tokens) are needed only where `cross_entropy` is not 0, the teacher only where `weight` is
+    not 0. The sums over tokens are divided by `normaliser`: give the number of valid tokens of the global batch
+    (all ranks, all accumulation steps), and the sum of all calls is the mean over it. With T = 0 the loss is 0 and
+    its gradient zeros. `compute_dtype` is what the student's head is multiplied in on CUDA; products come out in
+    fp32 everywhere.
     """
     assert normaliser > 0, "a batch without a single valid token has no mean; give 1"
     assert settings.weight == 0 or (teacher is not None and teacher_TE is not None)
@@ -139,7 +141,11 @@ class _ChunkedLoss(torch.autograd.Function):
                     grad_V += z_CV.sum(0)
         ctx.gradients = tuple(
             None if g is None else g.to(like.dtype)
-            for g, like in ((grad_TD, student_TD), (grad_VD, weight_VD), (grad_V, weight_VD if bias_V is None else bias_V))
+            for g, like in (
+                (grad_TD, student_TD),
+                (grad_VD, weight_VD),
+                (grad_V, weight_VD if bias_V is None else bias_V),
+            )
         )
         parts = (sums / normaliser).float()
         total = parts[0] * (settings.weight * settings.temperature**2) + parts[1] * settings.cross_entropy
@@ -170,7 +176,8 @@ class _Rows:
     """What one token counts in the global mean."""
 
     def to_gradient_(self, z_CV: Tensor, t_CV: Tensor | None, labels_C: Tensor | None) -> Tensor:
-        """Overwrites the student's `z_CV` by d loss / d z_CV, and `t_CV` by scratch. Returns the two sums of the terms."""
+        """Overwrites the student's `z_CV` by d loss / d z_CV, and `t_CV` by scratch. Returns the two sums of the
+        terms."""
         sums = torch.zeros(2, dtype=torch.float64, device=z_CV.device)
         rows = max(1, _BLOCK_ELEMENTS[z_CV.device.type] // z_CV.shape[1])
         for start in range(0, z_CV.shape[0], rows):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Head:
-    """`logits = softcap * tanh(z / softcap)` with `z = scale * (hidden @ weight.T + bias)`; no softcap: `logits = z`."""
+    """`logits = softcap * tanh(z / softcap)` with `z = scale * (hidden @ weight.T + bias)`; no softcap: `logits =
+    z`."""
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
@@ -26,7 +27,8 @@ class Head:
         return Head(self.weight_VD.to(dtype), self.bias_V, self.scale, self.softcap)
 
     def finish_(self, z_RV: Tensor) -> Tensor | None:
-        """Turns `hidden @ weight.T` into logits in place; returns d logits / d z_RV where it is not the constant `scale`."""
+        """Turns `hidden @ weight.T` into logits in place; returns d logits / d z_RV where it is not the constant
+        `scale`."""
         if self.bias_V is not None:
             z_RV.add_(self.bias_V)
         if self.softcap is None:

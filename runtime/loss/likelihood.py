@@ -13,7 +13,8 @@ _CHUNK_BYTES = 32 << 20
 
 @torch.no_grad()
 def negative_log_likelihood(hidden_TD: Tensor, head: Head, labels_T: Tensor) -> Tensor:
-    """The sum over T tokens of -log p(label) in nats, as an fp64 scalar; fp32 softmax, never [tokens x vocabulary] at once."""
+    """The sum over T tokens of -log p(label) in nats, as an fp64 scalar; fp32 softmax, never [tokens x vocabulary]
+    at once."""
     vocabulary = head.vocabulary
     chunk = max(1, min(hidden_TD.shape[0], _CHUNK_BYTES // (4 * vocabulary)))
     buffer_CV = torch.empty(chunk, vocabulary, device=hidden_TD.device)

@@ -1,9 +1,9 @@
 """The three matrix products of a language-model head, always with fp32 results.
 
-A bf16 result would round logits of 20 to steps of 1/8 and with them every probability by up to 6%: near convergence, where
-student and teacher differ by less, nothing of the gradient is left. So the products come out in fp32: on CUDA by tensor cores
-with bf16 inputs and fp32 outputs, on the CPU by fp32 products of upcast inputs, upcast a block of the vocabulary at a time
-so that no second copy of the head stands in memory.
+A bf16 result would round logits of 20 to steps of 1/8 and with them every probability by up to 6%: near
+convergence, where student and teacher differ by less, nothing of the gradient is left. So the products come out in
+fp32: on CUDA by tensor cores with bf16 inputs and fp32 outputs, on the CPU by fp32 products of upcast inputs,
+upcast a block of the vocabulary at a time so that no second copy of the head stands in memory.
 """
 
 from __future__ import annotations

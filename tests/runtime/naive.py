@@ -1,4 +1,5 @@
-"""The losses written down as in the papers, in fp64, with [tokens x vocabulary] and autograd: what the fast code must equal."""
+"""The losses written down as in the papers, in fp64, with [tokens x vocabulary] and autograd: what the fast code
+must equal."""
 
 from __future__ import annotations
 

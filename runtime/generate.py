@@ -1,0 +1,50 @@
+"""What a model writes, and how fast."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+
+from minitron.runtime.models import LanguageModel
+
+_REPETITIONS = 3
+
+
+@torch.no_grad()
+def continue_greedily(
+    model: LanguageModel, prompt: Sequence[int], tokens: int, *, to_the_end: bool = False
+) -> list[int]:
+    """The most likely next tokens after `prompt`, one by one, until the model ends the text or there are `tokens`.
+
+    `to_the_end`: the end of the text does not stop it, so that there are exactly `tokens`.
+    """
+    module = model.module
+    ids = torch.tensor([list(prompt)], device=next(module.parameters()).device)
+    output = module.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        num_beams=1,
+        # What generation_config.json of a model says about sampling does not hold here.
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens if to_the_end else None,
+        pad_token_id=0,
+        use_cache=True,
+    )
+    return [int(token) for token in output[0, len(prompt) :]]
+
+
+def tokens_per_second(model: LanguageModel, prompt: Sequence[int], tokens: int) -> float:
+    """Of greedy decoding with a key-value cache, one sequence at a time, prompt included: the median of three runs."""
+    rates = []
+    for _ in range(_REPETITIONS):
+        start = time.perf_counter()
+        continue_greedily(model, prompt, tokens, to_the_end=True)  # its list of ids waits for the device
+        rates.append(tokens / (time.perf_counter() - start))
+    return statistics.median(rates)
