@@ -150,7 +150,7 @@ class Tracer:
     @staticmethod
     def _each(result: Result) -> Iterable[Dims]:
         """One list of dimensions, or several: a `Dim` is a tuple, a list of them a list."""
-        return result if result and isinstance(result[0], list) else [result]  # type: ignore[list-item,return-value]
+        return result if result and isinstance(result[0], list) else [result]  # type: ignore[list-item]
 
     # -- the walk -----------------------------------------------------------------------------------------------------
 
@@ -162,7 +162,7 @@ class Tracer:
             self.nodes[node] = [self.space.fresh(size) for size in self.sizes(node)]
         elif node.target is operator.getitem:
             source, position = node.args
-            self.nodes[node] = self.nodes[source][position]  # type: ignore[index]
+            self.nodes[node] = self.nodes[source][position]  # type: ignore[index,assignment]
         elif node.op == "call_function" and (isinstance(value, torch.Tensor | list | tuple) or value is None):
             rule: Callable[[Tracer, Node], Result] | None = RULES.get(node.target)
             self.nodes[node] = rule(self, node) if rule is not None else self.opaque(node)

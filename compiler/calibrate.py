@@ -28,7 +28,19 @@ from minitron.specs.progress import Progress
 
 BATCH_TOKENS = 4096  # tokens that go through the graph at a time
 BLOCK_BYTES = 1 << 30  # residual stream that is held between two layers
-MOVES = {"view", "reshape", "contiguous", "to", "alias", "type_as", "clone", "_to_copy", "transpose", "permute", "flatten"}
+MOVES = {
+    "view",
+    "reshape",
+    "contiguous",
+    "to",
+    "alias",
+    "type_as",
+    "clone",
+    "_to_copy",
+    "transpose",
+    "permute",
+    "flatten",
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,9 @@ class CalibrationConfig:
 class _Taps:
     """All accumulators, and the nodes that feed them."""
 
-    def __init__(self, captured: Captured, table: AxisTable, roles: Roles, ends: Sequence[LayerEnds], config: CalibrationConfig):
+    def __init__(
+        self, captured: Captured, table: AxisTable, roles: Roles, ends: Sequence[LayerEnds], config: CalibrationConfig
+    ):
         self.roles = roles
         self.space = table.space
         self.accumulators: dict[str, Accumulator] = {}
@@ -145,7 +159,11 @@ class _Taps:
                 channels = self.accumulators[key].result().reshape(site.groups, site.repeats, -1)
                 heads[layer] = channels.norm(dim=-1).numpy()  # L2 over the width of a head
         widths = {
-            name: {layer: self.accumulators[f"{name}.{layer}"].result().numpy() for layer, width in layers.items() if width.readers}
+            name: {
+                layer: self.accumulators[f"{name}.{layer}"].result().numpy()
+                for layer, width in layers.items()
+                if width.readers
+            }
             for name, layers in self.roles.widths.items()
             if any(width.readers for width in layers.values())
         }
@@ -205,7 +223,7 @@ def calibrate(
 def batches_of(samples: torch.Tensor, hidden: int) -> tuple[list[torch.Tensor], int]:
     """Samples as batches, and how many batches make a block."""
     size = max(1, BATCH_TOKENS // samples.shape[1])
-    batches = list(samples.split(size))
+    batches = list(torch.split(samples, size))
     # The residual stream, its copy and the norm's output may be alive between two layers, in fp32.
     block = max(1, BLOCK_BYTES // (3 * 4 * size * samples.shape[1] * hidden))
     return batches, block
@@ -237,7 +255,11 @@ def removal_scores(
 
 
 def _removal(
-    metric: str, part: Sequence[torch.Tensor], whole: dict[int, torch.Tensor], harm: np.ndarray[tuple[int], np.dtype[np.float64]], layer: int
+    metric: str,
+    part: Sequence[torch.Tensor],
+    whole: dict[int, torch.Tensor],
+    harm: np.ndarray[tuple[int], np.dtype[np.float64]],
+    layer: int,
 ) -> Callable[[torch.Tensor, int], None]:
     def loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
         flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()

@@ -186,9 +186,7 @@ def _export(config: Any, dtype: torch.dtype, attention: str) -> tuple[torch.nn.M
         with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
             fake = _build(config, dtype, attention)
             sample = torch.zeros(2, 7, dtype=torch.long)
-        program = torch.export.export(
-            _Logits(fake), (sample,), dynamic_shapes=({0: batch, 1: sequence},), strict=False
-        )
+        program = torch.export.export(_Logits(fake), (sample,), dynamic_shapes=({0: batch, 1: sequence},), strict=False)
         module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
     names = canonical_names(fake)

@@ -8,14 +8,20 @@ from typing import Any
 def model_card(plan: dict[str, Any]) -> str:
     """Markdown with the front matter that model hubs read, from a plan document."""
     teacher, student, spec = plan["teacher"], plan["student"], plan["spec"]
-    rows = [
-        f"| {key} | {old} | {student['widths'].get(key, old)} |" for key, old in teacher["widths"].items()
-    ]
+    rows = [f"| {key} | {old} | {student['widths'].get(key, old)} |" for key, old in teacher["widths"].items()]
     rows += [
         f"| {label} | {teacher[key]:,} | {student[key]:,} |"
-        for label, key in (("parameters", "parameters"), ("weight bytes", "weight_bytes"), ("KV cache bytes per token", "kv_cache_bytes_per_token"))
+        for label, key in (
+            ("parameters", "parameters"),
+            ("weight bytes", "weight_bytes"),
+            ("KV cache bytes per token", "kv_cache_bytes_per_token"),
+        )
     ]
-    base = f"base_model: {teacher['model']}\n" if teacher["model"].count("/") == 1 and not teacher["model"].startswith(".") else ""
+    base = (
+        f"base_model: {teacher['model']}\n"
+        if teacher["model"].count("/") == 1 and not teacher["model"].startswith(".")
+        else ""
+    )
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

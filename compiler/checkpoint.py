@@ -46,7 +46,9 @@ def open_checkpoint(model: str, revision: str | None, base: Path, *, weights: bo
     config = _read_config(model, folder)
     tensors = _read_headers(folder)
     if weights and not tensors:
-        hint = "convert other formats with save_pretrained" if any(folder.glob("*.bin")) else "copy the weight files there"
+        hint = (
+            "convert other formats with save_pretrained" if any(folder.glob("*.bin")) else "copy the weight files there"
+        )
         raise WorkError(f"{folder}: no weights in safetensors format; {hint}")
     return Checkpoint(model, folder, config, tensors)
 
@@ -56,7 +58,9 @@ def _find(model: str, revision: str | None, base: Path, weights: bool) -> Path:
     if local.is_dir():
         return local.resolve()
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise UsageError(f"there is no folder {local}; write a folder relative to the spec, or a Hugging Face id (owner/name)")
+        raise UsageError(
+            f"there is no folder {local}; write a folder relative to the spec, or a Hugging Face id (owner/name)"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -151,7 +155,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(handle.read(length))
         header.pop("__metadata__", None)
         tensors = {
-            name: TensorInfo(path, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
+            name: TensorInfo(
+                path, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0]
+            )
             for name, entry in header.items()
         }
     except (ValueError, KeyError, TypeError, struct.error) as error:

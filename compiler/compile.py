@@ -18,7 +18,6 @@ from minitron.compiler.capture import Captured
 from minitron.compiler.card import model_card
 from minitron.compiler.emit import student_weights, write_student
 from minitron.compiler.execute import Executor, Settings
-from minitron.compiler.head import Head
 from minitron.compiler.narrowing import Narrowing
 from minitron.compiler.plan import Plan, make_plan
 from minitron.compiler.program import build_program, save_program
@@ -70,7 +69,11 @@ def compile_spec(
     if selection is None:
         scores, samples = score(plan, source, buffers, device, progress)
         selection = select(
-            plan.targets, plan.roles, scores, plan.captured.layer_count, contiguous=loaded.spec.importance.depth.contiguous
+            plan.targets,
+            plan.roles,
+            scores,
+            plan.captured.layer_count,
+            contiguous=loaded.spec.importance.depth.contiguous,
         )
     student = rewrite(plan, selection, buffers)
     fingerprint = _fingerprint(plan, selection)
@@ -149,7 +152,9 @@ def rewrite(plan: Plan, selection: Selection, buffers: Buffers) -> Student:
         for name in changed:
             old, new = buffers.get(name), own.get(name)
             if old is None or new is None or old.numel() != 1:
-                raise UsageError(f"{name} is computed from a narrowed width when the student is loaded; no repair is known")
+                raise UsageError(
+                    f"{name} is computed from a narrowed width when the student is loaded; no repair is known"
+                )
             repair_scale(graph_module, name, float(old) / float(new), made)
     except UsageError as error:
         raise SpecInvalid([plan.loaded.error("student", str(error))]) from None
@@ -204,14 +209,18 @@ def validate(
         checks = [verify.check_widths(build / "student", _config_widths(plan), shapes, got)]
         task.advance(1)
         rewritten = _logits(student.graph_module, plan.captured, make, student.buffers, settings, ids)
-        checks.append(verify.compare("reload", rewritten, wanted, "rewritten graph against student/ loaded by transformers"))
+        checks.append(
+            verify.compare("reload", rewritten, wanted, "rewritten graph against student/ loaded by transformers")
+        )
         task.advance(1)
         if exact:
             checks.append(verify.skipped("masked", f"{exact[0].axis}: {exact[0].reason}"))
         else:
             reference = verify.masked_reference(plan.captured.graph_module, plan.table, student.narrowing)
             masked = _logits(reference, plan.captured, _masked(student.recipes, held), buffers, settings, ids)
-            tolerance = verify.ROUNDED_TOLERANCE if student.repaired and plan.dtype != torch.float32 else verify.TOLERANCE
+            tolerance = (
+                verify.ROUNDED_TOLERANCE if student.repaired and plan.dtype != torch.float32 else verify.TOLERANCE
+            )
             detail = "teacher with everything dropped set to zero against the rewritten graph"
             checks.append(verify.compare("masked", masked, rewritten, detail, tolerance))
         task.advance(1)
@@ -220,9 +229,16 @@ def validate(
             plan.captured, plan.table.parameters, verify.permuted(student.narrowing), range(plan.captured.layer_count)
         )
         mixed = _logits(
-            plan.captured.graph_module, plan.captured, lambda name: turned[name].make(held(name)), buffers, settings, ids
+            plan.captured.graph_module,
+            plan.captured,
+            lambda name: turned[name].make(held(name)),
+            buffers,
+            settings,
+            ids,
         )
-        checks.append(verify.compare("permutation", mixed, whole, "teacher with its narrowed axes permuted against itself"))
+        checks.append(
+            verify.compare("permutation", mixed, whole, "teacher with its narrowed axes permuted against itself")
+        )
         task.advance(1)
         checks.append(verify.check_program(build, model, ids, wanted, plan.dtype, streamed=source.streamed))
         task.advance(1)
@@ -270,8 +286,18 @@ def _config_widths(plan: Plan) -> dict[str, int]:
 def _score_key(plan: Plan, data: str, samples: torch.Tensor, config: CalibrationConfig) -> str:
     """A hash of everything that decides the scores."""
     digest = hashlib.sha256()
-    headers = sorted((n, t.dtype, t.shape, t.file.name, t.file.stat().st_size, t.file.stat().st_mtime_ns) for n, t in plan.checkpoint.tensors.items())
-    for part in (plan.checkpoint.config.to_json_string(), repr(headers), data, repr(config), str(plan.dtype), torch.__version__):
+    headers = sorted(
+        (n, t.dtype, t.shape, t.file.name, t.file.stat().st_size, t.file.stat().st_mtime_ns)
+        for n, t in plan.checkpoint.tensors.items()
+    )
+    for part in (
+        plan.checkpoint.config.to_json_string(),
+        repr(headers),
+        data,
+        repr(config),
+        str(plan.dtype),
+        torch.__version__,
+    ):
         digest.update(part.encode())
     digest.update(samples.numpy().tobytes())
     return digest.hexdigest()
@@ -282,7 +308,12 @@ def _fingerprint(plan: Plan, selection: Selection) -> str:
     from minitron.compiler.select import selection_json
 
     headers = sorted((name, info.dtype, info.shape) for name, info in plan.checkpoint.tensors.items())
-    parts = (repr(headers), json.dumps(selection_json(selection, plan.roles)), plan.config.to_json_string(), str(plan.dtype))
+    parts = (
+        repr(headers),
+        json.dumps(selection_json(selection, plan.roles)),
+        plan.config.to_json_string(),
+        str(plan.dtype),
+    )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -78,7 +78,8 @@ def model_costs(
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     total = sum(sizes.values())
     active = sum(
-        size * chosen // stacked[name] if name in stacked and chosen is not None else size for name, size in sizes.items()
+        size * chosen // stacked[name] if name in stacked and chosen is not None else size
+        for name, size in sizes.items()
     )
     ends = {embedding, head}
     non_embedding = total - sum(size for name, size in sizes.items() if name in ends)
@@ -86,7 +87,9 @@ def model_costs(
     multiplied = active - (sizes[embedding] if embedding != head else 0)
     cache = sum(one.groups * (one.key_width + one.value_width) for one in attention)
     pairs = sum(2 * one.heads * (one.key_width + one.value_width) for one in attention)
-    return ModelCosts(total, non_embedding, active, total * bytes_per_weight, cache * bytes_per_weight, 2 * multiplied, pairs)
+    return ModelCosts(
+        total, non_embedding, active, total * bytes_per_weight, cache * bytes_per_weight, 2 * multiplied, pairs
+    )
 
 
 def embedding_name(captured: Captured) -> str:
@@ -124,7 +127,9 @@ def stacked_parameters(captured: Captured, table: AxisTable) -> dict[str, int]:
     }
 
 
-def training_memory(teacher: ModelCosts, student: ModelCosts, layers: int, hidden: int, sequences: int, length: int) -> int:
+def training_memory(
+    teacher: ModelCosts, student: ModelCosts, layers: int, hidden: int, sequences: int, length: int
+) -> int:
     """Peak bytes of distillation on one device: teacher and fp32 student with gradients and two moments, and activations.
 
     Activations: about 34 bytes a token, channel and layer without recomputation (Korthikanti et al., arXiv 2205.05198,

@@ -62,7 +62,9 @@ class Size:
         return self.coefficient == 1 and not self.symbols
 
     def __str__(self) -> str:
-        return "*".join([*([str(self.coefficient)] if self.coefficient != 1 or not self.symbols else []), *self.symbols])
+        return "*".join(
+            [*([str(self.coefficient)] if self.coefficient != 1 or not self.symbols else []), *self.symbols]
+        )
 
 
 ONE = Size(1)

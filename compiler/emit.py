@@ -60,11 +60,11 @@ def write_student(
             with quiet():
                 config.save_pretrained(folder)
         else:
-            loaded = copy.deepcopy(model)
+            loaded: Any = copy.deepcopy(model)
             for name, parameter in list(loaded.named_parameters()):
                 _assign(loaded, name, torch.nn.Parameter(make(name), requires_grad=False))
                 advance(parameter.numel() * parameter.element_size())
-            loaded.tie_weights()  # type: ignore[operator]
+            loaded.tie_weights()
             loaded.config.dtype = dtype
             with quiet():
                 loaded.save_pretrained(folder)

@@ -55,7 +55,7 @@ class Executor:
         self._buffers = buffers
         self._shared = _shared_weights(graph_module, layer_of)
         self._segments = _segments(graph_module, layer_of)
-        self._output: Node = next(n for n in graph_module.graph.nodes if n.op == "output").args[0]  # type: ignore[assignment]
+        self._output: Node = next(n for n in graph_module.graph.nodes if n.op == "output").args[0]
         while isinstance(self._output, tuple | list):
             (self._output,) = self._output
         self._input = next(n for n in graph_module.graph.nodes if n.op == "placeholder")
@@ -78,12 +78,15 @@ class Executor:
         advance  called after every batch of every segment
         """
         taps = taps or {}
-        environments: list[dict[Node, Any]] = [
-            {self._input: ids.to(self._settings.device)} for ids in batches
-        ]
+        environments: list[dict[Node, Any]] = [{self._input: ids.to(self._settings.device)} for ids in batches]
         with torch.no_grad():
             for segment in self._segments:
-                if output is None and taps and not segment.live_after and not any(n.name in taps for n in segment.nodes):
+                if (
+                    output is None
+                    and taps
+                    and not segment.live_after
+                    and not any(n.name in taps for n in segment.nodes)
+                ):
                     continue
                 weights = {node: self._weight(node) for node in segment.weights}
                 for number, environment in enumerate(environments):

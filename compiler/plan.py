@@ -197,10 +197,17 @@ def _check_lengths(loaded: LoadedSpec, captured: Captured) -> list[SpecError]:
     longest = getattr(captured.config, "max_position_embeddings", None)
     errors = []
     spec = loaded.spec
-    for path, block in (("importance.data.sequence_length", spec.importance.data), ("distill.sequence_length", spec.distill)):
+    for path, block in (
+        ("importance.data.sequence_length", spec.importance.data),
+        ("distill.sequence_length", spec.distill),
+    ):
         if block is not None and isinstance(longest, int) and block.sequence_length > longest:
             errors.append(
-                loaded.error(path, f"{block.sequence_length} is more than the teacher's {longest} positions", f"write at most {longest}")
+                loaded.error(
+                    path,
+                    f"{block.sequence_length} is more than the teacher's {longest} positions",
+                    f"write at most {longest}",
+                )
             )
     return errors
 
@@ -229,9 +236,7 @@ def _both_costs(
     attention = costs.attention_counts(captured, roles, table)
     embedding = costs.embedding_name(captured)
     size = torch.empty(0, dtype=captured.dtype).element_size()
-    teacher = costs.model_costs(
-        captured.model, stacked, chosen, list(attention.values()), embedding, head.weight, size
-    )
+    teacher = costs.model_costs(captured.model, stacked, chosen, list(attention.values()), embedding, head.weight, size)
     narrowed = []
     for layer, counts in list(attention.items())[: targets.layers]:
         groups, repeats = wanted_heads(targets, roles.heads[layer])
@@ -244,12 +249,16 @@ def _remarks(checkpoint: Checkpoint, captured: Captured) -> tuple[str, ...]:
     """What the user should know and no axis says."""
     remarks = []
     if not checkpoint.tensors:
-        remarks.append("no weight files are there: tensor names and shapes could not be compared with the configuration")
+        remarks.append(
+            "no weight files are there: tensor names and shapes could not be compared with the configuration"
+        )
     else:
         known = set(captured.canonical)
         extra = [name for name in checkpoint.tensors if name not in known]
         if extra and all(name in checkpoint.tensors for name in set(captured.canonical.values())):
-            remarks.append(f"{len(extra)} tensors of the checkpoint are not the model's and are ignored, such as {extra[0]}")
+            remarks.append(
+                f"{len(extra)} tensors of the checkpoint are not the model's and are ignored, such as {extra[0]}"
+            )
     return tuple(remarks)
 
 

@@ -128,4 +128,5 @@ def run_program(program: Path, shards: Sequence[Path], ids: torch.Tensor, *, cus
         if done.returncode != 0 or not output.is_file():
             reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
             raise WorkError(f"{program} does not run: {reason}")
-        return load_file(output)["logits"]
+        logits: torch.Tensor = load_file(output)["logits"]
+        return logits

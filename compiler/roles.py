@@ -1,14 +1,14 @@
 """Names the axes for people, by where they stand in the graph.
 
-    hidden_size             what the token embedding yields: the residual stream
-    num_attention_heads     the query heads of every attention: (key-value group, repeat within it)
-    num_key_value_heads     the part of the query heads that the values have too
-    head_dim                the widths of queries, keys and values
-    intermediate_size       what a projection back into the residual stream contracts, and no attention yields;
-                            of stacked expert weights it is moe_intermediate_size where the config has that key
-    num_experts             the stacked dimension of expert weights
-    num_hidden_layers       the list of layers; no axis of a tensor
-    vocab_size              the rows of the embedding; never narrowed
+hidden_size             what the token embedding yields: the residual stream
+num_attention_heads     the query heads of every attention: (key-value group, repeat within it)
+num_key_value_heads     the part of the query heads that the values have too
+head_dim                the widths of queries, keys and values
+intermediate_size       what a projection back into the residual stream contracts, and no attention yields;
+                        of stacked expert weights it is moe_intermediate_size where the config has that key
+num_experts             the stacked dimension of expert weights
+num_hidden_layers       the list of layers; no axis of a tensor
+vocab_size              the rows of the embedding; never narrowed
 """
 
 from __future__ import annotations
@@ -105,9 +105,7 @@ def _heads(captured: Captured, table: AxisTable) -> dict[int, Heads]:
         if len(groups) > 1 or len(repeats) > 1 or list(atoms) != groups + repeats:
             continue
         wanted = set(values) | set(atoms)
-        readers = tuple(
-            c for c in table.contractions if c.weight is not None and set(space.leaves(c.dim)) == wanted
-        )
+        readers = tuple(c for c in table.contractions if c.weight is not None and set(space.leaves(c.dim)) == wanted)
         heads[layer] = Heads(
             groups[0] if groups else None,
             repeats[0] if repeats else None,
@@ -137,9 +135,7 @@ def paths(space: Space, dim: Dim) -> Iterator[set[Atom]]:
     yield from result
 
 
-def _widths(
-    captured: Captured, table: AxisTable, hidden: Atom, taken: set[Atom]
-) -> Iterator[tuple[str, int, Width]]:
+def _widths(captured: Captured, table: AxisTable, hidden: Atom, taken: set[Atom]) -> Iterator[tuple[str, int, Width]]:
     """Every leaf that a weight contracts on its way back into the residual stream, and every stack of experts."""
     space = table.space
     seen: set[Atom] = set()

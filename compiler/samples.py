@@ -32,7 +32,9 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"{folder} has no tokenizer that transformers can load ({reason}); copy its files there") from None
+        raise UsageError(
+            f"{folder} has no tokenizer that transformers can load ({reason}); copy its files there"
+        ) from None
 
 
 def calibration_samples(source: DataSource, tokenizer: Any, vocab_size: int, config: SampleConfig) -> torch.Tensor:
@@ -78,7 +80,9 @@ def _tokens(documents: Iterable[Document], tokenizer: Any) -> Iterator[list[int]
     for document in documents:
         if not isinstance(document, str):
             if not getattr(tokenizer, "chat_template", None):
-                raise UsageError("the data has chat messages and the teacher's tokenizer has no chat template; name text_field")
+                raise UsageError(
+                    "the data has chat messages and the teacher's tokenizer has no chat template; name text_field"
+                )
             document = str(tokenizer.apply_chat_template(document, tokenize=False))
         ids = list(tokenizer(document, add_special_tokens=False, verbose=False).input_ids)
         yield ids if end is None else [*ids, end]

@@ -69,7 +69,9 @@ def select(targets: Targets, roles: Roles, scores: ScoreTable, layer_count: int,
     if HEADS in targets.widths or GROUPS in targets.widths:
         for layer in layers:
             if layer in roles.heads:
-                groups[layer], heads[layer] = select_heads(scores.heads[layer], *wanted_heads(targets, roles.heads[layer]))
+                groups[layer], heads[layer] = select_heads(
+                    scores.heads[layer], *wanted_heads(targets, roles.heads[layer])
+                )
     return Selection(layers, hidden, widths, groups, heads)
 
 
@@ -79,9 +81,7 @@ def wanted_heads(targets: Targets, site: Heads) -> tuple[int, int]:
     return groups, targets.widths.get(HEADS, groups * site.repeats) // groups
 
 
-def select_heads(
-    scores_GR: npt.NDArray[np.float32], groups: int, repeats: int
-) -> tuple[Indices, tuple[Indices, ...]]:
+def select_heads(scores_GR: npt.NDArray[np.float32], groups: int, repeats: int) -> tuple[Indices, tuple[Indices, ...]]:
     """The best groups, and the best query heads within each."""
     kept = top(np.sqrt(np.square(scores_GR.astype(np.float64)).sum(1)).astype(np.float32), groups)
     return kept, tuple(top(scores_GR[g], repeats) for g in kept)
@@ -162,7 +162,11 @@ def selection_json(selection: Selection, roles: Roles) -> dict[str, list[list[in
         order: Sequence[int] = sorted(selection.groups)
         result[GROUPS] = [selection.groups[i].tolist() for i in order]
         result[HEADS] = [
-            [int(g) * roles.heads[i].repeats + int(r) for g, rs in zip(selection.groups[i], selection.heads[i], strict=True) for r in rs]
+            [
+                int(g) * roles.heads[i].repeats + int(r)
+                for g, rs in zip(selection.groups[i], selection.heads[i], strict=True)
+                for r in rs
+            ]
             for i in order
         ]
     return result

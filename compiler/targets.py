@@ -97,7 +97,9 @@ def leaves_of(name: str, roles: Roles, table: AxisTable) -> list[Atom]:
     if name == HEADS:
         return [site.repeat or site.group for site in roles.heads.values() if (site.repeat or site.group) is not None]  # type: ignore[misc]
     if name == HEAD_DIM:
-        return sorted({leaf for site in roles.heads.values() for leaf in _head_leaves(site, table)}, key=lambda a: a.number)
+        return sorted(
+            {leaf for site in roles.heads.values() for leaf in _head_leaves(site, table)}, key=lambda a: a.number
+        )
     return [width.leaf for width in roles.widths.get(name, {}).values()]
 
 
@@ -130,7 +132,9 @@ def resolve_targets(
         width = resolve(key, value, teacher[key])
         if not 0 < width <= teacher[key]:
             errors.append(
-                error(path, f"{width} is not between 1 and the teacher's {teacher[key]}", f"write at most {teacher[key]}")
+                error(
+                    path, f"{width} is not between 1 and the teacher's {teacher[key]}", f"write at most {teacher[key]}"
+                )
             )
             continue
         status, reason = status_of(key, captured, roles, table)
@@ -144,7 +148,12 @@ def resolve_targets(
         return None, errors
     widths = {key: width for key, width in wanted.items() if key != LAYERS and width < teacher[key]}
     statuses = tuple(
-        AxisStatus(name, teacher[name], layers if name == LAYERS else widths.get(name, teacher[name]), *status_of(name, captured, roles, table))
+        AxisStatus(
+            name,
+            teacher[name],
+            layers if name == LAYERS else widths.get(name, teacher[name]),
+            *status_of(name, captured, roles, table),
+        )
         for name in teacher
     )
     return Targets(widths, layers, named, statuses), []

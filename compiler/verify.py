@@ -67,7 +67,9 @@ class Check:
 def compare(name: str, got: torch.Tensor, wanted: torch.Tensor, detail: str, tolerance: float = TOLERANCE) -> Check:
     """The relative error of logits; a shape that differs or a number that is none fails."""
     if got.shape != wanted.shape:
-        return Check(name, False, True, float("inf"), tolerance, f"{detail}: {list(got.shape)} against {list(wanted.shape)}")
+        return Check(
+            name, False, True, float("inf"), tolerance, f"{detail}: {list(got.shape)} against {list(wanted.shape)}"
+        )
     scale = max(float(wanted.abs().max()), 1e-6)
     error = float((got.double() - wanted.double()).abs().max()) / scale
     return Check(name, error <= tolerance, True, error, tolerance, detail)
@@ -78,7 +80,9 @@ def skipped(name: str, detail: str) -> Check:
     return Check(name, True, False, 0.0, 0.0, detail)
 
 
-def check_widths(folder: Path, wanted: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]) -> Check:
+def check_widths(
+    folder: Path, wanted: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]
+) -> Check:
     """`wanted`: configuration key -> width; `shapes`: the tensors that were planned, `got`: those of the loaded model."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     wrong = [f"{key} is {config.get(key)}, not {width}" for key, width in wanted.items() if config.get(key) != width]
@@ -103,14 +107,20 @@ def load_student(folder: Path, attention: str) -> Any:
     try:
         with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation=attention, output_loading_info=True, trust_remote_code=False
+                folder,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                output_loading_info=True,
+                trust_remote_code=False,
             )
     except Exception as error:  # transformers raises anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WorkError(f"{folder} cannot be loaded back by transformers: {reason}") from None
     problems = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if problems:
-        raise WorkError(f"{folder} does not load back whole: {problems[0]} and {len(problems) - 1} more tensors are off")
+        raise WorkError(
+            f"{folder} does not load back whole: {problems[0]} and {len(problems) - 1} more tensors are off"
+        )
     return model.eval()
 
 
@@ -119,7 +129,9 @@ def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
 
 
-def check_program(build: Path, model: Any, ids: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, *, streamed: bool) -> Check:
+def check_program(
+    build: Path, model: Any, ids: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, *, streamed: bool
+) -> Check:
     """student.pt2 in its own number format, on the files of student/.
 
     Where transformers converts a checkpoint while loading it, the files have other names than the model's parameters:
@@ -166,7 +178,7 @@ def masked_reference(graph_module: GraphModule, table: AxisTable, narrowing: Nar
             continue
         dims: Any = dims_of[node.args[0].name]
         named = node.args[1] if len(node.args) > 1 else list(range(len(dims)))
-        axes = [axis_index(int(i), len(dims)) for i in ([named] if isinstance(named, int) else named)]  # type: ignore[union-attr,arg-type]
+        axes = [axis_index(int(i), len(dims)) for i in ([named] if isinstance(named, int) else named)]
         factor = 1.0
         for axis in axes:
             if narrowing.touches(dims[axis]):
@@ -176,7 +188,7 @@ def masked_reference(graph_module: GraphModule, table: AxisTable, narrowing: Nar
             with graph.inserting_after(node):
                 scaled = graph.call_function(torch.ops.aten.mul.Tensor, (node, factor))
             scaled.meta = dict(node.meta)
-            node.replace_all_uses_with(scaled, delete_user_cb=lambda user, scaled=scaled: user is not scaled)  # type: ignore[misc]
+            node.replace_all_uses_with(scaled, delete_user_cb=lambda user, scaled=scaled: user is not scaled)
     reference.recompile()
     return reference
 

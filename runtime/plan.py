@@ -264,10 +264,8 @@ def resume_identity(plan: TrainingPlan, data_hash: str) -> dict[str, Any]:
     """
     whole = plan.model_dump(mode="json")
     kept = {key: whole[key] for key in _IDENTITY_KEYS}
-    kept["student"], kept["teacher"] = (
-        whole["student"]["head"],
-        {k: v for k, v in whole["teacher"].items() if k != "model"},
-    )
+    kept["student"] = {"head": whole["student"]["head"]}
+    kept["teacher"] = {key: value for key, value in whole["teacher"].items() if key != "model"}
     kept["loss"].pop("chunk_tokens")
     kept["data"] = data_hash
     return dict(_flat("", kept))

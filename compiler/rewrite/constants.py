@@ -27,7 +27,10 @@ EQUAL = 1e-6  # two constants closer than this (relative) are one constant compu
 
 
 def changed_buffers(
-    captured: Captured, teacher: Mapping[str, torch.Tensor], student: Mapping[str, torch.Tensor], numbers: Mapping[int, int]
+    captured: Captured,
+    teacher: Mapping[str, torch.Tensor],
+    student: Mapping[str, torch.Tensor],
+    numbers: Mapping[int, int],
 ) -> list[str]:
     """The student's names of the tables that differ from the teacher's."""
     changed = []
@@ -37,7 +40,11 @@ def changed_buffers(
             continue
         new = renumber(captured, name, numbers)
         other = student.get(new)
-        if other is None or other.shape != value.shape or not torch.allclose(other.double(), value.double(), rtol=EQUAL, atol=0):
+        if (
+            other is None
+            or other.shape != value.shape
+            or not torch.allclose(other.double(), value.double(), rtol=EQUAL, atol=0)
+        ):
             changed.append(new)
     return changed
 
@@ -76,16 +83,16 @@ def _scalars(captured: Captured, numbers: Mapping[int, int] | None) -> dict[str,
     return result
 
 
-def repair_scale(
-    graph_module: GraphModule, name: str, ratio: float, recipes: dict[str, Recipe]
-) -> None:
+def repair_scale(graph_module: GraphModule, name: str, ratio: float, recipes: dict[str, Recipe]) -> None:
     """Folds `ratio` (the teacher's factor over the student's) of the scalar buffer `name` into the weights' recipes.
 
     UsageError where the factor is not one on the output of an embedding, or the head that shares it cannot be repaired.
     """
-    refusal = f"{name} depends on a narrowed width and is recomputed when the student is loaded; no repair is known for it"
+    refusal = (
+        f"{name} depends on a narrowed width and is recomputed when the student is loaded; no repair is known for it"
+    )
     table = next(n for n in graph_module.graph.nodes if n.op == "get_attr" and strip_wrapper(str(n.target)) == name)
-    products = [user for user in _readers(table)]
+    products = list(_readers(table))
     if len(products) != 1 or not _is(products[0], "mul"):
         raise UsageError(refusal)
     others = [_behind(a) for a in products[0].args if isinstance(a, Node) and _behind(a) is not table]

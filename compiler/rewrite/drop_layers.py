@@ -96,9 +96,8 @@ def drop_layers(captured: Captured, ends: Sequence[LayerEnds], kept: Sequence[in
 def _move_modules(graph_module: GraphModule, path: str, kept: Sequence[int]) -> None:
     """The sub-modules that hold the layers' parameters, renumbered."""
     holder = graph_module.get_submodule(path)
-    layers = {name: child for name, child in holder.named_children()}
+    layers = dict(holder.named_children())
     for name in layers:
         delattr(holder, name)
     for new, old in enumerate(kept):
         holder.add_module(str(new), layers[str(old)])
-

@@ -15,14 +15,15 @@ from torch.fx import GraphModule
 from minitron.compiler.capture import Captured, attribute, set_attribute, strip_wrapper
 from minitron.compiler.narrowing import Narrowing
 from minitron.compiler.rewrite.passes import Pass, PassResult
-from minitron.compiler.rules import Dims
+from minitron.compiler.rules import Dims, Result
 
 
-def narrow_parameters(captured: Captured, dims_of: Mapping[str, Dims], narrowing: Narrowing) -> Pass:
+def narrow_parameters(captured: Captured, dims_of: Mapping[str, Result], narrowing: Narrowing) -> Pass:
     """`dims_of`: node name -> dimensions, as the analysis of the teacher found them."""
 
     def wanted(name: str) -> tuple[int, ...]:
-        return tuple(narrowing.count(dim) for dim in dims_of[name])
+        dims: Dims = dims_of[name]  # type: ignore[assignment]
+        return tuple(narrowing.count(dim) for dim in dims)
 
     def run(graph_module: GraphModule) -> PassResult:
         changed = 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from minitron.compiler.dims import size_of
-from minitron.compiler.rules.registry import Dims, rule
+from minitron.compiler.rules.registry import Result, rule
 
 if TYPE_CHECKING:
     from minitron.compiler.axes import Tracer
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 @rule(aten.scaled_dot_product_attention.default)
-def sdpa(t: Tracer, node: torch.fx.Node) -> Dims:
+def sdpa(t: Tracer, node: torch.fx.Node) -> Result:
     """q[B, H, S, E], k[B, G, T, E], v[B, G, T, V]; with enable_gqa the H query heads are G groups of broadcast repeats."""
     place = t.place(node)
     batch, heads, rows, width = t.dims(node.args[0])

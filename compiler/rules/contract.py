@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from minitron.compiler.dims import Dim
-from minitron.compiler.rules.registry import Dims, rule
+from minitron.compiler.rules.registry import Dims, Result, rule
 
 if TYPE_CHECKING:
     from minitron.compiler.axes import Tracer
@@ -48,7 +48,7 @@ def addmm(t: Tracer, node: torch.fx.Node) -> Dims:
 
 
 @rule(aten.einsum.default)
-def einsum(t: Tracer, node: torch.fx.Node) -> Dims:
+def einsum(t: Tracer, node: torch.fx.Node) -> Result:
     """Every letter is one axis. An ellipsis is not looked into."""
     equation, operands = str(node.args[0]).replace(" ", ""), list(t.arg(node, 1))
     if "." in equation or "->" not in equation:

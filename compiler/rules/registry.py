@@ -30,7 +30,7 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
     def register(function: Rule) -> Rule:
         for target in targets:
             if isinstance(target, torch._ops.OpOverloadPacket):
-                for name in target.overloads():
+                for name in target.overloads():  # type: ignore[no-untyped-call]
                     RULES[getattr(target, name)] = function
             else:
                 RULES[target] = function

@@ -69,7 +69,7 @@ def expand(t: Tracer, node: torch.fx.Node) -> Dims:
 
 
 @rule(aten.repeat_interleave.self_int)
-def repeat_interleave(t: Tracer, node: torch.fx.Node) -> Dims:
+def repeat_interleave(t: Tracer, node: torch.fx.Node) -> Result:
     dims = list(t.dims(node.args[0]))
     along = t.arg(node, 2)
     if along is None:

@@ -53,7 +53,7 @@ distill:
 evaluate:
   suite: minitron-9
   held_out: {text: [corpus/valid.txt]}
-"""  # noqa: E501
+"""
 
 # The shortest spec there is: which layers go is said outright, so no scores and no data are needed.
 SHORTEST = """\
