@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from minitron.compiler.capture import Captured
+from minitron.compiler.capture import Captured, strip_wrapper
 from minitron.compiler.dims import Dim, Note, Size, Space, size_of
 from minitron.compiler.rules import RULES, Dims, Result, experts
 
@@ -88,6 +88,11 @@ class Tracer:
                 return node.kwargs[named]
         return default
 
+    def named(self, node: Node, name: str, default: Any = None) -> Any:
+        """An argument by its name in the schema, for operators that differ in its position, or do not all have it."""
+        names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+        return self.arg(node, names.index(name), default) if name in names else default
+
     def integer(self, node: Node, index: int) -> int:
         value = self.arg(node, index)
         assert isinstance(value, int), f"{node.target} argument {index} is {value!r}"
@@ -97,9 +102,10 @@ class Tracer:
         return self.result_sizes(node)[0]
 
     def result_sizes(self, node: Node) -> list[list[Size]]:
-        value = node.meta["val"]
-        results = [value] if isinstance(value, torch.Tensor) else list(value)
-        return [[Size.of(s) for s in result.shape] for result in results if isinstance(result, torch.Tensor)]
+        """One list of sizes a result, in their order; an empty one where a result is no tensor."""
+        value = node.meta.get("val")
+        results = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+        return [[Size.of(s) for s in getattr(result, "shape", ())] for result in results]
 
     def is_single(self, node: Node) -> bool:
         return isinstance(node.meta.get("val"), torch.Tensor)
@@ -132,13 +138,23 @@ class Tracer:
     def note(self, dim: Dim, kind: str, node: Node) -> None:
         self.space.note(dim, Note(kind, node.name, self.place(node)))
 
+    def lose(self, dim: Dim, size: Size, reason: str, place: str) -> Dim:
+        """A new dimension, of `size`, for indices of `dim` that the algebra cannot follow: the widths in both are pinned.
+
+        Batch and sequence are no widths: nothing stands against cutting them.
+        """
+        result = self.space.fresh(size)
+        for part in (dim, result):
+            self.space.pin(tuple(a for a in self.space.flat(part) if a.size.coefficient != 1), reason, place)
+        return result
+
     def opaque(self, node: Node) -> Result:
         """Nothing is known of this operator: everything it touches is pinned."""
         place = self.place(node)
         self.unknown.setdefault(op_name(node), []).append(self.captured.module_of(node))
         reason = "an operator that the analysis has no rule for"
-        for operand in self.operands(node):
-            for dims in self._each(self.nodes[operand]):
+        for operand in node.all_input_nodes:
+            for dims in self._each(self.nodes.get(operand, [])):
                 for dim in dims:
                     self.space.pin(dim, reason, place)
         results: list[Dims] = [[self.space.fresh(size) for size in sizes] for sizes in self.result_sizes(node)]
@@ -157,7 +173,8 @@ class Tracer:
     def visit(self, node: Node) -> None:
         value = node.meta.get("val")
         if node.op == "get_attr":
-            self.nodes[node] = self._attribute(node)
+            if isinstance(value, torch.Tensor):  # or it is a sub-graph, whose operator has no rule
+                self.nodes[node] = self._attribute(node)
         elif node.op == "placeholder":
             self.nodes[node] = [self.space.fresh(size) for size in self.sizes(node)]
         elif node.target is operator.getitem:
@@ -180,7 +197,7 @@ class Tracer:
         if name is None:
             dims = [self.space.fresh(size) for size in sizes]
             for dim in dims:
-                self.space.pin(dim, "a table that the model computes for itself when it is loaded", str(node.target))
+                self.space.pin(dim, "a table that the model computes for itself when it is loaded", strip_wrapper(str(node.target)))
             return dims
         if name not in self.parameters:
             self.parameters[name] = [self.space.fresh(size) for size in sizes]

@@ -259,7 +259,7 @@ class Space:
     def _split_factor(self, atom: Atom, fast: Atom, place: str) -> Dim | None:
         """Learns that `atom` is a product whose fastest factor is `fast`; returns the slow rest, None if it cannot be."""
         quotient = atom.size.divided_by(fast.size)
-        if quotient is None:
+        if quotient is None or atom.size.coefficient == 0:  # nothing times anything is nothing: no factors to learn
             return None
         if atom.parts is None:
             rest = self.fresh(quotient)
@@ -331,11 +331,9 @@ class Space:
         return rest
 
     def interleaved(self, dim: Dim, step: int, place: str) -> tuple[Dim, Dim]:
-        """A dimension read with a stride is a product: returns (slow, fast); the fast factor, of size `step`, is pinned."""
+        """A dimension read with a stride that divides it is a product (slow, fast); the fast factor, the stride, is pinned."""
         quotient = size_of(dim).divided_by(Size(step))
-        if quotient is None:
-            self.pin(dim, f"a slice with step {step} does not divide it", place)
-            return dim, ()
+        assert quotient is not None, f"step {step} does not divide {size_of(dim)}"
         slow, fast = self.fresh(quotient), self.fresh(Size(step))
         self.pin(fast, f"read with step {step}", place)
         self.unify(dim, (*slow, *fast), place)

@@ -32,9 +32,8 @@ def student_config(
 ) -> Any:
     """The configuration with new `widths` (by axis name) and per-layer lists that follow the kept layers."""
     config = copy.deepcopy(captured.config)
-    if "head_dim" in teacher_widths and not isinstance(getattr(type(config), "head_dim", None), property):
-        if hasattr(config, "head_dim"):
-            config.head_dim = teacher_widths["head_dim"]
+    if "head_dim" in teacher_widths and has_head_dim(config):
+        config.head_dim = teacher_widths["head_dim"]
     for name, width in widths.items():
         key = config_key(captured.config, name, teacher_widths[name])
         if key is None:
@@ -47,6 +46,11 @@ def student_config(
                 setattr(config, key, [value[i] for i in kept_layers])
         config.num_hidden_layers = len(kept_layers)
     return config
+
+
+def has_head_dim(config: Any) -> bool:
+    """Whether the configuration can say the width of a head, and does not only derive it."""
+    return hasattr(config, "head_dim") and not isinstance(getattr(type(config), "head_dim", None), property)
 
 
 def prove(captured: Captured, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> torch.nn.Module:
@@ -74,9 +78,9 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 def _why(captured: Captured) -> str:
     config = captured.config
-    if not hasattr(config, "head_dim") or isinstance(getattr(type(config), "head_dim", None), property):
+    if not has_head_dim(config):
         return (
-            f"; this model's head width is always hidden_size / num_attention_heads, "
+            "; this model's head width is always hidden_size / num_attention_heads, "
             f"{config.hidden_size} / {config.num_attention_heads}: narrow both in that proportion"
         )
     return ""

@@ -174,7 +174,7 @@ def _check_heads(wanted: dict[str, int], teacher: Mapping[str, int], error: Make
     if heads in possible:
         return []
     if heads > possible[-1]:
-        message = f"{groups} key-value groups of this teacher have {repeats} query heads each, {possible[-1]} together, not {heads}"
+        message = f"{groups} key-value groups of this teacher have {possible[-1]} query heads, {repeats} each, not {heads}"
     else:
         message = f"{heads} query heads do not divide into {groups} key-value groups"
     near = sorted(sorted(possible, key=lambda n: abs(n - heads))[:2])

@@ -91,21 +91,24 @@ class Checkpoints:
     def newest(self, progress: Progress) -> Checkpoint | None:
         """The newest one whose files are whole; None where there is none at all.
 
-        A damaged one is passed over with a message. WorkError where all are damaged.
+        Damaged ones are put aside with a message, for the next ones to take their places. WorkError where all are
+        damaged: a training is not begun anew unasked.
         """
         remove_leftovers(self.folder)
-        there = self.names()
-        for folder in there:
+        damaged: dict[Path, Exception] = {}
+        for folder in self.names():
             try:
-                return _check(folder)
+                good = _check(folder)
             except (OSError, ValueError, KeyError, TypeError) as error:
-                damaged = folder.with_name(f"damaged-{folder.name}")
-                shutil.rmtree(damaged, ignore_errors=True)
-                folder.rename(damaged)
-                progress.message(
-                    f"the checkpoint {folder.name} is damaged ({error}); it was put aside as {damaged.name}"
-                )
-        if there:
+                damaged[folder] = error
+                continue
+            for other, reason in damaged.items():
+                aside = other.with_name(f"damaged-{other.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                other.rename(aside)
+                progress.message(f"the checkpoint {other.name} is damaged ({reason}); it was put aside as {aside.name}")
+            return good
+        if damaged:
             raise WorkError(f"every checkpoint in {self.folder} is damaged; delete that folder to begin again")
         return None
 

@@ -26,14 +26,27 @@ class Batch:
     input_ids_BL: Tensor
     labels_BL: Tensor
     valid_BL: Tensor
+    rows_T: Tensor | None
+    """Positions in the flattened batch that predict something; None: all of them."""
+
+    @classmethod
+    def of(cls, input_ids_BL: Tensor, labels_BL: Tensor, valid_BL: Tensor) -> Batch:
+        rows_T = None if bool(valid_BL.all()) else valid_BL.flatten().nonzero().squeeze(1)
+        return cls(input_ids_BL, labels_BL, valid_BL, rows_T)
+
+    def pick(self, values_BL: Tensor) -> Tensor:
+        """The values [T, ...] at the positions that predict something. (Not by a mask: the gradient of that sorts.)"""
+        flat = values_BL.flatten(0, 1)
+        return flat if self.rows_T is None else flat.index_select(0, self.rows_T)
 
     def micro_batches(self, size: int) -> Iterator[Batch]:
         for start in range(0, self.input_ids_BL.shape[0], size):
             part = slice(start, start + size)
-            yield Batch(self.input_ids_BL[part], self.labels_BL[part], self.valid_BL[part])
+            yield Batch.of(self.input_ids_BL[part], self.labels_BL[part], self.valid_BL[part])
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.input_ids_BL.to(device), self.labels_BL.to(device), self.valid_BL.to(device))
+        rows_T = None if self.rows_T is None else self.rows_T.to(device)
+        return Batch(self.input_ids_BL.to(device), self.labels_BL.to(device), self.valid_BL.to(device), rows_T)
 
 
 @dataclass(frozen=True)
@@ -73,7 +86,7 @@ class Windows:
             read, predicted = self.window(index)
             inputs[row, : len(read)], labels[row, : len(read)] = read, predicted
             valid[row, : len(read)] = True if self.bos is None else predicted != self.bos
-        return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), torch.from_numpy(valid))
+        return Batch.of(torch.from_numpy(inputs), torch.from_numpy(labels), torch.from_numpy(valid))
 
 
 @dataclass(frozen=True)
@@ -93,7 +106,7 @@ class Corpus:
         """The global samples with these indices."""
         places = [self.place(sample) for sample in samples]
         rows = [self.sources[source].batch([window]) for source, window in places]
-        return Batch(
+        return Batch.of(
             torch.cat([row.input_ids_BL for row in rows]),
             torch.cat([row.labels_BL for row in rows]),
             torch.cat([row.valid_BL for row in rows]),

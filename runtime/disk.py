@@ -48,4 +48,6 @@ def only_one(folder: Path, doing: str, active: bool) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"another process is {doing} in {folder}; wait for it or stop it first") from None
+        except OSError:
+            pass  # a file system without locks, as some networks have
         yield

@@ -18,7 +18,7 @@ from minitron.runtime.suite import check_suite, run_suite
 from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.world import World, join_world
 from minitron.specs.atomic import write_text
-from minitron.specs.progress import Progress
+from minitron.specs.progress import Progress, Silent
 
 RESULTS = "results.json"
 FORMAT_VERSION = 1
@@ -41,8 +41,10 @@ def evaluate(build: Path, *, device: str | None, progress: Progress) -> dict[str
     plan = loaded.plan
     check_suite(plan.evaluate)
     with interrupts(), join_world(device) as world:
+        progress = progress if world.leads else Silent()
         encoder = TextEncoder.load(loaded.folder / plan.tokenizer)
-        windows = _held_out_windows(loaded, encoder, progress)
+        with world.leader_first():
+            windows = _held_out_windows(loaded, encoder, progress)
         prompt = _prompt(plan.evaluate.prompt, encoder, windows)
         there = list(_models(loaded))
         measured: dict[str, Any] = {}

@@ -19,9 +19,13 @@ def continue_greedily(
 ) -> list[int]:
     """The most likely next tokens after `prompt`, one by one, until the model ends the text or there are `tokens`.
 
-    `to_the_end`: the end of the text does not stop it, so that there are exactly `tokens`.
+    `to_the_end`: the end of the text does not stop it, so that there are exactly `tokens`. Where the model cannot read
+    as many, the beginning of the prompt is left out, and then there are fewer.
     """
-    module = model.module
+    module, room = model.module, model.positions
+    if room is not None:
+        prompt = prompt[-max(1, room - tokens) :]
+        tokens = min(tokens, room - len(prompt))
     ids = torch.tensor([list(prompt)], device=next(module.parameters()).device)
     output = module.generate(
         ids,
@@ -45,6 +49,6 @@ def tokens_per_second(model: LanguageModel, prompt: Sequence[int], tokens: int) 
     rates = []
     for _ in range(_REPETITIONS):
         start = time.perf_counter()
-        continue_greedily(model, prompt, tokens, to_the_end=True)  # its list of ids waits for the device
-        rates.append(tokens / (time.perf_counter() - start))
+        written = len(continue_greedily(model, prompt, tokens, to_the_end=True))  # a list: the device is done
+        rates.append(written / (time.perf_counter() - start))
     return statistics.median(rates)

@@ -37,9 +37,9 @@ def held_out(
     with evaluating(model), autocast(world.device, compute_dtype):
         for start in range(0, len(mine), batch_size):
             batch = windows.batch(mine[start : start + batch_size]).to(world.device)
-            hidden_TD = model.hidden_states(batch.input_ids_BL)[batch.valid_BL]
-            sums[0] += negative_log_likelihood(hidden_TD, model.head, batch.labels_BL[batch.valid_BL])
-            sums[1] += batch.valid_BL.sum()
+            hidden_TD = batch.pick(model.hidden_states(batch.input_ids_BL))
+            sums[0] += negative_log_likelihood(hidden_TD, model.head, batch.pick(batch.labels_BL))
+            sums[1] += hidden_TD.shape[0]
     loss, tokens = world.sum(sums).tolist()
     return HeldOut(loss / tokens, int(tokens))
 

@@ -49,6 +49,12 @@ class LanguageModel:
         return Head(self.module.get_parameter(self.plan.weight), bias, self.plan.scale, self.plan.softcap)
 
     @property
+    def positions(self) -> int | None:
+        """How many tokens the model can read, where its configuration says so."""
+        limit = getattr(self.module.config, "max_position_embeddings", None)
+        return limit if isinstance(limit, int) else None
+
+    @property
     def parameters(self) -> int:
         """Number of parameters, tied ones counted once."""
         return sum(parameter.numel() for parameter in self.module.parameters())
@@ -91,7 +97,7 @@ def open_model(
     """The model in `folder` with the head that the plan gives at the dotted path `at`."""
     weight_files(folder)
     try:
-        with _quiet():
+        with quiet():
             module, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -173,8 +179,10 @@ def weight_bytes(folder: Path) -> int:
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in `folder`, which never warns about long texts: they are cut into sequences later."""
+    if not folder.is_dir():
+        raise WorkError(f"there is no folder {folder}, where the tokenizer should be; compile again")
     try:
-        with _quiet():
+        with quiet():
             return AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True, model_max_length=int(1e30)
             )
@@ -205,7 +213,7 @@ def check_vocabularies(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the library's own bars and warnings: what matters is raised as an error of ours."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from minitron.runtime.disk import writing
-from minitron.runtime.models import LanguageModel
+from minitron.runtime.models import LanguageModel, quiet
 from minitron.specs.atomic import atomic_folder
 
 _CARD = "README.md"
@@ -21,7 +21,8 @@ def write_model(
     """Writes `target` whole or not at all: weights in `dtype`, and what `source`, the pruned student, has beside
     its weights (tokenizer, generation settings). `report` is what the model card says about the training."""
     with writing(str(target)), atomic_folder(target) as temporary:
-        student.module.to(dtype).save_pretrained(temporary)
+        with quiet():
+            student.module.to(dtype).save_pretrained(temporary)
         for file in source.iterdir():
             if file.is_file() and not (temporary / file.name).exists() and ".safetensors" not in file.name:
                 shutil.copyfile(file, temporary / file.name)

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from minitron.specs import source
-from minitron.specs.blocks.base import Block, Count, Listed, NonNegativeInt, PositiveFloat, PositiveInt, Text
+from minitron.specs.blocks.base import Block, Count, Listed, NonNegativeInt, PositiveFloat, PositiveInt, Text, wrong
 from minitron.specs.blocks.distill import Checkpoint, Loss, TeacherLogits
 from minitron.specs.blocks.training import Optimizer
 from minitron.specs.data import DataSource
@@ -24,8 +24,15 @@ from minitron.specs.shape import from_dotted
 from minitron.specs.translate import locate, translate
 
 FILE = "training.yaml"
+FORMAT_VERSION = 1
 
 DtypeName = Literal["float32", "bfloat16"]
+
+
+def _check_format(version: int) -> int:
+    if version != FORMAT_VERSION:
+        raise wrong(f"{{given}} is not the format that this version reads, {FORMAT_VERSION}", "compile again")
+    return version
 
 
 class HeadPlan(Block):
@@ -112,7 +119,7 @@ class EvaluatePlan(Block):
 class EvaluationPlan(Block):
     """A build without distillation: enough to evaluate teacher and pruned student."""
 
-    format_version: Literal[1]
+    format_version: Annotated[int, AfterValidator(_check_format)]
     name: Text
     fingerprint: Text | None = None
     """Identifies the pruned student; training that began from another one is not continued."""

@@ -72,12 +72,17 @@ def prepare(
         teacher.module.requires_grad_(False)
     student = load_model(loaded, "student", plan.student, torch.float32, world.device)
     check_vocabularies(loaded, teacher, student, encoder.tokenizer)
+    if student.positions is not None and plan.sequence_length > student.positions:
+        message = f"{plan.sequence_length} tokens are more than the {student.positions} that the models can read"
+        raise loaded.invalid("sequence_length", message, f"write at most {student.positions}")
     for parameter in student.module.parameters():
         # Storage of our own, aligned as every allocation is: that of a mapped file is not, and sums may depend on it.
         parameter.data = parameter.data.clone()
     student.module.train()
     if plan.gradient_checkpointing:
-        student.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        module = student.module  # the first name is that of transformers 5.23 and later
+        enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return Run(
         plan=plan,
         world=world,

@@ -63,17 +63,17 @@ def _loss(run: Run, batch: Batch, normaliser: float) -> LossTerms:
     teacher_TE, teacher_head = None, None
     if run.teacher is not None:
         with torch.no_grad():
-            teacher_TE = run.teacher.hidden_states(batch.input_ids_BL)[batch.valid_BL]
+            teacher_TE = batch.pick(run.teacher.hidden_states(batch.input_ids_BL))
         teacher_head = run.teacher.head
     with autocast(run.world.device, run.compute_dtype):
-        student_TD = run.student.hidden_states(batch.input_ids_BL)[batch.valid_BL]
+        student_TD = batch.pick(run.student.hidden_states(batch.input_ids_BL))
     return distillation_loss(
         run.loss,
         student_TD,
         run.student.head,
         teacher_TE,
         teacher_head,
-        batch.labels_BL[batch.valid_BL],
+        batch.pick(batch.labels_BL),
         normaliser=normaliser,
         compute_dtype=run.compute_dtype,
     )

@@ -18,7 +18,7 @@ def check_suite(plan: EvaluatePlan) -> None:
             "evaluate.data_dir is not available in this version; write null, and the tasks' data comes from the Hub"
         )
     try:
-        import lm_eval  # noqa: F401
+        import lm_eval.models.huggingface  # noqa: F401
     except ImportError:
         raise UsageError(
             "evaluate.suite needs lm-eval, which is not installed; run: pip install 'minitron[eval]', or write []"

@@ -4,6 +4,7 @@ lost."""
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from minitron.runtime.setup import Run, prepare, require_same_training, resume
 from minitron.runtime.step import train_step
 from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.world import join_world
-from minitron.specs.atomic import write_text
+from minitron.specs.atomic import remove_leftovers, write_text
 from minitron.specs.progress import Progress, Silent
 
 FINISHED = "finished.json"
@@ -44,6 +45,8 @@ def train(build: Path, *, device: str | None, progress: Progress) -> None:
     work, output = loaded.folder / plan.work, loaded.folder / plan.output
     with interrupts() as interrupt, join_world(device) as world, only_one(work, "training", world.leads):
         progress = progress if world.leads else Silent()
+        if world.leads:
+            _remove_leftovers(work, output)
         encoder = TextEncoder.load(loaded.folder / plan.tokenizer)
         identity = resume_identity(plan, data_hash(loaded.data("data", plan.data), encoder, plan.tokens))
         if (work / FINISHED).is_file() and output.is_dir():
@@ -60,6 +63,13 @@ def train(build: Path, *, device: str | None, progress: Progress) -> None:
             _finish(loaded, run)
             progress.message(f"trained: {output}")
         world.wait()
+
+
+def _remove_leftovers(work: Path, output: Path) -> None:
+    """What processes left that were killed while they wrote data or the model."""
+    remove_leftovers(work / "data")
+    for folder in output.parent.glob(f".{output.name}.*.tmp"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progress) -> None:

@@ -3,7 +3,8 @@
 1. `view`, `expand` and the factories: every integer size becomes the size that is left of that dimension.
 2. `slice`, `narrow`, `split` and `chunk`: every offset becomes the number of kept indices before it, so that each piece
    holds exactly what is left of the piece that it was.
-3. Norms that name the shape that they normalise: the size that is left.
+3. Norms that name the shape that they normalise: the size that is left. `repeat` and `conv1d`: how often a dimension is
+   written out, and how many groups of channels there are.
 4. -1 and symbolic sizes stay. A symbolic size that has a narrowed axis in it becomes -1.
 
 Postcondition: run on the meta device, every value of the graph has the sizes that the analysis says are left of it.
@@ -137,6 +138,28 @@ def _repeat_interleave(s: _Sizes, node: Node) -> None:
     node.update_arg(1, s.narrowing.count(after) // s.narrowing.count(before))
 
 
+def _repeat(s: _Sizes, node: Node) -> None:
+    """How often a dimension is written out follows the narrowed axis that it becomes."""
+    before, after = s.dims(node.args[0]), s.dims(node)
+    before = [()] * (len(after) - len(before)) + before
+    old: list[Any] = list(_arg(node, 1, []))
+    old = [1] * (len(after) - len(old)) + old
+    new = [
+        s.narrowing.count(b) // s.narrowing.count(a) if isinstance(times, int) else times
+        for a, b, times in zip(before, after, old, strict=True)
+    ]
+    node.update_arg(1, new)
+
+
+def _conv1d(s: _Sizes, node: Node) -> None:
+    """One group of all channels, or a group for every channel: the analysis looks into no others."""
+    if _arg(node, 6, 1) != 1:
+        stride, padding, dilation = (_arg(node, 3 + i, [default]) for i, default in enumerate((1, 0, 1)))
+        groups = s.narrowing.count(s.dims(node.args[0])[-2])
+        node.args = (*node.args[:2], _arg(node, 2, None), stride, padding, dilation, groups)
+        node.kwargs = {}
+
+
 def _arg(node: Node, index: int, default: Any) -> Any:
     if index < len(node.args):
         return node.args[index]
@@ -156,6 +179,9 @@ HANDLERS: dict[Any, Callable[[_Sizes, Node], None]] = {
     aten.rms_norm.default: _normalised_shape,
     aten.unflatten.int: _unflatten,
     aten.repeat_interleave.self_int: _repeat_interleave,
+    aten.repeat.default: _repeat,
+    aten.tile.default: _repeat,
+    aten.conv1d.default: _conv1d,
 }
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from minitron.compiler.dims import Dim
+from minitron.compiler.dims import Dim, size_of
 from minitron.compiler.rules.registry import Dims, Result, rule
 
 if TYPE_CHECKING:
@@ -41,19 +41,22 @@ def matmul(t: Tracer, node: torch.fx.Node) -> Dims:
 @rule(aten.addmm.default, aten.baddbmm.default)
 def addmm(t: Tracer, node: torch.fx.Node) -> Dims:
     """y[.., n, m] = c[.., n, m] + a[.., n, k] b[.., k, m]"""
-    *_, rows, read = t.dims(node.args[1])
-    *batch, contracted, columns = t.dims(node.args[2])
+    *left, rows, read = t.dims(node.args[1])
+    *right, contracted, columns = t.dims(node.args[2])
     t.contract(node, node.args[1], node.args[2], read, contracted)
+    batch = t.broadcast([left, right], len(right), t.place(node))
     return t.broadcast([t.dims(node.args[0]), [*batch, rows, columns]], t.rank(node), t.place(node))
 
 
 @rule(aten.einsum.default)
 def einsum(t: Tracer, node: torch.fx.Node) -> Result:
-    """Every letter is one axis. An ellipsis is not looked into."""
+    """Every letter is one axis; without an arrow, those that stand once come out in their order. No ellipsis."""
     equation, operands = str(node.args[0]).replace(" ", ""), list(t.arg(node, 1))
-    if "." in equation or "->" not in equation:
+    if "." in equation:
         return t.opaque(node)
-    inputs, output = equation.split("->")
+    inputs, arrow, output = equation.partition("->")
+    if not arrow:
+        output = "".join(letter for letter in sorted(set(inputs) - {","}) if inputs.count(letter) == 1)
     letters: dict[str, Dim] = {}
     for term, operand in zip(inputs.split(","), operands, strict=True):
         for letter, dim in zip(term, t.dims(operand), strict=True):
@@ -61,3 +64,25 @@ def einsum(t: Tracer, node: torch.fx.Node) -> Result:
                 t.space.unify(letters[letter], dim, t.place(node))
             letters[letter] = letters.get(letter) or dim
     return [letters[letter] for letter in output]
+
+
+@rule(aten.conv1d.default)
+def conv1d(t: Tracer, node: torch.fx.Node) -> Result:
+    """y[.., o, L'] = sum over i, k of x[.., i, L + k] W[o, i, k] + b[o], or with a filter of its own for every channel.
+
+    Groups of several channels are not looked into. The length is the sequence; what is left of it is another one.
+    """
+    *batch, channels, length = t.dims(node.args[0])
+    written, contracted, kernel = t.dims(node.args[1])
+    place, groups = t.place(node), t.arg(node, 6, 1)
+    if groups == 1:
+        t.contract(node, node.args[0], node.args[1], channels, contracted)
+    elif not contracted and size_of(channels) == size_of(written):
+        t.space.unify(channels, written, place)
+    else:
+        return t.opaque(node)
+    bias = t.arg(node, 2)
+    if bias is not None:
+        t.space.unify(written, t.dims(bias)[0], place)
+    t.space.pin(kernel, "the offsets of a filter", place)
+    return [*batch, written, t.lose(length, t.sizes(node)[-1], "filtered along its order", place)]

@@ -14,21 +14,37 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 ELEMENTWISE = (
-    aten.abs, aten.add, aten.add_, aten.addcmul, aten.alias, aten.bitwise_and, aten.bitwise_not, aten.bitwise_or,
-    aten.clamp, aten.clamp_min, aten.clamp_max, aten.clone, aten.contiguous, aten.cos, aten.detach, aten.div, aten.div_,
-    aten.dropout, aten.elu, aten.eq, aten.erf, aten.exp, aten.fill, aten.floor, aten.floor_divide, aten.ge, aten.gelu,
-    aten.gt, aten.hardswish, aten.hardtanh, aten.leaky_relu, aten.le, aten.lift_fresh_copy, aten.log, aten.log1p,
-    aten.logical_and, aten.logical_not, aten.logical_or, aten.lt, aten.masked_fill, aten.masked_fill_, aten.maximum,
-    aten.minimum, aten.mish, aten.mul, aten.mul_, aten.ne, aten.neg, aten.pow, aten.reciprocal, aten.relu, aten.relu6,
-    aten.remainder, aten.rsqrt, aten.rsub, aten.sigmoid, aten.sign, aten.silu, aten.sin, aten.softplus, aten.sqrt,
-    aten.square, aten.sub, aten.sub_, aten.tanh, aten.to, aten._to_copy, aten.type_as, aten.where, aten.xlogy,
-    aten.__and__, aten.__or__, aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like,
+    aten.abs, aten.absolute, aten.add, aten.add_, aten.addcdiv, aten.addcmul, aten.__and__, aten.atan, aten.atan2,
+    aten.bitwise_and, aten.bitwise_not, aten.bitwise_or, aten.bitwise_xor, aten.ceil, aten.celu, aten.clamp,
+    aten.clamp_, aten.clamp_max, aten.clamp_max_, aten.clamp_min, aten.clamp_min_, aten.copy, aten.copy_, aten.cos,
+    aten.cosh, aten.div, aten.div_, aten.elu, aten.eq, aten.erf, aten.exp, aten.exp2, aten.expm1, aten.fill,
+    aten.fill_, aten.floor, aten.floor_divide, aten.fmod, aten.ge, aten.gelu, aten.gt, aten.hardsigmoid,
+    aten.hardswish, aten.hardtanh, aten.isfinite, aten.isinf, aten.isnan, aten.le, aten.leaky_relu, aten.lerp,
+    aten.log, aten.log10, aten.log1p, aten.log2, aten.log_sigmoid, aten.logaddexp, aten.logical_and, aten.logical_not,
+    aten.logical_or, aten.logical_xor, aten.logit, aten.lt, aten.masked_fill, aten.masked_fill_, aten.maximum,
+    aten.minimum, aten.mish, aten.mul, aten.mul_, aten.nan_to_num, aten.ne, aten.neg, aten.neg_, aten.__or__,
+    aten.polar, aten.pow, aten.reciprocal, aten.relu, aten.relu_, aten.relu6, aten.remainder, aten.round, aten.rsqrt,
+    aten.rsub, aten.selu, aten.sigmoid, aten.sigmoid_, aten.sign, aten.silu, aten.silu_, aten.sin, aten.sinh,
+    aten.softplus, aten.sqrt, aten.square, aten.sub, aten.sub_, aten.tan, aten.tanh, aten.tanh_, aten.threshold,
+    aten.trunc, aten.xlogy, aten.__xor__, aten.zero_, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf,
+    aten.where.Scalar,
+)  # fmt: skip
+
+# What these read of other operands is no more than a number format, a device, or nothing at all.
+COPIES = (
+    aten.alias, aten.clone, aten.contiguous, aten.detach, aten.detach_, aten.dropout, aten.empty_like, aten.full_like,
+    aten.lift_fresh_copy, aten.ones_like, aten.to, aten._to_copy, aten.type_as, aten.zeros_like,
 )  # fmt: skip
 
 
 @rule(*ELEMENTWISE)
 def elementwise(t: Tracer, node: torch.fx.Node) -> Result:
     return t.broadcast([t.dims(operand) for operand in t.operands(node)], t.rank(node), t.place(node))
+
+
+@rule(*COPIES)
+def copies(t: Tracer, node: torch.fx.Node) -> Dims:
+    return t.dims(node.args[0])
 
 
 @rule(aten._assert_tensor_metadata)

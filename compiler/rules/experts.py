@@ -6,18 +6,22 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from minitron.compiler.rules.registry import RULES, Dims
+from minitron.compiler.rules.registry import RULES, Result
 
 if TYPE_CHECKING:
     from minitron.compiler.axes import Tracer
 
 
-def grouped_mm(t: Tracer, node: torch.fx.Node) -> Dims:
+def grouped_mm(t: Tracer, node: torch.fx.Node) -> Result:
     """y[n, m] = x[n, k] W[e(n), k, m], where `offs[e]` counts the rows of each expert."""
+    bias = t.arg(node, 3)
+    if len(t.dims(node.args[0])) != 2 or len(t.dims(node.args[1])) != 3 or isinstance(bias, torch.fx.Node):
+        return t.opaque(node)
     rows, read = t.dims(node.args[0])
     experts, contracted, written = t.dims(node.args[1])
     t.contract(node, node.args[0], node.args[1], read, contracted)
     t.space.unify(experts, t.dims(node.args[2])[0], t.place(node))
+    t.space.pin(rows, "its order decides which expert takes it", t.place(node))
     return [rows, written]
 
 

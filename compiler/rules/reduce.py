@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from minitron.compiler.dims import Dim
 from minitron.compiler.rules.registry import Dims, Result, axis_index, rule
 
 if TYPE_CHECKING:
@@ -15,20 +17,20 @@ aten = torch.ops.aten
 
 
 def reduced_axes(t: Tracer, node: torch.fx.Node, rank: int) -> set[int]:
-    named = t.arg(node, 1)
+    named = t.named(node, "dim")
     if named is None or named == []:
         return set(range(rank))
     return {axis_index(i, rank) for i in ([named] if isinstance(named, int) else named)}
 
 
 def reduce(t: Tracer, node: torch.fx.Node, kind: str | None) -> Dims:
-    """The dimensions left; `kind` is noted on those reduced, None where dropped zeros do not change the result."""
+    """The dimensions left; `kind` is noted on those reduced, None where zeros in place of them would do the same."""
     dims = t.dims(node.args[0])
     axes = reduced_axes(t, node, len(dims))
     if kind is not None:
         for axis in axes:
             t.note(dims[axis], kind, node)
-    keep = t.rank(node) == len(dims)
+    keep = len(t.result_sizes(node)[0]) == len(dims)
     return [() if i in axes else dim for i, dim in enumerate(dims) if keep or i not in axes]
 
 
@@ -37,22 +39,20 @@ def mean(t: Tracer, node: torch.fx.Node) -> Dims:
     return reduce(t, node, "mean")
 
 
-@rule(aten.sum.dim_IntList, aten.sum.default)
-def total(t: Tracer, node: torch.fx.Node) -> Dims:
-    return reduce(t, node, None)
-
-
-@rule(aten.var.correction, aten.std.correction, aten.amax.default, aten.amin.default, aten.any.dim, aten.all.dim)
+@rule(
+    aten.sum.dim_IntList, aten.sum.default, aten.prod.dim_int, aten.prod.default, aten.logsumexp.default,
+    aten.var.correction, aten.std.correction, aten.amax.default, aten.amin.default, aten.max.default, aten.min.default,
+    aten.any.default, aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims,
+)  # fmt: skip
 def other_reduction(t: Tracer, node: torch.fx.Node) -> Dims:
     return reduce(t, node, str(node.target).split(".")[1])
 
 
 @rule(aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim)
 def vector_norm(t: Tracer, node: torch.fx.Node) -> Dims:
-    dims = t.dims(node.args[0])
-    axes = {axis_index(i, len(dims)) for i in t.arg(node, 2) or range(len(dims))}
-    keep = t.rank(node) == len(dims)
-    return [() if i in axes else dim for i, dim in enumerate(dims) if keep or i not in axes]
+    """Zeros add nothing to a sum of positive powers, or to the largest: such a norm is the same without them."""
+    order = t.arg(node, 1, 2)
+    return reduce(t, node, None if order is None or order > 0 else "norm")
 
 
 @rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int)
@@ -83,28 +83,45 @@ def rms_norm(t: Tracer, node: torch.fx.Node) -> Dims:
     return t.broadcast([dims, *([t.dims(weight)] if weight is not None else [])], len(dims), t.place(node))
 
 
-@rule(aten.cumsum.default, aten.cumprod.default, aten.diff.default, aten.flip.default, aten.roll.default)
-def ordered(t: Tracer, node: torch.fx.Node) -> Dims:
+@rule(aten.cumsum.default, aten.cumprod.default, aten.logcumsumexp.default, aten.flip.default, aten.roll.default)
+def ordered(t: Tracer, node: torch.fx.Node) -> Result:
     """The order along an axis matters: it cannot be permuted, so it is pinned."""
     dims = list(t.dims(node.args[0]))
-    raw = t.arg(node, 2, -1) if node.target == aten.diff.default else t.arg(node, 1, 0)
-    for axis in [raw] if isinstance(raw, int) else raw:
+    axes = t.named(node, "dims" if node.target in (aten.flip.default, aten.roll.default) else "dim", [])
+    if axes == []:  # `roll` over all elements, whatever axis they stand in
+        return t.opaque(node)
+    for axis in [axes] if isinstance(axes, int) else axes:
         index = axis_index(axis, len(dims))
         t.space.pin(dims[index], "its order matters", t.place(node))
         if t.sizes(node)[index].symbols:
-            dims[index] = t.space.fresh(t.sizes(node)[index])
+            dims[index] = t.lose(dims[index], t.sizes(node)[index], "its order matters", t.place(node))
     return dims
+
+
+@rule(aten.diff.default)
+def diff(t: Tracer, node: torch.fx.Node) -> Dims:
+    """Every entry less the one before it; what is set before or after them is cut and pinned alike."""
+    pieces = [t.dims(piece) for piece in (node.args[0], t.arg(node, 3), t.arg(node, 4)) if piece is not None]
+    rank, place = t.rank(node), t.place(node)
+    axis = axis_index(t.arg(node, 2, -1), rank)
+    result = t.broadcast([[() if i == axis else dim for i, dim in enumerate(piece)] for piece in pieces], rank, place)
+    result[axis] = t.space.fresh(t.sizes(node)[axis])
+    for dim in (result[axis], *(piece[axis] for piece in pieces)):
+        t.space.pin(dim, "its order matters", place)
+    return result
 
 
 @rule(aten.topk.default, aten.sort.default, aten.sort.stable)
 def ranked(t: Tracer, node: torch.fx.Node) -> Result:
-    """The indices that come out are positions along the axis; how many there are is no width of the model."""
+    """Values in their order, and the positions that they had; how many there are is no width of the model."""
     dims = t.dims(node.args[0])
-    position = 2 if node.target == aten.topk.default else 1
-    axis = axis_index(t.arg(node, position, -1), len(dims))
-    t.note(dims[axis], "topk" if node.target == aten.topk.default else "sort", node)
-    count = t.result_sizes(node)[0][axis]
-    chosen = t.space.fresh(count)
+    axis = axis_index(t.named(node, "dim", -1), len(dims))
+    if node.target == aten.topk.default:
+        t.note(dims[axis], "topk", node)
+    else:
+        t.space.pin(dims[axis], "its entries are put in their order", t.place(node))
+    pin_positions(t, node, [dims[axis]])
+    chosen = t.space.fresh(t.result_sizes(node)[0][axis])
     t.space.pin(chosen, "the number of entries that are ranked", t.place(node))
     return [[chosen if i == axis else dim for i, dim in enumerate(dims)] for _ in range(2)]
 
@@ -113,8 +130,14 @@ def ranked(t: Tracer, node: torch.fx.Node) -> Result:
 def extreme(t: Tracer, node: torch.fx.Node) -> Result:
     dims = t.dims(node.args[0])
     axes = reduced_axes(t, node, len(dims))
-    for axis in axes:
-        t.note(dims[axis], "max", node)
-    sizes = t.result_sizes(node)
-    left = [() if i in axes else d for i, d in enumerate(dims) if len(sizes[0]) == len(dims) or i not in axes]
+    pin_positions(t, node, [dims[axis] for axis in axes])
+    left = reduce(t, node, "max")
     return left if t.is_single(node) else [left, left]
+
+
+def pin_positions(t: Tracer, node: torch.fx.Node, dims: Sequence[Dim]) -> None:
+    """Positions along an axis, once anything reads them as numbers, hold every index where it is."""
+    readers = node.users if t.is_single(node) else [user for user in node.users if user.args[1] == 1]
+    if any(t.is_single(node) or reader.users for reader in readers):
+        for dim in dims:
+            t.space.pin(dim, "positions along it are numbers that the model goes on with", t.place(node))

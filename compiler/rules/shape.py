@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from minitron.compiler.dims import Dim, size_of
+from minitron.compiler.dims import size_of
 from minitron.compiler.rules.registry import Dims, Result, axis_index, rule
 
 if TYPE_CHECKING:
@@ -20,7 +20,28 @@ def view(t: Tracer, node: torch.fx.Node) -> Dims:
     return t.space.reshape(t.dims(node.args[0]), t.sizes(node), t.place(node))
 
 
-@rule(aten.transpose.int)
+@rule(aten.view_as.default, aten.reshape_as.default)
+def view_as(t: Tracer, node: torch.fx.Node) -> Dims:
+    """The sizes of another value: they are of the same axes."""
+    dims = t.space.reshape(t.dims(node.args[0]), t.sizes(node), t.place(node))
+    return t.broadcast([dims, t.dims(node.args[1])], len(dims), t.place(node))
+
+
+@rule(aten.view_as_real.default)
+def view_as_real(t: Tracer, node: torch.fx.Node) -> Dims:
+    pair = t.space.fresh(t.sizes(node)[-1])
+    t.space.pin(pair, "real and imaginary part", t.place(node))
+    return [*t.dims(node.args[0]), pair]
+
+
+@rule(aten.view_as_complex.default)
+def view_as_complex(t: Tracer, node: torch.fx.Node) -> Dims:
+    *front, pair = t.dims(node.args[0])
+    t.space.pin(pair, "real and imaginary part", t.place(node))
+    return front
+
+
+@rule(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
 def transpose(t: Tracer, node: torch.fx.Node) -> Dims:
     dims = list(t.dims(node.args[0]))
     a, b = (axis_index(t.integer(node, i), len(dims)) for i in (1, 2))
@@ -28,10 +49,26 @@ def transpose(t: Tracer, node: torch.fx.Node) -> Dims:
     return dims
 
 
-@rule(aten.t.default, aten.numpy_T.default, aten.mT.default)
+@rule(aten.mT.default)
 def swap_last(t: Tracer, node: torch.fx.Node) -> Dims:
     *front, a, b = t.dims(node.args[0])
     return [*front, b, a]
+
+
+@rule(aten.t.default, aten.numpy_T.default)
+def turn(t: Tracer, node: torch.fx.Node) -> Dims:
+    """All dimensions in the other order; `t` is for matrices and leaves a vector as it is."""
+    return t.dims(node.args[0])[::-1]
+
+
+@rule(aten.movedim.int, aten.movedim.intlist)
+def movedim(t: Tracer, node: torch.fx.Node) -> Dims:
+    dims = t.dims(node.args[0])
+    given = [[i] if isinstance(i, int) else i for i in (t.arg(node, 1), t.arg(node, 2))]
+    source, target = ([axis_index(i, len(dims)) for i in axes] for axes in given)
+    staying = iter([dim for i, dim in enumerate(dims) if i not in source])
+    moved = {to: dims[i] for i, to in zip(source, target, strict=True)}
+    return [moved[i] if i in moved else next(staying) for i in range(len(dims))]
 
 
 @rule(aten.permute.default)
@@ -56,7 +93,7 @@ def squeeze(t: Tracer, node: torch.fx.Node) -> Dims:
     return [dim for i, dim in enumerate(dims) if not (i in wanted and size_of(dim).is_one)]
 
 
-@rule(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
+@rule(aten.expand.default, aten.broadcast_to.default)
 def expand(t: Tracer, node: torch.fx.Node) -> Dims:
     """A dimension of one that grows is a *broadcast* axis: every index of it reads the same values."""
     sizes = t.sizes(node)
@@ -65,6 +102,27 @@ def expand(t: Tracer, node: torch.fx.Node) -> Dims:
     return [
         dim if size_of(dim) == size else t.space.fresh(size, broadcast=True)
         for dim, size in zip(dims, sizes, strict=True)
+    ]
+
+
+@rule(aten.expand_as.default)
+def expand_as(t: Tracer, node: torch.fx.Node) -> Dims:
+    """The new sizes are those of another value, and follow its axes."""
+    return t.broadcast([t.dims(node.args[0]), t.dims(node.args[1])], t.rank(node), t.place(node))
+
+
+@rule(aten.repeat.default, aten.tile.default)
+def repeat(t: Tracer, node: torch.fx.Node) -> Result:
+    """A dimension that is written out several times is a product whose slow factor is a *broadcast* axis."""
+    sizes, dims = t.sizes(node), t.dims(node.args[0])
+    dims = [()] * (len(sizes) - len(dims)) + dims
+    repeats = [size.divided_by(size_of(dim)) for dim, size in zip(dims, sizes, strict=True)]
+    if any(count is None for count in repeats):
+        return t.opaque(node)
+    return [
+        (*t.space.fresh(count, broadcast=True), *dim)
+        for dim, count in zip(dims, repeats, strict=True)
+        if count is not None
     ]
 
 
@@ -83,13 +141,18 @@ def repeat_interleave(t: Tracer, node: torch.fx.Node) -> Result:
 
 @rule(aten.cat.default, aten.concat.default)
 def cat(t: Tracer, node: torch.fx.Node) -> Dims:
-    pieces = [t.dims(piece) for piece in t.arg(node, 0)]
-    rank = len(pieces[0])
+    """Pieces one after the other. (torch lets empty vectors stand among pieces of any rank.)"""
+    rank, place = t.rank(node), t.place(node)
+    pieces = [dims for dims in (t.dims(piece) for piece in t.arg(node, 0)) if len(dims) == rank]
     axis = axis_index(t.arg(node, 1, 0), rank)
-    place = t.place(node)
     result = t.broadcast([[() if i == axis else dim for i, dim in enumerate(piece)] for piece in pieces], rank, place)
     size = t.sizes(node)[axis]
-    result[axis] = t.space.fresh(size) if size.symbols else t.space.cat([piece[axis] for piece in pieces])
+    if not size.symbols:
+        result[axis] = t.space.cat([piece[axis] for piece in pieces])
+        return result
+    reason = "joined with an axis of no fixed size"
+    for piece in pieces:
+        result[axis] = t.lose(piece[axis], size, reason, place)
     return result
 
 
@@ -112,15 +175,17 @@ def slice_(t: Tracer, node: torch.fx.Node) -> Dims:
     size, wanted = size_of(dims[axis]), t.sizes(node)[axis]
     if size == wanted and step == 1:
         return dims
-    if size.symbols or wanted.symbols:
-        dims[axis] = t.space.fresh(wanted)
-    elif step != 1:
+    if size.symbols or not all(bound is None or isinstance(bound, int) for bound in (start, stop)):
+        dims[axis] = t.lose(dims[axis], wanted, "cut at a position that is not fixed", t.place(node))
+        return dims
+    begin = axis_bound(start, size.coefficient, 0)
+    if step == 1:
+        end = axis_bound(stop, size.coefficient, size.coefficient)
+        dims[axis] = t.space.slice(dims[axis], begin, max(begin, end), t.place(node))
+    elif begin < step and wanted.coefficient * step == size.coefficient:
         dims[axis], _ = t.space.interleaved(dims[axis], step, t.place(node))
     else:
-        begin = axis_bound(start, size.coefficient, 0)
-        dims[axis] = t.space.slice(
-            dims[axis], begin, axis_bound(stop, size.coefficient, size.coefficient), t.place(node)
-        )
+        dims[axis] = t.lose(dims[axis], wanted, f"a slice with step {step} takes only a part of it", t.place(node))
     return dims
 
 
@@ -134,8 +199,13 @@ def axis_bound(value: int | None, size: int, default: int) -> int:
 @rule(aten.narrow.default)
 def narrow(t: Tracer, node: torch.fx.Node) -> Dims:
     dims = list(t.dims(node.args[0]))
-    axis, start, length = t.arg(node, 1), t.arg(node, 2), t.arg(node, 3)
-    dims[axis] = t.space.slice(dims[axis], start, start + length, t.place(node))
+    axis, start, length = axis_index(t.integer(node, 1), len(dims)), t.arg(node, 2), t.arg(node, 3)
+    size, wanted = size_of(dims[axis]), t.sizes(node)[axis]
+    if size.symbols or not (isinstance(start, int) and isinstance(length, int)):
+        dims[axis] = t.lose(dims[axis], wanted, "cut at a position that is not fixed", t.place(node))
+    else:
+        start = axis_bound(start, size.coefficient, 0)
+        dims[axis] = t.space.slice(dims[axis], start, start + length, t.place(node))
     return dims
 
 
@@ -143,17 +213,44 @@ def narrow(t: Tracer, node: torch.fx.Node) -> Dims:
 def split(t: Tracer, node: torch.fx.Node) -> list[Dims]:
     dims = t.dims(node.args[0])
     axis = axis_index(t.arg(node, 2, 0), len(dims))
+    sizes = [result[axis] for result in t.result_sizes(node)]
+    fixed = not any(size.symbols for size in (size_of(dims[axis]), *sizes))
     results: list[Dims] = []
     position = 0
-    for sizes in t.result_sizes(node):
-        piece: Dim
-        if sizes[axis].symbols:
-            piece = t.space.fresh(sizes[axis])
+    for size in sizes:
+        if fixed:
+            piece = t.space.slice(dims[axis], position, position + size.coefficient, t.place(node))
         else:
-            piece = t.space.slice(dims[axis], position, position + sizes[axis].coefficient, t.place(node))
-        position += sizes[axis].coefficient
+            piece = t.lose(dims[axis], size, "cut at a position that is not fixed", t.place(node))
+        position += size.coefficient
         results.append([piece if i == axis else dim for i, dim in enumerate(dims)])
     return results
+
+
+@rule(aten.glu.default)
+def glu(t: Tracer, node: torch.fx.Node) -> Dims:
+    """y = a sigmoid(b), where a and b are the halves of an axis."""
+    dims = list(t.dims(node.args[0]))
+    axis = axis_index(t.arg(node, 1, -1), len(dims))
+    half, whole = t.sizes(node)[axis], size_of(dims[axis])
+    if whole.symbols:
+        dims[axis] = t.lose(dims[axis], half, "cut at a position that is not fixed", t.place(node))
+        return dims
+    first = t.space.slice(dims[axis], 0, half.coefficient, t.place(node))
+    t.space.unify(first, t.space.slice(dims[axis], half.coefficient, whole.coefficient, t.place(node)), t.place(node))
+    dims[axis] = first
+    return dims
+
+
+@rule(aten.pad.default, aten.constant_pad_nd.default)
+def pad(t: Tracer, node: torch.fx.Node) -> Dims:
+    """Widths are named from the last dimension on, two for each: before and behind it."""
+    dims, sizes = list(t.dims(node.args[0])), t.sizes(node)
+    widths = t.arg(node, 1)
+    for back in range(1, len(widths) // 2 + 1):
+        if widths[2 * back - 2] != 0 or widths[2 * back - 1] != 0:
+            dims[-back] = t.lose(dims[-back], sizes[-back], "padded at its ends", t.place(node))
+    return dims
 
 
 @rule(aten.unbind.int)

@@ -46,12 +46,16 @@ def jsd(log_p_RV: Tensor, log_q_RV: Tensor) -> tuple[Tensor, Tensor]:
     nothing in common and log p/m itself would be log 2 minus a crumb.
     """
     p_RV, difference_RV = log_p_RV.exp(), log_q_RV - log_p_RV
-    log_p_over_m_RV = torch.expm1(difference_RV.clamp(max=_LARGEST_EXPONENT)).mul_(0.5).log1p_().neg_()
+    value_R = _log_over_mean(difference_RV).mul_(p_RV).sum(-1)
+    value_R += _log_over_mean(-difference_RV).mul_(log_q_RV.exp()).sum(-1)
     shifted_RV = torch.nn.functional.softplus(difference_RV).neg_()
-    value_R = (p_RV * log_p_over_m_RV).sum(-1)
-    value_R += difference_RV.add_(log_p_over_m_RV).mul_(log_q_RV.exp()).sum(-1)
     mean_R1 = (p_RV * shifted_RV).sum(-1, keepdim=True)
     return value_R.mul_(0.5), shifted_RV.sub_(mean_R1).mul_(p_RV).mul_(0.5)
+
+
+def _log_over_mean(difference_RV: Tensor) -> Tensor:
+    """log p/m from log q - log p."""
+    return torch.expm1(difference_RV.clamp(max=_LARGEST_EXPONENT)).mul_(0.5).log1p_().neg_()
 
 
 DIVERGENCES: dict[DivergenceName, Divergence] = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd}

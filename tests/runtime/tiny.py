@@ -13,7 +13,28 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedTokenizerFast
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "two", "dogs", "ran", "around", "an", "old", "tree", "and", "seven", "birds", "sang", "of", "rain"]
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "while",
+    "two",
+    "dogs",
+    "ran",
+    "around",
+    "an",
+    "old",
+    "tree",
+    "and",
+    "seven",
+    "birds",
+    "sang",
+    "of",
+    "rain",
+]
 
 
 def text(lines: int, seed: int) -> str:
@@ -29,11 +50,16 @@ def text(lines: int, seed: int) -> str:
     return "\n".join(out)
 
 
-def save_tokenizer(folder: Path, *, bos: bool, vocabulary: int = 150) -> None:
+def save_tokenizer(folder: Path, *, bos: bool, vocabulary: int = 300) -> None:
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<s>", "</s>"], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator([text(200, seed=1)], trainer)
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -41,7 +67,7 @@ def save_tokenizer(folder: Path, *, bos: bool, vocabulary: int = 150) -> None:
     fast.save_pretrained(folder)
 
 
-def llama(hidden: int = 16, *, vocabulary: int = 160, tied: bool = False, **more: Any) -> LlamaConfig:
+def llama(hidden: int = 16, *, vocabulary: int = 320, tied: bool = False, **more: Any) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -57,7 +83,7 @@ def llama(hidden: int = 16, *, vocabulary: int = 160, tied: bool = False, **more
     )
 
 
-def gemma2(hidden: int = 16, *, vocabulary: int = 160) -> Gemma2Config:
+def gemma2(hidden: int = 16, *, vocabulary: int = 320) -> Gemma2Config:
     """Tied embeddings and a soft-cap on the logits."""
     return Gemma2Config(
         vocab_size=vocabulary,

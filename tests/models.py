@@ -1,0 +1,86 @@
+"""Tiny teachers of every family, made on the spot: random weights, a tokenizer trained on a text, the text itself.
+
+Every weight is drawn anew after construction. Norm weights and biases that stand at ones and zeros, as a fresh model has
+them, would hide a norm that is sliced wrongly and a bias that is forgotten.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 96
+POSITIONS = 128
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": POSITIONS,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# What makes each family itself: the width of a head apart from hidden / heads, sliding windows that differ from layer to
+# layer, tied embeddings, soft caps, fused projections, rotary embeddings of a part of the head, experts.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 8},
+    "mistral": {"head_dim": 12, "sliding_window": 8},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+    "qwen3": {"head_dim": 12, "tie_word_embeddings": True},
+    "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 8, "final_logit_softcapping": 5.0},
+    "phi3": {},
+    "gpt_neox": {"num_key_value_heads": None},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def tiny_config(family: str, **changes: Any) -> Any:
+    """The configuration of a tiny model of a family; `changes` replace keys, None leaves a key out."""
+    keys = {key: value for key, value in (COMMON | FAMILIES[family] | changes).items() if value is not None}
+    return AutoConfig.for_model(family, **keys)
+
+
+def random_model(config: Any, seed: int = 0) -> Any:
+    """A model in fp32 with every parameter drawn, such that each matters to the logits."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.4 if "embed" in name else 1.5 * parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def save_teacher(folder: Path, config: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+    """A whole checkpoint: weights, configuration, tokenizer, generation configuration."""
+    model = random_model(config, seed).to(dtype)
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(folder)
+    save_tokenizer(folder, config.vocab_size)
+    return folder
+
+
+def save_tokenizer(folder: Path, vocabulary: int = VOCABULARY) -> None:
+    """A byte-pair tokenizer with an end token and no beginning token in front."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator([text(200)], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.save_pretrained(folder)
+
+
+def text(lines: int, seed: int = 0) -> str:
+    """Lines of words, one document a line."""
+    words = "the cat sat on a mat while two old dogs ran around an apple tree and seven birds sang in the rain".split()
+    draws = torch.randint(0, len(words), (lines, 12), generator=torch.Generator().manual_seed(seed)).tolist()
+    return "\n".join(" ".join(words[draw] for draw in row) for row in draws) + "\n"

@@ -1,0 +1,34 @@
+"""Listeners for tests: what was said, and something that happens at a step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from minitron.specs.progress import Silent, Task
+
+
+class Messages(Silent):
+    """Keeps the messages."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.texts.append(text)
+
+
+class AtStep(Silent):
+    """Calls `act` when training reports its step number `step` (the number within this process, from 1)."""
+
+    def __init__(self, step: int, act: Callable[[], None]) -> None:
+        self.step, self.act, self.seen = step, act, 0
+
+    def advance(self, amount: float = 1.0, **figures: float | str) -> None:
+        self.seen += 1
+        if self.seen == self.step:
+            self.act()
+
+    @contextlib.contextmanager
+    def task(self, name: str, total: float, unit: str, done: float = 0.0) -> Iterator[Task]:
+        yield self

@@ -1,0 +1,173 @@
+"""Checkpoints are whole or not at all; what cannot be read is passed over; a full disk costs nothing but the new one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from listening import Messages
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
+
+from minitron.runtime import checkpoint
+from minitron.runtime.checkpoint import Checkpoints, TrainerState, load
+from minitron.runtime.optimizer import make_optimizer
+from minitron.specs.blocks.training import Optimizer
+from minitron.specs.errors import WorkError
+from minitron.specs.progress import Silent
+
+
+class Trainee:
+    """A model with tied weights and an optimizer, trained on noise."""
+
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.model: Any = AutoModelForCausalLM.from_config(tiny.llama(8, tied=True))
+        self.optimizer = make_optimizer(self.model, Optimizer(lr=1e-2))
+
+    def step(self) -> None:
+        self.model(input_ids=torch.arange(6)[None], labels=torch.arange(6)[None]).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+
+
+def save(checkpoints: Checkpoints, step: int, trainee: Trainee | None = None) -> None:
+    trainee = trainee or Trainee()
+    checkpoints.save(TrainerState(step, 4 * step, 64 * step), trainee.model, trainee.optimizer, {"seed": 0})
+
+
+def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    one, checkpoints = Trainee(), Checkpoints(tmp_path, keep=2)
+    one.step()
+    save(checkpoints, 1, one)
+    one.step()
+    other = Trainee(seed=1)
+    newest = checkpoints.newest(Silent())
+    assert newest is not None and newest.state == TrainerState(1, 4, 64) and newest.identity == {"seed": 0}
+    load(newest, other.model, other.optimizer)
+    other.step()
+    assert all(torch.equal(weight, other.weights()[name]) for name, weight in one.weights().items())
+
+
+def test_only_the_last_ones_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 5, 12):
+        save(checkpoints, step)
+    assert [folder.name for folder in checkpoints.names()] == ["step-00000012", "step-00000005"]
+
+
+def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path / "none", keep=2).newest(Silent()) is None
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", [cut, Path.unlink])
+def test_a_damaged_one_is_put_aside_for_the_one_before(tmp_path: Path, name: str, damage: Any) -> None:
+    checkpoints, progress = Checkpoints(tmp_path, keep=2), Messages()
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    damage(tmp_path / "step-00000002" / name)
+    newest = checkpoints.newest(progress)
+    assert newest is not None and newest.state.step == 1
+    assert len(progress.texts) == 1 and "step-00000002 is damaged" in progress.texts[0]
+    assert (tmp_path / "damaged-step-00000002").is_dir()
+    save(checkpoints, 2)
+    again = checkpoints.newest(Silent())
+    assert again is not None and again.state.step == 2
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    checkpoints, progress = Checkpoints(tmp_path, keep=2), Messages()
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    flip(tmp_path / "step-00000002" / "model.safetensors")
+    newest = checkpoints.newest(progress)
+    assert newest is not None and newest.state.step == 1
+    assert "model.safetensors is not what was written" in progress.texts[0]
+
+
+def test_when_all_are_damaged_nothing_is_begun_anew_unasked(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    save(checkpoints, 1)
+    cut(tmp_path / "step-00000001" / "model.safetensors")
+    with pytest.raises(WorkError, match=r"every checkpoint in .* is damaged; delete that folder to begin again"):
+        checkpoints.newest(Silent())
+    with pytest.raises(WorkError, match=r"every checkpoint in .* is damaged"):
+        checkpoints.newest(Silent())
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_keeps_the_last_good_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save(checkpoints, 1)
+    real = checkpoint.save_file
+
+    def full(tensors: Any, path: Path) -> None:
+        if path.name == "optimizer.safetensors":
+            raise failure
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(WorkError, match=r"the disk is full; the last good one, .*step-00000001, was kept\. Make room"):
+        save(checkpoints, 2)
+    monkeypatch.undo()
+    newest = checkpoints.newest(Silent())
+    assert newest is not None and newest.state.step == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"], "what was half written is gone"
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save(checkpoints, 1)
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / ".step-00000002.99999.tmp")
+    newest = checkpoints.newest(Silent())
+    assert newest is not None and newest.state.step == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_the_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save(checkpoints, 1)
+    other: Any = AutoModelForCausalLM.from_config(tiny.llama(16, tied=True))
+    newest = checkpoints.newest(Silent())
+    assert newest is not None
+    with pytest.raises(WorkError, match="it is of another model"):
+        load(newest, other, make_optimizer(other, Optimizer()))
+
+
+def test_a_newer_format_is_not_guessed_at(tmp_path: Path) -> None:
+    checkpoints, progress = Checkpoints(tmp_path, keep=2), Messages()
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    state = tmp_path / "step-00000002" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"format_version": 99}))
+    newest = checkpoints.newest(progress)
+    assert newest is not None and newest.state.step == 1
+    assert "its format is 99" in progress.texts[0]

@@ -1,0 +1,135 @@
+"""A process that is killed at any moment loses nothing: started again, it ends where an undisturbed one ends, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import processes
+import pytest
+import tiny
+from processes import last_word, start, train_in_process, train_on_ranks
+from safetensors.torch import load_file
+
+from minitron.runtime.metrics import read_metrics
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("origin")
+    tiny.make_build(
+        root,
+        tokens=64 * STEPS,
+        checkpoint={"every_tokens": 64 * 3, "keep_last": 2},
+        held_out={"data": {"text": ["../valid.txt"]}, "max_tokens": 200, "every_tokens": 64 * 5},
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(origin: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], bytes]:
+    """What an undisturbed training ends with."""
+    root = tmp_path_factory.mktemp("whole") / "here"
+    shutil.copytree(origin, root)
+    assert train_in_process(root / "build") == "done"
+    return result(root / "build")
+
+
+@pytest.fixture
+def build(origin: Path, tmp_path: Path) -> Path:
+    shutil.copytree(origin, tmp_path / "here")
+    return tmp_path / "here" / "build"
+
+
+def result(build: Path) -> tuple[list[dict[str, Any]], bytes]:
+    """Every line of the metrics but for the clock, and the bytes of the final weights."""
+    lines = tiny.without_speed(read_metrics(build / "train" / "metrics.jsonl"))
+    return lines, (build / "model" / "model.safetensors").read_bytes()
+
+
+def kill_after(build: Path, steps: int, spin: int) -> bool:
+    """SIGKILL after so many reports and a few turns more. Whether it was in time."""
+    process, pipe = start(build)
+    try:
+        for _ in range(steps):
+            if pipe.recv() != "step":
+                return False
+        for _ in range(spin):
+            pass
+    except EOFError:
+        return False
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    last_word(process, pipe)
+    return process.exitcode == -signal.SIGKILL
+
+
+def test_killed_five_times_at_random_points(build: Path, whole: tuple[list[dict[str, Any]], bytes]) -> None:
+    random.seed(int.from_bytes(os.urandom(4)))
+    kills = [kill_after(build, random.randrange(1, 7), random.randrange(200_000)) for _ in range(5)]
+    assert any(kills)
+    assert train_in_process(build) == "done"
+    assert result(build) == whole
+    leftovers = [path.name for path in build.rglob("*") if path.name.endswith(".tmp")]
+    assert not leftovers
+
+
+def test_killed_while_a_checkpoint_is_written(build: Path, whole: tuple[list[dict[str, Any]], bytes]) -> None:
+    assert train_in_process(build, processes.kill_during_second_checkpoint) is None
+    checkpoints = build / "train" / "checkpoints"
+    assert sorted(path.name.endswith(".tmp") for path in checkpoints.iterdir()) == [False, True]
+    assert train_in_process(build) == "done"
+    assert result(build) == whole
+
+
+def test_killed_while_the_model_is_written(build: Path, whole: tuple[list[dict[str, Any]], bytes]) -> None:
+    assert train_in_process(build, processes.kill_before_the_model_is_named) is None
+    assert not (build / "model").exists()
+    assert train_in_process(build) == "done"
+    assert result(build) == whole
+    assert not list(build.glob(".*.tmp"))
+
+
+def test_terminated_it_saves_first(build: Path, whole: tuple[list[dict[str, Any]], bytes]) -> None:
+    process, pipe = start(build)
+    assert pipe.recv() == "step"
+    process.terminate()
+    assert last_word(process, pipe) == "interrupted"
+    assert len(list((build / "train" / "checkpoints").glob("step-*"))) >= 1
+    assert train_in_process(build) == "done"
+    assert result(build) == whole
+
+
+def losses(lines: list[dict[str, Any]]) -> list[float]:
+    return [line[key] for line in lines for key in ("loss", "grad_norm", "held_out_loss") if key in line]
+
+
+def test_two_ranks_learn_the_same(build: Path, whole: tuple[list[dict[str, Any]], bytes]) -> None:
+    assert train_on_ranks(build, 2) == ["done", "done"]
+    lines, _ = result(build)
+    assert losses(lines) == pytest.approx(losses(whole[0]), rel=1e-5)
+    one, other = (
+        load_file(path)
+        for path in (
+            build / "model" / "model.safetensors",
+            build / "train" / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors",
+        )
+    )
+    assert all((one[name] == other[name]).all() for name in one)
+
+
+def test_begun_on_one_rank_and_ended_on_two(build: Path, whole: tuple[list[dict[str, Any]], bytes]) -> None:
+    assert kill_after(build, 8, 0)
+    assert train_on_ranks(build, 2) == ["done", "done"]
+    assert losses(result(build)[0]) == pytest.approx(losses(whole[0]), rel=1e-5)
+
+
+def test_a_batch_that_ranks_cannot_share(build: Path) -> None:
+    words = train_on_ranks(build, 3)
+    assert all("4 sequences cannot be shared by 3 processes, 2 at a time" in str(word) for word in words)
