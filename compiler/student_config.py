@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from minitron.compiler.capture import Captured, build_meta
+from minitron.compiler.targets import GROUPS, HEAD_DIM, HEADS, HIDDEN
 from minitron.specs.errors import UsageError
 
 # Keys that a width is known by in the configurations of models that do not use the standard one.
@@ -32,13 +33,16 @@ def student_config(
 ) -> Any:
     """The configuration with new `widths` (by axis name) and per-layer lists that follow the kept layers."""
     config = copy.deepcopy(captured.config)
-    if "head_dim" in teacher_widths and has_head_dim(config):
-        config.head_dim = teacher_widths["head_dim"]
     for name, width in widths.items():
         key = config_key(captured.config, name, teacher_widths[name])
-        if key is None:
+        if key is not None:
+            setattr(config, key, width)
+        elif name != GROUPS or teacher_widths[HEADS] != teacher_widths[GROUPS]:  # or the key of the heads says it
             raise UsageError(f"{config.model_type} has no configuration key for {name}")
-        setattr(config, key, width)
+    head = head_width(captured.config)
+    if head == teacher_widths.get(HEAD_DIM) and head != head_width(config) and not derives_head_dim(config):
+        # Many modelling files read this key although their configuration does not declare it; the proof tells.
+        config.head_dim = head
     count = captured.layer_count
     if len(kept_layers) != count:
         for key, value in list(vars(config).items()):
@@ -48,9 +52,16 @@ def student_config(
     return config
 
 
-def has_head_dim(config: Any) -> bool:
-    """Whether the configuration can say the width of a head, and does not only derive it."""
-    return hasattr(config, "head_dim") and not isinstance(getattr(type(config), "head_dim", None), property)
+def head_width(config: Any) -> int | None:
+    """The width of a head as a configuration says it, or as it follows where that is left open."""
+    said: int | None = getattr(config, HEAD_DIM, None)
+    hidden, heads = getattr(config, HIDDEN, None), getattr(config, HEADS, None)
+    return said or (hidden // heads if hidden and heads else None)
+
+
+def derives_head_dim(config: Any) -> bool:
+    """Whether the width of a head is computed by the configuration and cannot be set."""
+    return isinstance(getattr(type(config), HEAD_DIM, None), property)
 
 
 def prove(captured: Captured, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> torch.nn.Module:
@@ -78,7 +89,8 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 def _why(captured: Captured) -> str:
     config = captured.config
-    if not has_head_dim(config):
+    undeclared = getattr(config, HEAD_DIM, None) is None or derives_head_dim(config)
+    if undeclared and head_width(config) is not None:
         return (
             "; this model's head width is always hidden_size / num_attention_heads, "
             f"{config.hidden_size} / {config.num_attention_heads}: narrow both in that proportion"

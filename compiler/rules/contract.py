@@ -76,7 +76,7 @@ def conv1d(t: Tracer, node: torch.fx.Node) -> Result:
     written, contracted, kernel = t.dims(node.args[1])
     place, groups = t.place(node), t.arg(node, 6, 1)
     if groups == 1:
-        t.contract(node, node.args[0], node.args[1], channels, contracted)
+        t.space.unify(channels, contracted, place)
     elif not contracted and size_of(channels) == size_of(written):
         t.space.unify(channels, written, place)
     else:

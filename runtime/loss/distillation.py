@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron.runtime.loss.divergence import DIVERGENCES, DivergenceName
+from minitron.runtime.loss.divergence import DIVERGENCES, DivergenceName, log_softmax_
 from minitron.runtime.loss.head import Head
 from minitron.runtime.loss.products import accumulate_outer, project, project_back
 
@@ -116,7 +116,8 @@ class _ChunkedLoss(torch.autograd.Function):
             student = replace(student, weight_VD=weight_VD.detach(), bias_V=None if bias_V is None else bias_V.detach())
             if device.type == "cuda":
                 student = student.in_dtype(compute_dtype)
-            rows = _Rows(settings, student, teacher, 1.0 / normaliser)
+            used = teacher if teacher_TE is not None else None
+            rows = _Rows(settings, student, used, 1.0 / normaliser, device)
             chunk = max(1, min(settings.chunk_tokens, tokens, _BUFFER_BYTES[device.type] // (4 * vocabulary)))
             student_CV = torch.empty(chunk, vocabulary, device=device)
             teacher_CV = torch.empty_like(student_CV) if teacher_TE is not None else None
@@ -129,9 +130,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 z_CV = student_CV[: part.stop - part.start]
                 project(student_TD[part], student.weight_VD, z_CV)
                 t_CV = None
-                if teacher_TE is not None and teacher is not None and teacher_CV is not None:
+                if teacher_TE is not None and used is not None and teacher_CV is not None:
                     t_CV = teacher_CV[: part.stop - part.start]
-                    project(teacher_TE[part], teacher.weight_VD, t_CV)
+                    project(teacher_TE[part], used.weight_VD, t_CV)
                 sums += rows.to_gradient_(z_CV, t_CV, None if labels_T is None else labels_T[part])
                 if grad_TD is not None:
                     project_back(z_CV, student.weight_VD, grad_TD[part])
@@ -165,54 +166,72 @@ class _ChunkedLoss(torch.autograd.Function):
         return (*gradients, None, None, None, None, None, None, None)
 
 
-@dataclass(frozen=True)
 class _Rows:
-    """The formulas between the logits and the gradient of the loss, a block of rows at a time."""
+    """The formulas between the logits and the gradient of the loss, a block of rows at a time, in scratch of its
+    own."""
 
-    settings: DistillationLoss
-    student: Head
-    teacher: Head | None
-    share: float
-    """What one token counts in the global mean."""
+    def __init__(
+        self, settings: DistillationLoss, student: Head, teacher: Head | None, share: float, device: torch.device
+    ) -> None:
+        """`share` is what one token counts in the global mean."""
+        self.settings, self.student, self.teacher, self.share = settings, student, teacher, share
+        self.rows = max(1, _BLOCK_ELEMENTS[device.type] // student.vocabulary)
+
+        def scratch(needed: bool) -> Tensor:
+            return torch.empty(self.rows if needed else 0, student.vocabulary, device=device)
+
+        self.p_RV, self.q_RV = scratch(True), scratch(teacher is not None)
+        self.cross_RV = scratch(settings.cross_entropy != 0)
+        self.slope_RV = scratch(student.softcap is not None)
 
     def to_gradient_(self, z_CV: Tensor, t_CV: Tensor | None, labels_C: Tensor | None) -> Tensor:
-        """Overwrites the student's `z_CV` by d loss / d z_CV, and `t_CV` by scratch. Returns the two sums of the
-        terms."""
+        """Overwrites the student's `z_CV` by d loss / d z_CV, and the teacher's `t_CV` by scratch.
+
+        Returns the sums of divergence and cross-entropy over the tokens.
+        """
         sums = torch.zeros(2, dtype=torch.float64, device=z_CV.device)
-        rows = max(1, _BLOCK_ELEMENTS[z_CV.device.type] // z_CV.shape[1])
-        for start in range(0, z_CV.shape[0], rows):
-            part = slice(start, start + rows)
-            sums += self._block_(
-                z_CV[part],
-                None if t_CV is None else t_CV[part],
-                None if labels_C is None or self.settings.cross_entropy == 0 else labels_C[part],
-            )
+        for start in range(0, z_CV.shape[0], self.rows):
+            part = slice(start, start + self.rows)
+            z_RV = z_CV[part]
+            rows = z_RV.shape[0]
+            self.student.finish_(z_RV, self.slope_RV[:rows] if self.student.softcap is not None else None)
+            cross_RV = None
+            if labels_C is not None and self.settings.cross_entropy:
+                cross_RV = self.cross_RV[:rows]
+                sums[1] += self._cross_entropy(z_RV, labels_C[part], cross_RV)
+            if t_CV is not None:
+                sums[0] += self._divergence_(z_RV, t_CV[part])
+            else:
+                z_RV.zero_()
+            if cross_RV is not None:
+                z_RV.add_(cross_RV)
+            if self.student.softcap is not None:
+                z_RV.mul_(self.slope_RV[:rows])
+            if self.student.scale != 1.0:
+                z_RV.mul_(self.student.scale)
         return sums
 
-    def _block_(self, z_RV: Tensor, t_RV: Tensor | None, labels_R: Tensor | None) -> Tensor:
-        settings, temperature = self.settings, self.settings.temperature
-        slope_RV = self.student.finish_(z_RV)
-        sums = torch.zeros(2, dtype=torch.float64, device=z_RV.device)
-        grad_RV: Tensor | None = None
-        if t_RV is not None and self.teacher is not None:
-            self.teacher.finish_(t_RV)
-            log_q_RV = torch.log_softmax(t_RV if temperature == 1 else t_RV.div_(temperature), -1)
-            log_p_RV = torch.log_softmax(z_RV if temperature == 1 else z_RV / temperature, -1)
-            value_R, grad_RV = DIVERGENCES[settings.divergence](log_p_RV, log_q_RV)
-            sums[0] = value_R.sum(dtype=torch.float64)
-            # temperature^2 of the loss, one of them cancelled by d (logits / temperature) / d logits
-            grad_RV.mul_(settings.weight * temperature * self.share)
-        if labels_R is not None:
-            log_p_RV = torch.log_softmax(z_RV, -1)
-            index_R1 = labels_R.unsqueeze(-1)
-            sums[1] = -log_p_RV.gather(-1, index_R1).sum(dtype=torch.float64)
-            cross_RV = log_p_RV.exp_().mul_(settings.cross_entropy * self.share)
-            cross_RV.scatter_add_(-1, index_R1, cross_RV.new_full(index_R1.shape, -settings.cross_entropy * self.share))
-            grad_RV = cross_RV if grad_RV is None else grad_RV.add_(cross_RV)
-        if grad_RV is None:
-            z_RV.zero_()
-        elif slope_RV is not None:
-            torch.mul(grad_RV, slope_RV, out=z_RV)
-        else:
-            torch.mul(grad_RV, self.student.scale, out=z_RV)
-        return sums
+    def _divergence_(self, z_RV: Tensor, t_RV: Tensor) -> Tensor:
+        """Leaves the gradient of the weighted divergence in `z_RV` and returns the sum of the divergences."""
+        settings = self.settings
+        assert self.teacher is not None
+        self.teacher.finish_(t_RV)
+        if settings.temperature != 1.0:
+            z_RV.div_(settings.temperature)
+            t_RV.div_(settings.temperature)
+        p_RV, q_RV = self.p_RV[: z_RV.shape[0]], self.q_RV[: z_RV.shape[0]]
+        log_softmax_(z_RV, p_RV)
+        log_softmax_(t_RV, q_RV)
+        value_R = DIVERGENCES[settings.divergence](z_RV, p_RV, t_RV, q_RV)
+        # temperature^2 of the loss, one of them cancelled by d (logits / temperature) / d logits
+        z_RV.mul_(settings.weight * settings.temperature * self.share)
+        return value_R.sum(dtype=torch.float64)
+
+    def _cross_entropy(self, z_RV: Tensor, labels_R: Tensor, grad_RV: Tensor) -> Tensor:
+        """Writes the gradient of the weighted cross-entropy to `grad_RV` and returns the sum of -log p(label)."""
+        p_RV, index_R1, weight = self.p_RV[: z_RV.shape[0]], labels_R.unsqueeze(-1), self.settings.cross_entropy
+        log_softmax_(grad_RV.copy_(z_RV), p_RV)
+        likelihood = grad_RV.gather(-1, index_R1).sum(dtype=torch.float64)
+        torch.mul(p_RV, weight * self.share, out=grad_RV)
+        grad_RV.scatter_add_(-1, index_R1, grad_RV.new_full(index_R1.shape, -weight * self.share))
+        return -likelihood

@@ -26,16 +26,15 @@ class Head:
         """The same head with its weight in `dtype` (no copy where it already is)."""
         return Head(self.weight_VD.to(dtype), self.bias_V, self.scale, self.softcap)
 
-    def finish_(self, z_RV: Tensor) -> Tensor | None:
-        """Turns `hidden @ weight.T` into logits in place; returns d logits / d z_RV where it is not the constant
-        `scale`."""
+    def finish_(self, z_RV: Tensor, slope_RV: Tensor | None = None) -> None:
+        """Turns `hidden @ weight.T` into logits in place, and writes d logits / d z_RV / scale to `slope_RV`."""
         if self.bias_V is not None:
             z_RV.add_(self.bias_V)
         if self.softcap is None:
             if self.scale != 1.0:
                 z_RV.mul_(self.scale)
-            return None
+            return
         z_RV.mul_(self.scale / self.softcap).tanh_()
-        slope_RV = torch.addcmul(torch.ones((), device=z_RV.device), z_RV, z_RV, value=-1.0).mul_(self.scale)
+        if slope_RV is not None:
+            torch.mul(z_RV, z_RV, out=slope_RV).neg_().add_(1.0)
         z_RV.mul_(self.softcap)
-        return slope_RV

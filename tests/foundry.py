@@ -1,0 +1,170 @@
+"""Teachers, texts and compiles for the tests of the compiler, each made once in a session and then only read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from minitron.compiler import Plan, compile_spec, make_plan
+from minitron.compiler import plan as plan_module
+from minitron.compiler import program as program_module
+from minitron.specs import LoadedSpec, load_spec
+from minitron.specs.progress import Progress, Silent
+from tests import models
+
+CALIBRATION: dict[str, Any] = {"text": ["corpus.txt"], "document": "line", "samples": 6, "sequence_length": 48}
+
+
+@dataclass(frozen=True)
+class Build:
+    """A finished compile."""
+
+    folder: Path
+    loaded: LoadedSpec
+    plan: Plan
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return self.document("student/config.json")
+
+    @cached_property
+    def checks(self) -> dict[str, dict[str, Any]]:
+        """The checks of verification.json by name."""
+        return {check["name"]: check for check in self.document("verification.json")["checks"]}
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The student's weights."""
+        files = sorted((self.folder / "student").glob("*.safetensors"))
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+    @property
+    def teacher(self) -> Path:
+        return self.plan.checkpoint.folder
+
+    def document(self, name: str) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads((self.folder / name).read_text(encoding="utf-8"))
+        return document
+
+
+class Foundry:
+    """A folder with texts, teachers, specs and builds."""
+
+    def __init__(self, root: Path, apprentice: Apprentice) -> None:
+        self.root = root
+        self.apprentice = apprentice
+        (root / "corpus.txt").write_text(models.text(150), encoding="utf-8")
+        self._builds: dict[str, Build] = {}
+        self._captured: dict[str, Any] = {}
+
+    @contextmanager
+    def shortened(self) -> Iterator[None]:
+        """Two savings that change no result: a model is captured once however often it is compiled, and student.pt2 is
+        run by a process that stands ready."""
+        original = plan_module.capture
+
+        def capture(config: Any, dtype: torch.dtype = torch.float32) -> Any:
+            key = f"{dtype} {config.to_json_string(use_diff=False)}"
+            if key not in self._captured:
+                self._captured[key] = original(config, dtype)
+            return self._captured[key]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plan_module, "capture", capture)
+            patch.setattr(program_module, "subprocess", self.apprentice)
+            yield
+
+    def teacher(self, family: str, dtype: str = "float32", **changes: Any) -> Path:
+        """The checkpoint of a tiny model; `changes` replace configuration keys."""
+        name = "-".join([family, dtype, *(f"{key}={value}" for key, value in sorted(changes.items()))])
+        folder = self.root / name.replace("/", "")
+        if not folder.exists():
+            models.save_teacher(folder, models.tiny_config(family, **changes), getattr(torch, dtype))
+        return folder
+
+    def load(self, teacher: Path, student: dict[str, Any], *, dtype: str = "float32", **blocks: Any) -> LoadedSpec:
+        """A spec file, read. `blocks` stand beside teacher, student and importance, or replace them."""
+        document = {
+            "name": "tiny",
+            "teacher": {"model": str(teacher), "dtype": dtype},
+            "student": student,
+            "importance": {"data": CALIBRATION},
+        } | blocks
+        text = yaml.safe_dump({key: value for key, value in document.items() if value is not None}, sort_keys=False)
+        number = len(list(self.root.glob("spec-*.yaml")))
+        path = self.root / f"spec-{number}.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_spec(path)
+
+    def plan(self, teacher: Path, student: dict[str, Any], **blocks: Any) -> Plan:
+        """What `minitron plan` knows, with weights at hand."""
+        loaded = self.load(teacher, student, **blocks)
+        with self.shortened():
+            return make_plan(loaded, build=self.root / f"build-of-{loaded.path.stem}", weights=True)
+
+    def build(self, teacher: Path, student: dict[str, Any], *, fresh: bool = False, **blocks: Any) -> Build:
+        """A compile by the real driver. With `fresh` it is the caller's own, to be broken as it likes."""
+        key = json.dumps([str(teacher), student, blocks], sort_keys=True)
+        if not fresh and key in self._builds:
+            return self._builds[key]
+        loaded = self.load(teacher, student, **blocks)
+        made = self.compile(loaded, self.root / f"build-of-{loaded.path.stem}")
+        if not fresh:
+            self._builds[key] = made
+        return made
+
+    def compile(self, loaded: LoadedSpec, folder: Path, progress: Progress | None = None) -> Build:
+        """`compile_spec` on the CPU."""
+        with self.shortened():
+            return Build(folder, loaded, compile_spec(loaded, folder, device="cpu", progress=progress or Silent()))
+
+
+class Apprentice:
+    """Runs Python sources one after the other in one process that has imported torch already.
+
+    Stands in for `subprocess` where a test is not about the process: what costs is the start, and a compile starts one.
+    """
+
+    _LOOP = (
+        "import json, sys, traceback, torch, safetensors.torch\n"
+        "for line in sys.stdin:\n"
+        "    source, *sys.argv[1:] = json.loads(line)\n"
+        "    try:\n"
+        "        exec(compile(source, 'job', 'exec'), {'__name__': '__main__'})\n"
+        "        print(json.dumps([0, '']), flush=True)\n"
+        "    except BaseException:\n"
+        "        print(json.dumps([1, traceback.format_exc()]), flush=True)\n"
+    )
+
+    def __init__(self) -> None:
+        self.jobs = 0
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", self._LOOP], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        """`command` is [python, "-c", source, arguments..] as `subprocess.run` takes it."""
+        assert command[:2] == [sys.executable, "-c"]
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self.jobs += 1
+        self._process.stdin.write(json.dumps(command[2:]) + "\n")
+        self._process.stdin.flush()
+        code, error = json.loads(self._process.stdout.readline())
+        return subprocess.CompletedProcess(command, code, "", error)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
