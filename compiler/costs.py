@@ -10,7 +10,7 @@ import torch
 
 from minitron.compiler.axes import AxisTable
 from minitron.compiler.capture import Captured
-from minitron.compiler.roles import Roles
+from minitron.compiler.roles import Roles, is_stack
 
 # bf16 dense, without sparsity; and a model FLOPs utilisation no more hopeful than what published distillation runs imply
 # (a 9B hybrid to 7B: 6.3B tokens in about 600 H100-hours is 18%; Qwen3-8B to 6B: 50B tokens in about 3,000 is 25%).
@@ -123,7 +123,7 @@ def stacked_parameters(captured: Captured, table: AxisTable) -> dict[str, int]:
     return {
         name: dims[0][0].size.coefficient
         for name, dims in table.parameters.items()
-        if len(dims) == 3 and dims[0] and captured.layer_in_path(name) is not None
+        if is_stack(dims) and captured.layer_in_path(name) is not None
     }
 
 

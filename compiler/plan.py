@@ -159,7 +159,7 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
         check_headers(captured, checkpoint)
     except UsageError as error:
         raise SpecInvalid([*errors, loaded.error("teacher.model", str(error))]) from None
-    targets, wrong = resolve_targets(spec.student, captured, roles, table, _resolver(loaded), loaded.error)
+    targets, wrong = resolve_targets(spec.student, captured, roles, table, loaded.error)
     errors += wrong + _check_lengths(loaded, captured)
     if targets is None or errors:
         raise SpecInvalid(errors)
@@ -178,19 +178,6 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
         loaded, build, checkpoint, captured, table, roles, ends, head, targets, config, model, teacher_cost, student_cost,
         _remarks(checkpoint, captured),
     )  # fmt: skip
-
-
-def _resolver(loaded: LoadedSpec) -> Any:
-    """Numbers as they are; shares of widths rounded down to a multiple, counts of heads and layers to whole numbers."""
-    counts = {"num_attention_heads", "num_key_value_heads", "num_experts", LAYERS, "mamba_num_heads"}
-
-    def resolve(key: str, value: Any, teacher: int) -> int:
-        if not isinstance(value, Share):
-            return int(value)
-        multiple = 1 if key in counts else loaded.spec.student.multiple_of or default_multiple(teacher)
-        return value.of(teacher, multiple)
-
-    return resolve
 
 
 def _check_lengths(loaded: LoadedSpec, captured: Captured) -> list[SpecError]:

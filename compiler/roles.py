@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from minitron.compiler.axes import AxisTable, Contraction
 from minitron.compiler.capture import Captured
 from minitron.compiler.dims import Atom, Dim, Space
+from minitron.compiler.rules import Dims
 from minitron.specs.errors import UsageError
 
 
@@ -151,12 +152,17 @@ def _widths(captured: Captured, table: AxisTable, hidden: Atom, taken: set[Atom]
             continue
         seen.add(leaves[0])
         readers = tuple(c for c in table.contractions if list(space.leaves(c.dim)) == leaves and c.weight is not None)
-        yield _width_name(captured, len(dims) == 3, layer, table), layer, Width(leaves[0], readers)
-        if len(dims) == 3:
+        yield _width_name(captured, is_stack(dims), layer, table), layer, Width(leaves[0], readers)
+        if is_stack(dims):
             experts = list(space.leaves(dims[0]))
             if len(experts) == 1 and experts[0] not in seen:
                 seen.add(experts[0])
                 yield "num_experts", layer, Width(experts[0], ())
+
+
+def is_stack(dims: Dims) -> bool:
+    """Whether a parameter is a matrix for each of several experts, and not the filters of channels, [C, 1, K]."""
+    return len(dims) == 3 and all(dims)
 
 
 def _width_name(captured: Captured, stacked: bool, layer: int, table: AxisTable) -> str:
@@ -164,6 +170,6 @@ def _width_name(captured: Captured, stacked: bool, layer: int, table: AxisTable)
     if stacked:
         return "moe_intermediate_size" if hasattr(config, "moe_intermediate_size") else "intermediate_size"
     beside_experts = any(
-        len(dims) == 3 for name, dims in table.parameters.items() if captured.layer_in_path(name) == layer
+        is_stack(dims) for name, dims in table.parameters.items() if captured.layer_in_path(name) == layer
     )
     return "shared_expert_intermediate_size" if beside_experts else "intermediate_size"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +10,17 @@ from minitron.compiler.axes import AxisTable
 from minitron.compiler.capture import Captured
 from minitron.compiler.dims import Atom
 from minitron.compiler.roles import Heads, Roles
+from minitron.specs.blocks.student import Student
 from minitron.specs.errors import SpecError
+from minitron.specs.units import Share, default_multiple
 
 HIDDEN, HEADS, GROUPS, LAYERS = "hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers"
 HEAD_DIM = "head_dim"
 
+# Counted, not measured: a share of these is rounded to a whole number and not to a multiple.
+COUNTS = {HEADS, GROUPS, LAYERS, "num_experts", "mamba_num_heads"}
+
 MakeError = Callable[[str, str, str], SpecError]
-Resolve = Callable[[str, Any, int], int]
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def teacher_widths(captured: Captured, roles: Roles, table: AxisTable) -> dict[s
     return widths
 
 
-def uniform(values: Iterable[int]) -> bool:
+def uniform(values: Iterable[Any]) -> bool:
     return len(set(values)) <= 1
 
 
@@ -78,6 +82,8 @@ def status_of(name: str, captured: Captured, roles: Roles, table: AxisTable) -> 
         return "refused", "queries, keys and values have separate widths in the graph, and one key in the configuration"
     if name in roles.widths and not uniform(w.size for w in roles.widths[name].values()):
         return "refused", "its width differs from layer to layer, which the configuration could not say of the student"
+    if name in (HEADS, GROUPS) and not uniform((site.groups, site.repeats) for site in roles.heads.values()):
+        return "refused", "its number differs from layer to layer, which the configuration could not say of the student"
     notes = sorted({(note.kind, note.place) for leaf in leaves for note in leaf.notes})
     changed = [(kind, place) for kind, place in notes if kind not in ("mean", "rms_norm")]
     if changed:
@@ -118,9 +124,9 @@ def _head_leaves(site: Heads, table: AxisTable) -> set[Atom]:
 
 
 def resolve_targets(
-    student: Any, captured: Captured, roles: Roles, table: AxisTable, resolve: Resolve, error: MakeError
+    student: Student, captured: Captured, roles: Roles, table: AxisTable, error: MakeError
 ) -> tuple[Targets | None, list[SpecError]]:
-    """`student` is the spec's block; `resolve(key, value, teacher)` turns numbers and shares into a width."""
+    """`student` is the spec's block; `error(path, message, hint)` places an error in the spec."""
     teacher = teacher_widths(captured, roles, table)
     errors: list[SpecError] = []
     wanted: dict[str, int] = {}
@@ -129,7 +135,7 @@ def resolve_targets(
         if key not in teacher:
             errors.append(error(path, f"the teacher ({captured.config.model_type}) has no {key}", "leave it out"))
             continue
-        width = resolve(key, value, teacher[key])
+        width = _width(key, value, teacher[key], student.multiple_of)
         if not 0 < width <= teacher[key]:
             errors.append(
                 error(
@@ -142,7 +148,8 @@ def resolve_targets(
             errors.append(error(path, f"cannot be narrowed: {reason}", f"leave it out, or write {teacher[key]}"))
             continue
         wanted[key] = width
-    errors += _check_heads(wanted, teacher, error)
+    shares = {key for key, value in student.targets() if isinstance(value, Share)}
+    errors += _check_heads(wanted, teacher, shares, error)
     layers, named = _layers(student, captured.layer_count, wanted, error, errors)
     if errors:
         return None, errors
@@ -159,8 +166,20 @@ def resolve_targets(
     return Targets(widths, layers, named, statuses), []
 
 
-def _check_heads(wanted: dict[str, int], teacher: Mapping[str, int], error: MakeError) -> list[SpecError]:
-    """Fills in what follows (a dropped group takes its query heads along) and checks that heads divide into groups."""
+def _width(key: str, value: Any, teacher: int, multiple_of: int | None) -> int:
+    """A number as it is; a share of a width rounded down to a multiple, of a count to a whole number."""
+    if not isinstance(value, Share):
+        return int(value)
+    return value.of(teacher, 1 if key in COUNTS else multiple_of or default_multiple(teacher))
+
+
+def _check_heads(
+    wanted: dict[str, int], teacher: Mapping[str, int], shares: Collection[str], error: MakeError
+) -> list[SpecError]:
+    """Fills in what follows (a dropped group takes its query heads along) and checks that heads divide into groups.
+
+    A count that was asked for as a share is rounded down to one that fits the other.
+    """
     if HEADS not in teacher or not (HEADS in wanted or GROUPS in wanted):
         return []
     repeats = teacher[HEADS] // teacher[GROUPS]
@@ -168,10 +187,18 @@ def _check_heads(wanted: dict[str, int], teacher: Mapping[str, int], error: Make
         wanted[GROUPS] = wanted[HEADS] if repeats == 1 else teacher[GROUPS]
     if HEADS not in wanted:
         wanted[HEADS] = wanted[GROUPS] * repeats
+
+    def fits(heads: int, groups: int) -> bool:
+        return heads % groups == 0 and heads // groups <= repeats
+
+    if HEADS in shares:
+        wanted[HEADS] = next((n for n in range(wanted[HEADS], 0, -1) if fits(n, wanted[GROUPS])), wanted[HEADS])
+    elif GROUPS in shares:
+        wanted[GROUPS] = next((n for n in range(wanted[GROUPS], 0, -1) if fits(wanted[HEADS], n)), wanted[GROUPS])
     heads, groups = wanted[HEADS], wanted[GROUPS]
     path = f"student.{HEADS}"
     possible = [n * groups for n in range(1, repeats + 1)]
-    if heads in possible:
+    if fits(heads, groups):
         return []
     if heads > possible[-1]:
         message = f"{groups} key-value groups of this teacher have {possible[-1]} query heads, {repeats} each, not {heads}"

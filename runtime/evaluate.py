@@ -12,7 +12,7 @@ from minitron.runtime.disk import writing
 from minitron.runtime.generate import continue_greedily, tokens_per_second
 from minitron.runtime.held_out import HeldOut, held_out
 from minitron.runtime.interrupt import interrupts
-from minitron.runtime.models import DTYPES, LanguageModel, model_folder, open_model, weight_bytes
+from minitron.runtime.models import DTYPES, LanguageModel, model_folder, open_model, readable, weight_bytes
 from minitron.runtime.plan import LoadedPlan, ModelPlan, TrainingPlan, read_plan
 from minitron.runtime.suite import check_suite, run_suite
 from minitron.runtime.tokens import TextEncoder
@@ -86,7 +86,10 @@ def _held_out_windows(loaded: LoadedPlan, encoder: TextEncoder, progress: Progre
     plan = loaded.plan
     if plan.held_out is None:
         return None
-    length = plan.sequence_length if isinstance(plan, TrainingPlan) else _LENGTH
+    if isinstance(plan, TrainingPlan):
+        length = plan.sequence_length
+    else:
+        length = min(_LENGTH, readable(model_folder(loaded, "student", plan.student)) or _LENGTH)
     data, most = loaded.data("held_out.data", plan.held_out.data), plan.held_out.max_tokens
     cache = loaded.folder / plan.work / "data"
     return open_held_out(data, encoder, cache, length=length, max_tokens=most, progress=progress)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from minitron.runtime.loss import Head
@@ -51,13 +51,27 @@ class LanguageModel:
     @property
     def positions(self) -> int | None:
         """How many tokens the model can read, where its configuration says so."""
-        limit = getattr(self.module.config, "max_position_embeddings", None)
-        return limit if isinstance(limit, int) else None
+        return _positions(self.module.config)
 
     @property
     def parameters(self) -> int:
         """Number of parameters, tied ones counted once."""
         return sum(parameter.numel() for parameter in self.module.parameters())
+
+
+def _positions(config: Any) -> int | None:
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
+def readable(folder: Path) -> int | None:
+    """How many tokens the model in `folder` can read, where its configuration says so. WorkError for a broken one."""
+    try:
+        with quiet():
+            return _positions(AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise WorkError(f"{folder} has no configuration that can be read ({reason}); make the model again") from None
 
 
 def load_model(loaded: LoadedPlan, at: str, plan: ModelPlan, dtype: torch.dtype, device: torch.device) -> LanguageModel:

@@ -15,7 +15,7 @@ from minitron.runtime.disk import writing
 from minitron.runtime.models import Tokenizer, load_tokenizer
 from minitron.specs.atomic import atomic_folder
 from minitron.specs.data import Source
-from minitron.specs.documents import Document, content_hash, iter_documents
+from minitron.specs.documents import Document, content_hash, data_files, iter_documents
 from minitron.specs.errors import WorkError
 from minitron.specs.progress import Progress
 
@@ -104,7 +104,7 @@ def token_stream(
         with writing(str(folder)), atomic_folder(folder) as temporary:
             dtype = np.dtype(np.uint32 if wide else np.uint16)
             with (temporary / "tokens.bin").open("wb") as file:
-                documents, tokens = _write(iter_documents(source), encoder, file, dtype, limit)
+                documents, tokens = _write(_heard(source, progress), encoder, file, dtype, limit)
             about = {"format_version": _LAYOUT, "tokens": tokens, "documents": documents, "dtype": dtype.name}
             (temporary / "stream.json").write_text(json.dumps(about), encoding="utf-8")
         progress.message(f"tokenized {documents} documents: {tokens} tokens")
@@ -118,6 +118,17 @@ def token_stream(
             f"{folder}: the tokenized data has {len(stream)} of {about['tokens']} tokens; delete that folder"
         )
     return stream
+
+
+def _heard(source: Source, progress: Progress) -> Iterator[Document]:
+    """The documents, with progress in bytes where the files tell how many there are."""
+    if source.kind not in ("text", "jsonl"):
+        yield from iter_documents(source)
+        return
+    with progress.task("tokenize", sum(file.stat().st_size for file in data_files(source)), "bytes") as task:
+        for document in iter_documents(source):
+            yield document
+            task.advance(len(document.encode()) if isinstance(document, str) else len(json.dumps(document)))
 
 
 def _write(

@@ -5,7 +5,8 @@
    holds exactly what is left of the piece that it was.
 3. Norms that name the shape that they normalise: the size that is left. `repeat` and `conv1d`: how often a dimension is
    written out, and how many groups of channels there are.
-4. -1 and symbolic sizes stay. A symbolic size that has a narrowed axis in it becomes -1.
+4. `squeeze`: only the dimensions that are of size one in the teacher.
+5. -1 and symbolic sizes stay. A symbolic size that has a narrowed axis in it becomes -1.
 
 Postcondition: run on the meta device, every value of the graph has the sizes that the analysis says are left of it.
 """
@@ -151,6 +152,16 @@ def _repeat(s: _Sizes, node: Node) -> None:
     node.update_arg(1, new)
 
 
+def _squeeze(s: _Sizes, node: Node) -> None:
+    """Of the dimensions that may be dropped, those of size one in the teacher: a width that is narrowed to one stays."""
+    dims = s.dims(node.args[0])
+    named: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", range(len(dims)))
+    wanted = {axis_index(axis, len(dims)) for axis in ([named] if isinstance(named, int) else named)}
+    node.target = aten.squeeze.dims
+    node.args = (node.args[0], [axis for axis, dim in enumerate(dims) if axis in wanted and size_of(dim).is_one])
+    node.kwargs = {}
+
+
 def _conv1d(s: _Sizes, node: Node) -> None:
     """One group of all channels, or a group for every channel: the analysis looks into no others."""
     if _arg(node, 6, 1) != 1:
@@ -182,6 +193,9 @@ HANDLERS: dict[Any, Callable[[_Sizes, Node], None]] = {
     aten.repeat.default: _repeat,
     aten.tile.default: _repeat,
     aten.conv1d.default: _conv1d,
+    aten.squeeze.default: _squeeze,
+    aten.squeeze.dim: _squeeze,
+    aten.squeeze.dims: _squeeze,
 }
 
 

@@ -27,7 +27,7 @@ ELEMENTWISE = (
     aten.rsub, aten.selu, aten.sigmoid, aten.sigmoid_, aten.sign, aten.silu, aten.silu_, aten.sin, aten.sinh,
     aten.softplus, aten.sqrt, aten.square, aten.sub, aten.sub_, aten.tan, aten.tanh, aten.tanh_, aten.threshold,
     aten.trunc, aten.xlogy, aten.__xor__, aten.zero_, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf,
-    aten.where.Scalar, aten.max.other, aten.min.other,
+    aten.where.Scalar, aten.max.other, aten.min.other, aten.real, aten.imag, aten.conj, aten.angle,
 )  # fmt: skip
 
 # What these read of other operands is no more than a number format, a device, or nothing at all.

@@ -109,6 +109,7 @@ class _ChunkedLoss(torch.autograd.Function):
         compute_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         device = student_TD.device
+        fp32: dict[str, Any] = {"device": device, "dtype": torch.float32}
         tokens, vocabulary = student_TD.shape[0], weight_VD.shape[0]
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         # Autocast would turn the products of this function back into bf16.
@@ -116,23 +117,24 @@ class _ChunkedLoss(torch.autograd.Function):
             student = replace(student, weight_VD=weight_VD.detach(), bias_V=None if bias_V is None else bias_V.detach())
             if device.type == "cuda":
                 student = student.in_dtype(compute_dtype)
-            used = teacher if teacher_TE is not None else None
-            rows = _Rows(settings, student, used, 1.0 / normaliser, device)
+            if teacher_TE is None:
+                teacher = None
             chunk = max(1, min(settings.chunk_tokens, tokens, _BUFFER_BYTES[device.type] // (4 * vocabulary)))
-            student_CV = torch.empty(chunk, vocabulary, device=device)
-            teacher_CV = torch.empty_like(student_CV) if teacher_TE is not None else None
-            grad_TD = torch.empty(student_TD.shape, device=device) if needs_hidden else None
-            grad_VD = torch.zeros(weight_VD.shape, device=device) if needs_weight else None
-            grad_V = torch.zeros(vocabulary, device=device) if needs_bias else None
+            rows = _Rows(settings, student, teacher, 1.0 / normaliser, chunk, device)
+            student_CV = torch.empty(chunk, vocabulary, **fp32)
+            teacher_CV = torch.empty(chunk if teacher is not None else 0, vocabulary, **fp32)
+            grad_TD = torch.empty(student_TD.shape, **fp32) if needs_hidden else None
+            grad_VD = torch.zeros(weight_VD.shape, **fp32) if needs_weight else None
+            grad_V = torch.zeros(vocabulary, **fp32) if needs_bias else None
             sums = torch.zeros(2, dtype=torch.float64, device=device)
             for start in range(0, tokens, chunk):
                 part = slice(start, min(start + chunk, tokens))
-                z_CV = student_CV[: part.stop - part.start]
+                z_CV = student_CV[: part.stop - start]
                 project(student_TD[part], student.weight_VD, z_CV)
                 t_CV = None
-                if teacher_TE is not None and used is not None and teacher_CV is not None:
-                    t_CV = teacher_CV[: part.stop - part.start]
-                    project(teacher_TE[part], used.weight_VD, t_CV)
+                if teacher is not None and teacher_TE is not None:
+                    t_CV = teacher_CV[: part.stop - start]
+                    project(teacher_TE[part], teacher.weight_VD, t_CV)
                 sums += rows.to_gradient_(z_CV, t_CV, None if labels_T is None else labels_T[part])
                 if grad_TD is not None:
                     project_back(z_CV, student.weight_VD, grad_TD[part])
@@ -171,14 +173,20 @@ class _Rows:
     own."""
 
     def __init__(
-        self, settings: DistillationLoss, student: Head, teacher: Head | None, share: float, device: torch.device
+        self,
+        settings: DistillationLoss,
+        student: Head,
+        teacher: Head | None,
+        share: float,
+        chunk: int,
+        device: torch.device,
     ) -> None:
-        """`share` is what one token counts in the global mean."""
+        """`share` is what one token counts in the global mean; `chunk` the most tokens of a call."""
         self.settings, self.student, self.teacher, self.share = settings, student, teacher, share
-        self.rows = max(1, _BLOCK_ELEMENTS[device.type] // student.vocabulary)
+        self.rows = max(1, min(chunk, _BLOCK_ELEMENTS[device.type] // student.vocabulary))
 
         def scratch(needed: bool) -> Tensor:
-            return torch.empty(self.rows if needed else 0, student.vocabulary, device=device)
+            return torch.empty(self.rows if needed else 0, student.vocabulary, dtype=torch.float32, device=device)
 
         self.p_RV, self.q_RV = scratch(True), scratch(teacher is not None)
         self.cross_RV = scratch(settings.cross_entropy != 0)

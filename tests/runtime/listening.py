@@ -31,4 +31,5 @@ class AtStep(Silent):
 
     @contextlib.contextmanager
     def task(self, name: str, total: float, unit: str, done: float = 0.0) -> Iterator[Task]:
-        yield self
+        with super().task(name, total, unit, done) as silent:
+            yield self if name == "train" else silent

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minitron.runtime.loss import DistillationLoss, Head, LossTerms, distillation_loss
+from minitron.runtime.loss import DistillationLoss, Head, LossTerms, distillation_loss, products
 
 TOKENS, VOCABULARY, HIDDEN, TEACHER_HIDDEN = 37, 500, 12, 20
 NORMALISER = 50.0
@@ -265,3 +265,43 @@ def test_autocast_around_it_changes_nothing() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, got = inputs.chunked(settings)
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+def emulated(left: Tensor, right: Tensor, out_dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
+    """`torch.mm` with bf16 inputs and an fp32 output, which only CUDA has."""
+    assert left.dtype == right.dtype and (out_dtype is None or left.dtype == torch.bfloat16)
+    result = torch.matmul(left.float(), right.float())
+    return result if out is None else out.copy_(result)
+
+
+def test_the_products_of_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path that CUDA takes, with its product emulated: bf16 inputs, fp32 results, the vocabulary in blocks."""
+    monkeypatch.setattr(products, "_on_tensor_cores", lambda weight: weight.dtype == torch.bfloat16)
+    monkeypatch.setattr(products, "VOCABULARY_BLOCK", 64)
+    monkeypatch.setattr(torch, "mm", emulated)
+    inputs, settings = Inputs(bias=True), DistillationLoss(cross_entropy=0.5)
+    for name in ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias"):
+        setattr(inputs, name, getattr(inputs, name).bfloat16().double())
+    _, want = inputs.exact(settings)
+    _, got = inputs.chunked(settings, torch.bfloat16)
+    assert error(got, want) < 0.005
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.005)])
+def test_on_cuda(dtype: torch.dtype, tolerance: float) -> None:
+    inputs, settings = Inputs(bias=True, softcap=5.0), DistillationLoss(cross_entropy=0.5)
+    for name, value in vars(inputs).items():
+        if isinstance(value, Tensor):
+            value = value.to(dtype).double() if value.is_floating_point() else value
+            setattr(inputs, name, value.cuda())
+    _, want = inputs.exact(settings)
+    _, got = inputs.run(
+        lambda h, student, t, teacher, labels: (
+            distillation_loss(
+                settings, h, student, t, teacher, labels, normaliser=NORMALISER, compute_dtype=dtype
+            ).total
+        ),
+        dtype,
+    )
+    assert error(got, want) < tolerance

@@ -53,7 +53,7 @@ def test_windows_are_scored_one_by_one() -> None:
     total, count = 0.0, 0
     for start in range(0, 49, 16):
         ids = torch.from_numpy(STREAM[start : start + 17].astype(np.int64))[None]
-        total += float(model.module.eval()(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+        total += model.module.eval()(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
     for batch_size in (1, 3):
         result = held_out(model, Windows(STREAM, 16, None), ALONE, batch_size=batch_size)
