@@ -284,13 +284,16 @@ def _save(state: dict[str, torch.Tensor], path: Path, key: str, done: int) -> No
 
 def _restore(taps: _Taps, path: Path, key: str) -> int:
     """The number of batches that an earlier process has accumulated."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         return 0
-    with safe_open(path, framework="pt") as handle:
-        metadata = handle.metadata()
-        if metadata.get("key") != key:
-            return 0
-        taps.restore({name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118
-        return int(json.loads(metadata["done"]))
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata = handle.metadata() or {}
+            if metadata.get("key") != key:
+                return 0
+            taps.restore({name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118
+            return int(json.loads(metadata["done"]))
+    except SafetensorError:  # a damaged file: what it held is computed again
+        return 0

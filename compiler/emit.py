@@ -18,7 +18,7 @@ from minitron.specs.atomic import atomic_folder
 SHARD_BYTES = 2 << 30  # what is held in memory at a time, besides the tensor that is being made
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
-    "chat_template*", "chat_templates",
+    "chat_template*", "additional_chat_templates",
 )  # fmt: skip
 
 Make = Callable[[str], torch.Tensor]
@@ -122,7 +122,7 @@ def _copy_others(source: Path, folder: Path) -> None:
         else:
             shutil.copyfile(path, folder / path.name)
     generation = source / "generation_config.json"
-    if generation.is_file() and not (folder / generation.name).exists():
+    if generation.is_file():  # in place of the one that transformers makes up where it writes the model
         shutil.copyfile(generation, folder / generation.name)
 
 

@@ -87,6 +87,9 @@ class Executor:
                     and not segment.live_after
                     and not any(n.name in taps for n in segment.nodes)
                 ):
+                    for number in range(len(batches)):
+                        if advance is not None:
+                            advance(number)
                     continue
                 weights = {node: self._weight(node) for node in segment.weights}
                 for number, environment in enumerate(environments):

@@ -108,8 +108,14 @@ def model_folder(loaded: LoadedPlan, at: str, plan: ModelPlan) -> Path:
 def open_model(
     folder: Path, dtype: torch.dtype, device: torch.device, head: HeadPlan, loaded: LoadedPlan, at: str
 ) -> LanguageModel:
-    """The model in `folder` with the head that the plan gives at the dotted path `at`."""
+    """The model in `folder` with the head that the plan gives at the dotted path `at`.
+
+    On a CPU the weights are held in fp32: bf16 weights are the same numbers there, and without bf16 instructions, which
+    most CPUs lack, computing in bf16 takes several times as long.
+    """
     weight_files(folder)
+    if device.type == "cpu":
+        dtype = torch.float32
     try:
         with quiet():
             module, report = AutoModelForCausalLM.from_pretrained(

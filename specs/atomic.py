@@ -18,6 +18,14 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def _usual_mode(path: Path) -> None:
+    """The permissions that a new file or folder has under the user's umask, whatever wrote it: some libraries write
+    files that nobody else may read."""
+    umask = os.umask(0o077)  # it can only be read by setting it; in the meantime nothing is made that is too open
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
     """Yields a temporary path beside `target`; on success it is synced and takes the name `target`, on error it goes.
@@ -28,6 +36,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        _usual_mode(temporary)
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         temporary.replace(target)
@@ -55,6 +64,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in [temporary, *temporary.rglob("*")]:
+            _usual_mode(path)
             if path.is_dir():
                 sync_folder(path)
             else:

@@ -16,10 +16,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from minitron.compiler import Plan, compile_spec, make_plan
 from minitron.compiler import plan as plan_module
 from minitron.compiler import program as program_module
+from minitron.compiler.capture import build_meta, quiet
+from minitron.compiler.execute import Executor, Settings
+from minitron.compiler.weights import Fetch, load_buffers, open_weights
 from minitron.specs import LoadedSpec, load_spec
 from minitron.specs.progress import Progress, Silent
 from tests import models
@@ -28,12 +32,10 @@ CALIBRATION: dict[str, Any] = {"text": ["corpus.txt"], "document": "line", "samp
 
 
 @dataclass(frozen=True)
-class Build:
-    """A finished compile."""
+class Folder:
+    """What a compile leaves, however it ends."""
 
     folder: Path
-    loaded: LoadedSpec
-    plan: Plan
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -50,13 +52,21 @@ class Build:
         files = sorted((self.folder / "student").glob("*.safetensors"))
         return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
-    @property
-    def teacher(self) -> Path:
-        return self.plan.checkpoint.folder
-
     def document(self, name: str) -> dict[str, Any]:
         document: dict[str, Any] = json.loads((self.folder / name).read_text(encoding="utf-8"))
         return document
+
+
+@dataclass(frozen=True)
+class Build(Folder):
+    """A compile that ended well."""
+
+    loaded: LoadedSpec
+    plan: Plan
+
+    @property
+    def teacher(self) -> Path:
+        return self.plan.checkpoint.folder
 
 
 class Foundry:
@@ -114,6 +124,11 @@ class Foundry:
         with self.shortened():
             return make_plan(loaded, build=self.root / f"build-of-{loaded.path.stem}", weights=True)
 
+    def whole(self, family: str, dtype: str = "float32", **changes: Any) -> Plan:
+        """A plan that narrows nothing: for what is asked of a teacher alone."""
+        layers = models.tiny_config(family, **changes).num_hidden_layers
+        return self.plan(self.teacher(family, dtype, **changes), {"num_hidden_layers": layers}, dtype=dtype)
+
     def build(self, teacher: Path, student: dict[str, Any], *, fresh: bool = False, **blocks: Any) -> Build:
         """A compile by the real driver. With `fresh` it is the caller's own, to be broken as it likes."""
         key = json.dumps([str(teacher), student, blocks], sort_keys=True)
@@ -129,6 +144,38 @@ class Foundry:
         """`compile_spec` on the CPU."""
         with self.shortened():
             return Build(folder, loaded, compile_spec(loaded, folder, device="cpu", progress=progress or Silent()))
+
+
+def teacher_model(plan: Plan) -> Any:
+    """The teacher as any user loads it, in fp32."""
+    return load_model(plan.checkpoint.folder, plan.captured.attention)
+
+
+def load_model(folder: Path, attention: str = "sdpa") -> Any:
+    """The Hugging Face model of a folder, in fp32."""
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """[B, S, V]"""
+    with torch.no_grad():
+        result: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        return result
+
+
+def token_ids(rows: int = 2, length: int = 24, seed: int = 0) -> torch.Tensor:
+    """Any token ids [rows, length]."""
+    return torch.randint(0, models.VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def executor(plan: Plan, fetch: Fetch | None = None) -> Executor:
+    """The teacher's graph, ready to run on the weights of its checkpoint."""
+    captured = plan.captured
+    buffers = load_buffers(build_meta(captured.config, torch.float32, captured.attention))
+    settings = Settings("cpu", torch.float32, plan.dtype)
+    fetch = fetch or open_weights(captured, plan.checkpoint).get
+    return Executor(captured.graph_module, captured.layer_of, fetch, buffers, settings)
 
 
 class Apprentice:

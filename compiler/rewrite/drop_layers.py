@@ -84,11 +84,13 @@ def drop_layers(captured: Captured, ends: Sequence[LayerEnds], kept: Sequence[in
         return PassResult(graph_module, bool(dropped), f"dropped layers {dropped}" if dropped else "all layers kept")
 
     def ensures(graph_module: GraphModule) -> None:
+        left = set()
         for node in graph_module.graph.nodes:
             if node.op == "get_attr" and str(node.target).startswith(prefix):
-                number = int(str(node.target)[len(prefix) :].split(".", 1)[0])
-                assert number < len(kept), f"{node.target} belongs to a layer that is gone"
+                left.add(int(str(node.target)[len(prefix) :].split(".", 1)[0]))
+                assert max(left) < len(kept), f"{node.target} belongs to a layer that is gone"
                 assert attribute(graph_module, str(node.target)) is not None
+        assert len(left) == len(kept), f"{len(left)} layers are left, not {len(kept)}"
 
     return Pass("drop_layers", run, ensures)
 
