@@ -197,7 +197,9 @@ class Tracer:
         if name is None:
             dims = [self.space.fresh(size) for size in sizes]
             for dim in dims:
-                self.space.pin(dim, "a table that the model computes for itself when it is loaded", strip_wrapper(str(node.target)))
+                self.space.pin(
+                    dim, "a table that the model computes for itself when it is loaded", strip_wrapper(str(node.target))
+                )
             return dims
         if name not in self.parameters:
             self.parameters[name] = [self.space.fresh(size) for size in sizes]

@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers.utils import logging as transformers_logging
 
+from minitron.compiler.graph_module import empty_meta, rebuild
 from minitron.specs.errors import UsageError
 
 WRAPPER = "causal_lm"
@@ -190,31 +191,13 @@ def _export(config: Any, dtype: torch.dtype, attention: str) -> tuple[torch.nn.M
         module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
     names = canonical_names(fake)
+
+    def canonical(target: str) -> str:
+        name = strip_wrapper(target)
+        return f"{WRAPPER}.{names[name]}" if name in names else target
+
     for node in list(module.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             # Its only use is to catch a retrace with other number formats; it would pin the device.
             module.graph.erase_node(node)
-        elif node.op == "get_attr":
-            name = strip_wrapper(str(node.target))
-            node.target = f"{WRAPPER}.{names[name]}" if name in names else node.target
-            set_attribute(module, str(node.target), attribute(module, str(node.target)).to("meta"))
-    module.recompile()
-    return build_meta(config, dtype, attention), module
-
-
-def attribute(graph_module: GraphModule, target: str) -> torch.Tensor:
-    """The parameter or buffer that a `get_attr` node reads."""
-    path, _, name = target.rpartition(".")
-    value = getattr(graph_module.get_submodule(path), name)
-    assert isinstance(value, torch.Tensor)
-    return value
-
-
-def set_attribute(graph_module: GraphModule, target: str, value: torch.Tensor) -> None:
-    """Replaces a parameter or buffer."""
-    path, _, name = target.rpartition(".")
-    holder = graph_module.get_submodule(path)
-    if name in holder._parameters:
-        holder._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
-    else:
-        holder._buffers[name] = value
+    return build_meta(config, dtype, attention), rebuild(module, canonical, empty_meta)

@@ -208,7 +208,10 @@ def validate(
             model = verify.load_student(build / "student", plan.captured.attention)
         except WorkError as error:
             # Says of the widths what the configuration alone can say.
-            return [verify.check_widths(build / "student", _config_widths(plan), {}, {}), verify.broken("reload", error)]
+            return [
+                verify.check_widths(build / "student", _config_widths(plan), {}, {}),
+                verify.broken("reload", error),
+            ]
         wanted = verify.logits_of(model, ids)
         shapes = {name: tuple(p.shape) for name, p in plan.model.named_parameters()}
         got = {name: tuple(p.shape) for name, p in model.named_parameters()}

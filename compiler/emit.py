@@ -60,7 +60,8 @@ def write_student(
             with quiet():
                 config.save_pretrained(folder)
         else:
-            loaded: Any = copy.deepcopy(model)
+            with quiet(), torch.device("meta"):
+                loaded: Any = type(model)(copy.deepcopy(config))
             for name, parameter in list(loaded.named_parameters()):
                 _assign(loaded, name, torch.nn.Parameter(make(name), requires_grad=False))
                 advance(parameter.numel() * parameter.element_size())

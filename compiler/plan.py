@@ -26,7 +26,6 @@ from minitron.specs.available import unavailable
 from minitron.specs.data_files import check_data
 from minitron.specs.errors import SpecError, SpecInvalid, UsageError, WorkError
 from minitron.specs.load import LoadedSpec
-from minitron.specs.units import Share, default_multiple
 
 FORMAT_VERSION = 1
 

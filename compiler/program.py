@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,8 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from minitron.compiler.capture import LONGEST, attribute, quiet, strip_wrapper
+from minitron.compiler.capture import LONGEST, quiet, strip_wrapper
+from minitron.compiler.graph_module import rebuild
 from minitron.specs.atomic import atomic_path
 from minitron.specs.errors import WorkError
 
@@ -43,26 +43,8 @@ def build_program(graph_module: GraphModule, buffers: Mapping[str, torch.Tensor]
 
 
 def _plain(graph_module: GraphModule) -> GraphModule:
-    """The graph over modules that are named as the model's own, without the wrapper's prefix."""
-    graph = copy.deepcopy(graph_module.graph)
-    root = torch.nn.Module()
-    for node in graph.nodes:
-        if node.op != "get_attr":
-            continue
-        old = attribute(graph_module, str(node.target))
-        node.target = strip_wrapper(str(node.target))
-        holder, _, name = str(node.target).rpartition(".")
-        module = root
-        for step in filter(None, holder.split(".")):
-            if step not in module._modules:
-                module.add_module(step, torch.nn.Module())
-            module = module.get_submodule(step)
-        empty = torch.empty(old.shape, dtype=old.dtype)
-        if isinstance(old, torch.nn.Parameter):
-            module.register_parameter(name, torch.nn.Parameter(empty, requires_grad=False))
-        else:
-            module.register_buffer(name, empty)
-    return GraphModule(root, graph)
+    """The graph over modules that are named as the model's own, its tensors fake ones of the CPU."""
+    return rebuild(graph_module, strip_wrapper, lambda value: torch.empty(tuple(value.shape), dtype=value.dtype))
 
 
 def save_program(program: ExportedProgram, path: Path) -> None:

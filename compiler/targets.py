@@ -201,7 +201,9 @@ def _check_heads(
     if fits(heads, groups):
         return []
     if heads > possible[-1]:
-        message = f"{groups} key-value groups of this teacher have {possible[-1]} query heads, {repeats} each, not {heads}"
+        message = (
+            f"{groups} key-value groups of this teacher have {possible[-1]} query heads, {repeats} each, not {heads}"
+        )
     else:
         message = f"{heads} query heads do not divide into {groups} key-value groups"
     near = sorted(sorted(possible, key=lambda n: abs(n - heads))[:2])

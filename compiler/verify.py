@@ -12,7 +12,6 @@ Each check compares two independent routes. One that fails fails the compile.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import tempfile
@@ -29,6 +28,7 @@ from torch.fx import Graph, GraphModule, Node
 from minitron.compiler.axes import AxisTable
 from minitron.compiler.capture import quiet
 from minitron.compiler.dims import size_of
+from minitron.compiler.graph_module import rebuild
 from minitron.compiler.head import Head
 from minitron.compiler.narrowing import Dependent, Indices, Narrowing
 from minitron.compiler.program import run_program
@@ -183,8 +183,7 @@ def masked_reference(graph_module: GraphModule, table: AxisTable, narrowing: Nar
     With dropped channels at zero, mean over all of x^2 = (kept / all) mean over the kept: the factor is undone here, in
     the reference only. (The student ships its norms as they are; see docs/architecture.md.)
     """
-    with quiet():
-        reference = copy.deepcopy(graph_module)
+    reference = rebuild(graph_module)
     graph: Graph = reference.graph
     dims_of = {node.name: table.nodes[node] for node in graph_module.graph.nodes if node in table.nodes}
     for node in list(graph.nodes):

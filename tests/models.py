@@ -81,6 +81,29 @@ def save_tokenizer(folder: Path, vocabulary: int = VOCABULARY) -> None:
 
 def text(lines: int, seed: int = 0) -> str:
     """Lines of words, one document a line."""
-    words = "the cat sat on a mat while two old dogs ran around an apple tree and seven birds sang in the rain".split()
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "a",
+        "mat",
+        "while",
+        "two",
+        "old",
+        "dogs",
+        "ran",
+        "around",
+        "an",
+        "apple",
+        "tree",
+        "and",
+        "seven",
+        "birds",
+        "sang",
+        "in",
+        "the",
+        "rain",
+    ]
     draws = torch.randint(0, len(words), (lines, 12), generator=torch.Generator().manual_seed(seed)).tolist()
     return "\n".join(" ".join(words[draw] for draw in row) for row in draws) + "\n"

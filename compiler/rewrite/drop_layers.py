@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from minitron.compiler.capture import WRAPPER, Captured, attribute
+from minitron.compiler.capture import WRAPPER, Captured
+from minitron.compiler.graph_module import attribute
 from minitron.compiler.rewrite.passes import Pass, PassResult
 from minitron.specs.errors import UsageError
 

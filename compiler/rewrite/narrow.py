@@ -12,7 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch.fx import GraphModule
 
-from minitron.compiler.capture import Captured, attribute, set_attribute, strip_wrapper
+from minitron.compiler.capture import Captured, strip_wrapper
+from minitron.compiler.graph_module import attribute, set_attribute
 from minitron.compiler.narrowing import Narrowing
 from minitron.compiler.rewrite.passes import Pass, PassResult
 from minitron.compiler.rules import Dims, Result
@@ -33,7 +34,7 @@ def narrow_parameters(captured: Captured, dims_of: Mapping[str, Result], narrowi
             old = attribute(graph_module, str(node.target))
             shape = wanted(node.name)
             if tuple(old.shape) != shape:
-                set_attribute(graph_module, str(node.target), torch.empty(shape, dtype=old.dtype, device="meta"))
+                set_attribute(graph_module, str(node.target), _narrowed(old, shape))
                 changed += 1
         return PassResult(graph_module, changed > 0, f"narrowed {changed} parameters")
 
@@ -45,3 +46,8 @@ def narrow_parameters(captured: Captured, dims_of: Mapping[str, Result], narrowi
                 assert shape == wanted(node.name), f"{name} is {shape}, not {wanted(node.name)}"
 
     return Pass("narrow_parameters", run, ensures)
+
+
+def _narrowed(old: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    new = torch.empty(shape, dtype=old.dtype, device="meta")
+    return torch.nn.Parameter(new, requires_grad=False) if isinstance(old, torch.nn.Parameter) else new

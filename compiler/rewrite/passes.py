@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
-from minitron.compiler.capture import quiet
+from minitron.compiler.graph_module import rebuild
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,7 @@ class PassFailed(AssertionError):
 
 def run_passes(graph_module: GraphModule, passes: Sequence[Pass]) -> tuple[GraphModule, list[PassResult]]:
     """Runs passes over a copy of `graph_module`, in order, and checks each one's postcondition."""
-    with quiet():
-        current = copy.deepcopy(graph_module)
+    current = rebuild(graph_module)
     results = []
     for one in passes:
         result = one.run(current)

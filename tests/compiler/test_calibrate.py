@@ -37,7 +37,7 @@ def scores(
     plan: Plan,
     samples: torch.Tensor = SAMPLES,
     *,
-    width: WidthConfig = WidthConfig(),  # noqa: B008
+    width: WidthConfig = WidthConfig(),
     metric: Any = "block_influence",
     need_layers: bool = True,
     partial: Path | None = None,

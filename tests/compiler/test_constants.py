@@ -107,15 +107,23 @@ def recipes_of(plan: Plan) -> dict[str, Recipe]:
 
 def test_a_factor_that_is_not_one_on_an_embedding_is_refused(foundry: Foundry) -> None:
     plan = foundry.whole("llama")
-    with pytest.raises(UsageError, match="rotary_emb.inv_freq depends on a narrowed width .* no repair is known for it"):
+    with pytest.raises(
+        UsageError, match="rotary_emb.inv_freq depends on a narrowed width .* no repair is known for it"
+    ):
         constants.repair_scale(plan.captured.graph_module, "model.rotary_emb.inv_freq", 1.1, recipes_of(plan))
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"query_pre_attn_scalar": 13}, r"in model.layers.0.self_attn .*\(0.288675 in the teacher, 0.27735 in the student"),
-        ({"rms_norm_eps": 1e-4}, r"add in model.layers.0.input_layernorm .*\(1e-06 in the teacher, 0.0001 in the student"),
+        (
+            {"query_pre_attn_scalar": 13},
+            r"in model.layers.0.self_attn .*\(0.288675 in the teacher, 0.27735 in the student",
+        ),
+        (
+            {"rms_norm_eps": 1e-4},
+            r"add in model.layers.0.input_layernorm .*\(1e-06 in the teacher, 0.0001 in the student",
+        ),
         ({"final_logit_softcapping": 6.0}, r"\(5 in the teacher, 6 in the student"),
     ],
 )

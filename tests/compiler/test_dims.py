@@ -237,7 +237,7 @@ class TestReshape:
 
     def test_a_concatenation_is_split_in_each_of_its_parts(self, space: Space) -> None:
         fused = space.cat([n(space, 16), n(space, 8)])
-        heads, width = space.reshape([fused], [Size(6), Size(4)], "view")
+        heads, _width = space.reshape([fused], [Size(6), Size(4)], "view")
         assert space.describe(heads) == "(4 + 2)" and space.describe(fused) == "(4 + 2) x 4"
         assert pinned(space, fused) == [False] * 3
 
@@ -264,7 +264,7 @@ class TestSlices:
         whole = n(space, 12)
         first, second = space.slice(whole, 0, 8, "slice"), space.slice(whole, 4, 12, "slice")
         assert [leaf.size.coefficient for leaf in space.leaves(whole)] == [4, 4, 4]
-        assert list(space.leaves(first))[1] is list(space.leaves(second))[0]
+        assert list(space.leaves(first))[1] is next(iter(space.leaves(second)))
 
     def test_the_whole_is_no_piece(self, space: Space) -> None:
         whole = n(space, 12)

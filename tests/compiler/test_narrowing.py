@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -205,7 +206,7 @@ def test_a_view_there_and_back_leaves_the_same_leaves(program: Program, data: st
 def test_all_pieces_together_are_the_whole(program: Program, data: st.DataObject) -> None:
     dim = data.draw(st.sampled_from(program.dims))
     cuts = sorted(data.draw(st.sets(st.integers(1, max(1, number(dim) - 1)), max_size=3)) | {0, number(dim)})
-    pieces = [program.space.slice(dim, a, b, "slice") for a, b in zip(cuts, cuts[1:], strict=False)]
+    pieces = [program.space.slice(dim, a, b, "slice") for a, b in itertools.pairwise(cuts)]
     joined = program.space.cat(pieces)
     program.space.settle()
     kept = {leaf: np.arange(leaf.size.coefficient)[::2] for leaf in program.space.leaves(dim) if not leaf.pins}
@@ -254,7 +255,7 @@ def _structure(draw: st.DrawFn, size: int) -> list[tuple[int, ...]]:
     """A dimension of `size`: pieces that are joined, each a product of factors."""
     cuts = sorted(draw(st.sets(st.integers(1, size - 1), max_size=2)) | {0, size})
     pieces = []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in itertools.pairwise(cuts):
         length = stop - start
         fast = draw(st.sampled_from([k for k in range(1, length + 1) if length % k == 0]))
         pieces.append((length // fast, fast))

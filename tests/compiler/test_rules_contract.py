@@ -41,7 +41,9 @@ class TestLinear:
         assert traced.same(("w", 0), ("w", 1), ("x", 2), ("y", 2))
 
     def test_who_reads_what_is_recorded(self) -> None:
-        traced = tokens(Toy(lambda s, x: F.linear(F.linear(x, s.a).relu(), s.b.t().contiguous().t()), a=(8, 6), b=(4, 8)))
+        traced = tokens(
+            Toy(lambda s, x: F.linear(F.linear(x, s.a).relu(), s.b.t().contiguous().t()), a=(8, 6), b=(4, 8))
+        )
         names = [contraction.weight for contraction in traced.table.contractions]
         assert names == ["a", "b"]
         assert traced.table.contractions[1].value.target == torch.ops.aten.relu.default
@@ -61,7 +63,8 @@ class TestProducts:
         assert traced.describe("y") == ["3", "4", "6"]
 
     @pytest.mark.parametrize(
-        "left, right, result", [((5,), (5,), []), ((4, 5), (5,), ["4"]), ((5,), (5, 6), ["6"]), ((5,), (3, 5, 2), ["3", "2"])]
+        "left, right, result",
+        [((5,), (5,), []), ((4, 5), (5,), ["4"]), ((5,), (5, 6), ["6"]), ((5,), (3, 5, 2), ["3", "2"])],
     )
     def test_vectors(self, left: tuple[int, ...], right: tuple[int, ...], result: list[str]) -> None:
         traced = check(Toy(lambda s: s.a @ s.b, a=left, b=right))
@@ -69,7 +72,9 @@ class TestProducts:
         assert traced.same(("a", len(left) - 1), ("b", max(0, len(right) - 2)))
 
     def test_bmm_and_mm(self) -> None:
-        traced = check(Toy(lambda s: torch.bmm(s.a, s.b) @ torch.mm(s.c, s.d), a=(3, 4, 5), b=(3, 5, 6), c=(6, 2), d=(2, 7)))
+        traced = check(
+            Toy(lambda s: torch.bmm(s.a, s.b) @ torch.mm(s.c, s.d), a=(3, 4, 5), b=(3, 5, 6), c=(6, 2), d=(2, 7))
+        )
         assert traced.same(("b", 2), ("c", 0)) and traced.same(("c", 1), ("d", 0))
 
     def test_addmm_adds_a_bias_of_any_rank(self) -> None:

@@ -227,7 +227,9 @@ class TestSlices:
     def test_one_index_or_all_indices_one_by_one(self) -> None:
         traced = tokens(Toy(lambda s, x: (x @ s.w)[..., 3], w=(6, 8)))
         assert "one index of it is taken" in traced.pins("w", 1) and matters(traced, "w", 1)
-        toy = Toy(lambda s, x: torch.stack((x @ s.w).unflatten(-1, (2, 4)).unbind(-2)[::-1], -1) @ s.v, w=(6, 8), v=(2, 3))
+        toy = Toy(
+            lambda s, x: torch.stack((x @ s.w).unflatten(-1, (2, 4)).unbind(-2)[::-1], -1) @ s.v, w=(6, 8), v=(2, 3)
+        )
         traced = tokens(toy)
         assert traced.describe("w") == ["6", "2! x 4"] and "index by index" in traced.pins("w", 1)
         assert "a stack of separate values" in traced.pins("v", 0)

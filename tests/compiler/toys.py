@@ -23,7 +23,8 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from minitron.compiler.axes import AxisTable, analyse
-from minitron.compiler.capture import Captured, canonical_names, quiet, set_attribute, strip_wrapper
+from minitron.compiler.capture import Captured, canonical_names, quiet, strip_wrapper
+from minitron.compiler.graph_module import set_attribute
 from minitron.compiler.dims import Atom, Dim, Size, Space
 from minitron.compiler.narrowing import Indices, Narrowing
 from minitron.compiler.rewrite.shape_constants import shape_constants
@@ -90,9 +91,7 @@ class Traced:
 
     def pins(self, name: str, axis: int) -> str:
         """All reasons that stand against narrowing a dimension."""
-        return "; ".join(
-            sorted({str(pin) for leaf in self.space.leaves(self.dims(name)[axis]) for pin in leaf.pins})
-        )
+        return "; ".join(sorted({str(pin) for leaf in self.space.leaves(self.dims(name)[axis]) for pin in leaf.pins}))
 
     def notes(self, name: str, axis: int) -> set[str]:
         return {note.kind for leaf in self.space.leaves(self.dims(name)[axis]) for note in leaf.notes}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from minitron.specs.errors import SpecInvalid
 from tests.foundry import Foundry
 
 ALONE: dict[str, int] = {
