@@ -108,7 +108,7 @@ def recipes_of(plan: Plan) -> dict[str, Recipe]:
 def test_a_factor_that_is_not_one_on_an_embedding_is_refused(foundry: Foundry) -> None:
     plan = foundry.whole("llama")
     with pytest.raises(
-        UsageError, match="rotary_emb.inv_freq depends on a narrowed width .* no repair is known for it"
+        UsageError, match=r"rotary_emb.inv_freq depends on a narrowed width .* no repair is known for it"
     ):
         constants.repair_scale(plan.captured.graph_module, "model.rotary_emb.inv_freq", 1.1, recipes_of(plan))
 
@@ -145,5 +145,5 @@ def test_numbers_are_compared_with_those_of_the_layer_that_was_kept() -> None:
         if node.target is torch.ops.aten.add.Tensor and "layers.1." in mine.module_of(node):
             node.update_arg(1, 0.5) if isinstance(node.args[1], float) else None
     constants.check_scalars(mine, theirs, {0: 0, 2: 1})
-    with pytest.raises(UsageError, match="layers.1.input_layernorm"):
+    with pytest.raises(UsageError, match=r"layers\.1\.input_layernorm"):
         constants.check_scalars(mine, theirs, {0: 0, 1: 1})

@@ -4,8 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+
+from tests.runtime import tiny
 
 
 @pytest.fixture(scope="session")

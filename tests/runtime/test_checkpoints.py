@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from listening import Messages
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +19,8 @@ from minitron.runtime.optimizer import make_optimizer
 from minitron.specs.blocks.training import Optimizer
 from minitron.specs.errors import WorkError
 from minitron.specs.progress import Silent
+from tests.runtime import tiny
+from tests.runtime.listening import Messages
 
 
 class Trainee:

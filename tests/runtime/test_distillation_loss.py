@@ -6,13 +6,13 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
-import naive
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minitron.runtime.loss import DistillationLoss, Head, LossTerms, distillation_loss, products
+from tests.runtime import naive
 
 TOKENS, VOCABULARY, HIDDEN, TEACHER_HIDDEN = 37, 500, 12, 20
 NORMALISER = 50.0

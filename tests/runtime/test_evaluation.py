@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny
 import yaml
 
 from minitron.runtime import evaluate, suite, train
@@ -19,6 +18,7 @@ from minitron.runtime.models import weight_bytes
 from minitron.runtime.plan import EvaluationPlan
 from minitron.specs.errors import UsageError, WorkError
 from minitron.specs.progress import Silent
+from tests.runtime import tiny
 
 
 def run(build: Path, **changes: Any) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +15,7 @@ from minitron.runtime.loss import Head, likelihood, negative_log_likelihood
 from minitron.runtime.models import LanguageModel
 from minitron.runtime.plan import HeadPlan
 from minitron.runtime.world import World
+from tests.runtime import tiny
 
 ALONE = World(0, 1, torch.device("cpu"))
 STREAM = np.random.default_rng(0).integers(2, 320, 50).astype(np.uint16)

@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from minitron.runtime import evaluate, train
 from minitron.specs.progress import Silent
+from tests.runtime import tiny
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 STORIES = SHARED / "stories260K"

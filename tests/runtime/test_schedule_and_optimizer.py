@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from minitron.runtime.optimizer import make_optimizer, set_learning_rate
 from minitron.runtime.schedule import learning_rate
 from minitron.specs.blocks.training import Optimizer
+from tests.runtime import tiny
 
 
 @given(steps=st.integers(1, 300), warmup=st.integers(0, 300))

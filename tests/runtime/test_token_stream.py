@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from listening import Messages
 
 from minitron.runtime.data import data_hash, open_corpus
 from minitron.runtime.models import load_tokenizer
@@ -16,6 +14,8 @@ from minitron.runtime.tokens import TextEncoder, token_stream
 from minitron.specs.data import DataSource
 from minitron.specs.errors import WorkError
 from minitron.specs.progress import Silent
+from tests.runtime import tiny
+from tests.runtime.listening import Messages
 
 
 @pytest.fixture

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from listening import AtStep, Messages
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,6 +19,8 @@ from minitron.runtime.disk import only_one
 from minitron.runtime.metrics import read_metrics
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError
 from minitron.specs.progress import Progress, Silent
+from tests.runtime import tiny
+from tests.runtime.listening import AtStep, Messages
 
 
 def run(build: Path, progress: Progress | None = None, **changes: Any) -> list[dict[str, Any]]:

@@ -9,13 +9,12 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import processes
 import pytest
-import tiny
-from processes import last_word, start, train_in_process, train_on_ranks
 from safetensors.torch import load_file
 
 from minitron.runtime.metrics import read_metrics
+from tests.runtime import processes, tiny
+from tests.runtime.processes import last_word, start, train_in_process, train_on_ranks
 
 STEPS = 24
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import yaml
 
 from minitron.runtime.plan import EvaluationPlan, TrainingPlan, read_plan, resume_identity
 from minitron.specs.errors import SpecInvalid, UsageError
+from tests.runtime import tiny
 
 
 def errors(folder: Path, text: str | None = None, **changes: Any) -> list[str]:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from specimens import WHOLE
 
 from minitron.specs import SpecInvalid, load_spec
 from minitron.specs.shape import all_blocks, words_at
 from minitron.specs.source import Plain, plain, read_text
 from minitron.specs.spec import Spec
+from tests.specs.specimens import WHOLE
 
 KEYS = sorted({key for _, block in all_blocks(Spec) for key in block.model_fields})
 PATHS = sorted({(*path.split("."), key) for path, block in all_blocks(Spec) if path for key in block.model_fields})

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Load
 from hypothesis import given
 from hypothesis import strategies as st
-from specimens import SMALL
 
 from minitron.specs import SpecInvalid, WorkError
 from minitron.specs.documents import DataSource, check_data, content_hash, data_files, iter_documents, resolve
+from tests.specs.conftest import Load
+from tests.specs.specimens import SMALL
 
 
 def source(**keys: Any) -> DataSource:

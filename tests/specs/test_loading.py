@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Errors, Load
 from hypothesis import given
 from hypothesis import strategies as st
-from specimens import SHORTEST, SMALL, WHOLE
 
 from minitron.specs import SpecInvalid, UsageError, load_spec, unavailable
 from minitron.specs.extends import merge
@@ -20,6 +18,8 @@ from minitron.specs.shape import all_blocks
 from minitron.specs.source import Mapping, plain, read_text
 from minitron.specs.spec import Spec
 from minitron.specs.units import Share
+from tests.specs.conftest import Errors, Load
+from tests.specs.specimens import SHORTEST, SMALL, WHOLE
 
 
 def test_the_contract_s_own_example_is_valid_and_means_what_it_says(load: Load) -> None:

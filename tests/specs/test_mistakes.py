@@ -6,8 +6,9 @@ import re
 from typing import NamedTuple
 
 import pytest
-from conftest import Errors
-from specimens import SHORTEST, SMALL
+
+from tests.specs.conftest import Errors
+from tests.specs.specimens import SHORTEST, SMALL
 
 
 class Wrong(NamedTuple):

@@ -6,13 +6,13 @@ import math
 import time
 
 import pytest
-from conftest import Errors, Load
 from hypothesis import given
 from hypothesis import strategies as st
-from specimens import SHORTEST
 
 from minitron.specs.errors import SpecInvalid
 from minitron.specs.source import Mapping, Scalar, Sequence, YesNo, plain, read_text, scalar_value
+from tests.specs.conftest import Errors, Load
+from tests.specs.specimens import SHORTEST
 
 
 def read(text: str) -> object:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Load
 
 from minitron.specs import UsageError, load_spec, recipe_names, recipe_text, starting_spec, unavailable
+from tests.specs.conftest import Load
 
 # teacher, what becomes smaller, tokens, highest and lowest learning rate: arXiv 2407.14679 and 2408.11796.
 PUBLISHED = {

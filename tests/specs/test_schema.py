@@ -7,7 +7,6 @@ import re
 from typing import Any
 
 import pytest
-from specimens import SHORTEST, SMALL, WHOLE
 
 from minitron.specs import json_schema_text, recipe_names, recipe_text, starting_spec
 from minitron.specs.reference import REFERENCE_FILE, SCHEMA_FILE, reference_text
@@ -15,6 +14,7 @@ from minitron.specs.schema import json_schema
 from minitron.specs.shape import all_blocks
 from minitron.specs.source import plain, read_text
 from minitron.specs.spec import Spec
+from tests.specs.specimens import SHORTEST, SMALL, WHOLE
 
 RENEW = "run: python -m minitron.specs.reference"
 

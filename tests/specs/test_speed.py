@@ -6,8 +6,8 @@ import subprocess
 import sys
 import time
 
-from conftest import Load
-from specimens import WHOLE
+from tests.specs.conftest import Load
+from tests.specs.specimens import WHOLE
 
 
 def test_neither_torch_nor_any_other_heavy_package_is_imported() -> None:
