@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from minitron.compiler import compile_spec
 from minitron.compiler.select import Selection
@@ -146,6 +147,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/minitron-quality"), help="builds; can be removed after")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="as in `minitron run`")
     args = parser.parse_args()
+    transformers_logging.disable_progress_bar()
     overrides = [*args.set, *([f"distill.tokens={args.tokens}"] if args.tokens else [])]
     loaded = load_spec(args.spec, overrides)
     assert loaded.spec.distill is not None, "the spec must have a `distill` block"

@@ -73,7 +73,10 @@ def drop_layers(captured: Captured, ends: Sequence[LayerEnds], kept: Sequence[in
     def run(graph_module: GraphModule) -> PassResult:
         nodes = {node.name: node for node in graph_module.graph.nodes}
         dropped = [i for i in range(captured.layer_count) if i not in numbers]
-        for layer in dropped:
+        if not dropped:
+            return PassResult(graph_module, False, "all layers kept")
+        # From the last: what a layer is given may itself come from a dropped one, whose turn is then still to come.
+        for layer in reversed(dropped):
             nodes[ends[layer].leave].replace_all_uses_with(nodes[ends[layer].entry])
         graph_module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
         for node in graph_module.graph.nodes:
@@ -82,7 +85,7 @@ def drop_layers(captured: Captured, ends: Sequence[LayerEnds], kept: Sequence[in
                 number, rest = target[len(prefix) :].split(".", 1)
                 node.target = f"{prefix}{numbers[int(number)]}.{rest}"
         _move_modules(graph_module, prefix.rstrip("."), kept)
-        return PassResult(graph_module, bool(dropped), f"dropped layers {dropped}" if dropped else "all layers kept")
+        return PassResult(graph_module, True, f"dropped layers {dropped}")
 
     def ensures(graph_module: GraphModule) -> None:
         left = set()

@@ -340,7 +340,7 @@ class TestUnknown:
                 y = (x @ s.w).cos()
             return y @ s.v
 
-        traced = tokens(Toy(forward, w=(6, 8), v=(8, 3)))
+        traced = trace(Toy(forward, w=(6, 8), v=(8, 3)), X)
         assert list(traced.table.unknown) == ["wrap_with_set_grad_enabled"]
         assert traced.pins("w", 1) and traced.pins("v", 0) and not traced.pins("v", 1)
 

@@ -25,7 +25,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from minitron.compiler.axes import AxisTable, analyse
 from minitron.compiler.capture import Captured, canonical_names, quiet, strip_wrapper
 from minitron.compiler.dims import Atom, Dim, Size, Space
-from minitron.compiler.graph_module import set_attribute
+from minitron.compiler.graph_module import rebuild, set_attribute
 from minitron.compiler.narrowing import Indices, Narrowing
 from minitron.compiler.rewrite.shape_constants import shape_constants
 from minitron.compiler.rules import Dims
@@ -140,8 +140,7 @@ class Traced:
 
     def narrowed(self, lists: Lists) -> list[torch.Tensor]:
         """The outputs of the rewritten graph; asserts the sizes of every value in it."""
-        with quiet():
-            graph_module = copy.deepcopy(self.graph_module)
+        graph_module = rebuild(self.graph_module)
         narrowing = Narrowing(self.space, lists)
         dims_of = {node.name: dims for node, dims in self.table.nodes.items()}
         for node in graph_module.graph.nodes:
@@ -274,11 +273,16 @@ def assert_free(traced: Traced, leaf: Atom) -> None:
 
 
 def matters(traced: Traced, name: str, axis: int) -> bool:
-    """Whether exchanging two indices of a leaf, against the analysis, changes the function, as of a pinned one it should."""
+    """Whether exchanging some two neighbours of a leaf, against the analysis, changes the function, as of a pinned one."""
     leaf = traced.leaf(name, axis)
-    order = {leaf: np.array([1, 0, *range(2, leaf.size.coefficient)])}
-    before, after = traced.picked(traced.run({}, take), order), traced.run(order, take)
-    return not all(torch.allclose(a.double(), b.double()) for a, b in zip(before, after, strict=True))
+    before = traced.run({}, take)
+    for index in range(leaf.size.coefficient - 1):
+        order = np.arange(leaf.size.coefficient)
+        order[[index, index + 1]] = order[[index + 1, index]]
+        wanted, got = traced.picked(before, {leaf: order}), traced.run({leaf: order}, take)
+        if not all(torch.allclose(a.double(), b.double()) for a, b in zip(wanted, got, strict=True)):
+            return True
+    return False
 
 
 def mask(value: torch.Tensor, positions: list[Indices]) -> torch.Tensor:
