@@ -84,6 +84,7 @@ def join_world(device: str | None) -> Iterator[World]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    dist.barrier()  # all are connected now: a rank that refuses the plan at once is not one that another cannot reach
     try:
         yield World(dist.get_rank(), size, chosen)
     finally:

@@ -15,6 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 VOCABULARY = 96
 POSITIONS = 128
+WORDS = (
+    "the", "cat", "sat", "on", "a", "mat", "while", "two", "old", "dogs", "ran", "around", "an", "apple", "tree", "and",
+    "seven", "birds", "sang", "in", "rain",
+)  # fmt: skip
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -32,7 +36,7 @@ COMMON: dict[str, Any] = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 8},
     "mistral": {"head_dim": 12, "sliding_window": 8},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "qwen3": {"head_dim": 12, "tie_word_embeddings": True},
     "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 8, "final_logit_softcapping": 5.0},
     "phi3": {},
@@ -81,29 +85,5 @@ def save_tokenizer(folder: Path, vocabulary: int = VOCABULARY) -> None:
 
 def text(lines: int, seed: int = 0) -> str:
     """Lines of words, one document a line."""
-    words = [
-        "the",
-        "cat",
-        "sat",
-        "on",
-        "a",
-        "mat",
-        "while",
-        "two",
-        "old",
-        "dogs",
-        "ran",
-        "around",
-        "an",
-        "apple",
-        "tree",
-        "and",
-        "seven",
-        "birds",
-        "sang",
-        "in",
-        "the",
-        "rain",
-    ]
-    draws = torch.randint(0, len(words), (lines, 12), generator=torch.Generator().manual_seed(seed)).tolist()
-    return "\n".join(" ".join(words[draw] for draw in row) for row in draws) + "\n"
+    draws = torch.randint(0, len(WORDS), (lines, 12), generator=torch.Generator().manual_seed(seed)).tolist()
+    return "\n".join(" ".join(WORDS[draw] for draw in row) for row in draws) + "\n"

@@ -1,0 +1,278 @@
+"""Every check of a compile fails when what it guards is broken, and fails the compile with it.
+
+Each case breaks one thing on its way from the plan to the folder, as a bug of ours would, and names the checks that see it.
+All other checks still pass: they look at other things.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minitron.compiler import compile, plan, verify
+from minitron.compiler.narrowing import Narrowing
+from minitron.compiler.weights import Recipe
+from minitron.specs.errors import WorkError
+from tests.foundry import Folder, Foundry
+
+CHECKS = {"widths", "reload", "masked", "permutation", "program", "head"}
+FFN = {"intermediate_size": 24}
+
+Break = Callable[[pytest.MonkeyPatch], None]
+
+
+def around(patch: pytest.MonkeyPatch, name: str, after: Callable[..., Any]) -> None:
+    """Wraps a stage of the driver: `after(result, *arguments)` is what it returns instead."""
+    original = getattr(compile, name)
+    patch.setattr(compile, name, lambda *args, **kwargs: after(original(*args, **kwargs), *args))
+
+
+def tampered_file(name: str, change: Callable[[Path], None]) -> Break:
+    """Changes a file of the build once everything is written, before it is verified."""
+
+    def spoil(patch: pytest.MonkeyPatch) -> None:
+        around(patch, "emit", lambda result, plan, student, source, build, progress: change(build / name))
+
+    return spoil
+
+
+def config_key(key: str, value: Any) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+
+    return change
+
+
+def one_weight(path: Path) -> None:
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] += 1.0
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def one_tensor_less(path: Path) -> None:
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def other_channels(recipe: Recipe) -> Recipe:
+    """Another list of as many columns: what a slip in the index arithmetic would yield."""
+    rows, columns = recipe.positions
+    assert columns is not None
+    return replace(recipe, positions=(rows, np.setdiff1d(np.arange(40), columns)[: len(columns)].repeat(2)[:24]))
+
+
+def wrong_list_on_disk(patch: pytest.MonkeyPatch) -> None:
+    original = compile.emit
+
+    def emit(plan: Any, student: Any, *rest: Any) -> None:
+        name = "model.layers.0.mlp.down_proj.weight"
+        made = {**student.recipes, name: other_channels(student.recipes[name])}
+        original(plan, replace(student, recipes=made), *rest)
+
+    patch.setattr(compile, "emit", emit)
+
+
+def wrong_list_everywhere(patch: pytest.MonkeyPatch) -> None:
+    """In memory and on disk alike: reloading agrees with itself, and is still not the teacher without some neurons."""
+
+    def spoil(student: compile.Student, *_: Any) -> compile.Student:
+        name = "model.layers.0.mlp.down_proj.weight"
+        return replace(student, recipes={**student.recipes, name: other_channels(student.recipes[name])})
+
+    around(patch, "rewrite", spoil)
+
+
+def norms_of_all_channels(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(verify, "masked_reference", lambda graph_module, table, narrowing: graph_module)
+
+
+def axis_that_has_an_order(patch: pytest.MonkeyPatch) -> None:
+    """The channels of a rotated query, as if nobody had pinned them."""
+
+    def spoil(student: compile.Student, plan: plan.Plan, *_: Any) -> compile.Student:
+        leaves = plan.table.space.leaves(plan.table.parameters["model.layers.0.self_attn.k_proj.weight"][0])
+        rotated = next(leaf for leaf in leaves if leaf.pins)
+        whole = np.arange(rotated.size.coefficient)
+        kept = {**student.narrowing.kept, rotated: whole}
+        return replace(student, narrowing=Narrowing(plan.table.space, kept, student.narrowing.dependent))
+
+    around(patch, "rewrite", spoil)
+
+
+def graph_with(old: Any, new: Any) -> Break:
+    """student.pt2 of another function on the same weights."""
+
+    def spoil(patch: pytest.MonkeyPatch) -> None:
+        original = compile.build_program
+
+        def build(graph_module: Any, buffers: Any) -> Any:
+            for node in graph_module.graph.nodes:
+                if node.target is old:
+                    node.target = new
+            graph_module.recompile()
+            return original(graph_module, buffers)
+
+        patch.setattr(compile, "build_program", build)
+
+    return spoil
+
+
+def program_of_the_teacher(patch: pytest.MonkeyPatch) -> None:
+    original_emit = compile.emit
+
+    def emit(plan: plan.Plan, student: compile.Student, *rest: Any) -> None:
+        original_emit(plan, replace(student, graph_module=plan.captured.graph_module), *rest)
+
+    patch.setattr(compile, "emit", emit)
+
+
+def head(**changes: Any) -> Break:
+    def spoil(patch: pytest.MonkeyPatch) -> None:
+        around(patch, "make_plan", lambda made, *_: replace(made, head=replace(made.head, **changes)))
+
+    return spoil
+
+
+@dataclass(frozen=True)
+class Case:
+    """`fails`: the checks that notice; `student`: what is asked for."""
+
+    spoil: Break
+    fails: set[str]
+    student: dict[str, Any]
+    family: str = "llama"
+
+
+CASES = {
+    "a width in config.json that was not asked for": Case(
+        tampered_file("student/config.json", config_key("intermediate_size", 32)), {"widths", "reload"}, FFN
+    ),
+    "a configuration that transformers cannot read": Case(
+        tampered_file("student/config.json", config_key("hidden_act", "no such function")), {"reload"}, FFN
+    ),
+    "one weight on disk": Case(tampered_file("student/model.safetensors", one_weight), {"reload"}, FFN),
+    "a tensor missing on disk": Case(tampered_file("student/model.safetensors", one_tensor_less), {"reload"}, FFN),
+    "a wrong index list on disk": Case(wrong_list_on_disk, {"reload"}, FFN),
+    "a wrong index list": Case(wrong_list_everywhere, {"masked"}, FFN),
+    "the mean square of a norm over all channels": Case(norms_of_all_channels, {"masked"}, {"hidden_size": 24}),
+    "an axis whose order matters": Case(axis_that_has_an_order, {"permutation"}, FFN),
+    "a program of another function": Case(
+        graph_with(torch.ops.aten.silu.default, torch.ops.aten.relu.default), {"program"}, FFN
+    ),
+    "a program of other widths": Case(program_of_the_teacher, {"program"}, FFN),
+    "another scale of the logits": Case(head(scale=0.9), {"head"}, FFN),
+    "a soft cap that is not there": Case(head(softcap=30.0), {"head"}, FFN),
+    "a soft cap that is forgotten": Case(head(softcap=None), {"head"}, FFN, "gemma2"),
+}
+# Where the folder does not load, what stands on the loaded model cannot be looked at.
+UNLOADABLE = {"widths", "reload"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_broken_is_noticed(
+    foundry: Foundry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    case = CASES[name]
+    loaded = foundry.load(foundry.teacher(case.family, num_hidden_layers=2), case.student)
+    case.spoil(monkeypatch)
+    with pytest.raises(WorkError, match="the student failed its check `") as caught:
+        foundry.compile(loaded, tmp_path)
+    left = Folder(tmp_path)
+    document = left.document("verification.json")
+    assert document["passed"] is False
+    assert {one for one, check in left.checks.items() if not check["passed"]} == case.fails
+    assert set(left.checks) in (CHECKS, UNLOADABLE)
+    first = next(check for check in document["checks"] if not check["passed"])
+    assert f"`{first['name']}`: {first['detail']}" in str(caught.value)
+    assert "the student must not be used" in str(caught.value)
+    json.loads((tmp_path / "verification.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_layer_lists_that_do_not_follow_the_layers(
+    foundry: Foundry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hugging Face sees only that the list is as long as the layers are many; the masks are other ones."""
+    original = plan.student_config
+
+    def stale(captured: Any, widths: Any, old: Any, kept: Any) -> Any:
+        config = original(captured, widths, old, kept)
+        config.layer_types = captured.config.layer_types[: len(kept)]
+        return config
+
+    loaded = foundry.load(foundry.teacher("gemma2"), {"layers": {"drop": [0]}}, importance=None)
+    monkeypatch.setattr(plan, "student_config", stale)
+    with pytest.raises(WorkError, match="failed its check `reload`"):
+        foundry.compile(loaded, tmp_path)
+    checks = Folder(tmp_path).checks
+    assert not checks["reload"]["passed"] and checks["reload"]["max_error"] > 1e-2
+
+
+def test_a_compile_that_fails_leaves_no_older_verdict(
+    foundry: Foundry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it fails before there is anything to verify: the verdict of the student before it does not stay."""
+    loaded = foundry.load(foundry.teacher("llama", num_hidden_layers=2), {"layers": {"drop": [0]}}, importance=None)
+    assert foundry.compile(loaded, tmp_path).document("verification.json")["passed"]
+
+    def full_disk(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compile, "save_program", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        foundry.compile(loaded, tmp_path)
+    assert not (tmp_path / "verification.json").exists()
+
+
+# -- the comparison itself ----------------------------------------------------------------------------------------------
+
+
+def test_logits_are_compared_relative_to_the_largest() -> None:
+    wanted = torch.tensor([[0.0, -50.0, 1.0]])
+    check = verify.compare("reload", wanted + torch.tensor([[0.001, 0.0, 0.0]]), wanted, "words")
+    assert check.passed and check.max_error == pytest.approx(0.001 / 50, rel=1e-3)
+    assert not verify.compare("reload", wanted + 0.01, wanted, "words").passed
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_none_never_passes(value: float) -> None:
+    good, bad = torch.ones(1, 2), torch.tensor([[1.0, value]])
+    for check in (verify.compare("x", bad, good, "words"), verify.compare("x", good, bad, "words")):
+        assert not check.passed
+        assert check.to_json()["max_error"] is None and str(check) == "`x`: words"
+
+
+def test_other_shapes_never_pass() -> None:
+    check = verify.compare("x", torch.ones(1, 1), torch.ones(1, 2), "words")
+    assert not check.passed and "[1, 1] against [1, 2]" in check.detail
+
+
+def test_widths_are_those_of_the_configuration_and_of_every_tensor(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"hidden_size": 24}')
+    shapes = {"a.weight": (24, 3), "b.weight": (24,)}
+    assert verify.check_widths(tmp_path, {"hidden_size": 24}, shapes, shapes).passed
+    wrong = verify.check_widths(tmp_path, {"hidden_size": 25}, shapes, shapes)
+    assert not wrong.passed and wrong.detail == "hidden_size is 24, not 25"
+    wrong = verify.check_widths(tmp_path, {"hidden_size": 24}, shapes, {"a.weight": (24, 4)})
+    assert not wrong.passed and wrong.detail == "a.weight is (24, 4), not (24, 3); b.weight is None, not (24,)"
+
+
+def test_what_cannot_be_compared_claims_nothing() -> None:
+    check = verify.skipped("masked", "hidden_size: layer_norm is taken over the channels that are left")
+    assert check.passed and not check.exact and check.max_error == 0.0
+
+
+def test_it_compares_on_calibration_data_and_without_it_on_random_tokens() -> None:
+    samples = torch.arange(4 * 60).reshape(4, 60)
+    assert torch.equal(verify.sample_ids(1000, 128, samples), samples[:2, :48])
+    assert verify.sample_ids(1000, 32, samples).shape == (2, 32)
+    ids = verify.sample_ids(1000, 128, None)
+    assert ids.shape == (2, 48) and torch.equal(ids, verify.sample_ids(1000, 128, None)) and int(ids.max()) < 1000
