@@ -23,7 +23,7 @@ from minitron.compiler.dims import Atom
 from minitron.compiler.narrowing import Dependent, Indices, Narrowing
 from minitron.compiler.select import Selection
 from minitron.compiler.targets import GROUPS, HEAD_DIM, HEADS, HIDDEN, LAYERS
-from minitron.compiler.weights import load_buffers, open_weights, recipes
+from minitron.compiler.weights import load_buffers, recipes
 from minitron.specs.errors import SpecInvalid
 from tests.foundry import Build, Foundry, load_model, logits, teacher_model, token_ids
 from tests.models import FAMILIES
