@@ -72,7 +72,10 @@ class TestNames:
 
     def test_fused_projections_are_read_by_their_parts(self) -> None:
         model = analysed("phi3")
-        assert model.describe("model.layers.0.self_attn.qkv_proj.weight")[0] == "(2 x 2 x (4! + 4!) + 2 x (4! + 4!) + 2 x 8)"
+        assert (
+            model.describe("model.layers.0.self_attn.qkv_proj.weight")[0]
+            == "(2 x 2 x (4! + 4!) + 2 x (4! + 4!) + 2 x 8)"
+        )
         gate, up = model.table.space.leaves(model.table.parameters["model.layers.0.mlp.gate_up_proj.weight"][0])
         assert gate is up is model.roles.widths["intermediate_size"][0].leaf
 
