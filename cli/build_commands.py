@@ -40,7 +40,8 @@ def compile_command(
         raise UsageError("--markdown and --detailed-exitcode belong to the preview; add --dry-run")
     build = output or builds.default_build(loaded.path, loaded.spec.name)
     quiet_libraries()
-    plan = _compile(loaded, build, pick_device(device), threads)
+    _compile(loaded, build, pick_device(device), threads)
+    plan = builds.read_document(build / builds.PLAN) or {}
     verification = builds.read_document(build / builds.VERIFICATION) or {}
     sections = [*plan_sections(plan), verification_section(verification), _places(build)]
     show_sections(sections, plan, as_json=as_json)
@@ -118,11 +119,11 @@ def show(build: options.BuildFolder, as_json: options.Json = False) -> None:
     show_sections([*sections, _places(build)], content, as_json=as_json)
 
 
-def _compile(loaded: LoadedSpec, build: Path, device: str, threads: int | None) -> Document:
+def _compile(loaded: LoadedSpec, build: Path, device: str, threads: int | None) -> None:
     from minitron.compiler import compile_spec
 
     use_threads(threads)
-    return compile_spec(loaded, build, device=device, progress=progress_for(stderr_console())).to_json()
+    compile_spec(loaded, build, device=device, progress=progress_for(stderr_console()))
 
 
 def _train(build: Path, device: str, threads: int | None) -> None:

@@ -67,8 +67,9 @@ def _models(plan: Document) -> Section:
         for label, old, new, kind, comparable in model_rows(plan)
     )
     digest = str(spec.get("sha256", ""))[:12]
-    notes = (f"spec {spec.get('path', figures.NOTHING)}, sha256 {digest}",) if spec else ()
-    return Section(f"Plan {spec.get('name', '')}".rstrip(), columns, rows, notes)
+    notes = [f"spec {spec.get('path', figures.NOTHING)}, sha256 {digest}"] if spec else []
+    notes += [str(remark) for remark in plan.get("remarks") or ()]
+    return Section(f"Plan {spec.get('name', '')}".rstrip(), columns, rows, tuple(notes))
 
 
 def _ratio(old: Any, new: Any) -> str:
@@ -125,7 +126,8 @@ def _phases(plan: Document) -> Section | None:
         )
         for one in phases
     )
-    return Section("Phases", columns, rows)
+    devices = dict.fromkeys(str(one["device"]) for one in phases if one.get("device"))
+    return Section("Phases", columns, rows, tuple(f"device-hours of {device}" for device in devices))
 
 
 def _fits(plan: Document) -> Section | None:

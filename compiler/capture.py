@@ -26,6 +26,7 @@ from minitron.specs.errors import UsageError
 WRAPPER = "causal_lm"
 # Export wants an upper bound for symbolic sizes; nothing of ours depends on it.
 LONGEST = 1 << 20
+RESHAPES = {"view", "reshape", "flatten", "to", "alias", "contiguous", "clone"}
 PASS_THROUGH = {"transpose", "t", "to", "permute", "contiguous", "alias", "numpy_T", "mT", "_to_copy", "detach"}
 
 
@@ -81,6 +82,17 @@ class Captured:
         if not path.startswith(prefix):
             return None
         return int(path[len(prefix) :].split(".", 1)[0])
+
+    def token_embedding(self) -> str | None:
+        """The canonical name of the parameter that token ids index, whatever views the ids are taken through."""
+        ids = {next(node for node in self.graph.nodes if node.op == "placeholder")}
+        for node in self.graph.nodes:
+            name = getattr(node.target, "_opname", None)
+            if name in RESHAPES and node.args[0] in ids:
+                ids.add(node)
+            elif name == "embedding" and node.args[1] in ids:
+                return self.parameter_behind(node.args[0])
+        return None
 
     def parameter_behind(self, node: Any) -> str | None:
         """The canonical name of the parameter that a node reads, looked at through transposes and casts."""

@@ -19,7 +19,7 @@ from minitron.compiler.card import model_card
 from minitron.compiler.emit import student_weights, write_student
 from minitron.compiler.execute import Executor, Settings
 from minitron.compiler.narrowing import Narrowing
-from minitron.compiler.plan import Plan, make_plan
+from minitron.compiler.plan import Plan, make_plan, settled
 from minitron.compiler.program import build_program, save_program
 from minitron.compiler.rewrite import run_passes
 from minitron.compiler.rewrite.constants import changed_buffers, repair_scale
@@ -78,6 +78,7 @@ def compile_spec(
             plan.captured.layer_count,
             contiguous=loaded.spec.importance.depth.contiguous,
         )
+    plan = settled(plan, selection)
     student = rewrite(plan, selection, buffers)
     fingerprint = _fingerprint(plan, selection)
     _guard_training(build, fingerprint)

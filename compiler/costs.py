@@ -94,13 +94,9 @@ def model_costs(
 
 def embedding_name(captured: Captured) -> str:
     """The parameter that token ids index."""
-    ids = next(node for node in captured.graph.nodes if node.op == "placeholder")
-    for node in ids.users:
-        if getattr(node.target, "_opname", "") == "embedding":
-            name = captured.parameter_behind(node.args[0])
-            assert name is not None
-            return name
-    raise AssertionError("a captured model reads its token ids through an embedding")
+    name = captured.token_embedding()
+    assert name is not None, "roles are only found of a model that reads its token ids through an embedding"
+    return name
 
 
 def attention_counts(captured: Captured, roles: Roles, table: AxisTable) -> dict[int, HeadCounts]:

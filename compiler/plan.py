@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,10 +169,11 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
         if targets.layers != captured.layer_count:
             raise SpecInvalid([loaded.error("student", f"no layer can be dropped: {error}")]) from None
     try:
-        config, model = _prove(captured, table, roles, targets)
+        layers = leading(targets, roles).layers
+        config, model = _prove(captured, table, roles, targets, layers)
     except UsageError as error:
         raise SpecInvalid([loaded.error("student", str(error))]) from None
-    teacher_cost, student_cost = _both_costs(captured, table, roles, targets, head, model)
+    teacher_cost, student_cost = _both_costs(captured, table, roles, targets, layers, head, model)
     return Plan(
         loaded, build, checkpoint, captured, table, roles, ends, head, targets, config, model, teacher_cost, student_cost,
         _remarks(checkpoint, captured),
@@ -198,8 +199,25 @@ def _check_lengths(loaded: LoadedSpec, captured: Captured) -> list[SpecError]:
     return errors
 
 
-def _prove(captured: Captured, table: AxisTable, roles: Roles, targets: Targets) -> tuple[Any, torch.nn.Module]:
-    selection = leading(targets, roles, captured.layer_count)
+def settled(plan: Plan, selection: Selection) -> Plan:
+    """The plan once it is known which layers stay: lists over layers follow them. SpecInvalid where they cannot."""
+    layers = selection.layers
+    if layers == leading(plan.targets, plan.roles).layers:
+        return plan
+    try:
+        config, model = _prove(plan.captured, plan.table, plan.roles, plan.targets, layers)
+    except UsageError as error:
+        raise SpecInvalid([plan.loaded.error("student", str(error))]) from None
+    teacher_costs, student_costs = _both_costs(
+        plan.captured, plan.table, plan.roles, plan.targets, layers, plan.head, model
+    )
+    return replace(plan, config=config, model=model, teacher_costs=teacher_costs, student_costs=student_costs)
+
+
+def _prove(
+    captured: Captured, table: AxisTable, roles: Roles, targets: Targets, layers: Sequence[int]
+) -> tuple[Any, torch.nn.Module]:
+    selection = leading(targets, roles, layers)
     narrowing = narrowing_of(selection, roles, table)
     made = recipes(captured, table.parameters, narrowing, selection.layers)
     shapes = {
@@ -238,7 +256,13 @@ def representatives(config: Any, count: int, kept: Sequence[int]) -> list[int]:
 
 
 def _both_costs(
-    captured: Captured, table: AxisTable, roles: Roles, targets: Targets, head: Head, model: torch.nn.Module
+    captured: Captured,
+    table: AxisTable,
+    roles: Roles,
+    targets: Targets,
+    layers: Sequence[int],
+    head: Head,
+    model: torch.nn.Module,
 ) -> tuple[costs.ModelCosts, costs.ModelCosts]:
     stacked = costs.stacked_parameters(captured, table)
     chosen = costs.chosen_experts(captured)
@@ -247,7 +271,8 @@ def _both_costs(
     size = torch.empty(0, dtype=captured.dtype).element_size()
     teacher = costs.model_costs(captured.model, stacked, chosen, list(attention.values()), embedding, head.weight, size)
     narrowed = []
-    for layer, counts in list(attention.items())[: targets.layers]:
+    for layer in (layer for layer in layers if layer in attention):
+        counts = attention[layer]
         groups, repeats = wanted_heads(targets, roles.heads[layer])
         narrowed.append(costs.HeadCounts(groups, groups * repeats, counts.key_width, counts.value_width))
     student = costs.model_costs(model, stacked, chosen, narrowed, embedding, head.weight, size)

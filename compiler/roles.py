@@ -77,15 +77,12 @@ def find_roles(captured: Captured, table: AxisTable) -> Roles:
 
 def _hidden(captured: Captured, table: AxisTable) -> Width:
     """The width of the token embedding, the parameter that token ids index."""
-    ids = next(node for node in captured.graph.nodes if node.op == "placeholder")
-    for node in ids.users:
-        if getattr(node.target, "_opname", "") == "embedding":
-            name = captured.parameter_behind(node.args[0])
-            assert name is not None
-            leaves = list(table.space.leaves(table.parameters[name][1]))
-            if len(leaves) == 1:
-                readers = tuple(c for c in table.contractions if list(table.space.leaves(c.dim)) == leaves)
-                return Width(leaves[0], readers)
+    name = captured.token_embedding()
+    if name is not None:
+        leaves = list(table.space.leaves(table.parameters[name][1]))
+        if len(leaves) == 1:
+            readers = tuple(c for c in table.contractions if list(table.space.leaves(c.dim)) == leaves)
+            return Width(leaves[0], readers)
     raise UsageError(f"{captured.config.model_type}: the token embedding does not yield the residual stream directly")
 
 

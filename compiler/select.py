@@ -99,9 +99,12 @@ def _layers(targets: Targets, scores: ScoreTable, count: int, contiguous: bool) 
     return tuple(i for i in range(count) if i not in dropped)
 
 
-def leading(targets: Targets, roles: Roles, layer_count: int) -> Selection:
-    """The first indices of everything: stands in for a selection where only its sizes matter."""
-    layers = targets.named_layers or tuple(range(targets.layers))
+def leading(targets: Targets, roles: Roles, kept_layers: Sequence[int] | None = None) -> Selection:
+    """The first indices of everything: stands in for a selection where only its sizes matter.
+
+    `kept_layers` where it is known which they are, although the spec does not name them.
+    """
+    layers = tuple(kept_layers or targets.named_layers or range(targets.layers))
 
     def first(count: int) -> Indices:
         return np.arange(count, dtype=np.int64)

@@ -18,17 +18,19 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from minitron.compiler import Plan, compile_spec, make_plan
+from minitron.compiler import Plan, compile_spec, make_plan, verify
+from minitron.compiler import compile as compile_module
 from minitron.compiler import plan as plan_module
 from minitron.compiler import program as program_module
 from minitron.compiler.capture import build_meta, quiet
 from minitron.compiler.execute import Executor, Settings
+from minitron.compiler.select import Selection
 from minitron.compiler.weights import Fetch, load_buffers, open_weights
 from minitron.specs import LoadedSpec, load_spec
 from minitron.specs.progress import Progress, Silent
 from tests import models
 
-CALIBRATION: dict[str, Any] = {"text": ["corpus.txt"], "document": "line", "samples": 6, "sequence_length": 48}
+CALIBRATION: dict[str, Any] = {"document": "line", "samples": 6, "sequence_length": 48}
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,11 @@ class Folder:
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The student's weights."""
-        files = sorted((self.folder / "student").glob("*.safetensors"))
+        return self.tensors_of("student/*.safetensors")
+
+    def tensors_of(self, pattern: str) -> dict[str, torch.Tensor]:
+        """The tensors of one or more safetensors files."""
+        files = sorted(self.folder.glob(pattern))
         return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
     def document(self, name: str) -> dict[str, Any]:
@@ -74,15 +80,16 @@ class Foundry:
 
     def __init__(self, root: Path, apprentice: Apprentice) -> None:
         self.root = root
+        self.calibration = CALIBRATION | {"text": [str(root / "corpus.txt")]}
         self.apprentice = apprentice
         (root / "corpus.txt").write_text(models.text(150), encoding="utf-8")
         self._builds: dict[str, Build] = {}
         self._captured: dict[str, Any] = {}
 
     @contextmanager
-    def shortened(self) -> Iterator[None]:
+    def shortened(self, program: bool = True) -> Iterator[None]:
         """Two savings that change no result: a model is captured once however often it is compiled, and student.pt2 is
-        run by a process that stands ready."""
+        run by a process that stands ready. Without `program` none is written, which halves what a compile takes."""
         original = plan_module.capture
 
         def capture(config: Any, dtype: torch.dtype = torch.float32) -> Any:
@@ -94,6 +101,11 @@ class Foundry:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(plan_module, "capture", capture)
             patch.setattr(program_module, "subprocess", self.apprentice)
+            if not program:
+                patch.setattr(compile_module, "build_program", lambda *args: None)
+                patch.setattr(compile_module, "save_program", lambda *args: None)
+                left_out = verify.skipped("program", "left out in this test")
+                patch.setattr(verify, "check_program", lambda *args, **kwargs: left_out)
             yield
 
     def teacher(self, family: str, dtype: str = "float32", **changes: Any) -> Path:
@@ -110,7 +122,7 @@ class Foundry:
             "name": "tiny",
             "teacher": {"model": str(teacher), "dtype": dtype},
             "student": student,
-            "importance": {"data": CALIBRATION},
+            "importance": {"data": self.calibration},
         } | blocks
         text = yaml.safe_dump({key: value for key, value in document.items() if value is not None}, sort_keys=False)
         number = len(list(self.root.glob("spec-*.yaml")))
@@ -129,21 +141,28 @@ class Foundry:
         layers = models.tiny_config(family, **changes).num_hidden_layers
         return self.plan(self.teacher(family, dtype, **changes), {"num_hidden_layers": layers}, dtype=dtype)
 
-    def build(self, teacher: Path, student: dict[str, Any], *, fresh: bool = False, **blocks: Any) -> Build:
-        """A compile by the real driver. With `fresh` it is the caller's own, to be broken as it likes."""
-        key = json.dumps([str(teacher), student, blocks], sort_keys=True)
-        if not fresh and key in self._builds:
-            return self._builds[key]
-        loaded = self.load(teacher, student, **blocks)
-        made = self.compile(loaded, self.root / f"build-of-{loaded.path.stem}")
-        if not fresh:
-            self._builds[key] = made
-        return made
+    def build(self, teacher: Path, student: dict[str, Any], *, program: bool = True, **blocks: Any) -> Build:
+        """A compile by the real driver, made once for all tests that ask for it: to be read only."""
+        key = json.dumps([str(teacher), student, blocks, program], sort_keys=True)
+        if key not in self._builds:
+            loaded = self.load(teacher, student, **blocks)
+            folder = self.root / f"build-of-{loaded.path.stem}"
+            self._builds[key] = self.compile(loaded, folder, program=program)
+        return self._builds[key]
 
-    def compile(self, loaded: LoadedSpec, folder: Path, progress: Progress | None = None) -> Build:
-        """`compile_spec` on the CPU."""
-        with self.shortened():
-            return Build(folder, loaded, compile_spec(loaded, folder, device="cpu", progress=progress or Silent()))
+    def compile(
+        self,
+        loaded: LoadedSpec,
+        folder: Path,
+        progress: Progress | None = None,
+        *,
+        program: bool = True,
+        selection: Selection | None = None,
+    ) -> Build:
+        """`compile_spec` on the CPU, into a folder of the caller's own."""
+        with self.shortened(program):
+            plan = compile_spec(loaded, folder, device="cpu", progress=progress or Silent(), selection=selection)
+            return Build(folder, loaded, plan)
 
 
 def teacher_model(plan: Plan) -> Any:

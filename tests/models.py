@@ -23,7 +23,7 @@ COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 40,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": POSITIONS,
@@ -31,6 +31,7 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 # What makes each family itself: the width of a head apart from hidden / heads, sliding windows that differ from layer to
 # layer, tied embeddings, soft caps, fused projections, rotary embeddings of a part of the head, experts.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -40,7 +41,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 12, "tie_word_embeddings": True},
     "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 8, "final_logit_softcapping": 5.0},
     "phi3": {},
-    "gpt_neox": {"num_key_value_heads": None},
+    "gpt_neox": {"num_key_value_heads": None, "rope_parameters": ROTARY},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 

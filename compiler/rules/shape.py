@@ -182,7 +182,7 @@ def slice_(t: Tracer, node: torch.fx.Node) -> Dims:
     if step == 1:
         end = axis_bound(stop, size.coefficient, size.coefficient)
         dims[axis] = t.space.slice(dims[axis], begin, max(begin, end), t.place(node))
-    elif begin < step and wanted.coefficient * step == size.coefficient:
+    elif wanted.coefficient * step == size.coefficient:
         dims[axis], _ = t.space.interleaved(dims[axis], step, t.place(node))
     else:
         dims[axis] = t.lose(dims[axis], wanted, f"a slice with step {step} takes only a part of it", t.place(node))

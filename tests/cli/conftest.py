@@ -53,6 +53,7 @@ PLAN: dict[str, Any] = {
         },
         {"name": "distill", "tokens": 3_000_000, "flops": 4.2e12, "peak_memory_bytes": None, "device_hours": None},
     ],
+    "remarks": ["no weight files are there"],
     "selection": {"hidden_size": [list(range(48))], "intermediate_size": [[0, 3], [1, 2]]},
 }
 

@@ -56,6 +56,12 @@ def test_axes_have_a_status_and_a_reason_and_phases_their_costs(plan: dict[str, 
     assert row(text, "distill") == ["distill", "3,000,000", "4.20T", "-", "-"]
 
 
+def test_remarks_stand_below_the_models(plan: dict[str, Any]) -> None:
+    assert plan_sections(plan)[0].notes == (f"spec /specs/tiny.yaml, sha256 {'ab' * 6}", "no weight files are there")
+    plan["phases"][0]["device"] = "a card"
+    assert "device-hours of a card" in on_terminal(plan_sections(plan))
+
+
 def test_the_selection_is_shown_once_made_and_whether_it_fits_where_a_device_was_named(plan: dict[str, Any]) -> None:
     titles = [section.title for section in plan_sections(plan)]
     assert titles == ["Plan tiny", "Axes", "Phases", "Selection"]

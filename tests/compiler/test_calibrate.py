@@ -176,7 +176,7 @@ def test_batches_and_blocks_do_not_change_the_scores(foundry: Foundry, metric: s
             other = flat(scores(plan, metric=metric))
         assert other.keys() == whole.keys()
         for name, value in whole.items():
-            np.testing.assert_allclose(other[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(other[name], value, rtol=2e-5, atol=1e-5, err_msg=name)
 
 
 def test_a_block_holds_as_many_batches_as_fit() -> None:
@@ -214,7 +214,7 @@ class Mortal(Silent):
                 raise Killed
 
 
-@pytest.mark.parametrize("at", [0, 7, 13, 20, 35])
+@pytest.mark.parametrize("at", [0, 7, 13, 20, 27])
 def test_a_killed_calibration_goes_on_and_ends_with_the_same_scores(foundry: Foundry, tmp_path: Path, at: int) -> None:
     plan = foundry.whole("llama")
     partial = tmp_path / "partial.safetensors"

@@ -241,6 +241,15 @@ class TestReshape:
         assert space.describe(heads) == "(4 + 2)" and space.describe(fused) == "(4 + 2) x 4"
         assert pinned(space, fused) == [False] * 3
 
+    def test_the_parts_of_a_concatenation_learn_of_its_view(self, space: Space) -> None:
+        """Else a list for the heads would leave the parts whole where they stand alone."""
+        query, key = n(space, 16), n(space, 8)
+        heads, width = space.reshape([space.cat([query, key])], [Size(6), Size(4)], "view")
+        assert space.describe(query) == "4 x 4" and space.describe(key) == "2 x 4"
+        (query_heads, query_width), (key_heads, key_width) = space.leaves(query), space.leaves(key)
+        assert query_width is key_width is space.find(width[0])
+        assert list(space.leaves(heads)) == [query_heads, key_heads]
+
     def test_a_view_across_an_axis_pins_what_goes_in_and_what_comes_out(self, space: Space) -> None:
         a, b = n(space, 4), n(space, 9)
         result = space.reshape([a, b], [Size(6), Size(6)], "view in model")

@@ -55,6 +55,10 @@ class TestIndex:
         for axis, name in enumerate("684"):
             assert bool(traced.pins("w", axis)) == (name not in result)
 
+    def test_index_tensors_apart_from_each_other_come_to_the_front(self) -> None:
+        traced = check(Toy(lambda s: s.w[:, PICKED, :, PICKED] * 1, w=(2, 3, 4, 5)))
+        assert traced.same(("w", 0), ("y", 1)) and traced.same(("w", 2), ("y", 2))
+
     def test_what_is_indexed_matters(self) -> None:
         traced = check(Toy(lambda s: s.w[:, PICKED] * 1, w=(6, 8, 4)))
         assert "indexed by computed positions" in traced.pins("w", 1) and matters(traced, "w", 1)

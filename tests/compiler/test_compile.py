@@ -1,0 +1,266 @@
+"""The driver: what a compile keeps, what it takes up again, and that a student follows its layers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from minitron.compiler.select import Selection
+from minitron.specs.errors import UsageError
+from minitron.specs.progress import Silent
+from tests.foundry import Build, Foundry, load_model, logits, teacher_model, token_ids
+from tests.models import text
+
+FFN = {"intermediate_size": 24}
+
+
+class Words(Silent):
+    """Remembers what was said and which tasks were begun."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        self.tasks: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def task(self, name: str, total: float, unit: str, done: float = 0.0) -> Any:
+        self.tasks.append(name)
+        return super().task(name, total, unit, done)
+
+
+# -- layers -------------------------------------------------------------------------------------------------------------
+
+
+def without_layers(build: Build) -> Any:
+    """The teacher as a Hugging Face model that has lost the dropped layers, lists over layers included."""
+    model, kept = teacher_model(build.plan), build.document("plan.json")["selection"]["num_hidden_layers"][0]
+    layers = model.get_submodule(build.plan.captured.layer_path)
+    for layer in reversed(range(len(layers))):
+        if layer not in kept:
+            del layers[layer]
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[layer] for layer in kept]
+    model.config.num_hidden_layers = len(kept)
+    return model
+
+
+@pytest.mark.parametrize("dropped", [[0], [2], [0, 1], [1, 2], [1, 3], [0, 3]])
+@pytest.mark.parametrize("family", ["gemma2", "qwen2"])
+def test_named_layers_go_with_their_attention_type(foundry: Foundry, family: str, dropped: list[int]) -> None:
+    """Neighbours and others, first and last; no data is needed where nothing is scored."""
+    teacher = foundry.teacher(family, num_hidden_layers=4)
+    build = foundry.build(teacher, {"layers": {"drop": dropped}}, importance=None, program=False)
+    whole, kept = teacher_model(build.plan).config.layer_types, [i for i in range(4) if i not in dropped]
+    assert build.config["layer_types"] == [whole[i] for i in kept]
+    assert build.config["num_hidden_layers"] == len(kept)
+    ids = token_ids(2, 40)
+    student = load_model(build.folder / "student", build.plan.captured.attention)
+    torch.testing.assert_close(logits(student, ids), logits(without_layers(build), ids), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [(1, 2), (1, 3), (0, 3)])
+def test_layers_that_scores_choose_go_with_their_attention_type(foundry: Foundry, tmp_path: Path, kept: Any) -> None:
+    """Which they are is known only after the plan was made."""
+    loaded = foundry.load(foundry.teacher("gemma2", num_hidden_layers=4), {"num_hidden_layers": 2})
+    build = foundry.compile(loaded, tmp_path, program=False, selection=Selection(kept))
+    whole = teacher_model(build.plan).config.layer_types
+    assert build.config["layer_types"] == [whole[i] for i in kept]
+    ids = token_ids(2, 40)
+    got = logits(load_model(build.folder / "student", build.plan.captured.attention), ids)
+    torch.testing.assert_close(got, logits(without_layers(build), ids), rtol=1e-4, atol=1e-5)
+
+
+def test_the_least_influential_layers_are_dropped_or_a_run_of_them(foundry: Foundry) -> None:
+    teacher = foundry.teacher("llama", num_hidden_layers=4)
+    scattered = foundry.build(teacher, {"num_hidden_layers": 2}, program=False)
+    scores = scattered.tensors_of("scores.safetensors")["num_hidden_layers"].numpy()
+    kept = scattered.document("plan.json")["selection"]["num_hidden_layers"][0]
+    assert kept == sorted(np.argsort(-scores)[:2].tolist())
+    importance = {"data": foundry.calibration, "depth": {"contiguous": True}}
+    run = foundry.build(teacher, {"num_hidden_layers": 2}, program=False, importance=importance)
+    dropped = sorted(set(range(4)) - set(run.document("plan.json")["selection"]["num_hidden_layers"][0]))
+    sums = [scores[i] + scores[i + 1] for i in range(3)]
+    assert dropped == [int(np.argmin(sums)), int(np.argmin(sums)) + 1]
+
+
+# -- the build folder ---------------------------------------------------------------------------------------------------
+
+
+def test_the_build_folder(foundry: Foundry) -> None:
+    build = foundry.build(foundry.teacher("llama", num_hidden_layers=2), FFN)
+    assert {path.name for path in build.folder.iterdir()} == {
+        "plan.json",
+        "scores.safetensors",
+        "student",
+        "student.pt2",
+        "training.yaml",
+        "verification.json",
+    }
+    assert {path.name for path in (build.folder / "student").iterdir()} == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+
+
+def digests(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_same_spec_gives_the_same_bytes(foundry: Foundry, tmp_path: Path) -> None:
+    loaded = foundry.load(foundry.teacher("llama", num_hidden_layers=2), {**FFN, "hidden_size": 24})
+    first = foundry.compile(loaded, tmp_path / "a", program=False)
+    second = foundry.compile(loaded, tmp_path / "b", program=False)
+    assert digests(first.folder / "student") == digests(second.folder / "student")
+    for name in ("scores.safetensors", "verification.json", "plan.json"):
+        assert (first.folder / name).read_bytes() == (second.folder / name).read_bytes(), name
+
+
+def test_what_killed_compiles_left_is_removed(foundry: Foundry, tmp_path: Path) -> None:
+    (tmp_path / ".student.17.tmp").mkdir()
+    (tmp_path / ".student.17.tmp" / "part-0.safetensors").write_bytes(b"half")
+    (tmp_path / ".scores.safetensors.17.tmp").write_bytes(b"half")
+    loaded = foundry.load(foundry.teacher("llama", num_hidden_layers=2), FFN)
+    foundry.compile(loaded, tmp_path, program=False)
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp")]
+
+
+# -- scores that are there already --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scored(foundry: Foundry, tmp_path: Path) -> Build:
+    """A compile of its own teacher and corpus, to be changed at will."""
+    from tests.models import save_teacher, tiny_config
+
+    teacher = save_teacher(tmp_path / "teacher", tiny_config("llama", num_hidden_layers=2))
+    (tmp_path / "mine.txt").write_text(text(60))
+    data = foundry.calibration | {"text": [str(tmp_path / "mine.txt")]}
+    return foundry.compile(foundry.load(teacher, FFN, importance={"data": data}), tmp_path / "build", program=False)
+
+
+def again(foundry: Foundry, scored: Build, student: dict[str, Any] = FFN, **importance: Any) -> list[str]:
+    """Compiles into the same folder; the tasks that were begun."""
+    words = Words()
+    data = scored.loaded.spec.importance.data
+    assert data is not None
+    block = {"data": foundry.calibration | {"text": list(data.text or ())}} | importance
+    loaded = foundry.load(scored.teacher, student, importance=block)
+    foundry.compile(loaded, scored.folder, words, program=False)
+    assert ("calibrate" in words.tasks) != any("scores: taken from" in message for message in words.messages)
+    return words.tasks
+
+
+def test_scores_are_taken_over_also_by_a_spec_that_narrows_other_axes(foundry: Foundry, scored: Build) -> None:
+    """All axes are scored at once, whatever a spec asks for."""
+    before = (scored.folder / "scores.safetensors").read_bytes()
+    assert "calibrate" not in again(foundry, scored)
+    assert "calibrate" not in again(foundry, scored, {"hidden_size": 24, "num_hidden_layers": 1})
+    assert (scored.folder / "scores.safetensors").read_bytes() == before
+
+
+def other_corpus(scored: Build) -> None:
+    (scored.folder.parent / "mine.txt").write_text(text(60, seed=1))
+
+
+def other_weights(scored: Build) -> None:
+    """The same shapes under the same name: only the file is another one."""
+    from tests.models import save_teacher, tiny_config
+
+    save_teacher(scored.teacher, tiny_config("llama", num_hidden_layers=2), seed=1)
+
+
+def other_configuration(scored: Build) -> None:
+    path = scored.teacher / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 1e-3}))
+
+
+def damaged_scores(scored: Build) -> None:
+    (scored.folder / "scores.safetensors").write_bytes(b"damaged")
+
+
+@pytest.mark.parametrize("change", [other_corpus, other_weights, other_configuration, damaged_scores])
+def test_scores_of_something_else_are_made_anew(foundry: Foundry, scored: Build, change: Any) -> None:
+    change(scored)
+    assert "calibrate" in again(foundry, scored)
+
+
+@pytest.mark.parametrize(
+    "importance",
+    [{"width": {"batch": "mean"}}, {"width": {"sequence": "var"}}, {"depth": {"metric": "loss"}}],
+)
+def test_scores_of_other_settings_are_made_anew(foundry: Foundry, scored: Build, importance: Any) -> None:
+    assert "calibrate" in again(foundry, scored, **importance)
+
+
+def test_removal_scores_are_made_once_a_spec_needs_them(foundry: Foundry, scored: Build) -> None:
+    loss = {"depth": {"metric": "loss"}}
+    assert "rank layers" not in again(foundry, scored, **loss)
+    assert "rank layers" in again(foundry, scored, {"num_hidden_layers": 1}, **loss)
+    assert "calibrate" not in again(foundry, scored, {"num_hidden_layers": 1}, **loss)
+
+
+def test_fewer_samples_than_asked_for_are_said(foundry: Foundry, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text(text(10))
+    data = foundry.calibration | {"text": [str(tmp_path / "short.txt")]}
+    loaded = foundry.load(foundry.teacher("llama", num_hidden_layers=2), FFN, importance={"data": data})
+    words = Words()
+    foundry.compile(loaded, tmp_path / "build", words, program=False)
+    assert any(
+        word.startswith("the calibration data makes ") and word.endswith(" samples, not 6") for word in words.messages
+    )
+
+
+# -- a build that somebody trained --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trained", [["train/metrics.jsonl"], ["model/config.json"]])
+def test_the_training_of_another_student_is_not_overwritten(
+    foundry: Foundry, scored: Build, trained: Sequence[str]
+) -> None:
+    for name in trained:
+        (scored.folder / name).parent.mkdir()
+        (scored.folder / name).write_text("{}")
+    before = digests(scored.folder)
+    with pytest.raises(UsageError, match=r"holds the training of another student.*name another folder with -o"):
+        again(foundry, scored, {"intermediate_size": 32})
+    assert digests(scored.folder) == before
+    again(foundry, scored)  # the same student: nothing stands against it
+
+
+def test_a_selection_may_be_given(foundry: Foundry, tmp_path: Path) -> None:
+    """For experiments that choose otherwise than by scores."""
+    teacher = foundry.teacher("llama", num_hidden_layers=2)
+    chosen = {layer: np.arange(16, 40) for layer in (0, 1)}
+    selection = Selection((0, 1), widths={"intermediate_size": chosen})
+    build = foundry.compile(foundry.load(teacher, FFN), tmp_path, program=False, selection=selection)
+    assert build.document("plan.json")["selection"]["intermediate_size"] == [list(range(16, 40))] * 2
+    assert not (tmp_path / "scores.safetensors").exists()
+    assert torch.equal(
+        build.tensors["model.layers.1.mlp.down_proj.weight"],
+        teacher_model(build.plan).model.layers[1].mlp.down_proj.weight.detach()[:, 16:],
+    )
+
+
+def test_files_may_be_read_by_whoever_the_umask_allows(foundry: Foundry, tmp_path: Path) -> None:
+    """safetensors writes files that only their owner may read."""
+    loaded = foundry.load(foundry.teacher("llama", num_hidden_layers=2), FFN)
+    old = os.umask(0o022)
+    try:
+        foundry.compile(loaded, tmp_path / "build")
+    finally:
+        os.umask(old)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "build").rglob("*")}
+    assert modes.pop("student") == 0o755
+    assert set(modes.values()) == {0o644}, modes
