@@ -178,7 +178,9 @@ def emit(plan: Plan, student: Student, source: WeightSource, build: Path, progre
 
 def write_training_plan(plan: Plan, build: Path, fingerprint: str) -> None:
     """training.yaml"""
-    document = training_plan(plan.loaded, build, plan.checkpoint.folder, plan.head, plan.head, fingerprint)
+    document = training_plan(
+        plan.loaded, build, plan.checkpoint.folder, plan.head, plan.head, plan.captured.layer_path, fingerprint
+    )
     write_text(build / "training.yaml", render(document, plan.loaded.path, build))
 
 

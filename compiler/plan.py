@@ -160,6 +160,8 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
         raise SpecInvalid([*errors, loaded.error("teacher.model", str(error))]) from None
     targets, wrong = resolve_targets(spec.student, captured, roles, table, loaded.error)
     errors += wrong + _check_lengths(loaded, captured)
+    if targets is not None:
+        errors += _check_pairs(loaded, captured.layer_count, targets.layers)
     if targets is None or errors:
         raise SpecInvalid(errors)
     ends: tuple[LayerEnds, ...] = ()
@@ -197,6 +199,24 @@ def _check_lengths(loaded: LoadedSpec, captured: Captured) -> list[SpecError]:
                 )
             )
     return errors
+
+
+def _check_pairs(loaded: LoadedSpec, teacher_layers: int, student_layers: int) -> list[SpecError]:
+    """The layers whose hidden states are compared are there."""
+    distill = loaded.spec.distill
+    hidden = distill.loss.hidden_states if distill is not None else None
+    if hidden is None or isinstance(hidden.pairs, str):
+        return []
+    return [
+        loaded.error(
+            f"distill.loss.hidden_states.pairs.{index}.{side}",
+            f"the {name} has {count} layers, and no layer {pair[side]}",
+            f"write at most {count - 1}: layers are counted from 0, in each model's own numbering",
+        )
+        for index, pair in enumerate(hidden.pairs)
+        for side, (name, count) in enumerate((("teacher", teacher_layers), ("student", student_layers)))
+        if pair[side] >= count
+    ]
 
 
 def settled(plan: Plan, selection: Selection) -> Plan:

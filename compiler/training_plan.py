@@ -29,9 +29,16 @@ HEADER = """\
 
 
 def training_plan(
-    loaded: LoadedSpec, build: Path, teacher_folder: Path, teacher_head: Head, student_head: Head, fingerprint: str
+    loaded: LoadedSpec,
+    build: Path,
+    teacher_folder: Path,
+    teacher_head: Head,
+    student_head: Head,
+    layers: str,
+    fingerprint: str,
 ) -> dict[str, Any]:
-    """The document. `fingerprint` identifies the pruned student that training starts from."""
+    """The document. `layers` is the module list of the decoder layers, in both models; `fingerprint` identifies the
+    pruned student that training starts from."""
     spec = loaded.spec
     distill, evaluate = spec.distill, spec.evaluate
     document: dict[str, Any] = {
@@ -43,8 +50,14 @@ def training_plan(
             "revision": None,
             "dtype": spec.teacher.dtype,
             "head": teacher_head.to_yaml(),
+            "layers": layers,
         },
-        "student": {"model": "student", "dtype": spec.teacher.dtype, "head": student_head.to_yaml()},
+        "student": {
+            "model": "student",
+            "dtype": spec.teacher.dtype,
+            "head": student_head.to_yaml(),
+            "layers": layers,
+        },
         "tokenizer": "student",
         "output": "model",
         "work": "train",

@@ -6,7 +6,7 @@ import json
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class LanguageModel:
 
     module: Any
     plan: HeadPlan
+    layer_list: str | None = None
+    """Submodule that lists the decoder layers, where the plan says it."""
 
     def hidden_states(self, input_ids_BL: Tensor) -> Tensor:
         """The hidden states [B, L, D] that the head reads. No logits are computed and no cache is kept."""
@@ -47,6 +49,16 @@ class LanguageModel:
         """The head with the module's own parameters, so that gradients reach them."""
         bias = None if self.plan.bias is None else self.module.get_parameter(self.plan.bias)
         return Head(self.module.get_parameter(self.plan.weight), bias, self.plan.scale, self.plan.softcap)
+
+    @property
+    def layers(self) -> torch.nn.ModuleList | None:
+        """The decoder layers, in order."""
+        return None if self.layer_list is None else self.module.get_submodule(self.layer_list)
+
+    @property
+    def width(self) -> int:
+        """Channels of the hidden states."""
+        return int(self.head.weight_VD.shape[1])
 
     @property
     def positions(self) -> int | None:
@@ -80,7 +92,17 @@ def load_model(loaded: LoadedPlan, at: str, plan: ModelPlan, dtype: torch.dtype,
     SpecInvalid where the plan and the model do not fit, UsageError where there is no model, WorkError for broken files.
     """
     folder = model_folder(loaded, at, plan)
-    return open_model(folder, dtype, device, plan.head, loaded, f"{at}.head")
+    model = open_model(folder, dtype, device, plan.head, loaded, f"{at}.head")
+    if plan.layers is None:
+        return model
+    try:
+        layers = model.module.get_submodule(plan.layers)
+    except AttributeError:
+        layers = None
+    if not isinstance(layers, torch.nn.ModuleList):
+        message = f"the model has no list of layers `{plan.layers}`"
+        raise loaded.invalid(f"{at}.layers", message, "compile again, or correct it")
+    return replace(model, layer_list=plan.layers)
 
 
 def model_folder(loaded: LoadedPlan, at: str, plan: ModelPlan) -> Path:

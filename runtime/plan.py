@@ -69,6 +69,9 @@ class ModelPlan(Block):
 
     head: HeadPlan
 
+    layers: Text | None = None
+    """Submodule that lists the decoder layers, for `loss.hidden_states`; null: not known."""
+
 
 class TeacherPlan(ModelPlan):
     """The teacher; a Hugging Face id may stand for the folder."""
@@ -250,7 +253,8 @@ def _contradictions(plan: TrainingPlan) -> Iterator[Problem]:
             f"{optimizer.min_lr:g} is higher than lr, {optimizer.lr:g}",
             f"write at most {optimizer.lr:g}",
         )
-    if loss.logits.weight == 0 and loss.cross_entropy == 0:
+    hidden = loss.hidden_states is not None and loss.hidden_states.weight != 0
+    if loss.logits.weight == 0 and loss.cross_entropy == 0 and not hidden:
         yield (
             "loss",
             "every term has weight 0: there is nothing to learn",
@@ -258,8 +262,9 @@ def _contradictions(plan: TrainingPlan) -> Iterator[Problem]:
         )
     if plan.teacher_logits != "online":
         yield "teacher_logits", "sampled teacher logits are not available in this version", "write online"
-    if loss.hidden_states is not None:
-        yield "loss.hidden_states", "a loss on hidden states is not available in this version", "write null"
+    if loss.hidden_states is not None and loss.hidden_states.weight == "dynamic" and not loss.logits.weight:
+        message = "`dynamic` is scaled to the logit loss, whose weight is 0"
+        yield "loss.hidden_states.weight", message, "write a number, or give `logits` a weight"
 
 
 def resume_identity(plan: TrainingPlan, data_hash: str) -> dict[str, Any]:
@@ -272,7 +277,7 @@ def resume_identity(plan: TrainingPlan, data_hash: str) -> dict[str, Any]:
     whole = plan.model_dump(mode="json")
     kept = {key: whole[key] for key in _IDENTITY_KEYS}
     kept["student"] = {"head": whole["student"]["head"]}
-    kept["teacher"] = {key: value for key, value in whole["teacher"].items() if key != "model"}
+    kept["teacher"] = {key: value for key, value in whole["teacher"].items() if key not in ("model", "layers")}
     kept["loss"].pop("chunk_tokens")
     kept["data"] = data_hash
     return dict(_flat("", kept))

@@ -11,6 +11,7 @@ import torch
 
 from minitron.runtime.checkpoint import Checkpoints, TrainerState, load
 from minitron.runtime.data import Corpus, Windows, open_corpus, open_held_out
+from minitron.runtime.hidden_states import HiddenStates, prepare_hidden_states
 from minitron.runtime.loss import DistillationLoss
 from minitron.runtime.models import DTYPES, LanguageModel, check_vocabularies, load_model
 from minitron.runtime.optimizer import make_optimizer
@@ -32,7 +33,10 @@ class Run:
     """fp32, in training mode."""
 
     teacher: LanguageModel | None
-    """None where the divergence has weight 0."""
+    """None where no term needs one."""
+
+    hidden: HiddenStates | None
+    """What is compared beside the logits."""
 
     corpus: Corpus
     held_out: Windows | None
@@ -66,8 +70,10 @@ def prepare(
     work = loaded.folder / plan.work
     with world.leader_first():
         corpus, windows = _open_data(loaded, plan, encoder, work / "data", progress if world.leads else Silent())
-    logits, teacher = plan.loss.logits, None
-    if logits.weight:
+    logits, hidden, teacher = plan.loss.logits, plan.loss.hidden_states, None
+    if hidden is not None and hidden.weight == 0:
+        hidden = None
+    if logits.weight or hidden is not None:
         teacher = load_model(loaded, "teacher", plan.teacher, DTYPES[plan.teacher.dtype], world.device)
         teacher.module.requires_grad_(False)
     student = load_model(loaded, "student", plan.student, torch.float32, world.device)
@@ -78,6 +84,9 @@ def prepare(
     for parameter in student.module.parameters():
         # Storage of our own, aligned as every allocation is: that of a mapped file is not, and sums may depend on it.
         parameter.data = parameter.data.clone()
+    states = None
+    if hidden is not None and teacher is not None:
+        states = prepare_hidden_states(loaded, hidden, teacher, student, plan.loss.chunk_tokens, plan.seed)
     student.module.train()
     if plan.gradient_checkpointing:
         module = student.module  # the first name is that of transformers 5.23 and later
@@ -89,6 +98,7 @@ def prepare(
         work=work,
         student=student,
         teacher=teacher,
+        hidden=states,
         corpus=corpus,
         held_out=windows,
         optimizer=make_optimizer(student.module, plan.optimizer),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from minitron.runtime.checkpoint import TrainerState
 from minitron.runtime.data import Batch
 from minitron.runtime.disk import writing
 from minitron.runtime.held_out import autocast
-from minitron.runtime.loss import LossTerms, distillation_loss
+from minitron.runtime.hidden_states import States
+from minitron.runtime.loss import distillation_loss
 from minitron.runtime.optimizer import set_learning_rate
 from minitron.runtime.order import mix
 from minitron.runtime.schedule import learning_rate
@@ -30,18 +33,18 @@ def train_step(run: Run, state: TrainerState) -> dict[str, float]:
     batch = run.corpus.batch(world.share(range(state.samples, state.samples + plan.global_batch_size)))
     valid = world.sum(batch.valid_BL.sum().to(world.device))
     normaliser = max(1.0, float(valid))  # a batch that is masked throughout has loss 0 and gradient 0
-    sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=world.device)
     for number, micro in enumerate(batch.micro_batches(plan.micro_batch_size)):
         # What dropout draws, where a model has it, follows from the sample too: nothing to save, nothing to lose.
         torch.manual_seed(mix(plan.seed, state.samples, world.rank, number))
-        terms = _loss(run, micro.to(world.device), normaliser)
-        terms.total.backward()  # type: ignore[no-untyped-call]
-        sums += torch.stack([terms.total.detach(), terms.divergence, terms.cross_entropy])
+        total, terms = _loss(run, micro.to(world.device), normaliser)
+        total.backward()  # type: ignore[no-untyped-call]
+        sums += torch.stack([total.detach(), *terms])
     parameters = list(run.student.module.parameters())
     world.sum_gradients(parameters)
     most = plan.optimizer.clip_grad_norm
     grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if most is None else most))
-    loss, divergence, cross_entropy = world.sum(sums).tolist()
+    loss, divergence, cross_entropy, hidden_states = world.sum(sums).tolist()
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         raise _not_finite(
             run, state, batch, f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {grad_norm}"
@@ -55,19 +58,26 @@ def train_step(run: Run, state: TrainerState) -> dict[str, float]:
         figures[run.loss.divergence] = divergence
     if run.loss.cross_entropy:
         figures["cross_entropy"] = cross_entropy
+    if run.hidden is not None:
+        figures["hidden_states"] = hidden_states
     return figures | {"lr": lr, "grad_norm": grad_norm}
 
 
-def _loss(run: Run, batch: Batch, normaliser: float) -> LossTerms:
-    """The share of one micro batch in the loss of the global batch."""
-    teacher_TE, teacher_head = None, None
-    if run.teacher is not None:
-        with torch.no_grad():
-            teacher_TE = batch.pick(run.teacher.hidden_states(batch.input_ids_BL))
-        teacher_head = run.teacher.head
-    with autocast(run.world.device, run.compute_dtype):
-        student_TD = batch.pick(run.student.hidden_states(batch.input_ids_BL))
-    return distillation_loss(
+def _loss(run: Run, batch: Batch, normaliser: float) -> tuple[Tensor, list[Tensor]]:
+    """The share of one micro batch in the loss of the global batch, and of its terms: divergence, cross-entropy,
+    hidden states."""
+    teacher_TE, teacher_head, hidden = None, None, run.hidden
+    recording: AbstractContextManager[tuple[States, States]] = (
+        nullcontext(({}, {})) if hidden is None else hidden.recording()
+    )
+    with recording as (theirs, ours):
+        if run.teacher is not None:
+            with torch.no_grad():
+                teacher_TE = batch.pick(run.teacher.hidden_states(batch.input_ids_BL))
+            teacher_head = run.teacher.head
+        with autocast(run.world.device, run.compute_dtype):
+            student_TD = batch.pick(run.student.hidden_states(batch.input_ids_BL))
+    terms = distillation_loss(
         run.loss,
         student_TD,
         run.student.head,
@@ -77,6 +87,13 @@ def _loss(run: Run, batch: Batch, normaliser: float) -> LossTerms:
         normaliser=normaliser,
         compute_dtype=run.compute_dtype,
     )
+    if hidden is None:
+        return terms.total, [terms.divergence, terms.cross_entropy, torch.zeros_like(terms.divergence)]
+    logits_T = terms.divergence_T * (run.loss.weight * run.loss.temperature**2)
+    distance = hidden.loss(
+        batch, theirs, run.student, ours, logits_T, normaliser=normaliser, compute_dtype=run.compute_dtype
+    )
+    return terms.total + distance.total, [terms.divergence, terms.cross_entropy, distance.distance]
 
 
 def _not_finite(run: Run, state: TrainerState, batch: Batch, what: str) -> WorkError:

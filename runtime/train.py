@@ -16,6 +16,7 @@ from minitron.runtime.checkpoint import TrainerState
 from minitron.runtime.data import data_hash
 from minitron.runtime.disk import only_one, writing
 from minitron.runtime.held_out import held_out
+from minitron.runtime.hidden_states import remove_projection
 from minitron.runtime.interrupt import Interrupt, interrupts
 from minitron.runtime.metrics import MetricsLog, read_metrics
 from minitron.runtime.models import DTYPES, model_folder
@@ -137,9 +138,12 @@ def _finish(loaded: LoadedPlan, run: Run) -> None:
     loss = f"{plan.loss.logits.divergence} to the teacher with weight {plan.loss.logits.weight:g}"
     if plan.loss.cross_entropy:
         loss += f", cross-entropy with weight {plan.loss.cross_entropy:g}"
+    if run.hidden is not None:
+        loss += f", {run.hidden.settings.distance} distance of hidden states"
     report = [f"Trained on {plan.steps * plan.step_tokens:,} tokens: {loss}."]
     if lines := [line for line in read_metrics(run.work / METRICS) if "held_out_loss" in line]:
         report.append(f"Loss on held-out text: {lines[-1]['held_out_loss']:.4f} nats a token.")
+    remove_projection(run.student)
     source = model_folder(loaded, "student", plan.student)
     write_model(run.student, DTYPES[plan.student.dtype], source, loaded.folder / plan.output, plan.name, report)
     write_text(run.work / FINISHED, json.dumps({"format_version": 1, "identity": run.identity}, indent=1) + "\n")

@@ -34,8 +34,5 @@ def _asked_for_too_soon(spec: Spec) -> Iterator[tuple[str, str, str]]:
         yield "search", "search", "leave it out and write one value for each width"
     if spec.teacher_correction is not None:
         yield "teacher_correction", "teacher correction", "leave it out"
-    if spec.distill is not None:
-        if spec.distill.teacher_logits != "online":
-            yield "distill.teacher_logits", "sampled", "write online or leave it out"
-        if spec.distill.loss.hidden_states is not None:
-            yield "distill.loss.hidden_states", "a loss on hidden states", "write null or leave it out"
+    if spec.distill is not None and spec.distill.teacher_logits != "online":
+        yield "distill.teacher_logits", "sampled", "write online or leave it out"

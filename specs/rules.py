@@ -216,6 +216,18 @@ def dynamic_weight_has_a_scale(spec: Spec) -> Iterator[Problem]:
         yield Problem("distill.loss.hidden_states.weight", message, "write a number, or give `logits` a weight")
 
 
+@rule("distill.loss.hidden_states")
+def pairs_differ(spec: Spec) -> Iterator[Problem]:
+    """A pair of layers counts once."""
+    hidden = spec.distill.loss.hidden_states if spec.distill is not None else None
+    if hidden is None or isinstance(hidden.pairs, str):
+        return
+    for index, pair in enumerate(hidden.pairs):
+        if pair in hidden.pairs[:index]:
+            path = f"distill.loss.hidden_states.pairs.{index}"
+            yield Problem(path, f"[{pair[0]}, {pair[1]}] stands in the list twice", "keep one of them")
+
+
 @rule("distill.data", "evaluate.held_out")
 def held_out_is_held_out(spec: Spec) -> Iterator[Problem]:
     """What is trained on measures nothing."""

@@ -1,4 +1,5 @@
-"""What the student is trained on: divergences from the teacher over the whole vocabulary, and cross-entropy.
+"""What the student is trained on: divergences from the teacher over the whole vocabulary, distances between hidden
+states, and cross-entropy.
 
 Legend of shape suffixes in this package: T tokens of a call, C tokens of a chunk, R rows of a block, V vocabulary,
 D hidden size of the student, E hidden size of the teacher.
@@ -6,6 +7,16 @@ D hidden size of the student, E hidden size of the teacher.
 
 from minitron.runtime.loss.distillation import DistillationLoss, LossTerms, distillation_loss
 from minitron.runtime.loss.head import Head
+from minitron.runtime.loss.hidden import HiddenStateLoss, HiddenStateTerm, hidden_state_loss
 from minitron.runtime.loss.likelihood import negative_log_likelihood
 
-__all__ = ["DistillationLoss", "Head", "LossTerms", "distillation_loss", "negative_log_likelihood"]
+__all__ = [
+    "DistillationLoss",
+    "Head",
+    "HiddenStateLoss",
+    "HiddenStateTerm",
+    "LossTerms",
+    "distillation_loss",
+    "hidden_state_loss",
+    "negative_log_likelihood",
+]

@@ -47,11 +47,13 @@ class DistillationLoss:
 @dataclass(frozen=True)
 class LossTerms:
     """`total` is what to call backward on. The terms are detached and unweighted; each is a share of a global mean:
-    the sum over this call's tokens divided by the normaliser. `divergence` carries no temperature^2."""
+    the sum over this call's tokens divided by the normaliser. `divergence` carries no temperature^2. `divergence_T` has
+    the same for each token, not divided."""
 
     total: Tensor
     divergence: Tensor
     cross_entropy: Tensor
+    divergence_T: Tensor
 
 
 def distillation_loss(
@@ -76,7 +78,7 @@ def distillation_loss(
     assert normaliser > 0, "a batch without a single valid token has no mean; give 1"
     assert settings.weight == 0 or (teacher is not None and teacher_TE is not None)
     assert settings.cross_entropy == 0 or labels_T is not None
-    total, parts = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+    total, parts, divergence_T = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         student_TD,
         student.weight_VD,
         student.bias_V,
@@ -88,7 +90,7 @@ def distillation_loss(
         normaliser,
         compute_dtype,
     )
-    return LossTerms(total, parts[0], parts[1])
+    return LossTerms(total, parts[0], parts[1], divergence_T)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -107,7 +109,7 @@ class _ChunkedLoss(torch.autograd.Function):
         settings: DistillationLoss,
         normaliser: float,
         compute_dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         device = student_TD.device
         fp32: dict[str, Any] = {"device": device, "dtype": torch.float32}
         tokens, vocabulary = student_TD.shape[0], weight_VD.shape[0]
@@ -127,6 +129,7 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_VD = torch.zeros(weight_VD.shape, **fp32) if needs_weight else None
             grad_V = torch.zeros(vocabulary, **fp32) if needs_bias else None
             sums = torch.zeros(2, dtype=torch.float64, device=device)
+            divergence_T = torch.zeros(tokens, **fp32)
             for start in range(0, tokens, chunk):
                 part = slice(start, min(start + chunk, tokens))
                 z_CV = student_CV[: part.stop - start]
@@ -135,7 +138,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 if teacher is not None and teacher_TE is not None:
                     t_CV = teacher_CV[: part.stop - start]
                     project(teacher_TE[part], teacher.weight_VD, t_CV)
-                sums += rows.to_gradient_(z_CV, t_CV, None if labels_T is None else labels_T[part])
+                labels_C = None if labels_T is None else labels_T[part]
+                sums += rows.to_gradient_(z_CV, t_CV, labels_C, divergence_T[part])
                 if grad_TD is not None:
                     project_back(z_CV, student.weight_VD, grad_TD[part])
                 if grad_VD is not None:
@@ -152,12 +156,12 @@ class _ChunkedLoss(torch.autograd.Function):
         )
         parts = (sums / normaliser).float()
         total = parts[0] * (settings.weight * settings.temperature**2) + parts[1] * settings.cross_entropy
-        ctx.mark_non_differentiable(parts)
-        return total, parts
+        ctx.mark_non_differentiable(parts, divergence_T)
+        return total, parts, divergence_T
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _parts: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, *_terms: Tensor) -> tuple[Tensor | None, ...]:
         # Let go of them, so that autograd takes the head's gradient over instead of copying it.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
@@ -192,8 +196,9 @@ class _Rows:
         self.cross_RV = scratch(settings.cross_entropy != 0)
         self.slope_RV = scratch(student.softcap is not None)
 
-    def to_gradient_(self, z_CV: Tensor, t_CV: Tensor | None, labels_C: Tensor | None) -> Tensor:
-        """Overwrites the student's `z_CV` by d loss / d z_CV, and the teacher's `t_CV` by scratch.
+    def to_gradient_(self, z_CV: Tensor, t_CV: Tensor | None, labels_C: Tensor | None, divergence_C: Tensor) -> Tensor:
+        """Overwrites the student's `z_CV` by d loss / d z_CV, the teacher's `t_CV` by scratch, and `divergence_C` by each
+        token's divergence.
 
         Returns the sums of divergence and cross-entropy over the tokens.
         """
@@ -208,7 +213,8 @@ class _Rows:
                 cross_RV = self.cross_RV[:rows]
                 sums[1] += self._cross_entropy(z_RV, labels_C[part], cross_RV)
             if t_CV is not None:
-                sums[0] += self._divergence_(z_RV, t_CV[part])
+                divergence_C[part] = self._divergence_(z_RV, t_CV[part])
+                sums[0] += divergence_C[part].sum(dtype=torch.float64)
             else:
                 z_RV.zero_()
             if cross_RV is not None:
@@ -220,7 +226,7 @@ class _Rows:
         return sums
 
     def _divergence_(self, z_RV: Tensor, t_RV: Tensor) -> Tensor:
-        """Leaves the gradient of the weighted divergence in `z_RV` and returns the sum of the divergences."""
+        """Leaves the gradient of the weighted divergence in `z_RV` and returns the divergence of each row."""
         settings = self.settings
         assert self.teacher is not None
         self.teacher.finish_(t_RV)
@@ -233,7 +239,7 @@ class _Rows:
         value_R = DIVERGENCES[settings.divergence](z_RV, p_RV, t_RV, q_RV)
         # temperature^2 of the loss, one of them cancelled by d (logits / temperature) / d logits
         z_RV.mul_(settings.weight * settings.temperature * self.share)
-        return value_R.sum(dtype=torch.float64)
+        return value_R
 
     def _cross_entropy(self, z_RV: Tensor, labels_R: Tensor, grad_RV: Tensor) -> Tensor:
         """Writes the gradient of the weighted cross-entropy to `grad_RV` and returns the sum of -log p(label)."""

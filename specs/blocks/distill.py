@@ -65,20 +65,22 @@ class LogitLoss(Block):
 
 
 class HiddenStateLoss(Block):
-    """The distance between hidden states of teacher and student, through a projection that is learnt and
-    thrown away."""
+    """The distance between hidden states of teacher and student (Minitron, arXiv 2407.14679, section 3). Where the widths
+    differ, one linear projection for all pairs takes the student's states to the teacher's width; it is learnt with the
+    student and thrown away."""
 
     pairs: LayerPairs = "last:last"
-    """`last:last`, or pairs of [teacher layer, student layer]."""
+    """`last:last`, or pairs of [teacher layer, student layer]: what these decoder layers yield, counted from 0 in each
+    model's own numbering."""
 
     distance: Literal["cosine", "mse"] = "cosine"
-    """How the distance is measured."""
+    """`cosine`: 1 - cosine similarity; `mse`: mean squared difference, in units of the teacher state's mean square."""
 
     embedding: bool = True
-    """The output of the embedding is compared as well."""
+    """What the first layers are given, the embeddings, is compared as well."""
 
     weight: LossWeight = "dynamic"
-    """`dynamic`: scaled to the size of the logit loss; or a number."""
+    """`dynamic`: the logit loss divided by this one, for each sequence and without a gradient; or a number."""
 
 
 class Loss(Block):

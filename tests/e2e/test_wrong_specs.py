@@ -44,6 +44,12 @@ OF_THE_TEACHER = [
     ("heads that do not divide", "  hidden_size: 24\n", "  num_attention_heads: 3 #!\n", "num_attention_heads"),
     ("what RoPE cannot express", "  hidden_size: 24\n", "  head_dim: 6 #!\n", "head_dim"),
     ("what this teacher has not", "  hidden_size: 24\n", "  num_experts: 2 #!\n", "num_experts"),
+    (
+        "a student layer to compare that will be dropped",
+        "  tokens: 4096\n",
+        "  tokens: 4096\n  loss: {hidden_states: {pairs: [[2, 1], [0, 2]]}} #!\n",
+        "the student has 2 layers, and no layer 2; write at most 1",
+    ),
     ("a teacher that is not there", "  model: teacher\n", "  model: ./nowhere #!\n", "nowhere"),
 ]
 

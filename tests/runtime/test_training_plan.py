@@ -81,7 +81,10 @@ def test_every_error_comes_at_its_line(tmp_path: Path) -> None:
         ({"optimizer__min_lr": 1.0}, "optimizer.min_lr: 1 is higher than lr, 0.003; write at most 0.003"),
         ({"loss__logits": {"weight": 0}}, "loss: every term has weight 0: there is nothing to learn"),
         ({"teacher_logits": {"sampled": 12}}, "teacher_logits: sampled teacher logits are not available"),
-        ({"loss__hidden_states": {}}, "loss.hidden_states: a loss on hidden states is not available"),
+        (
+            {"loss": {"logits": {"weight": 0}, "hidden_states": {}}},
+            "loss.hidden_states.weight: `dynamic` is scaled to the logit loss, whose weight is 0; write a number, or",
+        ),
         ({"compute_dtype": {"cpu": "float32"}}, "compute_dtype.cuda: `cuda` is missing"),
         ({"teacher__dtype": "float16"}, "teacher.dtype: `float16` is not possible here; did you mean `bfloat16`?"),
         ({"student__model": 3}, "student.model: `3` is a number, and text is wanted"),

@@ -118,7 +118,6 @@ evaluate: {suite: [hellaswag, gsm8k], data_dir: benchmarks/, held_out: {text: "p
         "recovery.refit",
         "recovery.merge_heads",
         "distill.teacher_logits",
-        "distill.loss.hidden_states",
     ]
 
 

@@ -306,6 +306,13 @@ WRONG = {
     "nothing to learn": Wrong(
         DISTILL + "  loss: {logits: {weight: 0}}\n", "8:3", "distill.loss", "every weight is 0", "weight: 1.0"
     ),
+    "a pair of layers twice": Wrong(
+        DISTILL + "  loss: {hidden_states: {pairs: [[1, 1], [2, 2], [1, 1]]}}\n",
+        "8:50",
+        "distill.loss.hidden_states.pairs.2",
+        "[1, 1] stands in the list twice",
+        "keep one of them",
+    ),
     "a dynamic weight of nothing": Wrong(
         DISTILL + "  loss: {logits: {weight: 0}, hidden_states: {}}\n",
         "8:31",
