@@ -6,6 +6,10 @@ It trains for the given wall time whatever the machine's speed: warm-up, constan
 Killed and started again it goes on from its last checkpoint in `--work`. What is evaluated and saved in the end are
 the weights rounded to bfloat16. The quickstart does not need any of this: the result is committed in `teacher/`.
 
+    python examples/quickstart/train_teacher.py --minutes 80 --begin examples/quickstart/teacher --seed 1 --out /tmp/next
+
+begins another round, with its own warm-up and decay, from what an earlier one has written; the card then tells of both.
+
 One process a core, each with one thread, gradients averaged once a step: for matrices this small that is half as fast
 again as one process with all threads, and does not collapse when something else wants a core.
 """
@@ -196,6 +200,17 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
+def earlier_rounds(begin: Path) -> dict[str, str]:
+    """What the card of the teacher in `begin` says about how it was trained, as rows for the next card."""
+    card = (begin / "README.md").read_text(encoding="utf-8")
+    cells = [line.strip("|").split(" | ") for line in card.splitlines() if line.startswith("| ")]
+    told = {cell[0].strip(): cell[1].strip() for cell in cells if len(cell) == 2}
+    rounds = {key: value for key, value in told.items() if key.startswith("round ")}
+    last = "; ".join(told[key] for key in ("training tokens seen", "steps", "training time"))
+    loss = told["held-out loss (nats a token)"]
+    return {**rounds, f"round {len(rounds) + 1}": f"{last}; held-out loss {loss}"}
+
+
 def model_card(recipe: Recipe, figures: dict[str, str]) -> str:
     rows = "\n".join(f"| {key} | {value} |" for key, value in figures.items())
     return f"""---
@@ -278,6 +293,8 @@ def train(rank: int, processes: int, port: int, args: argparse.Namespace, recipe
     assert all(tokenizer.decode(tokenizer(t).input_ids, skip_special_tokens=True) == t for t in held_out_texts)
     windows = Windows(encode(train_texts, tokenizer), recipe.sequence_length, tokenizer.bos_token_id, recipe.seed)
     model = build_model(recipe)
+    if args.begin is not None:
+        model.load_state_dict(MistralForCausalLM.from_pretrained(args.begin, dtype=torch.float32).state_dict())
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), betas=recipe.betas, fused=True)
     parameters = sum(p.numel() for p in model.parameters())
     say(
@@ -330,8 +347,10 @@ def train(rank: int, processes: int, port: int, args: argparse.Namespace, recipe
     dist.destroy_process_group()
     if rank == 0:
         tokens = step * recipe.batch_size * recipe.sequence_length
+        seen = f"{tokens:,}, {tokens / len(windows.stream):.1f} epochs of {len(windows.stream):,}"
         facts = {
-            "training tokens seen": f"{tokens:,}, {tokens / len(windows.stream):.1f} epochs of {len(windows.stream):,}",
+            **({} if args.begin is None else earlier_rounds(args.begin)),
+            "training tokens seen": seen if args.begin is None else f"{seen}, in the last round",
             "steps": f"{step:,} of {recipe.batch_size} x {recipe.sequence_length} tokens",
             "training time": f"{spent / 60:.1f} minutes, {processes} processes on {os.cpu_count()} CPU cores",
         }
@@ -342,6 +361,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=65.0, help="wall time of training, evaluation not counted")
     parser.add_argument("--work", type=Path, default=Path("/tmp/minitron-quickstart-teacher"), help="checkpoints")
+    parser.add_argument("--begin", type=Path, help="a teacher of an earlier round, to go on from its weights")
     parser.add_argument("--out", type=Path, default=HERE / "teacher")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     for key in ("lr", "batch_size", "seed"):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -67,6 +70,35 @@ def test_it_predicts_modules_that_it_never_saw_about_as_well_as_its_card_says(to
             losses.append(F.cross_entropy(logits.flatten(0, 1), chunks_BS[:, 1:].flatten()).item())
     # The beginnings of the files only, and another Python may have other files.
     assert sum(losses) / len(losses) == pytest.approx(claimed, rel=0.15)
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_teacher", QUICKSTART / "train_teacher.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_card_of_a_further_round_tells_of_every_earlier_one(script: ModuleType, tmp_path: Path) -> None:
+    figures = {
+        "held-out loss (nats a token)": "2.5",
+        "training tokens seen": "4,096, 1.0 epochs of 4,000",
+        "steps": "1 of 16 x 256 tokens",
+        "training time": "3.0 minutes",
+    }
+    (tmp_path / "README.md").write_text(script.model_card(script.Recipe(), figures))
+    first = script.earlier_rounds(tmp_path)
+    assert first == {
+        "round 1": "4,096, 1.0 epochs of 4,000; 1 of 16 x 256 tokens; 3.0 minutes; held-out loss 2.5",
+    }
+    again = figures | first | {"training time": "5.0 minutes", "held-out loss (nats a token)": "2.4"}
+    (tmp_path / "README.md").write_text(script.model_card(script.Recipe(), again))
+    second = script.earlier_rounds(tmp_path)
+    assert list(second) == ["round 1", "round 2"] and second["round 1"] == first["round 1"]
+    assert second["round 2"].endswith("5.0 minutes; held-out loss 2.4")
 
 
 def test_its_spec_is_valid_and_makes_it_smaller() -> None:
