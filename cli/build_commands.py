@@ -13,7 +13,7 @@ from minitron.cli.device import pick_device, use_threads
 from minitron.cli.libraries import quiet_libraries
 from minitron.cli.plan_sections import plan_sections
 from minitron.cli.progress import progress_for
-from minitron.cli.render import say, show_sections, stderr_console, write
+from minitron.cli.render import document, say, show_sections, stderr_console, write
 from minitron.cli.sections import Column, Document, Section
 from minitron.cli.spec_commands import preview
 from minitron.specs import LoadedSpec, load_spec
@@ -104,8 +104,17 @@ def run(
     show_sections([*results_sections(results), _places(build)], results)
 
 
-def show(build: options.BuildFolder, as_json: options.Json = False) -> None:
+def show(
+    build: options.BuildFolder,
+    as_json: options.Json = False,
+    as_html: Annotated[
+        bool, typer.Option("--html", help="Write BUILD/report.html, one page with charts that needs nothing else.")
+    ] = False,
+) -> None:
     """Show the plan, the selection, training progress, checks and results of a build."""
+    if as_html:
+        _write_report(builds.require_build(build), as_json=as_json)
+        return
     content = builds.show_document(builds.require_build(build))
     sections: list[Section] = []
     if content["plan"] is not None:
@@ -117,6 +126,13 @@ def show(build: options.BuildFolder, as_json: options.Json = False) -> None:
     if content["results"] is not None:
         sections += results_sections(content["results"])
     show_sections([*sections, _places(build)], content, as_json=as_json)
+
+
+def _write_report(build: Path, *, as_json: bool) -> None:
+    from minitron.cli.report import write_report
+
+    path = str(write_report(build))
+    write(document({"report": path}) if as_json else path)
 
 
 def _compile(loaded: LoadedSpec, build: Path, device: str, threads: int | None) -> None:

@@ -73,14 +73,14 @@ def training_progress(build: Path) -> Document | None:
     first: Document | None = None
     last: Document = {}
     steps = 0
-    for record in _records(build / METRICS):
+    for record in records(build / METRICS):
         first = record if first is None else first
         last = record
         steps += 1
     if first is None:
         return None
     return {
-        "total_tokens": _total_tokens(build / TRAINING),
+        "total_tokens": total_tokens(build / TRAINING),
         "steps": last.get("step", steps),
         "first": first,
         "last": last,
@@ -98,7 +98,7 @@ def show_document(build: Path) -> Document:
     }
 
 
-def _records(path: Path) -> Iterator[Document]:
+def records(path: Path) -> Iterator[Document]:
     """The objects of a JSON-lines file; a line that a killed process left unfinished is passed over."""
     if not path.is_file():
         return
@@ -112,7 +112,8 @@ def _records(path: Path) -> Iterator[Document]:
                 yield record
 
 
-def _total_tokens(path: Path) -> int | None:
+def total_tokens(path: Path) -> int | None:
+    """The tokens that a training plan asks for; None where there is none, or one for evaluation alone."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
