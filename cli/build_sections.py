@@ -7,8 +7,8 @@ from typing import Any
 from minitron.cli import figures
 from minitron.cli.sections import Column, Document, Section, entries, part
 
-# The order in which the three models of a build always stand.
-MODELS = ("teacher", "pruned", "distilled")
+# The order in which the models of a build always stand.
+MODELS = ("teacher", "corrected_teacher", "pruned", "distilled")
 
 
 def verification_section(verification: Document) -> Section:

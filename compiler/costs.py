@@ -124,15 +124,17 @@ def stacked_parameters(captured: Captured, table: AxisTable) -> dict[str, int]:
 
 
 def training_memory(
-    teacher: ModelCosts, student: ModelCosts, layers: int, hidden: int, sequences: int, length: int
+    teacher: ModelCosts | None, student: ModelCosts, layers: int, hidden: int, sequences: int, length: int
 ) -> int:
-    """Peak bytes of distillation on one device: teacher and fp32 student with gradients and two moments, and activations.
+    """Peak bytes of training on one device: teacher, where there is one beside it, and fp32 student with gradients and two
+    moments, and activations.
 
     Activations: about 34 bytes a token, channel and layer without recomputation (Korthikanti et al., arXiv 2205.05198,
     section 4, bf16), estimated; logits never exist whole.
     """
     states = student.parameters * 4 * 4
-    return teacher.weight_bytes + states + 34 * layers * hidden * sequences * length
+    beside = 0 if teacher is None else teacher.weight_bytes
+    return beside + states + 34 * layers * hidden * sequences * length
 
 
 def device_hours(flops: float) -> float:

@@ -97,12 +97,17 @@ class Plan:
             layer_bytes = self.teacher_costs.parameters * 4 // max(layers, 1)
             work = float(tokens * self.teacher_costs.flops_per_token)
             phases.append(_phase("calibrate", tokens, work, layer_bytes + (1 << 30)))
+        if spec.distill is not None and spec.teacher_correction is not None:
+            tokens, length = spec.teacher_correction.tokens, spec.distill.sequence_length
+            each = 3 * self._teacher_flops(length)
+            sequences = spec.distill.micro_batch_size or 1
+            memory = costs.training_memory(None, self.teacher_costs, layers, hidden, sequences, length)
+            phases.append(_phase("teacher_correction", tokens, float(tokens * each), memory))
         if spec.distill is not None:
             tokens, length = spec.distill.tokens, spec.distill.sequence_length
-            attention = (length // 2) * (
-                self.teacher_costs.attention_flops_per_pair + 3 * self.student_costs.attention_flops_per_pair
-            )
-            each = self.teacher_costs.flops_per_token + 3 * self.student_costs.flops_per_token + attention
+            student = self.student_costs
+            each = self._teacher_flops(length)
+            each += 3 * (student.flops_per_token + length // 2 * student.attention_flops_per_pair)
             sequences = spec.distill.micro_batch_size or 1
             width = self.targets.widths.get(HIDDEN, hidden)
             memory = costs.training_memory(
@@ -110,6 +115,11 @@ class Plan:
             )
             phases.append(_phase("distill", tokens, float(tokens * each), memory))
         return phases
+
+    def _teacher_flops(self, length: int) -> int:
+        """FLOPs of the teacher's forward pass for one token of a sequence, which looks back at half of it on average."""
+        teacher = self.teacher_costs
+        return teacher.flops_per_token + length // 2 * teacher.attention_flops_per_pair
 
     @property
     def needs_scores(self) -> bool:

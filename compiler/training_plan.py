@@ -12,6 +12,7 @@ from minitron.compiler.head import Head
 from minitron.specs.data import DataSource
 from minitron.specs.data_files import resolve
 from minitron.specs.load import LoadedSpec
+from minitron.specs.spec import Spec
 
 FORMAT_VERSION = 1
 MICRO_BATCH_TOKENS = 8192  # tokens of one forward pass where the spec leaves the micro batch open
@@ -66,6 +67,7 @@ def training_plan(
         every = distill.checkpoint.every_tokens or max(1, distill.tokens // CHECKPOINTS)
         document |= {
             "data": _source(loaded, distill.data, "distill.data"),
+            "teacher_correction": _correction(spec),
             "teacher_logits": distill.teacher_logits
             if isinstance(distill.teacher_logits, str)
             else distill.teacher_logits.model_dump(mode="json"),
@@ -98,6 +100,19 @@ def training_plan(
         "continuation_tokens": 64 if evaluate is None else evaluate.continuation_tokens,
     }
     return document
+
+
+def _correction(spec: Spec) -> dict[str, Any] | None:
+    correction = spec.teacher_correction
+    if correction is None or spec.distill is None:
+        return None
+    return {
+        "tokens": correction.tokens,
+        "optimizer": correction.optimizer.model_dump(mode="json"),
+        "every_tokens": spec.distill.checkpoint.every_tokens or max(1, correction.tokens // CHECKPOINTS),
+        "output": "teacher",
+        "work": "train/teacher",
+    }
 
 
 def micro_batch(global_batch: int, length: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from minitron.runtime.correction import RECORD
 from minitron.runtime.data import Windows, open_held_out
 from minitron.runtime.disk import writing
 from minitron.runtime.generate import continue_greedily, tokens_per_second
@@ -32,10 +33,11 @@ _BATCH_TOKENS = 8192
 def evaluate(build: Path, *, device: str | None, progress: Progress) -> dict[str, Any]:
     """Measures every model of BUILD that is there, writes BUILD/results.json and returns what it holds.
 
-    For each of `teacher`, `pruned` and, once trained, `distilled`: parameters, bytes of the weights on disk,
-    held-out loss (nats a token) and perplexity, greedy decoding speed (one sequence, key-value cache), the tasks of
-    the suite, and a continuation of one prompt. `recovered` is the share of the pruning loss that distillation won
-    back: 1 is the teacher's loss, 0 the pruned student's. UsageError and WorkError as for training.
+    For each of `teacher`, `corrected_teacher` where there is one, `pruned` and, once trained, `distilled`: parameters,
+    bytes of the weights on disk, held-out loss (nats a token) and perplexity, greedy decoding speed (one sequence,
+    key-value cache), the tasks of the suite, and a continuation of one prompt. `recovered` is the share of the pruning
+    loss that distillation won back: 1 is the teacher's loss (as it was, uncorrected), 0 the pruned student's. UsageError
+    and WorkError as for training.
     """
     loaded = read_plan(build)
     plan = loaded.plan
@@ -70,13 +72,16 @@ def evaluate(build: Path, *, device: str | None, progress: Progress) -> dict[str
 
 
 def _key(name: str) -> str:
-    return "teacher" if name == "teacher" else "student"
+    return "teacher" if name in ("teacher", "corrected_teacher") else "student"
 
 
 def _models(loaded: LoadedPlan) -> Iterator[tuple[str, Path, ModelPlan]]:
     """Name, folder and plan of every model that there is."""
     plan = loaded.plan
     yield "teacher", model_folder(loaded, "teacher", plan.teacher), plan.teacher
+    correction = plan.teacher_correction if isinstance(plan, TrainingPlan) else None
+    if correction is not None and (loaded.folder / correction.output / RECORD).is_file():
+        yield "corrected_teacher", loaded.folder / correction.output, plan.teacher
     yield "pruned", model_folder(loaded, "student", plan.student), plan.student
     if (loaded.folder / plan.output / "config.json").is_file():
         yield "distilled", loaded.folder / plan.output, plan.student

@@ -6,7 +6,7 @@ checkpoints are those of the spec language, so words and units mean the same in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from minitron.specs import source
 from minitron.specs.blocks.base import Block, Count, Listed, NonNegativeInt, PositiveFloat, PositiveInt, Text, wrong
 from minitron.specs.blocks.distill import Checkpoint, Loss, TeacherLogits
+from minitron.specs.blocks.teacher_correction import TeacherCorrection
 from minitron.specs.blocks.training import Optimizer
 from minitron.specs.data import DataSource
 from minitron.specs.data_files import resolve
@@ -87,6 +88,19 @@ class ComputeDtype(Block):
     cuda: DtypeName
 
 
+class CorrectionPlan(TeacherCorrection):
+    """The teacher's own training before it teaches; data, batch and seed are those of the student's."""
+
+    every_tokens: Count
+    """A checkpoint each so many tokens."""
+
+    output: Text
+    """Folder of the corrected teacher."""
+
+    work: Text
+    """Folder of its checkpoints and metrics."""
+
+
 class CheckpointPlan(Checkpoint):
     """As in the spec, with the interval always given."""
 
@@ -146,6 +160,9 @@ class TrainingPlan(EvaluationPlan):
     """The whole training.yaml."""
 
     data: DataSource
+    teacher_correction: CorrectionPlan | None = None
+    """null: the teacher stays as it is."""
+
     teacher_logits: TeacherLogits
     tokens: Count
     """To train on, rounded up to whole global batches."""
@@ -180,6 +197,8 @@ class LoadedPlan:
     plan: EvaluationPlan
     path: Path
     tree: source.Node = field(repr=False)
+    places: Mapping[str, str] = field(default_factory=dict)
+    """First keys of `plan` that stand elsewhere in the file, for a plan that was made from another one."""
 
     @property
     def folder(self) -> Path:
@@ -188,6 +207,8 @@ class LoadedPlan:
 
     def error(self, path: str, message: str, hint: str = "") -> SpecError:
         """An error at the place of the dotted `path`."""
+        first, dot, rest = path.partition(".")
+        path = self.places.get(first, first) + dot + rest
         return locate(self.tree, from_dotted(path))[0].error(path, message, hint)
 
     def invalid(self, path: str, message: str, hint: str = "") -> SpecInvalid:
@@ -247,12 +268,12 @@ def _contradictions(plan: TrainingPlan) -> Iterator[Problem]:
     micro, whole, optimizer, loss = plan.micro_batch_size, plan.global_batch_size, plan.optimizer, plan.loss
     if whole % micro:
         yield "micro_batch_size", f"{micro} does not divide global_batch_size, {whole}", f"write a divisor of {whole}"
-    if optimizer.min_lr > optimizer.lr:
-        yield (
-            "optimizer.min_lr",
-            f"{optimizer.min_lr:g} is higher than lr, {optimizer.lr:g}",
-            f"write at most {optimizer.lr:g}",
-        )
+    optimizers = {"optimizer": optimizer}
+    if plan.teacher_correction is not None:
+        optimizers["teacher_correction.optimizer"] = plan.teacher_correction.optimizer
+    for at, one in optimizers.items():
+        if one.min_lr > one.lr:
+            yield f"{at}.min_lr", f"{one.min_lr:g} is higher than lr, {one.lr:g}", f"write at most {one.lr:g}"
     hidden = loss.hidden_states is not None and loss.hidden_states.weight != 0
     if loss.logits.weight == 0 and loss.cross_entropy == 0 and not hidden:
         yield (
@@ -279,6 +300,9 @@ def resume_identity(plan: TrainingPlan, data_hash: str) -> dict[str, Any]:
     kept["student"] = {"head": whole["student"]["head"]}
     kept["teacher"] = {key: value for key, value in whole["teacher"].items() if key not in ("model", "layers")}
     kept["loss"].pop("chunk_tokens")
+    kept["teacher_correction"] = None
+    if plan.teacher_correction is not None:
+        kept["teacher_correction"] = {key: whole["teacher_correction"][key] for key in ("tokens", "optimizer")}
     kept["data"] = data_hash
     return dict(_flat("", kept))
 

@@ -58,9 +58,12 @@ def prepare(
     world: World,
     encoder: TextEncoder,
     identity: dict[str, Any],
+    cache: Path,
     progress: Progress,
 ) -> Run:
-    """Opens data and models. SpecInvalid with the place where the plan does not fit them; WorkError for broken
+    """Opens data and models; `cache` is the folder of tokenized data.
+
+    SpecInvalid with the place where the plan does not fit them; WorkError for broken
     files."""
     if plan.global_batch_size % (world.size * plan.micro_batch_size):
         least = world.size * plan.micro_batch_size
@@ -69,7 +72,7 @@ def prepare(
         raise loaded.invalid("global_batch_size", message, f"write a multiple of {least}, or start fewer processes")
     work = loaded.folder / plan.work
     with world.leader_first():
-        corpus, windows = _open_data(loaded, plan, encoder, work / "data", progress if world.leads else Silent())
+        corpus, windows = _open_data(loaded, plan, encoder, cache, progress if world.leads else Silent())
     logits, hidden, teacher = plan.loss.logits, plan.loss.hidden_states, None
     if hidden is not None and hidden.weight == 0:
         hidden = None

@@ -9,13 +9,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from minitron.runtime.checkpoint import TrainerState
+from minitron.runtime.correction import Correction, correction_of, record, with_corrected_teacher
 from minitron.runtime.data import data_hash
 from minitron.runtime.disk import only_one, writing
-from minitron.runtime.held_out import held_out
+from minitron.runtime.held_out import HeldOut, held_out
 from minitron.runtime.hidden_states import remove_projection
 from minitron.runtime.interrupt import Interrupt, interrupts
 from minitron.runtime.metrics import MetricsLog, read_metrics
@@ -25,7 +27,7 @@ from minitron.runtime.plan import LoadedPlan, read_plan, resume_identity
 from minitron.runtime.setup import Run, prepare, require_same_training, resume
 from minitron.runtime.step import train_step
 from minitron.runtime.tokens import TextEncoder
-from minitron.runtime.world import join_world
+from minitron.runtime.world import World, join_world
 from minitron.specs.atomic import remove_leftovers, write_text
 from minitron.specs.progress import Progress, Silent
 
@@ -56,7 +58,10 @@ def train(build: Path, *, device: str | None, progress: Progress) -> None:
             )
             progress.message(f"already trained: {output}; delete {work} to train from the beginning")
             return
-        run = prepare(loaded, plan, world, encoder, identity, progress)
+        if plan.teacher_correction is not None and (before := _identity_of_newest(work / "checkpoints")) is not None:
+            require_same_training(loaded, before, identity)  # before a teacher is corrected for nothing
+        loaded = corrected(loaded, world, encoder, interrupt, progress)
+        run = prepare(loaded, loaded.training(), world, encoder, identity, work / "data", progress)
         state = resume(loaded, run, progress)
         with interrupt.deferring():
             _learn(run, state, interrupt, progress)
@@ -66,6 +71,54 @@ def train(build: Path, *, device: str | None, progress: Progress) -> None:
         world.wait()
 
 
+def corrected(
+    loaded: LoadedPlan, world: World, encoder: TextEncoder, interrupt: Interrupt, progress: Progress
+) -> LoadedPlan:
+    """The plan with the corrected teacher as its teacher, which is trained first where it is not there yet; the plan
+    itself where it asks for no correction. Goes on, is interrupted and fails as `train` does."""
+    plan = loaded.training()
+    correction = correction_of(loaded, data_hash(loaded.data("data", plan.data), encoder, plan.tokens))
+    if correction is None:
+        return loaded
+    if not correction.done():
+        with world.leader_first():
+            if world.leads:
+                correction.begin(progress)
+        cache = loaded.folder / plan.work / "data"
+        run = prepare(correction.loaded, correction.plan, world, encoder, correction.identity, cache, progress)
+        state = resume(correction.loaded, run, progress)
+        if state.step == 0 and run.held_out is not None:
+            before = _measure_held_out(run).loss
+            if world.leads:
+                correction.remember(before)
+        with interrupt.deferring():
+            _learn(run, state, interrupt, progress, "correct teacher")
+        if world.leads:
+            _finish_correction(correction, run, progress)
+        world.wait()
+    return with_corrected_teacher(loaded, correction)
+
+
+def _finish_correction(correction: Correction, run: Run, progress: Progress) -> None:
+    lines = [line for line in read_metrics(run.work / METRICS) if "held_out_loss" in line]
+    before, after = correction.before(), lines[-1]["held_out_loss"] if lines else None
+    plan = correction.plan
+    files = record(correction, before, after)
+    write_model(run.student, DTYPES[plan.student.dtype], correction.source, correction.output, plan.name, [], files)
+    measured = "" if before is None or after is None else f": held-out loss {before:.4f} before, {after:.4f} after"
+    progress.message(f"corrected the teacher{measured}")
+
+
+def _identity_of_newest(checkpoints: Path) -> dict[str, Any] | None:
+    """What the newest checkpoint remembers of its plan, its weights not looked at."""
+    for state in sorted(checkpoints.glob("step-*/state.json"), reverse=True):
+        try:
+            return dict(json.loads(state.read_text(encoding="utf-8"))["identity"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
 def _remove_leftovers(work: Path, output: Path) -> None:
     """What processes left that were killed while they wrote data or the model."""
     remove_leftovers(work / "data")
@@ -73,7 +126,7 @@ def _remove_leftovers(work: Path, output: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progress) -> None:
+def _learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progress, name: str = "train") -> None:
     """Step after step until all tokens are learnt; held-out loss and checkpoints each so many tokens and at the end.
 
     What is measured and saved when depends on the tokens alone, so a training that was killed is the same training.
@@ -83,7 +136,7 @@ def _learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progre
     with (
         torch.random.fork_rng([world.device] if world.device.type == "cuda" else []),
         _metrics(run, state, progress) as metrics,
-        progress.task("train", plan.steps * plan.step_tokens, "tokens", done=state.tokens) as task,
+        progress.task(name, plan.steps * plan.step_tokens, "tokens", done=state.tokens) as task,
     ):
         while state.step < plan.steps:
             start, before = time.perf_counter(), state
@@ -93,9 +146,7 @@ def _learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progre
             line = {"step": state.step, "tokens": state.tokens, **figures, "tokens_per_second": round(rate, 1)}
             last = state.step == plan.steps
             if run.held_out is not None and (last or _crosses(before, state, measure_every)):
-                result = held_out(
-                    run.student, run.held_out, world, batch_size=plan.micro_batch_size, compute_dtype=run.compute_dtype
-                )
+                result = _measure_held_out(run)
                 line |= {"held_out_loss": result.loss, "held_out_perplexity": result.perplexity}
             if metrics is not None:
                 metrics.write(line)
@@ -106,6 +157,17 @@ def _learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progre
             if stop and not last:
                 progress.message(f"interrupted after step {state.step}; train again to go on from there")
                 raise KeyboardInterrupt
+
+
+def _measure_held_out(run: Run) -> HeldOut:
+    assert run.held_out is not None
+    return held_out(
+        run.student,
+        run.held_out,
+        run.world,
+        batch_size=run.plan.micro_batch_size,
+        compute_dtype=run.compute_dtype,
+    )
 
 
 def _crosses(before: TrainerState, after: TrainerState, every: int | None) -> bool:

@@ -21,8 +21,8 @@ class Messages(Silent):
 class AtStep(Silent):
     """Calls `act` when training reports its step number `step` (the number within this process, from 1)."""
 
-    def __init__(self, step: int, act: Callable[[], None]) -> None:
-        self.step, self.act, self.seen = step, act, 0
+    def __init__(self, step: int, act: Callable[[], None], task: str = "train") -> None:
+        self.step, self.act, self.heard, self.seen = step, act, task, 0
 
     def advance(self, amount: float = 1.0, **figures: float | str) -> None:
         self.seen += 1
@@ -32,4 +32,4 @@ class AtStep(Silent):
     @contextlib.contextmanager
     def task(self, name: str, total: float, unit: str, done: float = 0.0) -> Iterator[Task]:
         with super().task(name, total, unit, done) as silent:
-            yield self if name == "train" else silent
+            yield self if name == self.heard else silent

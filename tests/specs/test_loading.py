@@ -123,7 +123,7 @@ evaluate: {suite: [hellaswag, gsm8k], data_dir: benchmarks/, held_out: {text: "p
 
 def test_what_is_unavailable_says_what_to_write(load: Load) -> None:
     found = dict(unavailable(load(WHOLE.replace("refit: none", "refit: least_squares")).spec))
-    assert set(found) == {"recovery.refit", "search", "teacher_correction"}
+    assert set(found) == {"recovery.refit", "search"}
     assert found["recovery.refit"] == "least_squares is not available in this version; write none or leave it out"
     assert unavailable(load(SMALL).spec) == []
 

@@ -1,0 +1,162 @@
+"""Teacher correction: before it teaches, the teacher is fine-tuned on the distillation data (arXiv 2408.11796, section
+"Teacher Correction").
+
+It is a training like any other, whose student is the teacher, whose loss is the cross-entropy, and whose result is
+BUILD/teacher. That folder says what it was made from, so that it is made once and made anew when a setting changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from minitron.runtime.disk import writing
+from minitron.runtime.models import model_folder, weight_files
+from minitron.runtime.plan import LoadedPlan, ModelPlan, TrainingPlan, resume_identity
+from minitron.specs.atomic import write_text
+from minitron.specs.blocks.distill import LogitLoss, Loss
+from minitron.specs.progress import Progress
+
+RECORD = "correction.json"
+_IDENTITY = "identity.json"
+_BEFORE = "before.json"
+
+_PLACES = {"student": "teacher", "tokens": "teacher_correction.tokens", "optimizer": "teacher_correction.optimizer"}
+"""Where the values of the correction's own plan stand in training.yaml."""
+
+_PIECES, _PIECE_BYTES = 256, 4096
+
+
+@dataclass(frozen=True)
+class Correction:
+    """`loaded` is the plan of the correction, `source` the folder of the teacher as it was, `identity` what decides the
+    result."""
+
+    loaded: LoadedPlan
+    source: Path
+    identity: dict[str, Any]
+
+    @property
+    def plan(self) -> TrainingPlan:
+        return self.loaded.training()
+
+    @property
+    def work(self) -> Path:
+        """Checkpoints and metrics."""
+        return self.loaded.folder / self.plan.work
+
+    @property
+    def output(self) -> Path:
+        """The corrected teacher."""
+        return self.loaded.folder / self.plan.output
+
+    def done(self) -> bool:
+        """Whether the corrected teacher is there, made with these settings."""
+        return read_record(self.output).get("identity") == self.identity
+
+    def begin(self, progress: Progress) -> None:
+        """Makes the work folder one of this correction: what another one left in it goes."""
+        before = _read(self.work / _IDENTITY) or read_record(self.output).get("identity")
+        if before is not None and before != self.identity:
+            changed = sorted(
+                key for key in before.keys() | self.identity.keys() if before.get(key) != self.identity.get(key)
+            )
+            progress.message(
+                f"the teacher was corrected with other settings ({', '.join(changed)}): it is corrected anew"
+            )
+            shutil.rmtree(self.work, ignore_errors=True)
+        with writing(str(self.work)):
+            write_text(self.work / _IDENTITY, json.dumps(self.identity, indent=1) + "\n")
+
+    def remember(self, loss: float) -> None:
+        """Keeps the held-out loss of the teacher as it was, for a correction that is interrupted."""
+        with writing(str(self.work)):
+            write_text(self.work / _BEFORE, json.dumps({"held_out_loss": loss}) + "\n")
+
+    def before(self) -> float | None:
+        """The held-out loss of the teacher as it was; None where it was not measured."""
+        return (_read(self.work / _BEFORE) or {}).get("held_out_loss")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a corrected teacher was made from and what that changed; empty where `folder` holds none."""
+    return _read(folder / RECORD) or {}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def correction_of(loaded: LoadedPlan, data_hash: str) -> Correction | None:
+    """The correction that the plan asks for, None where it asks for none."""
+    plan = loaded.training()
+    settings = plan.teacher_correction
+    if settings is None:
+        return None
+    source = model_folder(loaded, "teacher", plan.teacher)
+    teacher = plan.teacher
+    own = plan.model_copy(
+        update={
+            "student": ModelPlan(model=str(source), dtype=teacher.dtype, head=teacher.head, layers=teacher.layers),
+            "output": settings.output,
+            "work": settings.work,
+            "teacher_correction": None,
+            "teacher_logits": "online",
+            "tokens": settings.tokens,
+            "optimizer": settings.optimizer,
+            "loss": Loss(logits=LogitLoss(weight=0.0), cross_entropy=1.0, chunk_tokens=plan.loss.chunk_tokens),
+            "checkpoint": plan.checkpoint.model_copy(update={"every_tokens": settings.every_tokens}),
+        }
+    )
+    of_training = resume_identity(own, data_hash)
+    kept = ("tokens", "sequence_length", "global_batch_size", "seed", "data")
+    identity = {key: value for key, value in of_training.items() if key in kept or key.startswith("optimizer.")}
+    identity |= {"teacher": weights_digest(source), "dtype": teacher.dtype}
+    return Correction(replace(loaded, plan=own, places=_PLACES), source, json.loads(json.dumps(identity)))
+
+
+def with_corrected_teacher(loaded: LoadedPlan, correction: Correction) -> LoadedPlan:
+    """The plan, with the corrected teacher as its teacher."""
+    plan = loaded.training()
+    teacher = plan.teacher.model_copy(update={"model": correction.plan.output, "revision": None})
+    return replace(loaded, plan=plan.model_copy(update={"teacher": teacher}))
+
+
+def weights_digest(folder: Path) -> str:
+    """Tells the weights of two models apart without reading all of them: the headers, and pieces from all over the
+    files. What training changes, it changes everywhere."""
+    digest = hashlib.sha256()
+    for path in weight_files(folder):
+        size = path.stat().st_size
+        digest.update(str(size).encode())
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(min(length, size)))
+            for piece in range(_PIECES):
+                file.seek(size * piece // _PIECES)
+                digest.update(file.read(_PIECE_BYTES))
+    return digest.hexdigest()
+
+
+def record(correction: Correction, before: float | None, after: float | None) -> Mapping[str, str]:
+    """The files that a corrected teacher has beside its weights."""
+    plan = correction.plan
+    told = f"Fine-tuned on {plan.steps * plan.step_tokens:,} tokens of the distillation data."
+    if before is not None and after is not None:
+        told += f" Loss on held-out text: {before:.4f} nats a token before, {after:.4f} after."
+    card = f"# {plan.name}: corrected teacher\n\n{told}\n"
+    document = {
+        "format_version": 1,
+        "identity": correction.identity,
+        "held_out_loss": {"before": before, "after": after},
+    }
+    return {"README.md": card, RECORD: json.dumps(document, indent=1) + "\n"}

@@ -1,0 +1,60 @@
+"""The phases of a plan: what is done in which order, and what each costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minitron.compiler.plan import Plan
+from minitron.compiler.training_plan import training_plan
+from tests.foundry import Foundry
+
+FFN = {"intermediate_size": 24}
+TOKENS = 64_000
+
+Planned = Callable[..., Plan]
+
+
+@pytest.fixture(scope="module")
+def planned(foundry: Foundry) -> Planned:
+    """The plan of one teacher and student with `distill` as it is given, and other blocks. The teacher is traced once: phases
+    follow from the spec and the costs."""
+    teacher = foundry.teacher("llama")
+    data = {"text": [str(next(teacher.parent.rglob("*.txt")))]}
+    base = foundry.plan(teacher, FFN)
+
+    def plan(distill: dict[str, Any], **blocks: Any) -> Plan:
+        block = {"data": data, "tokens": TOKENS, "sequence_length": 32, "global_batch_size": 4, **distill}
+        return replace(base, loaded=foundry.load(teacher, FFN, distill=block, **blocks))
+
+    return plan
+
+
+def phases(plan: Plan) -> dict[str, dict[str, Any]]:
+    return {phase["name"]: phase for phase in plan.phases()}
+
+
+def test_the_correction_of_the_teacher_stands_before_the_distillation(planned: Planned) -> None:
+    plan = planned({}, teacher_correction={"tokens": 6400})
+    found = phases(plan)
+    assert list(found) == ["calibrate", "teacher_correction", "distill"]
+    correction = found["teacher_correction"]
+    assert correction["tokens"] == 6400
+    # Forward and backward of the teacher, 3 forwards' worth; distillation has one of the teacher beside the student's.
+    each = correction["flops"] // 6400
+    assert each % 3 == 0 and found["distill"]["flops"] // TOKENS > each // 3
+    # Weights, gradients and two moments in fp32, and no second model beside.
+    assert correction["peak_memory_bytes"] >= 16 * plan.teacher_costs.parameters
+
+
+def test_the_training_plan_resolves_the_correction(planned: Planned, tmp_path: Path) -> None:
+    plan = planned({}, teacher_correction={"tokens": 6400})
+    document = training_plan(plan.loaded, tmp_path, plan.checkpoint.folder, plan.head, plan.head, "layers", "0")
+    correction = document["teacher_correction"]
+    assert correction["tokens"] == 6400 and correction["optimizer"]["lr"] == 2e-5
+    assert correction["every_tokens"] == 320  # twenty checkpoints
+    assert document["teacher"]["layers"] == document["student"]["layers"] == "layers"
