@@ -98,7 +98,7 @@ def _cached(model: str, revision: str | None) -> Path | None:
 
 
 def _read_config(model: str, folder: Path) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
     path = folder / "config.json"
     if not path.is_file():
@@ -109,8 +109,16 @@ def _read_config(model: str, folder: Path) -> Any:
         raise UsageError(f"{path} is not valid JSON ({error}); copy the file again from its source") from None
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise UsageError(f"{path} names no model_type; it is not the configuration of a Hugging Face model")
-    if "auto_map" in raw and "model_type" in raw:
-        raw.pop("auto_map")  # remote code is never run; the model type must be one that transformers knows
+    if "auto_map" in raw and raw["model_type"] not in CONFIG_MAPPING:
+        raise UsageError(
+            f"{path}: the code of a {raw['model_type']} model comes with its checkpoint (auto_map), and such code is never "
+            "run; name a model of a type that transformers itself knows"
+        )
+    if raw.get("quantization_config"):
+        raise UsageError(
+            f"{path}: the weights are quantized (quantization_config); name the checkpoint that they were made from, in "
+            "bfloat16 or float32"
+        )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # configuration classes raise anything; all of it is the file's fault
@@ -122,6 +130,7 @@ def _read_config(model: str, folder: Path) -> Any:
         )
     if not isinstance(getattr(config, "num_hidden_layers", None), int):
         raise UsageError(f"{path} has no num_hidden_layers; models of several towers are not supported")
+    vars(config).pop("auto_map", None)  # names code that is not used, and that a student's folder would not have
     return config
 
 
@@ -129,12 +138,13 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
     index = folder / INDEX
     if index.is_file():
         try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = {name: folder / name for name in names}
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise WorkError(f"{index} is broken ({error}); copy the checkpoint again") from None
-        present = [folder / name for name in files if (folder / name).is_file()]
+        present = [file for file in files.values() if file.is_file()]
         if present and len(present) < len(files):
-            missing = next(name for name in files if not (folder / name).is_file())
+            missing = next(name for name, file in files.items() if not file.is_file())
             raise WorkError(f"{folder}: {missing} is named in {INDEX} and is not there; copy the checkpoint again")
     else:
         present = [path for path in [folder / SINGLE] if path.is_file()]
@@ -160,7 +170,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             )
             for name, entry in header.items()
         }
-    except (ValueError, KeyError, TypeError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, struct.error) as error:
         raise WorkError(f"{path} is not a whole safetensors file ({error}); copy it again") from None
     expected = 8 + length + sum(info.nbytes for info in tensors.values())
     if size != expected:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import tempfile
@@ -48,34 +49,20 @@ def _plain(graph_module: GraphModule) -> GraphModule:
 
 
 def save_program(program: ExportedProgram, path: Path) -> None:
-    """Writes the program; torch wants the name to end in .pt2, so the temporary one does too."""
+    """Writes the program, which is a graph and a few tables and fits in memory.
+
+    Torch does not write the file itself: where the disk is full it aborts the process (torch 2.13), and the name of the
+    file, here a temporary one, would stand in the archive.
+    """
+    archive = io.BytesIO()
+    with quiet():
+        torch.export.save(program, archive)
     with atomic_path(path) as temporary:
-        ending = temporary.with_suffix(".pt2")
-        try:
-            with quiet():
-                torch.export.save(program, ending)
-            ending.replace(temporary)
-        finally:
-            ending.unlink(missing_ok=True)
+        temporary.write_bytes(archive.getbuffer())
 
 
-# What a user without this package does. It stands in the README too, and the verifier runs it in a process of its own.
-RUN_PROGRAM = """\
-from pathlib import Path
-
-import torch
-from safetensors.torch import load_file
-
-build = Path("BUILD")
-weights = {}
-for shard in sorted((build / "student").glob("*.safetensors")):
-    weights |= load_file(shard)
-student = torch.export.load(build / "student.pt2").module()
-student.load_state_dict(weights, strict=False, assign=True)
-logits = student(torch.tensor([[1, 2, 3]]))
-"""
-
-# The same with everything passed in. Importing transformers' experts registers the operators that their graphs hold.
+# What the README gives to users without this package, with everything passed in. Importing transformers' experts registers
+# the operators that their graphs hold.
 _RUN = """\
 import sys
 

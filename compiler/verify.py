@@ -151,7 +151,7 @@ def check_program(
         if streamed:
             got = run_program(build / "student.pt2", sorted((build / "student").glob("*.safetensors")), ids)
         else:
-            with tempfile.TemporaryDirectory(dir=build) as folder:
+            with tempfile.TemporaryDirectory(dir=build, prefix=".weights.", suffix=".tmp") as folder:
                 path = Path(folder) / "weights.safetensors"
                 weights = {name: value.detach().to(dtype).contiguous() for name, value in model.named_parameters()}
                 save_file(weights, path)

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from minitron.specs.errors import MinitronError
+
+# How libraries written in Rust, such as safetensors, quote an error of the operating system in one of their own.
+_QUOTED = re.compile(r"\(os error (\d+)\)")
 
 
 def sync_folder(folder: Path) -> None:
@@ -27,6 +33,21 @@ def _usual_mode(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def _errors_of(target: Path) -> Iterator[None]:
+    """An OSError that names `target` in place of a library's error that only quotes one: a full disk is a full disk."""
+    try:
+        yield
+    except (OSError, MinitronError):
+        raise
+    except Exception as error:
+        quoted = _QUOTED.search(str(error))
+        if quoted is None:
+            raise
+        number = int(quoted.group(1))
+        raise OSError(number, os.strerror(number), str(target)) from error
+
+
+@contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
     """Yields a temporary path beside `target`; on success it is synced and takes the name `target`, on error it goes.
 
@@ -35,7 +56,8 @@ def atomic_path(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
+        with _errors_of(target):
+            yield temporary
         _usual_mode(temporary)
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -55,14 +77,17 @@ def write_text(target: Path, text: str) -> None:
 def atomic_folder(target: Path) -> Iterator[Path]:
     """The same for a folder: yields an empty temporary folder; on success it replaces `target` whole.
 
-    Between removing the old folder and renaming the new one a kill leaves no `target`, never a mixed one.
+    The old folder is renamed before it is removed: a kill leaves the old one, none or the new one, never a part of one.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    old = target.with_name(f".{target.name}.{os.getpid()}.old.tmp")
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
     try:
-        yield temporary
+        with _errors_of(target):
+            yield temporary
         for path in [temporary, *temporary.rglob("*")]:
             _usual_mode(path)
             if path.is_dir():
@@ -71,11 +96,14 @@ def atomic_folder(target: Path) -> Iterator[Path]:
                 with path.open("rb") as handle:
                     os.fsync(handle.fileno())
         if target.exists():
-            shutil.rmtree(target)
+            target.replace(old)
         temporary.replace(target)
         sync_folder(target.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.replace(target)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:

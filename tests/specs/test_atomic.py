@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from minitron.specs.atomic import atomic_folder, atomic_path, remove_leftovers, write_text
+from minitron.specs.errors import WorkError
 
 
 class Stopped(Exception):
@@ -50,6 +55,42 @@ def test_a_folder_that_fails_half_way_leaves_what_was_there(tmp_path: Path) -> N
         (temporary / "new").write_text("ne")
         raise Stopped
     assert names(tmp_path) == ["build", "build/old"]
+
+
+def test_the_old_folder_is_never_there_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while the old one is being removed, the new one is there."""
+    target = tmp_path / "build"
+    with atomic_folder(target) as temporary:
+        (temporary / "old").write_text("old")
+
+    def killed(path: Path, **_: object) -> None:
+        if path.exists():
+            assert names(target) == ["new"]
+            raise Stopped
+
+    with pytest.raises(Stopped), atomic_folder(target) as temporary:
+        monkeypatch.setattr(shutil, "rmtree", killed)
+        (temporary / "new").write_text("new")
+    monkeypatch.undo()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["build", "build/new"]
+
+
+@pytest.mark.parametrize("context", [atomic_path, atomic_folder])
+def test_a_full_disk_is_named_whoever_writes(tmp_path: Path, context: Callable[[Path], Any]) -> None:
+    """safetensors, being written in Rust, has an error of its own that quotes the system's."""
+    with pytest.raises(OSError) as caught, context(tmp_path / "target"):
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "target"))
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug of ours"), WorkError("a.bin: cannot be read (os error 5)")])
+def test_other_errors_stay_as_they_are(tmp_path: Path, error: Exception) -> None:
+    """What could not be read is not blamed on what was being written."""
+    with pytest.raises(type(error)) as caught, atomic_path(tmp_path / "target"):
+        raise error
+    assert caught.value is error
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:

@@ -1,0 +1,277 @@
+"""What a student's folder holds: weights in shards, configuration, tokenizer; and that it is whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from minitron.compiler import Plan, compile, emit
+from minitron.compiler.card import model_card
+from minitron.compiler.emit import Make, student_weights, tokenizer_files, write_student
+from minitron.compiler.program import build_program, save_program
+from minitron.compiler.select import leading
+from minitron.compiler.weights import WeightSource, load_buffers, open_weights
+from minitron.specs.errors import WorkError
+from tests.foundry import Foundry, load_model, logits, token_ids
+
+FFN = {"intermediate_size": 24}
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A student that is ready to be written: the first channels of everything."""
+
+    plan: Plan
+    source: WeightSource
+    student: compile.Student
+
+    @property
+    def make(self) -> Make:
+        return student_weights(self.source, self.student.recipes, self.plan.dtype)
+
+    def write(self, target: Path, make: Make | None = None, teacher: Path | None = None) -> Path:
+        """Writes it as the driver does."""
+        plan = self.plan
+        write_student(
+            target, plan.config, plan.model, make or self.make, streamed=self.source.streamed, dtype=plan.dtype,
+            teacher_folder=teacher or plan.checkpoint.folder, card=model_card(plan.to_json()), advance=lambda _: None,
+        )  # fmt: skip
+        return target
+
+
+def pruned(foundry: Foundry, family: str = "llama") -> Pruned:
+    plan = foundry.plan(foundry.teacher(family, num_hidden_layers=2), FFN)
+    student = compile.rewrite(plan, leading(plan.targets, plan.roles), load_buffers(plan.captured.model))
+    return Pruned(plan, open_weights(plan.captured, plan.checkpoint), student)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# -- weights ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_student_larger_than_a_shard(foundry: Foundry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = pruned(foundry)
+    whole = tensors(ready.write(tmp_path / "whole"))
+    monkeypatch.setattr(emit, "SHARD_BYTES", 10_000)
+    folder = ready.write(tmp_path / "shards")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    count = len(shards)
+    assert count > 3
+    assert shards == [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    assert {name for name in names(folder) if name.endswith(".safetensors")} == set(shards)
+    held = {shard: load_file(folder / shard) for shard in shards}
+    assert index["weight_map"] == {name: shard for shard, of in held.items() for name in of}
+    sizes = [sum(tensor.nbytes for tensor in of.values()) for of in held.values()]
+    assert index["metadata"]["total_size"] == sum(sizes) == ready.plan.student_costs.weight_bytes
+    assert all(size <= 10_000 or len(of) == 1 for size, of in zip(sizes, held.values(), strict=True))
+    assert same(tensors(folder), whole)
+    ids = token_ids()
+    assert torch.equal(logits(load_model(folder), ids), logits(load_model(tmp_path / "whole"), ids))
+
+
+def test_no_more_than_a_shard_is_in_memory(foundry: Foundry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor that was made is on disk or in the shard that is being filled."""
+    ready, alive, most = pruned(foundry), [], 0
+    monkeypatch.setattr(emit, "SHARD_BYTES", 10_000)
+
+    def make(name: str) -> torch.Tensor:
+        nonlocal most
+        tensor = ready.make(name)
+        alive.append((weakref.ref(tensor), tensor.nbytes))
+        most = max(most, sum(size for ref, size in alive if ref() is not None))
+        return tensor
+
+    ready.write(tmp_path / "student", make)
+    largest = max(size for _, size in alive)
+    assert most <= 10_000 + largest < sum(size for _, size in alive)
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("qwen3", True)])
+def test_a_head_that_is_the_embedding_is_written_once(
+    foundry: Foundry, tmp_path: Path, family: str, tied: bool
+) -> None:
+    ready = pruned(foundry, family)
+    written = tensors(ready.write(tmp_path / "student"))
+    assert ("lm_head.weight" in written) != tied
+    assert sum(tensor.numel() for tensor in written.values()) == ready.plan.student_costs.parameters
+    model = load_model(tmp_path / "student")
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_files_name_their_tensors_as_the_teachers(foundry: Foundry, tmp_path: Path, family: str) -> None:
+    """Also where transformers holds the experts of a layer in one tensor and the files do not."""
+    ready = pruned(foundry, family)
+    written, teacher = tensors(ready.write(tmp_path / "student")), tensors(ready.plan.checkpoint.folder)
+    assert written.keys() == teacher.keys()
+    config = json.loads((tmp_path / "student" / "config.json").read_text())
+    assert (config["dtype"], config["intermediate_size"]) == ("float32", 24)
+    assert config["architectures"] == [type(ready.plan.model).__name__]
+
+
+# -- what stands beside them --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def furnished(foundry: Foundry, tmp_path: Path) -> Path:
+    """A teacher's folder with every kind of file that such folders have, weights left out."""
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    for path in tokenizer_files(foundry.teacher("llama", num_hidden_layers=2)):
+        (folder / path.name).write_bytes(path.read_bytes())
+    for name in (
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+    ):
+        (folder / name).write_text(name)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    for name in ("pytorch_model.bin", "modeling_own.py", "LICENSE", "README.md", "training_args.bin"):
+        (folder / name).write_text("the teacher's")
+    return folder
+
+
+def test_everything_that_makes_up_the_tokenizer_goes_along_and_nothing_else(
+    foundry: Foundry, tmp_path: Path, furnished: Path
+) -> None:
+    student = pruned(foundry).write(tmp_path / "student", teacher=furnished)
+    own = {"config.json", "model.safetensors", "README.md"}
+    assert names(student) - own == {
+        "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+        "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "additional_chat_templates",
+    }  # fmt: skip
+    for name in names(student) - own:
+        if (student / name).is_file():
+            assert (student / name).read_bytes() == (furnished / name).read_bytes()
+    assert (student / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
+    assert (student / "README.md").read_text() != "the teacher's"
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_tokenizer_and_generation_settings_are_the_teachers(foundry: Foundry, tmp_path: Path, family: str) -> None:
+    ready = pruned(foundry, family)
+    teacher, student = ready.plan.checkpoint.folder, ready.write(tmp_path / "student")
+    generation = (student / "generation_config.json").read_text()
+    assert generation == (teacher / "generation_config.json").read_text()
+    assert load_model(student).generation_config.max_new_tokens == 7
+    words = "the cat sat on a mat"
+    assert AutoTokenizer.from_pretrained(student)(words) == AutoTokenizer.from_pretrained(teacher)(words)
+
+
+def test_the_model_card_says_what_was_made_of_what(foundry: Foundry, tmp_path: Path) -> None:
+    ready = pruned(foundry)
+    _, front, text = (ready.write(tmp_path / "student") / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front)["library_name"] == "transformers"
+    assert "| intermediate_size | 40 | 24 |" in text
+    assert f"| parameters | {ready.plan.teacher_costs.parameters:,} | {ready.plan.student_costs.parameters:,} |" in text
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_permissions_follow_the_umask(foundry: Foundry, tmp_path: Path, family: str) -> None:
+    """safetensors and temporary folders would keep everybody else out."""
+    ready, old = pruned(foundry, family), os.umask(0o027)
+    try:
+        student = ready.write(tmp_path / "student")
+    finally:
+        os.umask(old)
+    assert student.stat().st_mode & 0o777 == 0o750
+    assert {path.stat().st_mode & 0o777 for path in student.iterdir()} == {0o640}
+
+
+# -- whole, or not there ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes: every writer, Python or not, meets an error of the system in the middle."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def untouched(folder: Path, work: Callable[[], Any], kind: type[Exception]) -> Exception:
+    """`work` fails, and the folder is as it was: the error."""
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(kind) as caught:
+        work()
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert not list(folder.rglob("*.tmp"))
+    return caught.value
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["first", "again"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_full_disk_leaves_no_half_student(foundry: Foundry, tmp_path: Path, family: str, there: bool) -> None:
+    ready = pruned(foundry, family)
+    if there:
+        ready.write(tmp_path / "student")
+
+    def work() -> None:
+        with disk_of(40_000):
+            ready.write(tmp_path / "student")
+
+    error = untouched(tmp_path, work, OSError)
+    assert isinstance(error, OSError) and error.errno == errno.EFBIG
+    assert error.filename == str(tmp_path / "student"), "the user is told where"
+
+
+def test_a_teacher_that_cannot_be_read_to_its_end_leaves_no_half_student(foundry: Foundry, tmp_path: Path) -> None:
+    ready = pruned(foundry)
+
+    def make(name: str) -> torch.Tensor:
+        if "layers.1" in name:
+            raise WorkError("model.safetensors: cannot read it")
+        return ready.make(name)
+
+    untouched(tmp_path, lambda: ready.write(tmp_path / "student", make), WorkError)
+    assert names(tmp_path) == set()
+
+
+def test_a_full_disk_leaves_no_half_program(foundry: Foundry, tmp_path: Path) -> None:
+    """Torch itself would abort the process."""
+    ready = pruned(foundry)
+    program = build_program(ready.student.graph_module, load_buffers(ready.plan.model))
+    save_program(program, tmp_path / "student.pt2")
+
+    def work() -> None:
+        with disk_of(1_000):
+            save_program(program, tmp_path / "student.pt2")
+
+    error = untouched(tmp_path, work, OSError)
+    assert isinstance(error, OSError) and error.errno == errno.EFBIG
+    save_program(program, tmp_path / "other.pt2")
+    assert (tmp_path / "other.pt2").read_bytes() == (tmp_path / "student.pt2").read_bytes(), "whatever its name"
