@@ -11,12 +11,15 @@ from minitron.cli import builds, options
 from minitron.cli.build_sections import results_sections, training_section, verification_section
 from minitron.cli.device import pick_device, use_threads
 from minitron.cli.libraries import quiet_libraries
+from minitron.cli.lock_command import follow_lock
 from minitron.cli.plan_sections import plan_sections
 from minitron.cli.progress import progress_for
 from minitron.cli.render import document, say, show_sections, stderr_console, write
 from minitron.cli.sections import Column, Document, Section
 from minitron.cli.spec_commands import preview
 from minitron.specs import LoadedSpec, load_spec
+from minitron.specs.builds import build_of, result_of
+from minitron.specs.chain import chain
 from minitron.specs.errors import UsageError
 
 
@@ -30,16 +33,20 @@ def compile_command(
     as_json: options.Json = False,
     as_markdown: options.Markdown = False,
     detailed_exitcode: options.DetailedExitcode = False,
+    locked: options.Locked = False,
 ) -> None:
     """Score, select, rewrite, write the pruned student and its training plan, verify."""
     loaded = load_spec(spec, overrides or ())
     if dry_run:
-        preview(loaded, output, as_json=as_json, as_markdown=as_markdown, detailed_exitcode=detailed_exitcode)
+        preview(
+            loaded, output, as_json=as_json, as_markdown=as_markdown, detailed_exitcode=detailed_exitcode, locked=locked
+        )
         return
     if as_markdown or detailed_exitcode:
         raise UsageError("--markdown and --detailed-exitcode belong to the preview; add --dry-run")
-    build = output or builds.default_build(loaded.path, loaded.spec.name)
+    build = output or build_of(loaded)
     quiet_libraries()
+    loaded = follow_lock(loaded, locked=locked)
     _compile(loaded, build, pick_device(device), threads)
     plan = builds.read_document(build / builds.PLAN) or {}
     verification = builds.read_document(build / builds.VERIFICATION) or {}
@@ -83,25 +90,55 @@ def run(
     overrides: options.Overrides = None,
     device: options.Device = None,
     threads: options.Threads = None,
+    locked: options.Locked = False,
 ) -> None:
-    """Compile, train and evaluate; what is there already is not done again."""
+    """Compile, train and evaluate, and before that the specs that it takes its teacher from; what is there already is
+    not done again."""
     loaded = load_spec(spec, overrides or ())
-    build = output or builds.default_build(loaded.path, loaded.spec.name)
+    build = output or build_of(loaded)
     quiet_libraries()
     chosen = pick_device(device)
-    if builds.staleness(build, loaded.sha256) is None:
-        say(f"compile: {build} is up to date with {spec}, skipped")
+    for upper in chain(loaded):
+        _run_above(upper, chosen, threads, locked=locked)
+    _make(loaded, build, chosen, threads, locked=locked)
+    results = _evaluate(build, chosen, threads)
+    show_sections([*results_sections(results), _places(build)], results)
+
+
+def _run_above(upper: LoadedSpec, device: str, threads: int | None, *, locked: bool) -> None:
+    """Brings the spec that a teacher comes from to its end; it is not evaluated, that is its own run's."""
+    from minitron.compiler import why_not_finished
+
+    if why_not_finished(upper) is None:
+        say(f"{upper.path}: {result_of(upper)} is finished and becomes the teacher, skipped")
+        return
+    say(f"{upper.path}: its result becomes the teacher, so it runs first")
+    _make(upper, build_of(upper), device, threads, locked=locked)
+    write("")
+
+
+def _make(loaded: LoadedSpec, build: Path, device: str, threads: int | None, *, locked: bool) -> None:
+    """Compiles where that is due, and trains where the spec says so."""
+    from minitron.compiler import why_stale
+
+    loaded = follow_lock(loaded, locked=locked)
+    if why_stale(build, loaded) is None:
+        say(f"compile: {build} is up to date with {loaded.path}, skipped")
     else:
         # Printed before the long work and not after it: a wrong width is seen while it costs nothing.
-        preview(loaded, build, as_json=False, as_markdown=False, detailed_exitcode=False)
+        show_sections(plan_sections(content := _planned(loaded, build)), content)
         write("")
-        _compile(loaded, build, chosen, threads)
+        _compile(loaded, build, device, threads)
     if loaded.spec.distill is None:
         say("train: the spec has no `distill` block, skipped")
     else:
-        _train(build, chosen, threads)
-    results = _evaluate(build, chosen, threads)
-    show_sections([*results_sections(results), _places(build)], results)
+        _train(build, device, threads)
+
+
+def _planned(loaded: LoadedSpec, build: Path) -> Document:
+    from minitron.compiler import make_plan
+
+    return make_plan(loaded, build=build).to_json()
 
 
 def show(

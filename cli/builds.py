@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from minitron.cli.sections import Document, part
+from minitron.cli.sections import Document
 from minitron.specs.errors import UsageError, WorkError
 
 PLAN = "plan.json"
@@ -18,11 +18,6 @@ TRAINING = "training.yaml"
 METRICS = Path("train") / "metrics.jsonl"
 STUDENT = "student"
 MODEL = "model"
-
-
-def default_build(spec_file: Path, name: str) -> Path:
-    """Where a spec is built when nobody says otherwise: `builds/NAME` beside the spec."""
-    return spec_file.parent / "builds" / name
 
 
 def require_build(build: Path) -> Path:
@@ -50,19 +45,6 @@ def read_document(path: Path) -> Document | None:
     if not isinstance(content, dict):
         raise WorkError(f"{path}: not a JSON object; remove it and compile again")
     return content
-
-
-def staleness(build: Path, sha256: str) -> str | None:
-    """Why `build` is not what the spec with this hash compiles to; None when it is, complete and verified."""
-    plan = read_document(build / PLAN)
-    if plan is None:
-        return "not compiled yet"
-    if part(plan, "spec").get("sha256") != sha256:
-        return "compiled from another version of the spec"
-    verification = read_document(build / VERIFICATION)
-    if verification is None:
-        return "compiling was not finished"
-    return None if verification.get("passed") is True else "its verification did not pass"
 
 
 def training_progress(build: Path) -> Document | None:

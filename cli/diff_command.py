@@ -10,6 +10,7 @@ import typer
 from minitron.cli import builds, options
 from minitron.cli.diff import Side, diff_sections, difference
 from minitron.cli.render import show_sections
+from minitron.specs.builds import build_of
 from minitron.specs.errors import UsageError
 
 Compared = Annotated[Path, typer.Argument(help="A spec file or a build folder.", show_default=False)]
@@ -37,5 +38,5 @@ def _side(path: Path) -> Side:
     quiet_libraries()
     from minitron.compiler import make_plan
 
-    build = builds.default_build(loaded.path, loaded.spec.name)
+    build = build_of(loaded)
     return Side(str(path), make_plan(loaded, build=build).to_json(), loaded.resolved)

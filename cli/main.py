@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from minitron import __version__
-from minitron.cli import build_commands, diff_command, spec_commands
+from minitron.cli import build_commands, diff_command, lock_command, spec_commands
 from minitron.cli.failures import DONE, FAILED, INTERRUPTED, failure_of
 from minitron.cli.render import document, say, write
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 app.command("init")(spec_commands.init)
 app.command("schema")(spec_commands.schema)
 app.command("validate")(spec_commands.validate)
+app.command("lock")(lock_command.lock)
 app.command("plan")(spec_commands.plan)
 app.command("compile")(build_commands.compile_command)
 app.command("train")(build_commands.train)

@@ -26,6 +26,9 @@ Markdown = Annotated[bool, typer.Option("--markdown", help="Print markdown table
 DetailedExitcode = Annotated[
     bool, typer.Option("--detailed-exitcode", help="Exit with 0 when BUILD is up to date with SPEC, with 3 when not.")
 ]
+Locked = Annotated[
+    bool, typer.Option("--locked", help="Refuse to work where NAME.lock.yaml is missing or anything is not as it says.")
+]
 Device = Annotated[
     str | None,
     typer.Option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N; by default cuda where there is one."),

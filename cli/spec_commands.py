@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from minitron.cli import options
-from minitron.cli.builds import default_build, staleness
 from minitron.cli.failures import WRONG, errors_document, failure_of
+from minitron.cli.lock_command import follow_lock
 from minitron.cli.plan_sections import plan_sections
 from minitron.cli.render import document, say, show_sections, write
 from minitron.cli.sections import Document
 from minitron.specs import LoadedSpec, load_spec, unavailable
+from minitron.specs.builds import build_of
 from minitron.specs.errors import SpecError, UsageError
 
 # What `plan --detailed-exitcode` ends with when there is something to compile.
@@ -94,14 +95,17 @@ def plan(
     as_json: options.Json = False,
     as_markdown: options.Markdown = False,
     detailed_exitcode: options.DetailedExitcode = False,
+    locked: options.Locked = False,
 ) -> None:
     """Preview: check every width against the teacher and print what would be done and what it would cost."""
     loaded = load_spec(spec, overrides or ())
-    preview(loaded, output, as_json=as_json, as_markdown=as_markdown, detailed_exitcode=detailed_exitcode)
+    preview(
+        loaded, output, as_json=as_json, as_markdown=as_markdown, detailed_exitcode=detailed_exitcode, locked=locked
+    )
 
 
 def preview(
-    loaded: LoadedSpec, output: Path | None, *, as_json: bool, as_markdown: bool, detailed_exitcode: bool
+    loaded: LoadedSpec, output: Path | None, *, as_json: bool, as_markdown: bool, detailed_exitcode: bool, locked: bool
 ) -> None:
     """`plan`, and `compile --dry-run`, which is the same thing."""
     if as_json and as_markdown:
@@ -109,12 +113,12 @@ def preview(
     from minitron.cli.libraries import quiet_libraries
 
     quiet_libraries()
-    from minitron.compiler import make_plan
+    from minitron.compiler import make_plan, why_stale
 
-    build = output or default_build(loaded.path, loaded.spec.name)
+    loaded = follow_lock(loaded, locked=locked)
+    build = output or build_of(loaded)
     content = make_plan(loaded, build=build).to_json()
     show_sections(plan_sections(content), content, as_json=as_json, as_markdown=as_markdown)
-    stale = staleness(build, loaded.sha256)
-    if detailed_exitcode and stale is not None:
-        say(f"{build}: {stale}")
+    if detailed_exitcode and (stale := why_stale(build, loaded)) is not None:
+        say(f"{build} is {stale}")
         raise typer.Exit(NOT_UP_TO_DATE)

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minitron.compiler.hub import snapshot
 from minitron.specs.errors import UsageError, WorkError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 HEADER_LIMIT = 100_000_000  # the format's own bound on a header, in bytes
 
 
@@ -29,12 +30,18 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Hugging Face checkpoint: `folder` holds its files, `tensors` is empty where only the configuration is there."""
+    """A Hugging Face checkpoint: `folder` holds its files, `tensors` is empty where only the configuration is there.
+
+    `commit` is that of a model from the Hub, whose weights need not be on this machine for a plan: then `tensors` came
+    over the network, headers only; None for a folder of the user's own. `remark` says what could not be inspected.
+    """
 
     name: str
     folder: Path
     config: Any
     tensors: Mapping[str, TensorInfo]
+    commit: str | None = None
+    remark: str = ""
 
 
 def open_checkpoint(model: str, revision: str | None, base: Path, *, weights: bool) -> Checkpoint:
@@ -42,59 +49,37 @@ def open_checkpoint(model: str, revision: str | None, base: Path, *, weights: bo
 
     UsageError where the model cannot be found or its configuration not be read; WorkError for broken weight files.
     """
-    folder = _find(model, revision, base, weights)
-    config = _read_config(model, folder)
-    tensors = _read_headers(folder)
-    if weights and not tensors:
-        hint = (
-            "convert other formats with save_pretrained" if any(folder.glob("*.bin")) else "copy the weight files there"
-        )
-        raise WorkError(f"{folder}: no weights in safetensors format; {hint}")
-    return Checkpoint(model, folder, config, tensors)
-
-
-def _find(model: str, revision: str | None, base: Path, weights: bool) -> Path:
     local = (base / model).expanduser()
     if local.is_dir():
-        return local.resolve()
+        return read_checkpoint(model, local.resolve(), weights=weights)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise UsageError(
             f"there is no folder {local}; write a folder relative to the spec, or a Hugging Face id (owner/name)"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    patterns = [*SMALL_FILES, "*.safetensors"] if weights else SMALL_FILES
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except LocalEntryNotFoundError:
-        pass
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        offline = _cached(model, revision)
-        if offline is None:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UsageError(
-                f"{model} is no folder beside the spec and cannot be fetched from the Hugging Face Hub ({reason}); "
-                "check the name, log in with `hf auth login`, or download it and write the folder"
-            ) from None
-        return offline
-    offline = _cached(model, revision)
-    if offline is None:
-        raise UsageError(
-            f"{model} is neither a folder beside the spec nor in the local cache, and the Hugging Face Hub cannot be "
-            "reached; go online once, or download it elsewhere and write the folder"
-        )
-    return offline
+    found = snapshot(model, revision, [*SMALL_FILES, *(["*.safetensors"] if weights else [])])
+    return read_checkpoint(model, found.folder, weights=weights, commit=found.commit)
 
 
-def _cached(model: str, revision: str | None) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
+def read_checkpoint(name: str, folder: Path, *, weights: bool, commit: str | None = None) -> Checkpoint:
+    """The checkpoint in a folder. Errors as for `open_checkpoint`."""
+    config = _read_config(name, folder)
+    # In the Hub's cache a part of the weight files is what a download that was not finished leaves.
+    tensors = _read_headers(folder, parts_will_do=commit is not None and not weights)
+    remark = ""
+    if weights and not tensors:
+        if commit is not None:
+            raise WorkError(
+                f"{name}: no weights in safetensors format, neither in the local cache nor on the Hugging Face Hub; "
+                f"offline, run `hf download {name} --revision {commit}` where there is a network"
+            )
+        other = any(folder.glob("*.bin"))
+        hint = "convert other formats with save_pretrained" if other else "copy the weight files there"
+        raise WorkError(f"{folder}: no weights in safetensors format; {hint}")
+    if not tensors and commit is not None:
+        tensors, remark = _remote_headers(name, folder, commit)
+    elif not tensors:
+        remark = "no weight files are there: tensor names and shapes could not be compared with the configuration"
+    return Checkpoint(name, folder, config, tensors, commit, remark)
 
 
 def _read_config(model: str, folder: Path) -> Any:
@@ -134,17 +119,19 @@ def _read_config(model: str, folder: Path) -> Any:
     return config
 
 
-def _read_headers(folder: Path) -> dict[str, TensorInfo]:
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            files = {name: folder / name for name in names}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise WorkError(f"{index} is broken ({error}); copy the checkpoint again") from None
-        present = [file for file in files.values() if file.is_file()]
+def file_headers(folder: Path) -> dict[str, TensorInfo]:
+    """All tensors of a checkpoint folder; none where it has no weight files. WorkError where one is broken."""
+    return _read_headers(folder, parts_will_do=False)
+
+
+def _read_headers(folder: Path, *, parts_will_do: bool) -> dict[str, TensorInfo]:
+    files = _weight_files(folder)
+    if files is not None:
+        present = [folder / name for name in files if (folder / name).is_file()]
+        if parts_will_do and len(present) < len(files):
+            return {}
         if present and len(present) < len(files):
-            missing = next(name for name, file in files.items() if not file.is_file())
+            missing = next(name for name in files if not (folder / name).is_file())
             raise WorkError(f"{folder}: {missing} is named in {INDEX} and is not there; copy the checkpoint again")
     else:
         present = [path for path in [folder / SINGLE] if path.is_file()]
@@ -152,6 +139,40 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
     for path in present:
         tensors.update(read_header(path))
     return tensors
+
+
+def _weight_files(folder: Path) -> list[str] | None:
+    """The names in the index of a checkpoint in several files; None where there is no index."""
+    index = folder / INDEX
+    if not index.is_file():
+        return None
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return [str(Path(name)) for name in names]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise WorkError(f"{index} is broken ({error}); copy the checkpoint again") from None
+
+
+def _remote_headers(model: str, folder: Path, commit: str) -> tuple[dict[str, TensorInfo], str]:
+    """The headers of weight files that lie on the Hub only, some kilobytes of each; and why not, where not."""
+    from huggingface_hub import HfApi
+
+    try:
+        names = _weight_files(folder) or [SINGLE]
+        tensors: dict[str, TensorInfo] = {}
+        for name in names:
+            header = HfApi().parse_safetensors_file_metadata(model, name, revision=commit)
+            for tensor, info in header.tensors.items():
+                begin, end = info.data_offsets
+                tensors[tensor] = TensorInfo(folder / name, str(info.dtype), tuple(info.shape), end - begin)
+        return tensors, ""
+    except Exception as error:  # network, permissions, other formats: the plan does without
+        words = str(error).strip().splitlines()
+        reason = words[0] if words else type(error).__name__
+        return {}, (
+            f"the headers of {model}'s weight files are not to be had ({reason}): tensor names and shapes could not be "
+            "compared with the configuration"
+        )
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

@@ -18,6 +18,7 @@ from minitron.compiler.capture import Captured, build_meta
 from minitron.compiler.card import model_card
 from minitron.compiler.emit import student_weights, write_student
 from minitron.compiler.execute import Executor, Settings
+from minitron.compiler.inputs import observe, with_result
 from minitron.compiler.narrowing import Narrowing
 from minitron.compiler.plan import Plan, make_plan, settled
 from minitron.compiler.program import build_program, save_program
@@ -64,6 +65,7 @@ def compile_spec(
     where the work fails; a check of the student that does not pass is such a failure.
     """
     plan = make_plan(loaded, build=build, weights=True)
+    inputs = with_result(loaded, observe(loaded))
     build.mkdir(parents=True, exist_ok=True)
     remove_leftovers(build)
     source = open_weights(plan.captured, plan.checkpoint)
@@ -85,7 +87,7 @@ def compile_spec(
     (build / "verification.json").unlink(missing_ok=True)
     emit(plan, student, source, build, progress)
     write_training_plan(plan, build, fingerprint)
-    write_text(build / "plan.json", _json(plan.to_json(selection) | {"fingerprint": fingerprint}))
+    write_text(build / "plan.json", _json(plan.to_json(selection) | {"fingerprint": fingerprint, "inputs": inputs}))
     checks = validate(plan, student, source, buffers, build, samples, device, progress)
     document = {
         "format_version": 1,
@@ -111,7 +113,8 @@ def score(
     try:
         tokenizer = load_tokenizer(plan.checkpoint.folder)
     except UsageError as error:
-        raise SpecInvalid([plan.loaded.error("teacher.model", str(error))]) from None
+        at = "teacher.model" if plan.loaded.spec.teacher.spec is None else "teacher.spec"
+        raise SpecInvalid([plan.loaded.error(at, str(error))]) from None
     data = resolve(importance.data, plan.loaded.folder, at="importance.data", error=plan.loaded.error)
     wanted = SampleConfig(importance.data.samples, importance.data.sequence_length)
     samples = calibration_samples(data, tokenizer, plan.captured.config.vocab_size, wanted)
@@ -179,7 +182,7 @@ def emit(plan: Plan, student: Student, source: WeightSource, build: Path, progre
 def write_training_plan(plan: Plan, build: Path, fingerprint: str) -> None:
     """training.yaml"""
     document = training_plan(
-        plan.loaded, build, plan.checkpoint.folder, plan.head, plan.head, plan.captured.layer_path, fingerprint
+        plan.loaded, build, plan.checkpoint, plan.head, plan.head, plan.captured.layer_path, fingerprint
     )
     write_text(build / "training.yaml", render(document, plan.loaded.path, build))
 

@@ -13,7 +13,7 @@ import torch
 from minitron.compiler import costs
 from minitron.compiler.axes import AxisTable, analyse
 from minitron.compiler.capture import Captured, capture
-from minitron.compiler.checkpoint import Checkpoint, open_checkpoint
+from minitron.compiler.checkpoint import Checkpoint
 from minitron.compiler.head import Head, find_head
 from minitron.compiler.rewrite.constants import check_scalars
 from minitron.compiler.rewrite.drop_layers import LayerEnds, layer_ends
@@ -21,6 +21,7 @@ from minitron.compiler.roles import Roles, find_roles
 from minitron.compiler.select import Selection, leading, narrowing_of, selection_json, wanted_heads
 from minitron.compiler.student_config import prove, student_config
 from minitron.compiler.targets import HIDDEN, LAYERS, AxisStatus, Targets, resolve_targets, teacher_widths
+from minitron.compiler.teacher import open_teacher
 from minitron.compiler.weights import check_headers, dtype_of, recipes
 from minitron.specs.available import unavailable
 from minitron.specs.data_files import check_data
@@ -72,9 +73,11 @@ class Plan:
                 "path": str(self.loaded.path),
                 "sha256": self.loaded.sha256,
                 "overrides": list(self.loaded.overrides),
+                "pins": dict(self.loaded.pins),
                 "resolved": self.loaded.resolved,
             },
-            "teacher": self._side(self.teacher_costs, widths) | {"model": self.checkpoint.name},
+            "teacher": self._side(self.teacher_costs, widths)
+            | {"model": self.checkpoint.name, "commit": self.checkpoint.commit},
             "student": self._side(self.student_costs, student),
             "axes": [_axis(status) for status in self.targets.statuses],
             "phases": self.phases(),
@@ -157,17 +160,18 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
     spec = loaded.spec
     errors = [loaded.error(path, message) for path, message in unavailable(spec)]
     errors += check_data(loaded)
-    if spec.teacher.model is None:
-        raise SpecInvalid(errors or [loaded.error("teacher", "names no model", "write `model`")])
     try:
-        checkpoint = open_checkpoint(spec.teacher.model, spec.teacher.revision, loaded.folder, weights=weights)
+        checkpoint = open_teacher(loaded, weights=weights, planned=_student_of)
         captured = capture(checkpoint.config, dtype_of(spec.teacher.dtype))
         table = analyse(captured)
         roles = find_roles(captured, table)
         head = find_head(captured)
         check_headers(captured, checkpoint)
+    except SpecInvalid as error:
+        raise SpecInvalid([*errors, *error.errors]) from None
     except UsageError as error:
-        raise SpecInvalid([*errors, loaded.error("teacher.model", str(error))]) from None
+        at = "teacher.model" if spec.teacher.spec is None else "teacher.spec"
+        raise SpecInvalid([*errors, loaded.error(at, str(error))]) from None
     targets, wrong = resolve_targets(spec.student, captured, roles, table, loaded.error)
     errors += wrong + _check_lengths(loaded, captured)
     if targets is not None:
@@ -190,6 +194,11 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
         loaded, build, checkpoint, captured, table, roles, ends, head, targets, config, model, teacher_cost, student_cost,
         _remarks(checkpoint, captured),
     )  # fmt: skip
+
+
+def _student_of(upper: LoadedSpec, build: Path) -> Any:
+    """The configuration of the student that the spec above plans."""
+    return make_plan(upper, build=build).config
 
 
 def _check_lengths(loaded: LoadedSpec, captured: Captured) -> list[SpecError]:
@@ -311,12 +320,8 @@ def _both_costs(
 
 def _remarks(checkpoint: Checkpoint, captured: Captured) -> tuple[str, ...]:
     """What the user should know and no axis says."""
-    remarks = []
-    if not checkpoint.tensors:
-        remarks.append(
-            "no weight files are there: tensor names and shapes could not be compared with the configuration"
-        )
-    else:
+    remarks = [checkpoint.remark] if checkpoint.remark else []
+    if checkpoint.tensors:
         known = set(captured.canonical)
         extra = [name for name in checkpoint.tensors if name not in known]
         if extra and all(name in checkpoint.tensors for name in set(captured.canonical.values())):

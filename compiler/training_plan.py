@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from minitron.compiler.checkpoint import Checkpoint
 from minitron.compiler.head import Head
 from minitron.specs.data import DataSource
 from minitron.specs.data_files import resolve
@@ -32,7 +33,7 @@ HEADER = """\
 def training_plan(
     loaded: LoadedSpec,
     build: Path,
-    teacher_folder: Path,
+    checkpoint: Checkpoint,
     teacher_head: Head,
     student_head: Head,
     layers: str,
@@ -47,8 +48,9 @@ def training_plan(
         "name": spec.name,
         "fingerprint": fingerprint,
         "teacher": {
-            "model": _relative(teacher_folder, build),
-            "revision": None,
+            # What came from the Hub is found there, or in its cache, on any other machine as well.
+            "model": checkpoint.name if checkpoint.commit is not None else _relative(checkpoint.folder, build),
+            "revision": checkpoint.commit,
             "dtype": spec.teacher.dtype,
             "head": teacher_head.to_yaml(),
             "layers": layers,

@@ -16,12 +16,6 @@ def unavailable(spec: Spec) -> list[tuple[str, str]]:
 
 
 def _asked_for_too_soon(spec: Spec) -> Iterator[tuple[str, str, str]]:
-    if spec.teacher.spec is not None:
-        yield (
-            "teacher.spec",
-            "a teacher from another spec",
-            "run that spec first and write the path of its result as `model`",
-        )
     if spec.importance.selection == "greedy":
         yield "importance.selection", "greedy", "write scores or leave it out"
     if spec.importance.hidden_basis == "principal":

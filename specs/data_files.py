@@ -12,6 +12,7 @@ from typing import TypeAlias, TypeVar
 from minitron.specs.data import STDLIB_PREFIX, DataSource, Source
 from minitron.specs.errors import SpecError, SpecInvalid, WorkError
 from minitron.specs.load import LoadedSpec
+from minitron.specs.spec import Spec
 
 Placer: TypeAlias = Callable[[str, str, str], SpecError]
 
@@ -39,13 +40,13 @@ def resolve(source: S, folder: Path, *, at: str = "data", error: Placer = _witho
 def check_data(loaded: LoadedSpec) -> list[SpecError]:
     """What is wrong with the data that a spec names: all of it, at its places."""
     errors: list[SpecError] = []
-    for at, source in _sources(loaded):
+    for at, source in data_sources(loaded.spec):
         _resolved(source, loaded.folder, at, loaded.error, errors)
     return errors
 
 
-def _sources(loaded: LoadedSpec) -> Iterator[tuple[str, DataSource]]:
-    spec = loaded.spec
+def data_sources(spec: Spec) -> Iterator[tuple[str, DataSource]]:
+    """(dotted path, source) of all data that a spec names."""
     if spec.importance.data is not None:
         yield "importance.data", spec.importance.data
     if spec.distill is not None:

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,10 @@ class LoadedSpec:
     """The `--set` values, as given."""
     tree: source.Mapping = field(repr=False)
     """The values as written, with their places; bases and overrides taken in."""
+    pins: Mapping[str, str] = field(default_factory=dict)
+    """Dotted path -> the commit that a lock file puts there; taken into `spec`, and not into `resolved`."""
+    written: Spec | None = None
+    """The spec before pins were taken in, where there are any."""
 
     @property
     def folder(self) -> Path:
@@ -42,8 +46,8 @@ class LoadedSpec:
 
     @cached_property
     def resolved(self) -> dict[str, Any]:
-        """The spec with every default written out, as JSON has it."""
-        return self.spec.model_dump(mode="json")
+        """The spec as written, with every default written out, as JSON has it."""
+        return (self.written or self.spec).model_dump(mode="json")
 
     @cached_property
     def sha256(self) -> str:
@@ -51,9 +55,28 @@ class LoadedSpec:
         canonical = json.dumps(self.resolved, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
+    def pinned(self, pins: Mapping[str, str]) -> LoadedSpec:
+        """The same spec with commits in place of branches and tags; what a user asked for, and its hash, stay."""
+        if not pins:
+            return self
+        spec = self.spec
+        for path, commit in pins.items():
+            spec = _replaced(spec, from_dotted(path), commit)
+        return replace(self, spec=spec, pins=dict(pins), written=self.written or self.spec)
+
     def error(self, path: str, message: str, hint: str = "") -> SpecError:
         """An error at the place of the dotted `path`, or of its nearest parent where only a default stands."""
         return locate(self.tree, from_dotted(path))[0].error(path, message, hint)
+
+
+def _replaced(value: Any, path: shape.Path, new: str) -> Any:
+    """A copy of a block, or of a list of blocks, with one value in it replaced."""
+    if not path:
+        return new
+    step, rest = path[0], path[1:]
+    if isinstance(step, int):
+        return (*value[:step], _replaced(value[step], rest, new), *value[step + 1 :])
+    return value.model_copy(update={step: _replaced(getattr(value, step), rest, new)})
 
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> LoadedSpec:

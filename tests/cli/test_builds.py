@@ -10,22 +10,6 @@ import pytest
 from minitron.cli import builds
 from minitron.specs.errors import UsageError, WorkError
 
-SHA = "ab" * 32
-
-
-def test_a_finished_build_of_this_spec_is_up_to_date(build: Path) -> None:
-    assert builds.staleness(build, SHA) is None
-
-
-def test_why_a_build_is_not_up_to_date(build: Path) -> None:
-    assert builds.staleness(build, "cd" * 32) == "compiled from another version of the spec"
-    assert builds.staleness(build.parent / "nowhere", SHA) == "not compiled yet"
-    verification = build / "verification.json"
-    verification.write_text(json.dumps({"passed": False}))
-    assert builds.staleness(build, SHA) == "its verification did not pass"
-    verification.unlink()
-    assert builds.staleness(build, SHA) == "compiling was not finished"
-
 
 def test_what_is_not_a_build_is_refused_with_what_to_give(tmp_path: Path, build: Path) -> None:
     assert builds.require_build(build) == build

@@ -112,7 +112,6 @@ evaluate: {suite: [hellaswag, gsm8k], data_dir: benchmarks/, held_out: {text: "p
     assert spec.distill.loss.hidden_states.pairs == ((29, 13),)
     assert spec.evaluate is not None and spec.evaluate.suite == ("hellaswag", "gsm8k")
     assert [path for path, _ in unavailable(spec)] == [
-        "teacher.spec",
         "importance.selection",
         "importance.hidden_basis",
         "recovery.refit",

@@ -1,0 +1,178 @@
+"""What the result of a spec depends on beside the spec: teacher, tokenizer and data, as hashes and commits.
+
+A lock file holds these, and so does plan.json: a build whose inputs have changed since is not up to date.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from minitron.compiler.checkpoint import SMALL_FILES, file_headers
+from minitron.compiler.emit import tokenizer_files
+from minitron.compiler.hub import WrongRevision, commit_of, is_commit, snapshot
+from minitron.specs.builds import FINISHED, PLAN, build_of, result_of
+from minitron.specs.chain import above
+from minitron.specs.data import STDLIB_PREFIX, Source
+from minitron.specs.data_files import data_files, data_sources, resolve, stdlib, unreadable
+from minitron.specs.errors import SpecInvalid, UsageError
+from minitron.specs.load import LoadedSpec
+from minitron.specs.lockfile import Inputs, source_parts
+
+MAX_FILES = 16  # of one source that are listed one by one; of more there is one hash of all
+
+
+def observe(loaded: LoadedSpec, *, offline_will_do: bool = True) -> Inputs:
+    """`{teacher, tokenizer, data}` as they are now; reads configuration, headers, tokenizer files and data, no weights.
+
+    The pins of `loaded` are followed: what is pinned to a commit is observed there. A data set of the Hub whose commit
+    cannot be found out is left without one, or refused where `offline_will_do` is false. SpecInvalid for what is not
+    there.
+    """
+    teacher, folder = _teacher(loaded)
+    inputs: Inputs = {"teacher": teacher}
+    if folder is not None:
+        inputs["tokenizer"] = {path.name: _tree_hash(path) for path in tokenizer_files(folder)}
+    written = dict(data_sources(loaded.written or loaded.spec))
+    data: Inputs = {}
+    for at, source in data_sources(loaded.spec):
+        known = resolve(source, loaded.folder, at=at, error=loaded.error)
+        originals = source_parts(at, written[at])
+        for (path, key, part), (_, _, original) in zip(source_parts(at, known), originals, strict=True):
+            try:
+                data[key] = _source(part, original, loaded.folder, offline_will_do)
+            except UsageError as error:
+                raise SpecInvalid([loaded.error(path, str(error))]) from None
+    if data:
+        inputs["data"] = data
+    return inputs
+
+
+def with_result(loaded: LoadedSpec, inputs: Inputs) -> Inputs:
+    """The inputs with what the spec above has come to, where the teacher is the result of one: trained anew, it is
+    another teacher of the same shape."""
+    upper = above(loaded)
+    if upper is None:
+        return inputs
+    teacher = inputs["teacher"]
+    assert isinstance(teacher, dict)
+    return inputs | {"teacher": teacher | {"result": _result(upper)}}
+
+
+def digest(inputs: Inputs) -> str:
+    """One hash of all inputs."""
+    return _sha256([json.dumps(inputs, sort_keys=True).encode()])
+
+
+def _teacher(loaded: LoadedSpec) -> tuple[Inputs, Path | None]:
+    """The teacher's part, and the folder that its tokenizer is in where that is known already."""
+    upper = above(loaded)
+    if upper is not None:
+        name = loaded.spec.teacher.spec
+        assert name is not None
+        return {"spec": name, "sha256": upper.sha256, "inputs": digest(observe(upper))}, None
+    model, revision = loaded.spec.teacher.model, loaded.spec.teacher.revision
+    if model is None:
+        raise SpecInvalid([loaded.error("teacher", "names no model", "write `model` or `spec`")])
+    local = (loaded.folder / model).expanduser()
+    part: Inputs = {"model": model}
+    if local.is_dir():
+        folder = local.resolve()
+    else:
+        if model.startswith((".", "/", "~")) or model.count("/") != 1:
+            message = f"there is no folder {local}"
+            hint = "write a folder relative to the spec, or a Hugging Face id (owner/name)"
+            raise SpecInvalid([loaded.error("teacher.model", message, hint)])
+        try:
+            found = snapshot(model, revision, SMALL_FILES)
+        except WrongRevision as error:
+            raise SpecInvalid([loaded.error("teacher.revision", str(error))]) from None
+        except UsageError as error:
+            raise SpecInvalid([loaded.error("teacher.model", str(error))]) from None
+        folder = found.folder
+        asked = (loaded.written or loaded.spec).teacher.revision
+        part |= ({} if asked is None else {"revision": asked}) | {"commit": found.commit}
+    config = folder / "config.json"
+    if not config.is_file():
+        raise SpecInvalid([loaded.error("teacher.model", f"{folder} has no config.json", "name a Hugging Face model")])
+    part["config"] = _file_hash(config)
+    # Of a model on the Hub the commit says all of this, and the weights may not be here.
+    if local.is_dir() and (tensors := file_headers(folder)):
+        headers = sorted((name, info.dtype, list(info.shape)) for name, info in tensors.items())
+        part["tensors"] = _sha256([json.dumps(headers).encode()])
+    return part, folder
+
+
+def _result(upper: LoadedSpec) -> str:
+    """A hash of what the spec above has come to: its student, its training and the shape of its model."""
+    build, model = build_of(upper), result_of(upper)
+    texts = [path.read_bytes() for path in (build / FINISHED, model / "config.json") if path.is_file()]
+    plan = build / PLAN
+    if plan.is_file():
+        document = json.loads(plan.read_text(encoding="utf-8"))
+        texts.append(json.dumps([document.get("fingerprint"), document.get("inputs")], sort_keys=True).encode())
+    return _sha256(texts)
+
+
+def _source(source: Source, written: Source, folder: Path, offline_will_do: bool) -> Inputs:
+    if source.dataset is not None and not Path(source.dataset).is_absolute():
+        part: Inputs = {"dataset": source.dataset}
+        for key in ("subset", "split", "revision"):
+            if (value := getattr(written, key)) is not None:
+                part[key] = value
+        try:
+            revision = source.revision
+            # A commit is looked up nowhere: it cannot have moved.
+            known = revision if revision is not None and is_commit(revision) else None
+            part["commit"] = known or commit_of(source.dataset, revision, "dataset")
+        except UsageError:
+            if not offline_will_do:
+                raise
+        return part
+    if source.dataset is not None:
+        files = data_files(source)
+        return {
+            "dataset": str(written.dataset),
+            "files": str(len(files)),
+            "all": _together(files, Path(source.dataset)),
+        }
+    entries: list[str] = list(getattr(source, source.kind))
+    if len(entries) > MAX_FILES:
+        return {"files": str(len(entries)), "all": _together(data_files(source), folder)}
+    part = {}
+    for entry in entries:
+        if entry.startswith(STDLIB_PREFIX):
+            part[entry] = _together(stdlib(entry), folder)
+        else:
+            part[Path(os.path.relpath(entry, folder)).as_posix()] = _file_hash(Path(entry))
+    return part
+
+
+def _together(files: list[Path], folder: Path) -> str:
+    """One hash of many files: of their names and contents."""
+    return _sha256(f"{path.name} {_file_hash(path)}\n".encode() for path in files)
+
+
+def _tree_hash(path: Path) -> str:
+    """Of a file, or of the files in a folder."""
+    if path.is_dir():
+        return _together(sorted(one for one in path.rglob("*") if one.is_file()), path)
+    return _file_hash(path)
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        with path.open("rb") as handle:
+            return f"sha256:{hashlib.file_digest(handle, 'sha256').hexdigest()}"
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def _sha256(parts: Iterable[bytes]) -> str:
+    hashed = hashlib.sha256()
+    for part in parts:
+        hashed.update(part)
+    return f"sha256:{hashed.hexdigest()}"
