@@ -53,7 +53,7 @@ def test_the_correction_of_the_teacher_stands_before_the_distillation(planned: P
 
 def test_the_training_plan_resolves_the_correction(planned: Planned, tmp_path: Path) -> None:
     plan = planned({}, teacher_correction={"tokens": 6400})
-    document = training_plan(plan.loaded, tmp_path, plan.checkpoint.folder, plan.head, plan.head, "layers", "0")
+    document = training_plan(plan.loaded, tmp_path, plan.checkpoint, plan.head, plan.head, "layers", "0")
     correction = document["teacher_correction"]
     assert correction["tokens"] == 6400 and correction["optimizer"]["lr"] == 2e-5
     assert correction["every_tokens"] == 320  # twenty checkpoints
