@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py                       # three seeds of the quickstart as it stands; about half an hour
     python benchmarks/quality.py --tokens 200K         # the same, shorter
+    python benchmarks/quality.py --workers 2           # two students at a time; OMP_NUM_THREADS=1 gives each a core
     python benchmarks/quality.py --spec my.yaml        # on another teacher
 
 Held-out loss (nats a token) of
@@ -10,18 +11,20 @@ Held-out loss (nats a token) of
     random choice + KD          what is kept drawn at random (layers, channels, neurons, heads), distilled
     pruned + KD                 what minitron does
 Shape, data, tokens, optimizer and learning rate are the same for all. A seed decides the order of the data, the fresh
-weights and the random choice; calibration does not depend on it. The table shows mean and standard deviation over the
-seeds. Everything goes through the compiler and the runtime as `minitron run` does; finished runs in `--work` are kept.
+weights and the random choice; calibration does not depend on it. The table shows mean and range over the seeds.
+Everything goes through the compiler and the runtime as `minitron run` does; finished runs in `--work` are kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import shutil
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +97,18 @@ def edit_training(build: Path, seed: int, cross_entropy: bool) -> None:
     write_text(path, yaml.safe_dump(plan, sort_keys=False))
 
 
+def take_tokens(build: Path) -> None:
+    """Copies the tokenised text from a finished build beside this one: it is the same for all."""
+    finished = (one.parent / "train" / "data" for one in sorted(build.parent.glob("*/results.json")))
+    cached = next((folder for folder in finished if folder.is_dir()), None)
+    if cached is not None and not (build / "train").exists():
+        with atomic_folder(build / "train") as copy:
+            shutil.copytree(cached, copy / "data")
+
+
 def run(method: str, seed: int, spec: Path, overrides: list[str], pruned: Path, build: Path, device: str) -> Results:
     """One student from its start to its evaluation; what a build holds already is not done again."""
+    start = time.monotonic()
     results = build / "results.json"
     if results.exists():
         return dict(json.loads(results.read_text(encoding="utf-8")))
@@ -111,8 +124,16 @@ def run(method: str, seed: int, spec: Path, overrides: list[str], pruned: Path, 
                 if method == RANDOM_INIT:
                     fresh_weights(copy / "student", seed)
                 edit_training(copy, seed, method == CROSS_ENTROPY)
+    take_tokens(build)
     train(build, device=device, progress=Silent())
-    return evaluate(build, device=device, progress=Silent())
+    measured = evaluate(build, device=device, progress=Silent())
+    print(
+        f"seed {seed}, {method}: {loss_of(measured, 'pruned'):.4f} -> {loss_of(measured, 'distilled'):.4f} "
+        f"({time.monotonic() - start:.0f} s)",
+        file=sys.stderr,
+        flush=True,
+    )
+    return measured
 
 
 def loss_of(results: Results, model: str) -> float:
@@ -120,21 +141,21 @@ def loss_of(results: Results, model: str) -> float:
 
 
 def spread(values: list[float]) -> str:
-    """Mean and standard deviation, or the one value that all share."""
-    if max(values) - min(values) < 5e-5:
-        return f"{values[0]:.4f}"
-    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+    """Mean and range, or the one value that all share."""
+    if max(values) - min(values) < 5e-4:
+        return f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def table(results: dict[str, list[Results]], tokens: int) -> str:
     """The figures as a markdown table."""
     teacher = loss_of(results[PRUNED][0], "teacher")
     head = f"| student | before training | after {tokens:,} tokens | above the teacher |"
-    lines = [head, "|---|---|---|---|", f"| the teacher itself | {teacher:.4f} | | |"]
+    lines = [head, "|---|---|---|---|", f"| the teacher itself | {teacher:.3f} | | |"]
     for method in METHODS:
         before = [loss_of(one, "pruned") for one in results[method]]
         after = [loss_of(one, "distilled") for one in results[method]]
-        lines.append(f"| {method} | {spread(before)} | {spread(after)} | {statistics.mean(after) - teacher:.4f} |")
+        lines.append(f"| {method} | {spread(before)} | {spread(after)} | {statistics.mean(after) - teacher:.3f} |")
     return "\n".join(lines)
 
 
@@ -143,6 +164,7 @@ def main() -> None:
     parser.add_argument("--spec", type=Path, default=ROOT / "examples" / "quickstart" / "spec.yaml")
     parser.add_argument("--tokens", help="tokens of each training, such as 200K; left out: what the spec says")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=1, help="processes, each with a student of its own")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, default=Path("/tmp/minitron-quality"), help="builds; can be removed after")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="as in `minitron run`")
@@ -154,21 +176,28 @@ def main() -> None:
     work: Path = args.work / loaded.sha256[:12]
 
     pruned = work / "pruned"
-    if not (pruned / "training.yaml").exists():
+    if not (pruned / "verification.json").exists():
         compile_spec(loaded, pruned, device=args.device, progress=Silent())
-    results: dict[str, list[Results]] = {method: [] for method in METHODS}
-    for seed in range(args.seeds):
-        for method in METHODS:
-            start = time.monotonic()
-            build = work / f"{method.replace(' ', '-')}-{seed}"
-            one = run(method, seed, args.spec, overrides, pruned, build, args.device)
-            results[method].append(one)
-            print(
-                f"seed {seed}, {method}: {loss_of(one, 'pruned'):.4f} -> {loss_of(one, 'distilled'):.4f} "
-                f"({time.monotonic() - start:.0f} s)",
-                file=sys.stderr,
-                flush=True,
+    jobs = [(method, seed) for seed in range(args.seeds) for method in METHODS]
+    # Spawned and not forked: torch's threads do not survive a fork.
+    with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = [
+            pool.submit(
+                run,
+                method,
+                seed,
+                args.spec,
+                overrides,
+                pruned,
+                work / f"{method.replace(' ', '-')}-{seed}",
+                args.device,
             )
+            for method, seed in jobs
+        ]
+        finished = [one.result() for one in waiting]
+    results: dict[str, list[Results]] = {method: [] for method in METHODS}
+    for (method, _), one in zip(jobs, finished, strict=True):
+        results[method].append(one)
     print(table(results, loaded.spec.distill.tokens))
 
 
