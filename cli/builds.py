@@ -16,6 +16,8 @@ VERIFICATION = "verification.json"
 RESULTS = "results.json"
 TRAINING = "training.yaml"
 METRICS = Path("train") / "metrics.jsonl"
+# Of the teacher's own training before it teaches, where the spec asks for one.
+CORRECTION_METRICS = Path("train") / "teacher" / "metrics.jsonl"
 STUDENT = "student"
 MODEL = "model"
 

@@ -17,9 +17,11 @@ FILE = "report.html"
 def write_report(build: Path) -> Path:
     """Writes BUILD/report.html, whatever of the build is there yet, and returns its path. WorkError for broken files."""
     document = builds.show_document(build)
-    curves = read_curves(builds.records(build / builds.METRICS))
+    curves, correction = (
+        read_curves(builds.records(build / name)) for name in (builds.METRICS, builds.CORRECTION_METRICS)
+    )
     trains = builds.total_tokens(build / builds.TRAINING) is not None
-    report = Report(document, trains, read_scores(build, part(document, "plan")), curves)
+    report = Report(document, trains, read_scores(build, part(document, "plan")), curves, correction)
     path = build / FILE
     write_text(path, page(report))
     return path

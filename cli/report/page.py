@@ -17,7 +17,7 @@ from minitron.cli.report.markup import Markup, element, join
 from minitron.cli.report.scores import ScoredAxis
 from minitron.cli.report.style import CSS
 from minitron.cli.report.tables import section_table
-from minitron.cli.report.training import training_curves
+from minitron.cli.report.training import held_out_references, training_curves
 from minitron.cli.sections import Document, part
 
 # No source for scripts, images, fonts or anything else: a browser holds the page to being self-contained.
@@ -36,6 +36,10 @@ class Report:
 
     scores: list[ScoredAxis]
     curves: Curves
+    """Of the student's training."""
+
+    correction: Curves
+    """Of the teacher's own training before it."""
 
     def document(self, key: str) -> Document:
         return part(self.build, key)
@@ -79,9 +83,12 @@ def _chapters(report: Report) -> Iterator[_Chapter]:
         yield _Chapter("verification", "Verification", section_table(verification_section(verification)))
     if report.scores:
         yield _Chapter("importance", "Importance", importance(report.scores))
+    references = held_out_references(results)
+    if report.correction.records:
+        yield _Chapter("correction", "Teacher correction", training_curves("correction-curve", report.correction, ()))
     if report.curves.records:
         summary = section_table(training_section(report.document("training")))
-        yield _Chapter("training", "Training", join([summary, training_curves(report.curves, results)]))
+        yield _Chapter("training", "Training", join([summary, training_curves("curve", report.curves, references)]))
     if results:
         tables = [element("div", section_table(one), class_=_class(one.title)) for one in results_sections(results)]
         yield _Chapter("results", "Results", join(tables))

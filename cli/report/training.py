@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 from minitron.cli import figures
 from minitron.cli.build_sections import MODELS
 from minitron.cli.report.charts import Reference, line_chart
@@ -22,10 +25,11 @@ _TITLES = {
 _NOT_DRAWN = frozenset({"held_out_perplexity"})
 
 
-def training_curves(curves: Curves, results: Document) -> Markup:
-    """A chart for every figure of train/metrics.jsonl and one table with the numbers of all."""
+def training_curves(name: str, curves: Curves, references: Sequence[Reference]) -> Markup:
+    """A chart for every figure of a metrics.jsonl and one table with the numbers of all. `name` is unique on the page;
+    the held-out loss is drawn beside `references`."""
     keys = _keys(curves)
-    charts = [_chart(key, curves.of(key), results) for key in keys]
+    charts = [_chart(name, key, curves.of(key), references if key == "held_out_loss" else ()) for key in keys]
     return element(
         "div",
         element("p", *_reading(curves), class_="note"),
@@ -60,18 +64,17 @@ def _same(a: list[tuple[float, Figure]], b: list[tuple[float, Figure]]) -> bool:
     return bool(b) and len(a) == len(b) and all(x == y for x, y in zip(a, b, strict=True))
 
 
-def _chart(key: str, curve: list[tuple[float, Figure]], results: Document) -> Markup:
-    title = _TITLES.get(key, key.replace("_", " "))
-    references = _held_out(results) if key == "held_out_loss" else []
-    name = "curve-" + "".join(one if one.isalnum() else "-" for one in key)
-    return element("figure", element("figcaption", title), line_chart(name, title, curve, references))
-
-
-def _held_out(results: Document) -> list[Reference]:
-    """What teacher and pruned student come to on the same text."""
+def held_out_references(results: Document) -> list[Reference]:
+    """What teacher and pruned student come to on the text that the held-out loss of training is of."""
     models = part(results, "models")
-    losses = [(name, part(part(models, name), "held_out").get("loss")) for name in MODELS[:2]]
-    return [Reference(name, float(loss)) for name, loss in losses if isinstance(loss, int | float)]
+    losses = [(name, part(part(models, name), "held_out").get("loss")) for name in MODELS if name != "distilled"]
+    return [Reference(name.replace("_", " "), float(loss)) for name, loss in losses if isinstance(loss, int | float)]
+
+
+def _chart(name: str, key: str, curve: list[tuple[float, Figure]], references: Sequence[Reference]) -> Markup:
+    title = _TITLES.get(key, key.replace("_", " "))
+    place = "-".join([name, *(word for word in re.split(r"\W|_", key) if word)])
+    return element("figure", element("figcaption", title), line_chart(place, title, curve, references))
 
 
 def _table(curves: Curves, keys: list[str]) -> Markup:

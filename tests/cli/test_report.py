@@ -252,6 +252,15 @@ def test_held_out_loss_stands_beside_teacher_and_pruned_student(whole: Path) -> 
     assert described.startswith("From 2.75 at 1,024 tokens to 2 at 4,096") and "pruned: 3.75." in described
 
 
+def test_the_correction_of_the_teacher_has_curves_of_its_own(whole: Path) -> None:
+    assert "#correction" not in Page(write_report(whole)).values("href")
+    (whole / "train" / "teacher").mkdir()
+    (whole / "train" / "teacher" / "metrics.jsonl").write_text('{"step": 1, "tokens": 64, "loss": 2.5}\n')
+    page = Page(write_report(whole))
+    assert "#correction" in page.values("href") and "From 2.5 at 64 tokens to 2.5 at 64." in page.words
+    assert len(page.values("id")) == len(set(page.values("id")))
+
+
 @pytest.mark.parametrize("low, high", [(0.0, 1.0), (-3.2, 4.1), (1999.0, 2400.0), (1e-6, 2e-3), (5.0, 5.0)])
 def test_ticks_are_round_numbers_within_the_range(low: float, high: float) -> None:
     axis = Scale(low, high, 0, 100)

@@ -74,6 +74,10 @@ class TestTheWholeWay:
         assert shown["plan"] == json.loads((build / "plan.json").read_text())
         assert shown["verification"]["passed"] is True  # type: ignore[index]
         assert shown["training"]["last"]["tokens"] >= 4096  # type: ignore[index]
+        report = Path(str(documents(minitron("show", build, "--html", "--json").stdout)["report"]))
+        assert report == build / "report.html"
+        chapters = set(re.findall(r"href=.#(\w+)", report.read_text()))
+        assert chapters == {"plan", "verification", "importance", "training", "results", "spec"}
         results = documents(minitron("eval", build, "--json", "--device", "cpu").stdout)
         assert set(results["models"]) == {"teacher", "pruned", "distilled"}  # type: ignore[call-overload]
 
