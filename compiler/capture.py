@@ -187,6 +187,19 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0][:300] if text else ''}"
 
 
+def _hands_on(node: Node) -> bool:
+    """Whether a node yields just what it is given: a conversion to the number format and device that it has.
+
+    Layers hand a common table to one another so, and would seem to read it of the layer before.
+    """
+    if getattr(node.target, "_opname", "") not in ("to", "alias", "detach") or not isinstance(node.args[0], Node):
+        return False
+    old, new = node.args[0].meta.get("val"), node.meta.get("val")
+    if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
+        return False
+    return (old.dtype, old.device, old.layout) == (new.dtype, new.device, new.layout)
+
+
 def _export(config: Any, dtype: torch.dtype, attention: str) -> tuple[torch.nn.Module, GraphModule]:
     """The model on the meta device, and its graph.
 
@@ -211,5 +224,8 @@ def _export(config: Any, dtype: torch.dtype, attention: str) -> tuple[torch.nn.M
     for node in list(module.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             # Its only use is to catch a retrace with other number formats; it would pin the device.
+            module.graph.erase_node(node)
+        elif _hands_on(node):
+            node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
     return build_meta(config, dtype, attention), rebuild(module, canonical, empty_meta)

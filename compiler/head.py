@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from minitron.compiler.capture import Captured
@@ -41,6 +42,8 @@ class Head:
 def find_head(captured: Captured) -> Head:
     """UsageError where something stands between hidden states and logits that the loss does not know."""
     backbone = str(getattr(captured.model, "base_model_prefix", ""))
+    if not isinstance(getattr(captured.model, backbone, None), torch.nn.Module):  # some families name it otherwise
+        backbone = captured.layer_path.split(".", 1)[0]
     node = next(n for n in captured.graph.nodes if n.op == "output").args[0]
     while isinstance(node, tuple | list):
         (node,) = node

@@ -19,7 +19,7 @@ from minitron.compiler.rewrite.constants import check_scalars
 from minitron.compiler.rewrite.drop_layers import LayerEnds, layer_ends
 from minitron.compiler.roles import Roles, find_roles
 from minitron.compiler.select import Selection, leading, narrowing_of, selection_json, wanted_heads
-from minitron.compiler.student_config import prove, student_config
+from minitron.compiler.student_config import Key, fit, student_config
 from minitron.compiler.targets import HIDDEN, LAYERS, AxisStatus, Targets, resolve_targets, teacher_widths
 from minitron.compiler.teacher import open_teacher
 from minitron.compiler.weights import check_headers, dtype_of, recipes
@@ -263,17 +263,22 @@ def _prove(
         name: tuple(narrowing.count(dim) for dim in table.parameters[recipe.source]) for name, recipe in made.items()
     }
     widths = teacher_widths(captured, roles, table)
-    config = student_config(captured, targets.widths, widths, selection.layers)
-    model = prove(captured, config, shapes)
+    also, config, model = fit(captured, targets.widths, widths, selection.layers, shapes)
     if targets.widths or len(selection.layers) != captured.layer_count:
-        _compare_constants(captured, targets, widths, selection.layers)
+        _compare_constants(captured, targets, widths, selection.layers, also)
     return config, model
 
 
-def _compare_constants(captured: Captured, targets: Targets, widths: Mapping[str, int], kept: Sequence[int]) -> None:
+def _compare_constants(
+    captured: Captured,
+    targets: Targets,
+    widths: Mapping[str, int],
+    kept: Sequence[int],
+    also: Mapping[Key, int],
+) -> None:
     """Compares the numbers in the graphs of teacher and student, on a few layers of each kind: all of them take long."""
     few = representatives(captured.config, captured.layer_count, kept)
-    narrowed = capture(student_config(captured, targets.widths, widths, few), captured.dtype)
+    narrowed = capture(student_config(captured, targets.widths, widths, few, also), captured.dtype)
     if len(few) == captured.layer_count:
         check_scalars(captured, narrowed, {layer: layer for layer in few})
         return

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from minitron.compiler.capture import Captured, build_meta
 from minitron.compiler.targets import GROUPS, HEAD_DIM, HEADS, HIDDEN
@@ -19,6 +21,10 @@ OTHER_KEYS = {
     "shared_expert_intermediate_size": ("shared_intermediate_size",),
 }
 
+# A key of the configuration, or of a part of it: (the part's key or nothing, key).
+Key = tuple[str, str]
+MOST_GUESSES = 40
+
 
 def config_key(config: Any, name: str, value: int) -> str | None:
     """The configuration's own key for a width, if it has one that says `value`."""
@@ -29,16 +35,23 @@ def config_key(config: Any, name: str, value: int) -> str | None:
 
 
 def student_config(
-    captured: Captured, widths: Mapping[str, int], teacher_widths: Mapping[str, int], kept_layers: Sequence[int]
+    captured: Captured,
+    widths: Mapping[str, int],
+    teacher_widths: Mapping[str, int],
+    kept_layers: Sequence[int],
+    also: Mapping[Key, int] | None = None,
 ) -> Any:
-    """The configuration with new `widths` (by axis name) and per-layer lists that follow the kept layers."""
+    """The configuration with new `widths` (by axis name) and per-layer lists that follow the kept layers.
+
+    `also` are further keys that have to say a width, as `fit` finds them.
+    """
     config = copy.deepcopy(captured.config)
     for name, width in widths.items():
         key = config_key(captured.config, name, teacher_widths[name])
         if key is not None:
             setattr(config, key, width)
-        elif name != GROUPS or teacher_widths[HEADS] != teacher_widths[GROUPS]:  # or the key of the heads says it
-            raise UsageError(f"{config.model_type} has no configuration key for {name}")
+    for (part, key), width in (also or {}).items():
+        setattr(getattr(config, part) if part else config, key, width)
     head = head_width(captured.config)
     if head == teacher_widths.get(HEAD_DIM) and head != head_width(config) and not derives_head_dim(config):
         # Many modelling files read this key although their configuration does not declare it; the proof tells.
@@ -50,6 +63,55 @@ def student_config(
                 setattr(config, key, [value[i] for i in kept_layers])
         config.num_hidden_layers = len(kept_layers)
     return config
+
+
+def fit(
+    captured: Captured,
+    widths: Mapping[str, int],
+    teacher_widths: Mapping[str, int],
+    kept_layers: Sequence[int],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[Mapping[Key, int], Any, torch.nn.Module]:
+    """The student's configuration, the model that it describes, and the keys beside the axes' own that it needed.
+
+    Where the axes' own keys do not make the wanted shapes, keys that have the same value as a narrowed width are tried, the
+    fewest first: the shapes of the model that transformers builds decide, so each of those keys is one that they depend on.
+    UsageError where none do.
+    """
+    first: UsageError | None = None
+    for also in _guesses(captured.config, widths, teacher_widths):
+        config = student_config(captured, widths, teacher_widths, kept_layers, also)
+        try:
+            return also, config, prove(captured, config, shapes)
+        except UsageError as error:
+            first = first or error
+    assert first is not None
+    unnamed = [name for name in widths if not _has_key(captured.config, name, teacher_widths)]
+    if unnamed:
+        raise UsageError(f"{captured.config.model_type} has no configuration key for {unnamed[0]}")
+    raise first
+
+
+def _has_key(config: Any, name: str, teacher_widths: Mapping[str, int]) -> bool:
+    if name == GROUPS and teacher_widths[HEADS] == teacher_widths[GROUPS]:  # the key of the heads says it
+        name = HEADS
+    return config_key(config, name, teacher_widths[name]) is not None
+
+
+def _guesses(config: Any, widths: Mapping[str, int], teacher_widths: Mapping[str, int]) -> Iterator[dict[Key, int]]:
+    """Nothing, then one, two and three keys that have a narrowed width's value in the teacher."""
+    own = {config_key(config, name, teacher_widths[name]) for name in widths}
+    found: dict[Key, int] = {}
+    parts = {"": config} | {name: part for name, part in vars(config).items() if isinstance(part, PreTrainedConfig)}
+    for part, holder in parts.items():
+        for key, value in vars(holder).items():
+            if key.startswith("_") or key in own or type(value) is not int or value < 2:
+                continue
+            for name, width in widths.items():
+                if value == teacher_widths[name]:
+                    found.setdefault((part, key), width)
+    for count in range(4):
+        yield from map(dict, itertools.islice(itertools.combinations(found.items(), count), MOST_GUESSES))
 
 
 def head_width(config: Any) -> int | None:

@@ -36,7 +36,27 @@ def reduce(t: Tracer, node: torch.fx.Node, kind: str | None) -> Dims:
 
 @rule(aten.mean.dim, aten.mean.default)
 def mean(t: Tracer, node: torch.fx.Node) -> Dims:
-    return reduce(t, node, "mean")
+    """Zeros change a mean by a factor, as long as they still are zeros where it is taken."""
+    (value,) = node.all_input_nodes
+    rank = t.rank(value)
+    off = any(shifted(t, value, axis - rank) for axis in reduced_axes(t, node, rank))
+    return reduce(t, node, "variance" if off else "mean")
+
+
+def shifted(t: Tracer, value: torch.fx.Node, axis: int) -> bool:
+    """Whether one number is added to every entry along `axis` on the way to `value`: what were zeros are none then.
+
+    `axis` counts from the last, as broadcasting does.
+    """
+    while value.op == "call_function":
+        name = getattr(value.target, "_opname", "")
+        if name in ("add", "sub", "rsub"):
+            operands = value.all_input_nodes
+            return len(operands) < 2 or any(t.rank(one) < -axis or not t.dims(one)[axis] for one in operands)
+        if name not in ("pow", "mul", "square", "abs", "to", "_to_copy") or len(value.all_input_nodes) != 1:
+            return False
+        value = value.all_input_nodes[0]
+    return False
 
 
 @rule(

@@ -21,6 +21,12 @@ def width(function: Function, size: int = 8) -> Traced:
 
 REDUCTIONS: dict[str, tuple[Function, set[str]]] = {
     "mean": (lambda y: y / y.square().mean(-1, keepdim=True), {"mean"}),
+    "mean of squares of what a mean was taken from": (
+        lambda y: (y - y.mean(-1, keepdim=True)).pow(2).mean(-1),
+        {"mean", "variance"},
+    ),
+    "mean of squares and one": (lambda y: (y.square() + 1).mean(-1), {"variance"}),
+    "mean of what a bias was added to": (lambda y: (y + y).square().mean(-1), {"mean"}),
     "mean of all": (lambda y: y.mean(), {"mean"}),
     "mean of several": (lambda y: y.mean((-1, -2)), {"mean"}),
     "sum": (lambda y: y.exp().sum(-1), {"sum"}),

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minitron.compiler import compile, plan, verify
+from minitron.compiler import Plan, compile, student_config, verify
 from minitron.compiler.narrowing import Narrowing
 from minitron.compiler.weights import Recipe
 from minitron.specs.errors import WorkError
@@ -99,7 +99,7 @@ def norms_of_all_channels(patch: pytest.MonkeyPatch) -> None:
 def axis_that_has_an_order(patch: pytest.MonkeyPatch) -> None:
     """The channels of a rotated query, as if nobody had pinned them."""
 
-    def spoil(student: compile.Student, plan: plan.Plan, *_: Any) -> compile.Student:
+    def spoil(student: compile.Student, plan: Plan, *_: Any) -> compile.Student:
         leaves = plan.table.space.leaves(plan.table.parameters["model.layers.0.self_attn.k_proj.weight"][0])
         rotated = next(leaf for leaf in leaves if leaf.pins)
         whole = np.arange(rotated.size.coefficient)
@@ -131,7 +131,7 @@ def graph_with(old: Any, new: Any) -> Break:
 def program_of_the_teacher(patch: pytest.MonkeyPatch) -> None:
     original_emit = compile.emit
 
-    def emit(plan: plan.Plan, student: compile.Student, *rest: Any) -> None:
+    def emit(plan: Plan, student: compile.Student, *rest: Any) -> None:
         original_emit(plan, replace(student, graph_module=plan.captured.graph_module), *rest)
 
     patch.setattr(compile, "emit", emit)
@@ -203,15 +203,15 @@ def test_layer_lists_that_do_not_follow_the_layers(
     foundry: Foundry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hugging Face sees only that the list is as long as the layers are many; the masks are other ones."""
-    original = plan.student_config
+    original = student_config.student_config
 
-    def stale(captured: Any, widths: Any, old: Any, kept: Any) -> Any:
-        config = original(captured, widths, old, kept)
+    def stale(captured: Any, widths: Any, old: Any, kept: Any, also: Any = None) -> Any:
+        config = original(captured, widths, old, kept, also)
         config.layer_types = captured.config.layer_types[: len(kept)]
         return config
 
     loaded = foundry.load(foundry.teacher("gemma2"), {"layers": {"drop": [0]}}, importance=None)
-    monkeypatch.setattr(plan, "student_config", stale)
+    monkeypatch.setattr(student_config, "student_config", stale)
     with pytest.raises(WorkError, match="failed its check `reload`"):
         foundry.compile(loaded, tmp_path)
     checks = Folder(tmp_path).checks
