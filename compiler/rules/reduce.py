@@ -51,7 +51,7 @@ def shifted(t: Tracer, value: torch.fx.Node, axis: int) -> bool:
     while value.op == "call_function":
         name = getattr(value.target, "_opname", "")
         if name in ("add", "sub", "rsub"):
-            operands = value.all_input_nodes
+            operands = [one for one in value.args[:2] if isinstance(one, torch.fx.Node)]
             return len(operands) < 2 or any(t.rank(one) < -axis or not t.dims(one)[axis] for one in operands)
         if name not in ("pow", "mul", "square", "abs", "to", "_to_copy") or len(value.all_input_nodes) != 1:
             return False
