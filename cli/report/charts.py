@@ -89,7 +89,7 @@ def score_chart(name: str, title: str, values: Values, kept: Marks, *, wide: boo
 
 def _bars(values: Values, kept: Marks, x: Scale, y: Scale) -> list[Markup]:
     step = (x.end - x.start) / max(1, len(values))
-    every = -(-len(values) // max(1, int((x.end - x.start) / 16)))
+    every = -(-len(values) // max(1, int((x.end - x.start) / 20)))
     drawn = []
     for index, (value, stays) in enumerate(zip(values.tolist(), kept.tolist(), strict=True)):
         word = "kept" if stays else "dropped"
@@ -100,7 +100,15 @@ def _bars(values: Values, kept: Marks, x: Scale, y: Scale) -> list[Markup]:
         # Not by colour alone: what is dropped has a cross under its bar.
         if index % every == 0 or not stays:
             label = str(index) if stays else "×"
-            drawn.append(element("text", label, x=at + step / 2, y=y.start + 14, class_=f"tick middle {word}"))
+            drawn.append(
+                element(
+                    "text",
+                    label,
+                    x=at + step / 2,
+                    y=y.start + 14,
+                    class_="tick middle" if stays else "tick middle dropped",
+                )
+            )
     return drawn
 
 
