@@ -20,12 +20,17 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers.utils import logging as transformers_logging
 
+from minitron.compiler.alike import Accounts, accounts
+from minitron.compiler.config_layers import lists_over_layers, with_layers
 from minitron.compiler.graph_module import empty_meta, rebuild
+from minitron.compiler.repeat import repeat_layers
 from minitron.specs.errors import UsageError
 
 WRAPPER = "causal_lm"
 # Export wants an upper bound for symbolic sizes; nothing of ours depends on it.
 LONGEST = 1 << 20
+SAMPLE = (2, 7)  # batch and sequence of the input that is traced
+LEAST_LAYERS = 4  # a model of fewer is captured whole: finding out which layers are alike would take as long
 RESHAPES = {"view", "reshape", "flatten", "to", "alias", "contiguous", "clone"}
 PASS_THROUGH = {"transpose", "t", "to", "permute", "contiguous", "alias", "numpy_T", "mT", "_to_copy", "detach"}
 
@@ -171,7 +176,7 @@ def capture(config: Any, dtype: torch.dtype = torch.float32) -> Captured:
     reasons: list[str] = []
     for attention in ("sdpa", "eager"):
         try:
-            model, graph_module = _export(config, dtype, attention)
+            model, graph_module = _export_once(config, dtype, attention) or _export(config, dtype, attention)
         except Exception as error:  # whatever a modelling file or export raises decides only whether we can go on
             reasons.append(f"with {attention} attention: {_first_line(error)}")
             continue
@@ -180,6 +185,65 @@ def capture(config: Any, dtype: torch.dtype = torch.float32) -> Captured:
     raise UsageError(
         f"{getattr(config, 'model_type', 'this model')} cannot be traced to a graph; " + "; ".join(reasons)
     )
+
+
+def _export_once(config: Any, dtype: torch.dtype, attention: str) -> tuple[torch.nn.Module, GraphModule] | None:
+    """What `_export` gives, from an export of a few layers that stand for all others: those that do the same (`alike`).
+
+    None where that cannot be told of this model, or where it saves nothing.
+    """
+    count = getattr(config, "num_hidden_layers", None)
+    if not isinstance(count, int) or count < LEAST_LAYERS:
+        return None
+    try:
+        few = _representatives(config, dtype, attention, count)
+        if few is None or 2 * len(few.layers) > count:
+            return None
+        small, graph_module = _export(few.config, dtype, attention)
+        path = few.path
+        captured = Captured(graph_module, small, few.config, attention, dtype, {}, path, len(few.layers))
+        model = build_meta(config, dtype, attention)
+        return model, repeat_layers(graph_module, model, captured.layer_of, WRAPPER, path, few.stands_in)
+    except Exception:  # a configuration of few layers may be none that its model takes: all of them are exported then
+        return None
+
+
+@dataclass(frozen=True)
+class _Few:
+    """A configuration of the layers that stand for all. `stands_in`: for each layer of the whole its number there."""
+
+    config: Any
+    path: str
+    layers: list[int]
+    stands_in: list[int]
+
+
+def _representatives(config: Any, dtype: torch.dtype, attention: str, count: int) -> _Few | None:
+    """The first layer, and of the others the first of each kind. None where these do not do what they stand for."""
+    whole, path = _accounts(config, dtype, attention)
+    if whole is None:
+        return None
+    lists = list(lists_over_layers(config, count).values())
+    kinds = [(account, repr([one[i] for one in lists])) for i, account in enumerate(whole.layers)]
+    layers, known = [0], dict[Any, int]()
+    for number, kind in enumerate(kinds[1:], start=1):
+        if kind not in known:
+            known[kind] = len(layers)
+            layers.append(number)
+    reduced = with_layers(config, count, layers)
+    part, same_path = _accounts(reduced, dtype, attention, path)
+    if part != Accounts(whole.outside, tuple(whole.layers[i] for i in layers)) or path != same_path:
+        return None
+    return _Few(reduced, path, layers, [0, *(known[kind] for kind in kinds[1:])])
+
+
+def _accounts(config: Any, dtype: torch.dtype, attention: str, path: str = "") -> tuple[Accounts | None, str]:
+    """What the layers of a model do, and where they stand."""
+    with quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+        fake = _build(config, dtype, attention)
+        path = path or find_layers(fake, config)[0]
+        sample = torch.zeros(*SAMPLE, dtype=torch.long)
+        return accounts(fake, path, _Logits(fake), sample), path
 
 
 def _first_line(error: Exception) -> str:
@@ -211,7 +275,7 @@ def _export(config: Any, dtype: torch.dtype, attention: str) -> tuple[torch.nn.M
     with quiet(), torch.no_grad():
         with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
             fake = _build(config, dtype, attention)
-            sample = torch.zeros(2, 7, dtype=torch.long)
+            sample = torch.zeros(*SAMPLE, dtype=torch.long)
         program = torch.export.export(_Logits(fake), (sample,), dynamic_shapes=({0: batch, 1: sequence},), strict=False)
         module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)

@@ -14,6 +14,7 @@ from minitron.compiler import costs
 from minitron.compiler.axes import AxisTable, analyse
 from minitron.compiler.capture import Captured, capture
 from minitron.compiler.checkpoint import Checkpoint
+from minitron.compiler.config_layers import lists_over_layers
 from minitron.compiler.head import Head, find_head
 from minitron.compiler.rewrite.constants import check_scalars
 from minitron.compiler.rewrite.drop_layers import LayerEnds, layer_ends
@@ -288,7 +289,7 @@ def _compare_constants(
 
 def representatives(config: Any, count: int, kept: Sequence[int]) -> list[int]:
     """Of the kept layers, the first two of each kind, as the configuration's lists over layers tell kinds apart."""
-    lists = [value for value in vars(config).values() if isinstance(value, list) and len(value) == count]
+    lists = list(lists_over_layers(config, count).values())
     seen: dict[str, int] = {}
     chosen = []
     for layer in kept:

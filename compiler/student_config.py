@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from minitron.compiler.capture import Captured, build_meta
+from minitron.compiler.config_layers import with_layers
 from minitron.compiler.targets import GROUPS, HEAD_DIM, HEADS, HIDDEN
 from minitron.specs.errors import UsageError
 
@@ -45,7 +45,7 @@ def student_config(
 
     `also` are further keys that have to say a width, as `fit` finds them.
     """
-    config = copy.deepcopy(captured.config)
+    config = with_layers(captured.config, captured.layer_count, kept_layers)
     for name, width in widths.items():
         key = config_key(captured.config, name, teacher_widths[name])
         if key is not None:
@@ -56,12 +56,6 @@ def student_config(
     if head == teacher_widths.get(HEAD_DIM) and head != head_width(config) and not derives_head_dim(config):
         # Many modelling files read this key although their configuration does not declare it; the proof tells.
         config.head_dim = head
-    count = captured.layer_count
-    if len(kept_layers) != count:
-        for key, value in list(vars(config).items()):
-            if isinstance(value, list) and len(value) == count and not key.startswith("_"):
-                setattr(config, key, [value[i] for i in kept_layers])
-        config.num_hidden_layers = len(kept_layers)
     return config
 
 
