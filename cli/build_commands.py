@@ -1,4 +1,4 @@
-"""The commands that work on a build: compile, train, eval, run, show."""
+"""The commands that work on a build: compile, capture, train, eval, run, show."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from minitron.cli import builds, options
+from minitron.cli import builds, figures, options
 from minitron.cli.build_sections import results_sections, training_section, verification_section
 from minitron.cli.device import pick_device, use_threads
 from minitron.cli.libraries import quiet_libraries
@@ -54,6 +54,24 @@ def compile_command(
     show_sections(sections, plan, as_json=as_json)
 
 
+def capture(
+    build: options.BuildFolder,
+    device: options.Device = None,
+    threads: options.Threads = None,
+) -> None:
+    """Store samples of the teacher's distribution, for `teacher_logits: {sampled: N}`; done once, resumable."""
+    builds.require_build(build)
+    quiet_libraries()
+    stored = _capture(build, pick_device(device), threads)
+    rows = (
+        ("sequences", figures.count(stored["samples"])),
+        ("tokens", figures.count(stored["tokens"])),
+        ("size on disk", figures.size(stored["bytes"])),
+        ("folder", str(stored["folder"])),
+    )
+    show_sections([Section("Teacher logits", (Column(""), Column("", right=True)), rows)], stored)
+
+
 def train(
     build: options.BuildFolder,
     device: options.Device = None,
@@ -92,8 +110,8 @@ def run(
     threads: options.Threads = None,
     locked: options.Locked = False,
 ) -> None:
-    """Compile, train and evaluate, and before that the specs that it takes its teacher from; what is there already is
-    not done again."""
+    """Compile, capture where the spec asks for it, train and evaluate, and before that the specs that it takes its
+    teacher from; what is there already is not done again."""
     loaded = load_spec(spec, overrides or ())
     build = output or build_of(loaded)
     quiet_libraries()
@@ -118,7 +136,7 @@ def _run_above(upper: LoadedSpec, device: str, threads: int | None, *, locked: b
 
 
 def _make(loaded: LoadedSpec, build: Path, device: str, threads: int | None, *, locked: bool) -> None:
-    """Compiles where that is due, and trains where the spec says so."""
+    """Compiles where that is due; captures and trains where the spec says so."""
     from minitron.compiler import why_stale
 
     loaded = follow_lock(loaded, locked=locked)
@@ -132,6 +150,8 @@ def _make(loaded: LoadedSpec, build: Path, device: str, threads: int | None, *, 
     if loaded.spec.distill is None:
         say("train: the spec has no `distill` block, skipped")
     else:
+        if loaded.spec.distill.teacher_logits != "online" and not builds.is_trained(build):
+            _capture(build, device, threads)
         _train(build, device, threads)
 
 
@@ -179,6 +199,13 @@ def _compile(loaded: LoadedSpec, build: Path, device: str, threads: int | None) 
     compile_spec(loaded, build, device=device, progress=progress_for(stderr_console()))
 
 
+def _capture(build: Path, device: str, threads: int | None) -> Document:
+    from minitron.runtime import capture as store
+
+    use_threads(threads)
+    return store(build, device=device, progress=progress_for(stderr_console()))
+
+
 def _train(build: Path, device: str, threads: int | None) -> None:
     from minitron.runtime import train as execute
 
@@ -199,6 +226,7 @@ def _places(build: Path) -> Section:
     for label, name in (
         ("pruned student", builds.STUDENT),
         ("training plan", builds.TRAINING),
+        ("teacher logits", builds.LOGITS),
         ("distilled student", builds.MODEL),
         ("results", builds.RESULTS),
     ):

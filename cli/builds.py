@@ -18,6 +18,7 @@ TRAINING = "training.yaml"
 METRICS = Path("train") / "metrics.jsonl"
 # Of the teacher's own training before it teaches, where the spec asks for one.
 CORRECTION_METRICS = Path("train") / "teacher" / "metrics.jsonl"
+LOGITS = "teacher_logits"
 STUDENT = "student"
 MODEL = "model"
 
@@ -47,6 +48,11 @@ def read_document(path: Path) -> Document | None:
     if not isinstance(content, dict):
         raise WorkError(f"{path}: not a JSON object; remove it and compile again")
     return content
+
+
+def is_trained(build: Path) -> bool:
+    """Whether training of `build` is finished and its model there."""
+    return (build / "train" / "finished.json").is_file() and (build / MODEL).is_dir()
 
 
 def training_progress(build: Path) -> Document | None:

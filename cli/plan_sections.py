@@ -109,11 +109,13 @@ def _phases(plan: Document) -> Section | None:
     phases = entries(plan, "phases")
     if not phases:
         return None
+    stores = any(one.get("disk_bytes") is not None for one in phases)
     columns = (
         Column("phase"),
         Column("tokens", right=True),
         Column("FLOPs", right=True),
         Column("peak memory", right=True),
+        *((Column("disk, at most", right=True),) if stores else ()),
         Column("device-hours", right=True),
     )
     rows = tuple(
@@ -122,6 +124,7 @@ def _phases(plan: Document) -> Section | None:
             figures.count(one.get("tokens")),
             figures.short(one.get("flops")),
             figures.size(one.get("peak_memory_bytes")),
+            *((figures.size(one.get("disk_bytes")),) if stores else ()),
             figures.hours(one.get("device_hours")),
         )
         for one in phases

@@ -137,6 +137,14 @@ def training_memory(
     return beside + states + 34 * layers * hidden * sequences * length
 
 
+def sampled_logits_bytes(tokens: int, draws: int, vocabulary: int) -> int:
+    """Bytes on disk of the teacher's samples, at most: every draw another token. A sure teacher, whose draws are often the
+    same token, takes less."""
+    token_id = 2 if vocabulary <= 1 << 16 else 4
+    count = 1 if draws < 1 << 8 else 2
+    return tokens * (draws * (token_id + count) + count)
+
+
 def device_hours(flops: float) -> float:
     """Hours on the reference device at the reference utilisation."""
     return flops / (REFERENCE_FLOPS * REFERENCE_MFU) / 3600

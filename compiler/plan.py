@@ -107,16 +107,22 @@ class Plan:
             sequences = spec.distill.micro_batch_size or 1
             memory = costs.training_memory(None, self.teacher_costs, layers, hidden, sequences, length)
             phases.append(_phase("teacher_correction", tokens, float(tokens * each), memory))
+        sampled = spec.distill is not None and not isinstance(spec.distill.teacher_logits, str)
+        if spec.distill is not None and not isinstance(spec.distill.teacher_logits, str):
+            tokens, length = spec.distill.tokens, spec.distill.sequence_length
+            work, memory = float(tokens * self._teacher_flops(length)), self.teacher_costs.weight_bytes + (1 << 30)
+            draws, vocabulary = spec.distill.teacher_logits.sampled, self._vocabulary()
+            storage = costs.sampled_logits_bytes(tokens, draws, vocabulary)
+            phases.append(_phase("capture", tokens, work, memory) | {"disk_bytes": storage})
         if spec.distill is not None:
             tokens, length = spec.distill.tokens, spec.distill.sequence_length
             student = self.student_costs
-            each = self._teacher_flops(length)
+            each = 0 if sampled else self._teacher_flops(length)
             each += 3 * (student.flops_per_token + length // 2 * student.attention_flops_per_pair)
             sequences = spec.distill.micro_batch_size or 1
             width = self.targets.widths.get(HIDDEN, hidden)
-            memory = costs.training_memory(
-                self.teacher_costs, self.student_costs, self.targets.layers, width, sequences, length
-            )
+            beside = None if sampled else self.teacher_costs
+            memory = costs.training_memory(beside, self.student_costs, self.targets.layers, width, sequences, length)
             phases.append(_phase("distill", tokens, float(tokens * each), memory))
         return phases
 
@@ -124,6 +130,9 @@ class Plan:
         """FLOPs of the teacher's forward pass for one token of a sequence, which looks back at half of it on average."""
         teacher = self.teacher_costs
         return teacher.flops_per_token + length // 2 * teacher.attention_flops_per_pair
+
+    def _vocabulary(self) -> int:
+        return int(self.captured.model.get_parameter(self.head.weight).shape[0])
 
     @property
     def needs_scores(self) -> bool:

@@ -243,11 +243,26 @@ def check_vocabularies(
     if teacher is not None and (theirs := teacher.head.vocabulary) != ours:
         message = f"the teacher has a vocabulary of {theirs} tokens and the student one of {ours}"
         raise loaded.invalid("teacher.model", message, "distillation compares them token by token: use one tokenizer")
+    _check_vocabulary(loaded, student, tokenizer)
+    if teacher is not None:
+        _check_tokenizer(loaded, tokenizer)
+
+
+def check_teacher(loaded: LoadedPlan, teacher: LanguageModel, tokenizer: Tokenizer) -> None:
+    """The teacher must speak of the tokenizer's tokens. SpecInvalid where it does not."""
+    _check_vocabulary(loaded, teacher, tokenizer)
+    _check_tokenizer(loaded, tokenizer)
+
+
+def _check_vocabulary(loaded: LoadedPlan, model: LanguageModel, tokenizer: Tokenizer) -> None:
+    """The model has a row for every token. SpecInvalid where it has not."""
+    ours = model.head.vocabulary
     if len(tokenizer) > ours:
         message = f"the tokenizer knows {len(tokenizer)} tokens and the models only {ours}"
         raise loaded.invalid("tokenizer", message, "write the folder with the teacher's tokenizer")
-    if teacher is None:
-        return
+
+
+def _check_tokenizer(loaded: LoadedPlan, tokenizer: Tokenizer) -> None:
     folder = model_folder(loaded, "teacher", loaded.plan.teacher)
     if (folder / "tokenizer_config.json").is_file() and load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
         message = "its tokens are not those of the teacher's tokenizer"

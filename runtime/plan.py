@@ -282,7 +282,14 @@ def _contradictions(plan: TrainingPlan) -> Iterator[Problem]:
             "give `logits.weight` or `cross_entropy` a weight",
         )
     if plan.teacher_logits != "online":
-        yield "teacher_logits", "sampled teacher logits are not available in this version", "write online"
+        if loss.logits.divergence != "forward_kl":
+            message = (
+                f"{loss.logits.divergence} needs the teacher's whole distribution, and `teacher_logits` are samples"
+            )
+            yield "loss.logits.divergence", message, "write forward_kl, or `teacher_logits: online`"
+        if loss.hidden_states is not None:
+            message = "hidden states need the teacher itself, and `teacher_logits` are samples"
+            yield "loss.hidden_states", message, "write null, or `teacher_logits: online`"
     if loss.hidden_states is not None and loss.hidden_states.weight == "dynamic" and not loss.logits.weight:
         message = "`dynamic` is scaled to the logit loss, whose weight is 0"
         yield "loss.hidden_states.weight", message, "write a number, or give `logits` a weight"

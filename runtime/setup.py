@@ -16,6 +16,8 @@ from minitron.runtime.loss import DistillationLoss
 from minitron.runtime.models import DTYPES, LanguageModel, check_vocabularies, load_model
 from minitron.runtime.optimizer import make_optimizer
 from minitron.runtime.plan import LoadedPlan, TrainingPlan
+from minitron.runtime.sampled_teacher import stored_logits
+from minitron.runtime.teacher_logits import StoredLogits
 from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.world import World
 from minitron.specs.errors import SpecInvalid
@@ -37,6 +39,9 @@ class Run:
 
     hidden: HiddenStates | None
     """What is compared beside the logits."""
+
+    stored: StoredLogits | None
+    """Samples of the teacher's distribution, where they stand in for it."""
 
     corpus: Corpus
     held_out: Windows | None
@@ -71,12 +76,14 @@ def prepare(
         message = f"{plan.global_batch_size} sequences cannot be shared by {shares}"
         raise loaded.invalid("global_batch_size", message, f"write a multiple of {least}, or start fewer processes")
     work = loaded.folder / plan.work
+    sampled = plan.teacher_logits != "online" and plan.loss.logits.weight != 0
+    stored = stored_logits(loaded, identity) if sampled else None
     with world.leader_first():
         corpus, windows = _open_data(loaded, plan, encoder, cache, progress if world.leads else Silent())
     logits, hidden, teacher = plan.loss.logits, plan.loss.hidden_states, None
     if hidden is not None and hidden.weight == 0:
         hidden = None
-    if logits.weight or hidden is not None:
+    if hidden is not None or (logits.weight and stored is None):
         teacher = load_model(loaded, "teacher", plan.teacher, DTYPES[plan.teacher.dtype], world.device)
         teacher.module.requires_grad_(False)
     student = load_model(loaded, "student", plan.student, torch.float32, world.device)
@@ -102,6 +109,7 @@ def prepare(
         student=student,
         teacher=teacher,
         hidden=states,
+        stored=stored,
         corpus=corpus,
         held_out=windows,
         optimizer=make_optimizer(student.module, plan.optimizer),

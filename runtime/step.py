@@ -14,7 +14,7 @@ from minitron.runtime.data import Batch
 from minitron.runtime.disk import writing
 from minitron.runtime.held_out import autocast
 from minitron.runtime.hidden_states import States
-from minitron.runtime.loss import distillation_loss
+from minitron.runtime.loss import SampledTargets, distillation_loss
 from minitron.runtime.optimizer import set_learning_rate
 from minitron.runtime.order import mix
 from minitron.runtime.schedule import learning_rate
@@ -30,14 +30,19 @@ def train_step(run: Run, state: TrainerState) -> dict[str, float]:
     WorkError where loss or gradient are not finite; the weights are then as they were, and the batch is saved.
     """
     plan, world = run.plan, run.world
-    batch = run.corpus.batch(world.share(range(state.samples, state.samples + plan.global_batch_size)))
+    samples = world.share(range(state.samples, state.samples + plan.global_batch_size))
+    batch = run.corpus.batch(samples)
     valid = world.sum(batch.valid_BL.sum().to(world.device))
     normaliser = max(1.0, float(valid))  # a batch that is masked throughout has loss 0 and gradient 0
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
     for number, micro in enumerate(batch.micro_batches(plan.micro_batch_size)):
         # What dropout draws, where a model has it, follows from the sample too: nothing to save, nothing to lose.
         torch.manual_seed(mix(plan.seed, state.samples, world.rank, number))
-        total, terms = _loss(run, micro.to(world.device), normaliser)
+        targets = None
+        if run.stored is not None:
+            first = number * plan.micro_batch_size
+            targets = run.stored.read(samples[first : first + plan.micro_batch_size]).to(world.device)
+        total, terms = _loss(run, micro.to(world.device), targets, normaliser)
         total.backward()  # type: ignore[no-untyped-call]
         sums += torch.stack([total.detach(), *terms])
     parameters = list(run.student.module.parameters())
@@ -63,7 +68,7 @@ def train_step(run: Run, state: TrainerState) -> dict[str, float]:
     return figures | {"lr": lr, "grad_norm": grad_norm}
 
 
-def _loss(run: Run, batch: Batch, normaliser: float) -> tuple[Tensor, list[Tensor]]:
+def _loss(run: Run, batch: Batch, targets: SampledTargets | None, normaliser: float) -> tuple[Tensor, list[Tensor]]:
     """The share of one micro batch in the loss of the global batch, and of its terms: divergence, cross-entropy,
     hidden states."""
     teacher_TE, teacher_head, hidden = None, None, run.hidden
@@ -86,6 +91,7 @@ def _loss(run: Run, batch: Batch, normaliser: float) -> tuple[Tensor, list[Tenso
         batch.pick(batch.labels_BL),
         normaliser=normaliser,
         compute_dtype=run.compute_dtype,
+        targets=targets,
     )
     if hidden is None:
         return terms.total, [terms.divergence, terms.cross_entropy, torch.zeros_like(terms.divergence)]

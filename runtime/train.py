@@ -60,7 +60,8 @@ def train(build: Path, *, device: str | None, progress: Progress) -> None:
             return
         if plan.teacher_correction is not None and (before := _identity_of_newest(work / "checkpoints")) is not None:
             require_same_training(loaded, before, identity)  # before a teacher is corrected for nothing
-        loaded = corrected(loaded, world, encoder, interrupt, progress)
+        if plan.teacher_logits == "online":  # else it was corrected, if it was, before it was captured
+            loaded = corrected(loaded, world, encoder, interrupt, progress)
         run = prepare(loaded, loaded.training(), world, encoder, identity, work / "data", progress)
         state = resume(loaded, run, progress)
         with interrupt.deferring():

@@ -26,5 +26,3 @@ def _asked_for_too_soon(spec: Spec) -> Iterator[tuple[str, str, str]]:
         yield "recovery.merge_heads", "true", "write false or leave it out"
     if spec.search is not None:
         yield "search", "search", "leave it out and write one value for each width"
-    if spec.distill is not None and spec.distill.teacher_logits != "online":
-        yield "distill.teacher_logits", "sampled", "write online or leave it out"

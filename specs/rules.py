@@ -216,6 +216,20 @@ def dynamic_weight_has_a_scale(spec: Spec) -> Iterator[Problem]:
         yield Problem("distill.loss.hidden_states.weight", message, "write a number, or give `logits` a weight")
 
 
+@rule("distill.teacher_logits", "distill.loss")
+def samples_are_no_teacher(spec: Spec) -> Iterator[Problem]:
+    """Samples of the teacher's distribution give the forward KL, and nothing that needs all of it or the teacher itself."""
+    if spec.distill is None or spec.distill.teacher_logits == "online":
+        return
+    loss = spec.distill.loss
+    if loss.logits.divergence != "forward_kl":
+        message = f"`{loss.logits.divergence}` needs the teacher's whole distribution, and `teacher_logits` are samples"
+        yield Problem("distill.loss.logits.divergence", message, "write forward_kl, or `teacher_logits: online`")
+    if loss.hidden_states is not None:
+        message = "hidden states need the teacher itself, and `teacher_logits` are samples"
+        yield Problem("distill.loss.hidden_states", message, "write null, or `teacher_logits: online`")
+
+
 @rule("distill.loss.hidden_states")
 def pairs_differ(spec: Spec) -> Iterator[Problem]:
     """A pair of layers counts once."""

@@ -2,13 +2,14 @@
 states, and cross-entropy.
 
 Legend of shape suffixes in this package: T tokens of a call, C tokens of a chunk, R rows of a block, V vocabulary,
-D hidden size of the student, E hidden size of the teacher.
+D hidden size of the student, E hidden size of the teacher, N samples of a token.
 """
 
 from minitron.runtime.loss.distillation import DistillationLoss, LossTerms, distillation_loss
 from minitron.runtime.loss.head import Head
 from minitron.runtime.loss.hidden import HiddenStateLoss, HiddenStateTerm, hidden_state_loss
 from minitron.runtime.loss.likelihood import negative_log_likelihood
+from minitron.runtime.loss.sampled import SampledTargets
 
 __all__ = [
     "DistillationLoss",
@@ -16,6 +17,7 @@ __all__ = [
     "HiddenStateLoss",
     "HiddenStateTerm",
     "LossTerms",
+    "SampledTargets",
     "distillation_loss",
     "hidden_state_loss",
     "negative_log_likelihood",

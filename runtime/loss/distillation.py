@@ -19,6 +19,7 @@ from torch import Tensor
 from minitron.runtime.loss.divergence import DIVERGENCES, DivergenceName, log_softmax_
 from minitron.runtime.loss.head import Head
 from minitron.runtime.loss.products import accumulate_outer, project, project_back
+from minitron.runtime.loss.sampled import SampledTargets, cross_entropy_
 
 _BUFFER_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 """Size of one logits buffer. Enough rows for an efficient product, little beside the gradient of the head itself."""
@@ -66,25 +67,33 @@ def distillation_loss(
     *,
     normaliser: float,
     compute_dtype: torch.dtype = torch.float32,
+    targets: SampledTargets | None = None,
 ) -> LossTerms:
     """The loss of T valid tokens, its gradient flowing to `student_TD` and to the student's head.
 
     `labels_T` (the next tokens) are needed only where `cross_entropy` is not 0, the teacher only where `weight` is
-    not 0. The sums over tokens are divided by `normaliser`: give the number of valid tokens of the global batch
+    not 0. Stored samples (`targets`, drawn at `temperature`) may stand in for the teacher where the divergence is
+    forward_kl: its value and its gradient are then right in expectation.
+
+    The sums over tokens are divided by `normaliser`: give the number of valid tokens of the global batch
     (all ranks, all accumulation steps), and the sum of all calls is the mean over it. With T = 0 the loss is 0 and
     its gradient zeros. `compute_dtype` is what the student's head is multiplied in on CUDA; products come out in
     fp32 everywhere.
     """
     assert normaliser > 0, "a batch without a single valid token has no mean; give 1"
-    assert settings.weight == 0 or (teacher is not None and teacher_TE is not None)
+    assert settings.weight == 0 or targets is not None or (teacher is not None and teacher_TE is not None)
+    if targets is not None:
+        assert settings.divergence == "forward_kl", "the others need the whole distribution"
+        assert targets.ids_TN.shape[0] == student_TD.shape[0], "the samples are those of other tokens"
     assert settings.cross_entropy == 0 or labels_T is not None
     total, parts, divergence_T = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         student_TD,
         student.weight_VD,
         student.bias_V,
         student,
-        teacher_TE if settings.weight else None,
+        teacher_TE if settings.weight and targets is None else None,
         teacher,
+        targets if settings.weight else None,
         labels_T,
         settings,
         normaliser,
@@ -105,6 +114,7 @@ class _ChunkedLoss(torch.autograd.Function):
         student: Head,
         teacher_TE: Tensor | None,
         teacher: Head | None,
+        targets: SampledTargets | None,
         labels_T: Tensor | None,
         settings: DistillationLoss,
         normaliser: float,
@@ -139,7 +149,8 @@ class _ChunkedLoss(torch.autograd.Function):
                     t_CV = teacher_CV[: part.stop - start]
                     project(teacher_TE[part], teacher.weight_VD, t_CV)
                 labels_C = None if labels_T is None else labels_T[part]
-                sums += rows.to_gradient_(z_CV, t_CV, labels_C, divergence_T[part])
+                theirs = t_CV if targets is None else targets.part(part)
+                sums += rows.to_gradient_(z_CV, theirs, labels_C, divergence_T[part])
                 if grad_TD is not None:
                     project_back(z_CV, student.weight_VD, grad_TD[part])
                 if grad_VD is not None:
@@ -154,6 +165,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 (grad_V, weight_VD if bias_V is None else bias_V),
             )
         )
+        if targets is not None:
+            sums[0] -= targets.entropy
         parts = (sums / normaliser).float()
         total = parts[0] * (settings.weight * settings.temperature**2) + parts[1] * settings.cross_entropy
         ctx.mark_non_differentiable(parts, divergence_T)
@@ -169,7 +182,7 @@ class _ChunkedLoss(torch.autograd.Function):
         # The training loop calls backward on the loss itself: then no multiplied copy is needed either.
         if not bool(upstream == 1):
             gradients = tuple(None if g is None else g * upstream.to(g.dtype) for g in gradients)
-        return (*gradients, None, None, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None, None, None)
 
 
 class _Rows:
@@ -196,9 +209,11 @@ class _Rows:
         self.cross_RV = scratch(settings.cross_entropy != 0)
         self.slope_RV = scratch(student.softcap is not None)
 
-    def to_gradient_(self, z_CV: Tensor, t_CV: Tensor | None, labels_C: Tensor | None, divergence_C: Tensor) -> Tensor:
-        """Overwrites the student's `z_CV` by d loss / d z_CV, the teacher's `t_CV` by scratch, and `divergence_C` by each
-        token's divergence.
+    def to_gradient_(
+        self, z_CV: Tensor, teacher: Tensor | SampledTargets | None, labels_C: Tensor | None, divergence_C: Tensor
+    ) -> Tensor:
+        """Overwrites the student's `z_CV` by d loss / d z_CV, the teacher's logits [C, V] by scratch, and
+        `divergence_C` by each token's divergence (of samples: their cross-entropy).
 
         Returns the sums of divergence and cross-entropy over the tokens.
         """
@@ -212,8 +227,12 @@ class _Rows:
             if labels_C is not None and self.settings.cross_entropy:
                 cross_RV = self.cross_RV[:rows]
                 sums[1] += self._cross_entropy(z_RV, labels_C[part], cross_RV)
-            if t_CV is not None:
-                divergence_C[part] = self._divergence_(z_RV, t_CV[part])
+            if teacher is not None:
+                divergence_C[part] = (
+                    self._sampled_(z_RV, teacher.part(part))
+                    if isinstance(teacher, SampledTargets)
+                    else self._divergence_(z_RV, teacher[part])
+                )
                 sums[0] += divergence_C[part].sum(dtype=torch.float64)
             else:
                 z_RV.zero_()
@@ -240,6 +259,15 @@ class _Rows:
         # temperature^2 of the loss, one of them cancelled by d (logits / temperature) / d logits
         z_RV.mul_(settings.weight * settings.temperature * self.share)
         return value_R
+
+    def _sampled_(self, z_RV: Tensor, targets: SampledTargets) -> Tensor:
+        """The same with samples of the teacher, for forward_kl; returns their cross-entropy in each row."""
+        settings = self.settings
+        if settings.temperature != 1.0:
+            z_RV.div_(settings.temperature)
+        p_RV = self.p_RV[: z_RV.shape[0]]
+        log_softmax_(z_RV, p_RV)
+        return cross_entropy_(z_RV, p_RV, targets, settings.weight * settings.temperature * self.share)
 
     def _cross_entropy(self, z_RV: Tensor, labels_R: Tensor, grad_RV: Tensor) -> Tensor:
         """Writes the gradient of the weighted cross-entropy to `grad_RV` and returns the sum of -log p(label)."""

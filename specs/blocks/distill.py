@@ -24,10 +24,11 @@ from minitron.specs.data import DataSource
 
 
 class SampledLogits(Block):
-    """The teacher's output distribution, stored as samples (arXiv 2503.16870)."""
+    """The teacher's output distribution, stored as samples (arXiv 2503.16870): the gradient is that of the whole
+    distribution in expectation. Goes with `divergence: forward_kl` and without `hidden_states`."""
 
-    sampled: PositiveInt
-    """Unbiased samples for each token."""
+    sampled: Annotated[int, Field(ge=1, le=65535)]
+    """Unbiased samples for each token, drawn in proportion to its probability."""
 
 
 TeacherLogits: TypeAlias = Annotated[

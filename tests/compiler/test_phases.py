@@ -58,3 +58,15 @@ def test_the_training_plan_resolves_the_correction(planned: Planned, tmp_path: P
     assert correction["tokens"] == 6400 and correction["optimizer"]["lr"] == 2e-5
     assert correction["every_tokens"] == 320  # twenty checkpoints
     assert document["teacher"]["layers"] == document["student"]["layers"] == "layers"
+
+
+def test_a_capture_says_what_it_stores_and_spares_the_distillation_its_teacher(planned: Planned) -> None:
+    online, sampled = phases(planned({})), phases(planned({"teacher_logits": {"sampled": 12}}))
+    assert list(sampled) == ["calibrate", "capture", "distill"]
+    capture = sampled["capture"]
+    assert capture["tokens"] == TOKENS
+    assert capture["disk_bytes"] == TOKENS * (12 * (2 + 1) + 1)  # ids of 2 bytes, counts of 1, and how many there are
+    assert capture["flops"] + sampled["distill"]["flops"] == online["distill"]["flops"]
+    teacher = planned({}).teacher_costs
+    spared = online["distill"]["peak_memory_bytes"] - sampled["distill"]["peak_memory_bytes"]
+    assert spared == teacher.weight_bytes

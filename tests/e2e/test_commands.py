@@ -141,7 +141,32 @@ def test_interrupted_it_ends_with_130_and_goes_on_when_started_again(
     assert steps[-1] == 65_536 // (32 * 8)
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "show"])
+def test_a_teacher_that_is_corrected_and_captured_first(workshop: Path, minitron: Command, tmp_path: Path) -> None:
+    spec = copied(workshop, tmp_path)
+    correction = "teacher_correction: {tokens: 1024, optimizer: {lr: 1e-3, warmup_steps: 1}}\n"
+    spec.write_text(
+        correction + spec.read_text().replace("tokens: 4096", "tokens: 1024\n  teacher_logits: {sampled: 4}")
+    )
+    done = minitron("run", spec, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    build = tmp_path / "builds" / "tiny"
+    names = [phase["name"] for phase in json.loads((build / "plan.json").read_text())["phases"]]
+    assert names == ["calibrate", "teacher_correction", "capture", "distill"]
+    assert re.search(r"corrected the teacher: held-out loss \d+\.\d+ before, \d+\.\d+ after", done.stderr)
+    assert re.search(r"teacher +corrected_teacher +pruned +distilled", done.stdout)
+    stored = sum(path.stat().st_size for path in (build / "teacher_logits").glob("shard-*"))
+    planned = json.loads((build / "plan.json").read_text())["phases"][2]["disk_bytes"]
+    assert stored < planned + 4096  # the plan says at most, and headers beside
+    again = minitron("capture", build, "--device", "cpu")
+    assert again.returncode == 0 and str(build / "teacher_logits") in again.stdout
+
+
+def test_nothing_to_capture_is_a_wrong_call(finished: Finished, workshop: Path, minitron: Command) -> None:
+    done = minitron("capture", workshop / "builds" / "tiny")
+    assert done.returncode == 2 and "there is nothing to store" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "show", "capture"])
 def test_what_is_no_build_is_a_wrong_call(minitron: Command, workshop: Path, tmp_path: Path, command: str) -> None:
     for wrong in (tmp_path / "nowhere", workshop / "teacher", workshop / "tiny.yaml"):
         done = minitron(command, wrong)

@@ -44,11 +44,21 @@ class Told(Silent):
 def _train(build: Path, pipe: Connection, before: Callable[[], None] | None) -> None:
     from minitron.runtime import train
 
+    _work(train, build, pipe, before)
+
+
+def _capture(build: Path, pipe: Connection, before: Callable[[], None] | None) -> None:
+    from minitron.runtime import capture
+
+    _work(capture, build, pipe, before)
+
+
+def _work(command: Any, build: Path, pipe: Connection, before: Callable[[], None] | None) -> None:
     torch.set_num_threads(1)
     if before is not None:
         before()
     try:
-        train(build, device="cpu", progress=Told(pipe))
+        command(build, device="cpu", progress=Told(pipe))
         pipe.send("done")
     except KeyboardInterrupt:
         pipe.send("interrupted")
@@ -56,10 +66,11 @@ def _train(build: Path, pipe: Connection, before: Callable[[], None] | None) -> 
         pipe.send(f"{type(error).__name__}: {error}")
 
 
-def start(build: Path, before: Callable[[], None] | None = None) -> tuple[BaseProcess, Connection]:
-    """A process that trains, and where it says `step` at each step and at last `done`, `interrupted` or its error."""
+def start(build: Path, before: Callable[[], None] | None = None, work: Any = _train) -> tuple[BaseProcess, Connection]:
+    """A process that trains or does other `work`, and where it says `step` at each step and at last `done`, `interrupted`
+    or its error."""
     ours, theirs = CONTEXT.Pipe()
-    process = CONTEXT.Process(target=_train, args=(build, theirs, before), daemon=True)
+    process = CONTEXT.Process(target=work, args=(build, theirs, before), daemon=True)
     process.start()
     theirs.close()
     return process, ours
@@ -78,6 +89,33 @@ def last_word(process: BaseProcess, pipe: Connection) -> str | None:
 
 def train_in_process(build: Path, before: Callable[[], None] | None = None) -> str | None:
     return last_word(*start(build, before))
+
+
+def capture_in_process(build: Path, before: Callable[[], None] | None = None) -> str | None:
+    return last_word(*start(build, before, _capture))
+
+
+def small_shards() -> None:
+    """Shards of 8 sequences of 16 tokens."""
+    from minitron.runtime import teacher_logits
+
+    teacher_logits._SHARD_TOKENS = 8 * 16, 8 * 16
+
+
+def kill_during_third_shard() -> None:
+    """Makes this process kill itself when its third shard is written but has not yet its name."""
+    small_shards()
+    from minitron.runtime import teacher_logits
+
+    real, written = teacher_logits.save_file, []
+
+    def save_file(arrays: Any, path: Path, metadata: Any) -> None:
+        real(arrays, path, metadata=metadata)
+        written.append(path)
+        if len(written) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    teacher_logits.save_file = save_file
 
 
 def kill_during_second_checkpoint() -> None:
@@ -108,7 +146,9 @@ def kill_before_the_model_is_named() -> None:
     output.model_card = model_card
 
 
-def _rank(rank: int, size: int, port: int, build: Path, pipe: Connection) -> None:
+def _rank(
+    rank: int, size: int, port: int, build: Path, pipe: Connection, work: Any, before: Callable[[], None] | None
+) -> None:
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
@@ -116,10 +156,17 @@ def _rank(rank: int, size: int, port: int, build: Path, pipe: Connection) -> Non
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    _train(build, pipe, None)
+    work(build, pipe, before)
 
 
-def train_on_ranks(build: Path, size: int) -> list[str | None]:
+def capture_on_ranks(build: Path, size: int) -> list[str | None]:
+    """What each of `size` ranks that capture said at the end."""
+    return train_on_ranks(build, size, _capture, small_shards)
+
+
+def train_on_ranks(
+    build: Path, size: int, work: Any = _train, before: Callable[[], None] | None = None
+) -> list[str | None]:
     """What each of `size` ranks said at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -127,7 +174,7 @@ def train_on_ranks(build: Path, size: int) -> list[str | None]:
     running = []
     for rank in range(size):
         ours, theirs = CONTEXT.Pipe()
-        process = CONTEXT.Process(target=_rank, args=(rank, size, port, build, theirs), daemon=True)
+        process = CONTEXT.Process(target=_rank, args=(rank, size, port, build, theirs, work, before), daemon=True)
         process.start()
         theirs.close()
         running.append((process, ours))

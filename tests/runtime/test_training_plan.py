@@ -80,7 +80,14 @@ def test_every_error_comes_at_its_line(tmp_path: Path) -> None:
         ({"micro_batch_size": 3}, "micro_batch_size: 3 does not divide global_batch_size, 4; write a divisor of 4"),
         ({"optimizer__min_lr": 1.0}, "optimizer.min_lr: 1 is higher than lr, 0.003; write at most 0.003"),
         ({"loss__logits": {"weight": 0}}, "loss: every term has weight 0: there is nothing to learn"),
-        ({"teacher_logits": {"sampled": 12}}, "teacher_logits: sampled teacher logits are not available"),
+        (
+            {"teacher_logits": {"sampled": 12}, "loss__logits": {"divergence": "reverse_kl"}},
+            "loss.logits.divergence: reverse_kl needs the teacher's whole distribution, and `teacher_logits` are samples",
+        ),
+        (
+            {"teacher_logits": {"sampled": 12}, "loss__hidden_states": {}},
+            "loss.hidden_states: hidden states need the teacher itself, and `teacher_logits` are samples; write null, or",
+        ),
         (
             {"loss": {"logits": {"weight": 0}, "hidden_states": {}}},
             "loss.hidden_states.weight: `dynamic` is scaled to the logit loss, whose weight is 0; write a number, or",

@@ -97,7 +97,7 @@ recovery: {refit: least_squares, merge_heads: true}
 distill:
   data: {parquet: c/*.parquet, text_field: body}
   tokens: 1e9
-  teacher_logits: {sampled: 12}
+  teacher_logits: online
   loss:
     logits: {divergence: jsd}
     hidden_states: {pairs: [[29, 13]], distance: mse, embedding: false, weight: 0.5}
@@ -116,8 +116,12 @@ evaluate: {suite: [hellaswag, gsm8k], data_dir: benchmarks/, held_out: {text: "p
         "importance.hidden_basis",
         "recovery.refit",
         "recovery.merge_heads",
-        "distill.teacher_logits",
     ]
+
+
+def test_samples_of_the_teacher_are_counted(load: Load) -> None:
+    distill = load(SMALL.replace("tokens: 1B", "tokens: 1B, teacher_logits: {sampled: 12}")).spec.distill
+    assert distill is not None and distill.teacher_logits != "online" and distill.teacher_logits.sampled == 12
 
 
 def test_what_is_unavailable_says_what_to_write(load: Load) -> None:

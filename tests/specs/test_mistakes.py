@@ -306,6 +306,27 @@ WRONG = {
     "nothing to learn": Wrong(
         DISTILL + "  loss: {logits: {weight: 0}}\n", "8:3", "distill.loss", "every weight is 0", "weight: 1.0"
     ),
+    "samples for what needs the whole distribution": Wrong(
+        DISTILL + "  teacher_logits: {sampled: 12}\n  loss: {logits: {divergence: jsd}}\n",
+        "9:31",
+        "distill.loss.logits.divergence",
+        "`jsd` needs the teacher's whole distribution, and `teacher_logits` are samples",
+        "write forward_kl, or `teacher_logits: online`",
+    ),
+    "samples for what needs the teacher itself": Wrong(
+        DISTILL + "  teacher_logits: {sampled: 12}\n  loss: {hidden_states: {}}\n",
+        "9:10",
+        "distill.loss.hidden_states",
+        "hidden states need the teacher itself",
+        "write null, or `teacher_logits: online`",
+    ),
+    "more samples than are counted": Wrong(
+        DISTILL + "  teacher_logits: {sampled: 100000}\n",
+        "8:29",
+        "distill.teacher_logits.sampled",
+        "100000",
+        "65535",
+    ),
     "a pair of layers twice": Wrong(
         DISTILL + "  loss: {hidden_states: {pairs: [[1, 1], [2, 2], [1, 1]]}}\n",
         "8:50",

@@ -1,0 +1,179 @@
+"""`minitron capture BUILD`: the teacher's distribution is sampled once and stored, for training without the teacher."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minitron.runtime.data import Corpus, data_hash, open_corpus
+from minitron.runtime.disk import only_one
+from minitron.runtime.interrupt import interrupts
+from minitron.runtime.loss.divergence import log_softmax_
+from minitron.runtime.loss.products import project
+from minitron.runtime.loss.sampled import count, draw
+from minitron.runtime.models import DTYPES, LanguageModel, check_teacher, load_model, model_folder
+from minitron.runtime.order import mix
+from minitron.runtime.plan import LoadedPlan, TrainingPlan, read_plan, resume_identity
+from minitron.runtime.sampled_teacher import samples_identity, samples_needed
+from minitron.runtime.teacher_logits import (
+    FOLDER,
+    Index,
+    Shard,
+    begin,
+    has_shard,
+    read_index,
+    shard_path,
+    write_index,
+    write_shard,
+)
+from minitron.runtime.tokens import TextEncoder
+from minitron.runtime.train import corrected
+from minitron.runtime.world import World, join_world
+from minitron.specs.blocks.distill import SampledLogits
+from minitron.specs.errors import UsageError
+from minitron.specs.progress import Progress, Silent
+
+_CHUNK_ELEMENTS = 1 << 23
+"""Logits at a time: 32 MiB of them and, for the sums, 64 MiB in fp64."""
+
+_DRAWS = 0x647261777300
+"""Keeps the draws apart from everything else that follows from the seed."""
+
+
+def capture(build: Path, *, device: str | None, progress: Progress) -> dict[str, Any]:
+    """Stores what training.yaml asks for in BUILD/teacher_logits and returns {samples, tokens, bytes, folder}. Goes on
+    where a killed capture was, adds to one that was for fewer tokens, and does nothing where all is there.
+
+    With several ranks each makes its share of the shards. UsageError and WorkError as for training.
+    """
+    loaded = read_plan(build)
+    plan = loaded.training()
+    if not isinstance(plan.teacher_logits, SampledLogits):
+        raise UsageError(
+            f"{loaded.path} trains with the teacher beside the student, and there is nothing to store; write "
+            "`teacher_logits: {sampled: 12}` in the spec and compile again"
+        )
+    folder = loaded.folder / FOLDER
+    with (
+        interrupts() as interrupt,
+        join_world(device) as world,
+        only_one(loaded.folder / plan.work, "training or capturing", world.leads),
+    ):
+        progress = progress if world.leads else Silent()
+        encoder = TextEncoder.load(loaded.folder / plan.tokenizer)
+        training = resume_identity(plan, data_hash(loaded.data("data", plan.data), encoder, plan.tokens))
+        loaded = corrected(loaded, world, encoder, interrupt, progress)
+        identity = samples_identity(training, model_folder(loaded, "teacher", loaded.training().teacher))
+        samples = samples_needed(plan)
+        with world.leader_first():
+            if world.leads:
+                begin(folder, identity, samples, plan.sequence_length, progress)
+        index = read_index(folder)
+        assert index is not None, "the leader has just written it"
+        if index.samples < samples or not _complete(folder, index, samples):
+            _make(loaded, index, samples, world, encoder, progress)
+            world.wait()
+            if world.leads:
+                index = replace(index, samples=max(samples, index.samples), bytes=_bytes(folder))
+                write_index(folder, index)
+            world.wait()
+    done = {"samples": index.samples, "tokens": index.samples * plan.sequence_length, "bytes": _bytes(folder)}
+    progress.message(f"teacher logits of {done['samples']} sequences: {folder}")
+    return done | {"folder": str(folder)}
+
+
+def _complete(folder: Path, index: Index, samples: int) -> bool:
+    return all(shard_path(folder, number).is_file() for number in range(-(-samples // index.shard_samples)))
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
+
+
+def _make(
+    loaded: LoadedPlan, index: Index, samples: int, world: World, encoder: TextEncoder, progress: Progress
+) -> None:
+    """The shards of the first `samples` global samples that are not there, this rank's share of them."""
+    plan, folder = loaded.training(), loaded.folder / FOLDER
+    cache = loaded.folder / plan.work / "data"
+    with world.leader_first():
+        corpus = open_corpus(
+            loaded.data("data", plan.data), encoder, cache,
+            length=plan.sequence_length, tokens=plan.tokens, seed=plan.seed, progress=progress,
+        )  # fmt: skip
+    teacher = load_model(loaded, "teacher", plan.teacher, DTYPES[plan.teacher.dtype], world.device)
+    check_teacher(loaded, teacher, encoder.tokenizer)
+    shards = math.ceil(samples / index.shard_samples)
+    mine = [
+        range(number * index.shard_samples, min((number + 1) * index.shard_samples, samples))
+        for number in range(world.rank, shards, world.size)
+    ]
+    missing = [one for one in mine if not has_shard(folder, one.start // index.shard_samples, index.key, len(one))]
+    done = sum(map(len, mine)) - sum(map(len, missing))
+    length = plan.sequence_length
+    with progress.task("capture", sum(map(len, mine)) * length, "tokens", done=done * length) as task:
+        for one in missing:
+            drawn = []
+            for start in range(one.start, one.stop, plan.micro_batch_size):
+                part = range(start, min(start + plan.micro_batch_size, one.stop))
+                drawn.append(sample_teacher(teacher, corpus, part, plan, world.device))
+                task.advance(len(part) * length)
+            write_shard(folder, one.start // index.shard_samples, _joined(drawn), index.key)
+
+
+@torch.no_grad()
+def sample_teacher(
+    teacher: LanguageModel, corpus: Corpus, samples: range, plan: TrainingPlan, device: torch.device
+) -> Shard:
+    """Draws for every predicted token of some global samples. Which numbers are drawn with follows from the seed and the
+    sample."""
+    assert isinstance(plan.teacher_logits, SampledLogits)
+    draws, temperature = plan.teacher_logits.sampled, plan.loss.logits.temperature
+    batch = corpus.batch(samples)
+    tokens = batch.valid_BL.sum(-1)
+    uniform_T = torch.cat(
+        [
+            torch.rand(
+                int(valid), dtype=torch.float64, generator=torch.Generator().manual_seed(mix(plan.seed, sample, _DRAWS))
+            )
+            for sample, valid in zip(samples, tokens, strict=True)
+        ]
+    ).to(device)
+    batch = batch.to(device)
+    hidden_TE = batch.pick(teacher.hidden_states(batch.input_ids_BL))
+    vocabulary, head = teacher.head.vocabulary, teacher.head
+    chunk = max(1, min(hidden_TE.shape[0], _CHUNK_ELEMENTS // vocabulary))
+    logits_CV, q_CV = (torch.empty(chunk, vocabulary, device=device) for _ in range(2))
+    entropy_T = torch.empty(hidden_TE.shape[0], device=device, dtype=torch.float64)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for start in range(0, hidden_TE.shape[0], chunk):
+        part = slice(start, min(start + chunk, hidden_TE.shape[0]))
+        z_CV, p_CV = logits_CV[: part.stop - start], q_CV[: part.stop - start]
+        project(hidden_TE[part], head.weight_VD, z_CV)
+        head.finish_(z_CV)
+        z_CV.div_(temperature)
+        log_softmax_(z_CV, p_CV)
+        entropy_T[part] = -z_CV.mul_(p_CV).sum(-1, dtype=torch.float64)
+        found.append(count(draw(p_CV, uniform_T[part], draws)))
+    sums = [part.sum() for part in torch.split(entropy_T, tokens.tolist())]
+    small = np.uint8 if draws < 1 << 8 else np.uint16
+    wide = np.uint16 if vocabulary <= 1 << 16 else np.uint32
+    ids, counts, unique = (torch.cat([one[place] for one in found]).cpu().numpy() for place in range(3))
+    return Shard(
+        tokens=tokens.numpy().astype(np.int32),
+        entropy=torch.stack(sums).cpu().numpy(),
+        unique=unique.astype(small),
+        ids=ids.astype(wide),
+        counts=counts.astype(small),
+    )
+
+
+def _joined(parts: list[Shard]) -> Shard:
+    arrays = [part.arrays() for part in parts]
+    return Shard(**{name: np.concatenate([one[name] for one in arrays]) for name in arrays[0]})

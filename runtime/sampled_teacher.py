@@ -1,0 +1,61 @@
+"""Stored samples in place of a teacher: what they must have been drawn from, and whether they were."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from minitron.runtime.correction import weights_digest
+from minitron.runtime.plan import LoadedPlan, TrainingPlan
+from minitron.runtime.teacher_logits import FOLDER, StoredLogits, changes, read_index
+from minitron.specs.blocks.distill import SampledLogits
+from minitron.specs.errors import UsageError
+
+_WEIGHTS = "teacher.weights"
+_KEPT = (
+    "data", "seed", "sequence_length", "teacher_logits.sampled", "loss.logits.temperature",
+    "teacher.dtype", "teacher.head.", "teacher_correction.",
+)  # fmt: skip
+
+
+def samples_identity(training: Mapping[str, Any], teacher: Path | None) -> dict[str, Any]:
+    """What decides the samples, flat, from what decides the training (`resume_identity`); `teacher` is the folder of the
+    teacher's weights, where it is at hand. Not in it: how many tokens are trained on, and in which batches. A longer
+    training has the same samples and more."""
+    kept = {key: value for key, value in training.items() if key.startswith(_KEPT)}
+    return kept if teacher is None else kept | {_WEIGHTS: weights_digest(teacher)}
+
+
+def stored_logits(loaded: LoadedPlan, training: Mapping[str, Any]) -> StoredLogits:
+    """The samples that the plan trains from. The teacher itself need not be there; where it is, it must be theirs.
+
+    UsageError where they are not (all) captured; SpecInvalid where they were drawn for another training.
+    """
+    plan = loaded.training()
+    assert isinstance(plan.teacher_logits, SampledLogits)
+    folder, again = loaded.folder / FOLDER, f"run: minitron capture {loaded.folder}"
+    index = read_index(folder)
+    if index is None:
+        raise UsageError(
+            f"{loaded.folder} has no stored teacher logits, and `teacher_logits: {{sampled: ...}}` trains from them; {again}"
+        )
+    wanted = samples_identity(training, _teacher_at_hand(loaded, plan))
+    stored = {key: value for key, value in index.identity.items() if key != _WEIGHTS or key in wanted}
+    if different := changes(stored, wanted):
+        message = f"the stored samples in {folder} were drawn with other settings ({', '.join(different)})"
+        raise loaded.invalid("teacher_logits", message, f"bring these back, or {again}")
+    if index.samples < (needed := samples_needed(plan)):
+        raise UsageError(f"{folder} holds {index.samples} of {needed} sequences; {again}, which adds what is missing")
+    return StoredLogits(folder, index, plan.teacher_logits.sampled)
+
+
+def samples_needed(plan: TrainingPlan) -> int:
+    """Global samples that a whole training reads."""
+    return plan.steps * plan.global_batch_size
+
+
+def _teacher_at_hand(loaded: LoadedPlan, plan: TrainingPlan) -> Path | None:
+    model = plan.teacher.model if plan.teacher_correction is None else plan.teacher_correction.output
+    folder = loaded.folder / model
+    return folder if (folder / "config.json").is_file() else None
