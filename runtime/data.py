@@ -1,8 +1,16 @@
-"""Samples of a fixed length out of token streams, in an order that only (seed, global sample index) decides."""
+"""Samples of a fixed length out of token streams, in an order that only (seed, global sample index) decides.
+
+Documents are packed: a stream is one document after the other, BOS before and EOS after each, where the tokenizer has
+them, and a sample is the next so many tokens of it, wherever documents begin and end in them. Attention reaches back to
+the beginning of the sample, across documents, and positions count from there: as in the pretraining of the models that
+are distilled, which learn from BOS and EOS where a document ends. So no masks but the causal one, and any attention
+kernel will do.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,16 +125,22 @@ def _parts(data: DataSource) -> tuple[Source, ...]:
     return data.blend if data.blend is not None else (data,)
 
 
-def _limit(source: Source, tokens: int) -> int | None:
-    """A streamed data set has no end that one could wait for: as many tokens as training can use. The rest is read
-    whole, so that a short training sees all of it."""
-    return tokens + 1 if source.streaming else None
+def _limits(data: DataSource, tokens: int) -> list[int | None]:
+    """How much of each part is read. A streamed data set has no end that one could wait for: as many tokens as training
+    can use of it. The rest is read whole, so that a short training sees all of it."""
+    shares = [part.weight if isinstance(part, BlendPart) else 1.0 for part in _parts(data)]
+    whole = sum(shares)
+    return [
+        math.ceil(tokens * share / whole) + 1 if part.streaming else None
+        for part, share in zip(_parts(data), shares, strict=True)
+    ]
 
 
 def data_hash(data: DataSource, encoder: TextEncoder, tokens: int) -> str:
     """Of everything that decides the samples of a resolved source, whatever folder it lies in."""
     weights = [part.weight if isinstance(part, BlendPart) else 1.0 for part in _parts(data)]
-    keys = [stream_key(part, encoder, _limit(part, tokens)) for part in _parts(data)]
+    limits = _limits(data, tokens)
+    keys = [stream_key(part, encoder, limit) for part, limit in zip(_parts(data), limits, strict=True)]
     return hashlib.sha256(repr((weights, keys)).encode()).hexdigest()
 
 
@@ -136,8 +150,8 @@ def open_corpus(
     """The samples of a resolved source, tokenized on the first call. WorkError where there is nothing to predict."""
     parts = _parts(data)
     windows = []
-    for part in parts:
-        stream = token_stream(part, encoder, cache, progress, limit=_limit(part, tokens))
+    for part, limit in zip(parts, _limits(data, tokens), strict=True):
+        stream = token_stream(part, encoder, cache, progress, limit=limit)
         windows.append(_windows(stream, length, encoder))
     weights = [part.weight for part in parts if isinstance(part, BlendPart)]
     return Corpus(tuple(windows), tuple(blend_quotas(weights)) if weights else (1,), seed)

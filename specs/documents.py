@@ -110,9 +110,22 @@ def _field(row: Any, source: Source, where: str) -> Document:
             return value
         raise WorkError(f"{where}: `{name}` is not text; name the field that holds the text as `{option}`")
     if isinstance(value, list) and value and all(isinstance(item, dict) and "role" in item for item in value):
-        return value
+        return [_given(message) for message in value]
     wanted = 'a list of messages such as {"role": "user", "content": "..."}'
     raise WorkError(f"{where}: `{name}` is not {wanted}; name the field that is as `{option}`")
+
+
+def _given(message: Message) -> Message:
+    """A message without the keys that only other messages have. Columns of parquet files and data sets give every message all
+    keys, with null for those that it does not have, and templates ask whether a key is there. A null `content` is said
+    outright: beside tool calls there is none."""
+    return {key: _pruned(value) for key, value in message.items() if value is not None or key == "content"}
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _pruned(inner) for key, inner in value.items() if inner is not None}
+    return [_pruned(item) for item in value] if isinstance(value, list) else value
 
 
 def _no_field(where: str, name: str, option: str, known: Iterable[str]) -> WorkError:
@@ -155,8 +168,26 @@ def _parquet(source: Source) -> Iterator[Document]:
 def _hub(source: Source) -> Iterator[Document]:
     assert source.dataset is not None
     where = f"data set {source.dataset}"
-    for number, row in enumerate(_load_dataset(source), 1):
+    for number, row in enumerate(_rows(source, _load_dataset(source)), 1):
         yield _field(row, source, f"{where} row {number}")
+
+
+def _rows(source: Source, loaded: Iterable[Any]) -> Iterator[Any]:
+    """The rows of a data set, which streaming fetches as they are read."""
+    rows, read = iter(loaded), 0
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # as in `_load_dataset`
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise WorkError(
+                f"the data set {source.dataset} cannot be read after {read} rows ({reason}); check the network and run "
+                "the command again, or write a folder that holds the data"
+            ) from None
+        read += 1
+        yield row
 
 
 def _load_dataset(source: Source) -> Iterable[Any]:

@@ -123,7 +123,8 @@ class Distill(Block):
     """`online`: the teacher runs beside the student; `{sampled: 12}`: `minitron capture` stores its samples once."""
 
     sequence_length: Annotated[int, Field(ge=2, le=2**31)] = 8192
-    """Tokens in a sequence."""
+    """Tokens in a sequence. Documents are packed into them one after the other, BOS before and EOS after each where the
+    tokenizer has them; attention reaches across documents."""
 
     global_batch_size: PositiveInt = 768
     """Sequences in an optimizer step, over all devices."""

@@ -136,6 +136,32 @@ def test_both_terms_are_written_down_without_their_weights(build: Path) -> None:
         assert line["loss"] == pytest.approx(0.5 * 4 * line["jsd"] + 0.1 * line["cross_entropy"])
 
 
+def test_documents_are_the_same_whatever_they_are_stored_in(build: Path, tmp_path: Path) -> None:
+    datasets, arrow = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
+    lines = (build.parent / "train.txt").read_text().splitlines()
+    (build.parent / "train.jsonl").write_text("".join(json.dumps({"body": line}) + "\n" for line in lines))
+    pytest.importorskip("pyarrow.parquet").write_table(arrow.table({"text": lines}), build.parent / "train.parquet")
+    datasets.Dataset.from_dict({"text": lines}).save_to_disk(build.parent / "saved")
+    found = [losses(build)]
+    for number, source in enumerate(
+        ({"jsonl": ["../train.jsonl"], "text_field": "body"}, {"parquet": "../train.parquet"}, {"dataset": "../saved"})
+    ):
+        shutil.copytree(build.parent, tmp_path / str(number), ignore=shutil.ignore_patterns("train", "model"))
+        found.append(losses(tmp_path / str(number) / "build", data=source))
+    assert found[1:] == [found[0]] * 3
+
+
+def test_a_streamed_data_set_is_read_as_far_as_it_is_needed(build: Path) -> None:
+    pytest.importorskip("datasets")
+    lines = (build.parent / "train.txt").read_text().splitlines()
+    (build.parent / "folder").mkdir()
+    (build.parent / "folder" / "train.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    streamed = {"dataset": "../folder", "streaming": True}
+    run(build, data={"blend": [{"weight": 3, "text": ["../train.txt"]}, {"weight": 1, **streamed}]})
+    sizes = [json.loads(path.read_text())["tokens"] for path in (build / "train" / "data").glob("*/stream.json")]
+    assert 768 // 4 + 1 in sizes  # a quarter of the tokens, and one more to predict
+
+
 def test_a_blend_of_sources(build: Path) -> None:
     parts = [{"weight": 3, "text": ["../train.txt"]}, {"weight": 1, "text": ["../valid.txt"], "document": "line"}]
     assert len(run(build, data={"blend": parts}, held_out=None)) == 12

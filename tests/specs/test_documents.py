@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,29 @@ def test_parquet_messages(tmp_path: Path) -> None:
     assert read(tmp_path, parquet="a.parquet", messages_field="chat") == [CHAT]
 
 
+TOOLS = [
+    [
+        {"role": "user", "content": "how warm is it?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "weather", "arguments": {"place": "here"}}]},
+        {"role": "tool", "content": "12", "name": "weather"},
+    ],
+    [{"role": "user", "content": "hi", "tool_calls": [{"name": "clock", "arguments": {"zone": "utc"}}]}],
+]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "dataset", "jsonl"])
+def test_messages_have_the_keys_that_were_written_whatever_they_are_stored_in(tmp_path: Path, kind: str) -> None:
+    """Columns give each message, and each struct in it, the keys of all others with null."""
+    datasets = pytest.importorskip("datasets", reason="data sets need datasets")
+    if kind == "parquet":
+        parquet(tmp_path / "data", chat=TOOLS)
+    elif kind == "dataset":
+        datasets.Dataset.from_dict({"chat": TOOLS}).save_to_disk(tmp_path / "data")
+    else:
+        rows(tmp_path / "data", *({"chat": chat} for chat in TOOLS))
+    assert read(tmp_path, **{kind: "data"}, messages_field="chat") == TOOLS
+
+
 def test_wrong_parquet_is_refused(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", body=["x"])
     with pytest.raises(WorkError, match="has no field `text`; there is `body`"):
@@ -229,6 +253,28 @@ def test_a_folder_of_data_files_is_a_data_set(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "folder").mkdir()
     rows(tmp_path / "folder" / "train.jsonl", {"text": "one"}, {"text": "two"})
     assert read(tmp_path, dataset="folder") == ["one", "two"]
+
+
+def test_a_data_set_can_be_streamed(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="data sets need datasets")
+    (tmp_path / "folder").mkdir()
+    rows(tmp_path / "folder" / "train.jsonl", {"text": "one"}, {"text": "two"})
+    assert read(tmp_path, dataset="folder", streaming=True) == ["one", "two"]
+
+
+def test_a_stream_that_breaks_off_says_where_and_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets", reason="data sets need datasets")
+
+    def stream(*_: object, **__: object) -> Iterator[dict[str, str]]:
+        yield {"text": "one"}
+        yield {"text": "two"}
+        raise RuntimeError("the peer closed the connection\nlong details")
+
+    monkeypatch.setattr(datasets, "load_dataset", stream)
+    with pytest.raises(
+        WorkError, match=r"org/name cannot be read after 2 rows \(the peer closed the connection\); check"
+    ):
+        read(tmp_path, dataset="org/name", streaming=True)
 
 
 def test_a_data_set_that_is_not_to_be_had_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
