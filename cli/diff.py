@@ -1,4 +1,5 @@
-"""What changes between two specs or builds: key by key in the spec, width by width and cost by cost in the plan."""
+"""What changes between two specs or builds: key by key in the spec, width by width and cost by cost in the plan, and
+of two builds what was kept and what was measured."""
 
 from __future__ import annotations
 
@@ -8,44 +9,91 @@ from typing import Any
 
 from minitron.cli import figures
 from minitron.cli.plan_sections import model_rows, written
-from minitron.cli.sections import Column, Document, Section, entries
+from minitron.cli.sections import Column, Document, Section, entries, part
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two: where it is, its plan, and its resolved spec where it is a spec and not a build."""
+    """One of the two: where it is, its plan, the resolved spec (None in a build of an older version), and of a build
+    that was evaluated its results."""
 
     name: str
     plan: Document
     spec: Document | None
+    results: Document | None = None
 
 
 def difference(left: Side, right: Side) -> Document:
-    """`a`, `b` (names), `spec [{path, a, b}]` (null unless both are specs), `plan [{path, a, b}]`."""
-    both_specs = left.spec is not None and right.spec is not None
+    """`a`, `b` (names); `spec`, `plan`, `results`: `[{path, a, b}]`, `selection`: `[{axis, a, b, shared}]` (counts of
+    kept indices, and of those in both). Null is what one of the two does not have."""
+    specs, results = (left.spec, right.spec), (left.results, right.results)
     return {
         "a": left.name,
         "b": right.name,
-        "spec": _changes(left.spec or {}, right.spec or {}) if both_specs else None,
+        "spec": None if None in specs else _changes(left.spec or {}, right.spec or {}),
         "plan": _changes(_compared(left.plan), _compared(right.plan)),
+        "selection": _selections(left.plan, right.plan),
+        "results": None if None in results else _changes(_measured(left), _measured(right)),
     }
 
 
 def diff_sections(content: Document, left: Side, right: Side) -> list[Section]:
     """The sections of `difference`: the changed keys of the spec, then every width and cost of the two students."""
-    sections = []
+    sections = [Section("A and B", notes=(f"A is {left.name}", f"B is {right.name}"))]
     if content["spec"] is not None:
         columns = (Column("key"), Column("A"), Column("B"))
         rows = tuple((one["path"], _plain(one["a"]), _plain(one["b"])) for one in content["spec"])
-        sections.append(Section("Spec", columns, rows, () if rows else ("no difference",)))
+        sections.append(Section("Spec", columns if rows else (), rows, () if rows else ("no difference",)))
     changed = {one["path"].split(".")[0] for one in content["plan"]}
     for side in ("teacher", "student"):
         # Two students of one teacher are the usual case: the teacher is shown only where there are two.
         if side == "student" or side in changed:
             sections.append(_models(side, left.plan, right.plan))
     sections.append(_phases(left.plan, right.plan))
-    sections.append(Section("A and B", notes=(f"A is {left.name}", f"B is {right.name}")))
+    if content["selection"]:
+        sections.append(_kept(content["selection"]))
+    if content["results"] is not None:
+        sections.append(_results(content["results"]))
     return sections
+
+
+def _kept(changes: list[Document]) -> Section:
+    rows = tuple((one["axis"], *(figures.count(one[key]) for key in ("a", "b", "shared"))) for one in changes)
+    columns = (Column("axis"), *(Column(name, right=True) for name in ("A", "B", "kept in both")))
+    return Section("Selection", columns, rows)
+
+
+def _results(changes: list[Document]) -> Section:
+    rows = tuple((one["path"], _number(one["a"]), _number(one["b"]), _change(one["a"], one["b"])) for one in changes)
+    columns = (Column("result"), *(Column(name, right=True) for name in ("A", "B", "change")))
+    return Section("Results", columns if rows else (), rows, () if rows else ("no difference",))
+
+
+def _selections(left: Document, right: Document) -> list[Document] | None:
+    """Axis by axis, what two builds of one teacher kept; None unless both have selected."""
+    a, b = part(left, "selection"), part(right, "selection")
+    if not a or not b:
+        return None
+    found = []
+    for axis in dict.fromkeys([*a, *b]):
+        lists = a.get(axis, []), b.get(axis, [])
+        shared = sum(len(set(one) & set(other)) for one, other in zip(*lists, strict=False))
+        sizes = [sum(map(len, one)) for one in lists]
+        if lists[0] != lists[1]:
+            found.append({"axis": axis, "a": sizes[0], "b": sizes[1], "shared": shared})
+    return found
+
+
+def _measured(side: Side) -> Document:
+    """What of results is compared: losses, task scores, what was won back; neither texts nor speeds, which no two runs
+    have the same."""
+    results = side.results or {}
+    models: Document = {}
+    for name, model in part(results, "models").items():
+        held_out = part(model, "held_out")
+        tasks = {task: score.get("value") for task, score in part(model, "tasks").items() if isinstance(score, dict)}
+        models[name] = {key: held_out[key] for key in ("loss", "perplexity") if key in held_out} | tasks
+    return models | {"recovered": results.get("recovered")}
 
 
 def _models(side: str, left: Document, right: Document) -> Section:
@@ -102,3 +150,7 @@ def _change(a: Any, b: Any) -> str:
 
 def _plain(value: Any) -> str:
     return figures.NOTHING if value is None else str(value)
+
+
+def _number(value: Any) -> str:
+    return figures.decimal(value) if isinstance(value, int | float) else _plain(value)

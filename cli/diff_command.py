@@ -9,18 +9,22 @@ import typer
 
 from minitron.cli import builds, options
 from minitron.cli.diff import Side, diff_sections, difference
+from minitron.cli.lock_command import follow_lock
 from minitron.cli.render import show_sections
+from minitron.cli.sections import part
 from minitron.specs.builds import build_of
 from minitron.specs.errors import UsageError
 
 Compared = Annotated[Path, typer.Argument(help="A spec file or a build folder.", show_default=False)]
 
 
-def diff(a: Compared, b: Compared, as_json: options.Json = False) -> None:
-    """Show what changes between two specs or builds, width by width and in cost."""
+def diff(a: Compared, b: Compared, as_json: options.Json = False, as_markdown: options.Markdown = False) -> None:
+    """Show what changes between two specs or builds: settings, width by width, cost, selection, results."""
+    if as_json and as_markdown:
+        raise UsageError("--json and --markdown are two renderings of one difference; choose one")
     left, right = _side(a), _side(b)
     content = difference(left, right)
-    show_sections(diff_sections(content, left, right), content, as_json=as_json)
+    show_sections(diff_sections(content, left, right), content, as_json=as_json, as_markdown=as_markdown)
 
 
 def _side(path: Path) -> Side:
@@ -30,7 +34,9 @@ def _side(path: Path) -> Side:
             raise UsageError(
                 f"{path}: has no {builds.PLAN}; give a build that `minitron compile` has written, or a spec"
             )
-        return Side(str(path), plan, None)
+        # plan.json of an older build may not hold the spec.
+        spec = part(plan, "spec").get("resolved")
+        return Side(str(path), plan, spec, builds.read_document(path / builds.RESULTS))
     from minitron.cli.libraries import quiet_libraries
     from minitron.specs import load_spec
 
@@ -38,5 +44,5 @@ def _side(path: Path) -> Side:
     quiet_libraries()
     from minitron.compiler import make_plan
 
-    build = build_of(loaded)
-    return Side(str(path), make_plan(loaded, build=build).to_json(), loaded.resolved)
+    plan = make_plan(follow_lock(loaded, locked=False), build=build_of(loaded)).to_json()
+    return Side(str(path), plan, loaded.resolved, None)
