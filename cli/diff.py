@@ -49,7 +49,9 @@ def diff_sections(content: Document, left: Side, right: Side) -> list[Section]:
         # Two students of one teacher are the usual case: the teacher is shown only where there are two.
         if side == "student" or side in changed:
             sections.append(_models(side, left.plan, right.plan))
-    sections.append(_phases(left.plan, right.plan))
+    phases = _phases(left.plan, right.plan)
+    if phases.rows:
+        sections.append(phases)
     if content["selection"]:
         sections.append(_kept(content["selection"]))
     if content["results"] is not None:

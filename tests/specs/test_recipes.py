@@ -20,11 +20,14 @@ PUBLISHED = {
         2e-4,
         4.5e-7,
     ),
-    "nemotron-4-minitron-4b": (
-        {"hidden_size": 3072, "intermediate_size": 9216, "num_attention_heads": 24},
-        94,
-        2e-4,
-        4.5e-7,
+    **dict.fromkeys(
+        ("nemotron-4-minitron-4b", "nemotron-4-minitron-4b-chain"),
+        (
+            {"hidden_size": 3072, "intermediate_size": 9216, "num_attention_heads": 24},
+            94,
+            2e-4,
+            4.5e-7,
+        ),
     ),
 }
 
@@ -47,7 +50,7 @@ def test_a_recipe_asks_for_what_was_published(load: Load, name: str) -> None:
 
 
 def test_the_chain_takes_its_teacher_from_the_recipe_before(load: Load, tmp_path: Path) -> None:
-    teacher = load(recipe_text("nemotron-4-minitron-4b")).spec.teacher
+    teacher = load(recipe_text("nemotron-4-minitron-4b-chain")).spec.teacher
     before = recipe_text("nemotron-4-minitron-8b")
     assert teacher.spec == "nemotron-4-minitron-8b.yaml"
     (tmp_path / teacher.spec).write_text(before)
