@@ -126,7 +126,7 @@ def micro_batch(global_batch: int, length: int) -> int:
 def render(document: dict[str, Any], spec: Path, build: Path) -> str:
     """The file's text."""
     body = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
-    return HEADER.format(spec=spec.name, build=build.name) + body
+    return HEADER.format(spec=spec.name, build=build.absolute().name) + body
 
 
 def _suite(suite: Any) -> list[str]:
