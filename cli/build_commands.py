@@ -14,6 +14,7 @@ from minitron.cli.libraries import quiet_libraries
 from minitron.cli.lock_command import follow_lock
 from minitron.cli.plan_sections import plan_sections
 from minitron.cli.progress import progress_for
+from minitron.cli.ranks import first_process, only_process
 from minitron.cli.render import document, say, show_sections, stderr_console, write
 from minitron.cli.sections import Column, Document, Section
 from minitron.cli.spec_commands import preview
@@ -45,6 +46,7 @@ def compile_command(
     if as_markdown or detailed_exitcode:
         raise UsageError("--markdown and --detailed-exitcode belong to the preview; add --dry-run")
     build = output or build_of(loaded)
+    only_process("compile")
     quiet_libraries()
     loaded = follow_lock(loaded, locked=locked)
     _compile(loaded, build, pick_device(device), threads)
@@ -86,7 +88,8 @@ def train(
     quiet_libraries()
     _train(build, pick_device(device), threads)
     progress = builds.training_progress(build)
-    show_sections([*([training_section(progress)] if progress else []), _places(build)], {})
+    if first_process():
+        show_sections([*([training_section(progress)] if progress else []), _places(build)], {})
 
 
 def evaluate(
@@ -99,7 +102,8 @@ def evaluate(
     builds.require_build(build)
     quiet_libraries()
     results = _evaluate(build, pick_device(device), threads)
-    show_sections(results_sections(results), results, as_json=as_json)
+    if first_process():
+        show_sections(results_sections(results), results, as_json=as_json)
 
 
 def run(
@@ -112,6 +116,7 @@ def run(
 ) -> None:
     """Compile, capture where the spec asks for it, train and evaluate, and before that the specs that it takes its
     teacher from; what is there already is not done again."""
+    only_process("run")
     loaded = load_spec(spec, overrides or ())
     build = output or build_of(loaded)
     quiet_libraries()

@@ -182,8 +182,9 @@ def emit(plan: Plan, student: Student, source: WeightSource, build: Path, progre
 def write_training_plan(plan: Plan, build: Path, fingerprint: str) -> None:
     """training.yaml"""
     document = training_plan(
-        plan.loaded, build, plan.checkpoint, plan.head, plan.head, plan.captured.layer_path, fingerprint
-    )
+        plan.loaded, build, plan.checkpoint, plan.head, plan.head, plan.captured.layer_path, fingerprint,
+        plan.teacher_costs, plan.student_costs,
+    )  # fmt: skip
     write_text(build / "training.yaml", render(document, plan.loaded.path, build))
 
 

@@ -35,6 +35,10 @@ class ModelCosts:
     flops_per_token: int
     attention_flops_per_pair: int
 
+    def forward_flops_per_token(self, length: int) -> int:
+        """With attention, averaged over the positions of a sequence of `length`: a token sees half of it."""
+        return self.flops_per_token + (length // 2) * self.attention_flops_per_pair
+
     def to_json(self) -> dict[str, int]:
         return {
             "parameters": self.parameters,

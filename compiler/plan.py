@@ -116,9 +116,8 @@ class Plan:
             phases.append(_phase("capture", tokens, work, memory) | {"disk_bytes": storage})
         if spec.distill is not None:
             tokens, length = spec.distill.tokens, spec.distill.sequence_length
-            student = self.student_costs
             each = 0 if sampled else self._teacher_flops(length)
-            each += 3 * (student.flops_per_token + length // 2 * student.attention_flops_per_pair)
+            each += 3 * self.student_costs.forward_flops_per_token(length)
             sequences = spec.distill.micro_batch_size or 1
             width = self.targets.widths.get(HIDDEN, hidden)
             beside = None if sampled else self.teacher_costs

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from minitron.compiler.checkpoint import Checkpoint
+from minitron.compiler.costs import ModelCosts
 from minitron.compiler.head import Head
 from minitron.specs.data import DataSource
 from minitron.specs.data_files import resolve
@@ -17,6 +18,7 @@ from minitron.specs.spec import Spec
 
 FORMAT_VERSION = 1
 MICRO_BATCH_TOKENS = 8192  # tokens of one forward pass where the spec leaves the micro batch open
+REPLICATED_TEACHER_BYTES = 32 * 2**30  # a teacher up to this size stands whole on each device: 12B in bf16, of 80 GB
 CHECKPOINTS = 20  # over the whole training, where the spec leaves it open
 SUITES = {
     "minitron-9": [
@@ -38,6 +40,8 @@ def training_plan(
     student_head: Head,
     layers: str,
     fingerprint: str,
+    teacher_costs: ModelCosts,
+    student_costs: ModelCosts,
 ) -> dict[str, Any]:
     """The document. `layers` is the module list of the decoder layers, in both models; `fingerprint` identifies the
     pruned student that training starts from."""
@@ -66,6 +70,8 @@ def training_plan(
         "work": "train",
     }
     if distill is not None:
+        for side, costs in (("teacher", teacher_costs), ("student", student_costs)):
+            document[side]["flops_per_token"] = costs.forward_flops_per_token(distill.sequence_length)
         every = distill.checkpoint.every_tokens or max(1, distill.tokens // CHECKPOINTS)
         document |= {
             "data": _source(loaded, distill.data, "distill.data"),
@@ -83,7 +89,13 @@ def training_plan(
             "seed": distill.seed,
             "compute_dtype": {"cpu": "float32", "cuda": "bfloat16"},
             "gradient_checkpointing": distill.gradient_checkpointing,
-            "checkpoint": {"every_tokens": every, "keep_last": distill.checkpoint.keep_last},
+            "compile": distill.compile,
+            "layout": {
+                "student": distill.layout.student,
+                "teacher": distill.layout.teacher or place_teacher(teacher_costs.weight_bytes),
+                "cpu_offload": distill.layout.cpu_offload,
+            },
+            "checkpoint": {**distill.checkpoint.model_dump(mode="json"), "every_tokens": every},
         }
     held_out = None
     if evaluate is not None and evaluate.held_out is not None:
@@ -115,6 +127,11 @@ def _correction(spec: Spec) -> dict[str, Any] | None:
         "output": "teacher",
         "work": "train/teacher",
     }
+
+
+def place_teacher(weight_bytes: int) -> str:
+    """Whole on each device while that leaves room for the student."""
+    return "replicated" if weight_bytes <= REPLICATED_TEACHER_BYTES else "sharded"
 
 
 def micro_batch(global_batch: int, length: int) -> int:

@@ -1,35 +1,42 @@
 """Checkpoints: whole or not at all, checked when read, the newest good one wins.
 
     train/checkpoints/step-00000120/
-        model.safetensors       fp32 master weights and buffers
-        optimizer.safetensors   exp_avg/NAME, exp_avg_sq/NAME, step/NAME
-        state.json              step, samples, tokens, what training.yaml said, size and CRC of the two files
+        model-00001-of-00002.safetensors       fp32 master weights and buffers: the rows that rank 0 of 2 holds
+        optimizer-00001-of-00002.safetensors   exp_avg/NAME, exp_avg_sq/NAME, step/NAME
+        part-00001-of-00002.json               size and CRC of the two files; part 2 has its three as well
+        state.json                             step, samples, tokens, what training.yaml said, how many parts
 
-There is no state of random generators in it: order and dropout are functions of the seed and the sample index.
+A training whose weights are not spread over ranks writes one part, `model.safetensors`. There is no state of random
+generators in it: order and dropout are functions of the seed and the sample index.
+
+Why not torch.distributed.checkpoint: its index is a pickle, and only safetensors are read here; it has no checksums, so
+that a damaged file would be trained on; and with one dimension of sharding the rows that a rank needs are a subtraction.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
-from minitron.runtime.disk import explain
-from minitron.specs.atomic import atomic_folder, remove_leftovers
+from minitron.runtime.pieces import Piece, PieceFiles, header, model_pieces, piece_of, worth_writing
+from minitron.runtime.world import World
+from minitron.specs.atomic import publish_folder, remove_leftovers
 from minitron.specs.errors import WorkError
 from minitron.specs.progress import Progress
 
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK = 1 << 24
+_KINDS = ("model", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -48,80 +55,122 @@ class Checkpoint:
     folder: Path
     state: TrainerState
     identity: Mapping[str, Any]
+    parts: int
+
+    def files(self, kind: str) -> list[Path]:
+        return [self.folder / _name(kind, part, self.parts) for part in range(self.parts)]
+
+
+def _name(kind: str, part: int, parts: int, suffix: str = ".safetensors") -> str:
+    return f"{kind}{suffix}" if parts == 1 else f"{kind}-{part + 1:05d}-of-{parts:05d}{suffix}"
 
 
 class Checkpoints:
-    """The checkpoints in `folder`, of which the last `keep` are kept."""
+    """The checkpoints in `folder`, of which the last `keep` are kept, and with `keep_best` the one that did best on
+    held-out text."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, keep_best: bool = False) -> None:
+        self.folder, self.keep, self.keep_best = folder, keep, keep_best
 
     def names(self) -> list[Path]:
         """All that are there, the newest first."""
         return sorted(self.folder.glob("step-*"), reverse=True)
 
-    def save(
-        self, state: TrainerState, model: torch.nn.Module, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]
+    def unfinished(self, state: TrainerState) -> Path:
+        """Where all ranks write the parts of one, until it is whole and gets its name."""
+        return self.folder / f".step-{state.step:08d}.tmp"
+
+    def write_part(
+        self, state: TrainerState, part: int, parts: int, tensors: Mapping[str, Mapping[str, Piece]]
     ) -> None:
-        """Writes one and removes what is older than the last `keep`.
+        """Writes what one rank has: `tensors` are the pieces of the model and of the optimizer, on the CPU.
 
-        WorkError for a full disk or one that cannot be written to; the checkpoints that were there are untouched.
+        OSError and SafetensorError for a disk that is full or cannot be written to.
         """
-        try:
-            with atomic_folder(self.folder / f"step-{state.step:08d}") as temporary:
-                save_file(_model_tensors(model), temporary / "model.safetensors")
-                save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
-                files = {path.name: _measure(path) for path in sorted(temporary.iterdir())}
-                document = {"format_version": _FORMAT, **asdict(state), "identity": dict(identity), "files": files}
-                (temporary / "state.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
-        except (OSError, SafetensorError) as error:
-            raise self._not_written(state, error) from None
-        for old in self.names()[self.keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+        folder = self.unfinished(state)
+        folder.mkdir(parents=True, exist_ok=True)
+        measured = {}
+        for kind in _KINDS:
+            mine = dict(worth_writing(tensors[kind], first=part == 0))
+            path = folder / _name(kind, part, parts)
+            save_file({name: piece.tensor for name, piece in mine.items()}, path, header(mine))
+            measured[path.name] = _measure(path)
+            _sync(path)
+        note = folder / _name("part", part, parts, ".json")
+        note.write_text(json.dumps({"files": measured}, indent=1), encoding="utf-8")
+        _sync(note)
 
-    def _not_written(self, state: TrainerState, error: Exception) -> WorkError:
-        there = self.names()
-        kept = f"the last good one, {there[0]}, was kept" if there else "there is none before it"
-        reason, remedy = explain(error)
-        return WorkError(
-            f"the checkpoint of step {state.step} could not be written to {self.folder}: {reason}; {kept}. "
-            f"{remedy[0].upper()}{remedy[1:]} and train again: it goes on from there"
-        )
+    def publish(
+        self, state: TrainerState, parts: int, identity: Mapping[str, Any], held_out_loss: float | None
+    ) -> None:
+        """Gives a checkpoint whose parts are all written its name, and removes those that are no longer kept."""
+        folder = self.unfinished(state)
+        document = {"format_version": _FORMAT, **asdict(state), "parts": parts, "held_out_loss": held_out_loss}
+        text = json.dumps(document | {"identity": dict(identity)}, indent=1)
+        (folder / "state.json").write_text(text, encoding="utf-8")
+        publish_folder(folder, self.folder / f"step-{state.step:08d}")
+        for old in set(self.names()[self.keep :]) - {self.best()}:
+            # Renamed first: what is half deleted must not look like a checkpoint.
+            aside = old.with_name(f".{old.name}.old.tmp")
+            old.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
 
-    def newest(self, progress: Progress) -> Checkpoint | None:
-        """The newest one whose files are whole; None where there is none at all.
+    def best(self) -> Path | None:
+        """The one with the lowest held-out loss, if such are kept; of equal ones the newest."""
+        losses = {}
+        for folder in self.names() if self.keep_best else []:
+            try:
+                loss = json.loads((folder / "state.json").read_text(encoding="utf-8"))["held_out_loss"]
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            if loss is not None:
+                losses[folder] = loss
+        return min(losses, key=losses.__getitem__, default=None)
+
+    def newest(self, progress: Progress, world: World) -> Checkpoint | None:
+        """The newest one whose files are whole; None where there is none at all. All ranks call it, and each reads its
+        share of the files.
 
         Damaged ones are put aside with a message, for the next ones to take their places. WorkError where all are
         damaged: a training is not begun anew unasked.
         """
-        remove_leftovers(self.folder)
-        damaged: dict[Path, Exception] = {}
-        for folder in self.names():
+        if world.leads:
+            remove_leftovers(self.folder)
+        world.wait()
+        names, damaged = self.names(), dict[Path, str]()
+        good = None
+        for folder in names:
+            problem = None
             try:
-                good = _check(folder)
+                good = _check(folder, world)
             except (OSError, ValueError, KeyError, TypeError) as error:
-                damaged[folder] = error
-                continue
-            for other, reason in damaged.items():
-                aside = other.with_name(f"damaged-{other.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                other.rename(aside)
-                progress.message(f"the checkpoint {other.name} is damaged ({reason}); it was put aside as {aside.name}")
-            return good
-        if damaged:
+                problem = str(error)
+            if not world.any(problem is not None):
+                break
+            good, damaged[folder] = None, problem or "another process found it so"
+        world.wait()
+        if damaged and good is None:
             raise WorkError(f"every checkpoint in {self.folder} is damaged; delete that folder to begin again")
-        return None
+        for folder, reason in damaged.items() if world.leads else ():
+            aside = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            progress.message(f"the checkpoint {folder.name} is damaged ({reason}); it was put aside as {aside.name}")
+        return good
 
 
-def _check(folder: Path) -> Checkpoint:
+def _check(folder: Path, world: World) -> Checkpoint:
     document = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if document["format_version"] != _FORMAT:
         raise ValueError(f"its format is {document['format_version']}, this version reads {_FORMAT}")
-    for name, measured in document["files"].items():
-        if _measure(folder / name) != measured:
-            raise ValueError(f"{name} is not what was written")
+    parts = document["parts"]
+    for part in range(world.rank, parts, world.size):
+        note = json.loads((folder / _name("part", part, parts, ".json")).read_text(encoding="utf-8"))
+        for name, measured in note["files"].items():
+            if _measure(folder / name) != measured:
+                raise ValueError(f"{name} is not what was written")
     state = TrainerState(document["step"], document["samples"], document["tokens"])
-    return Checkpoint(folder, state, document["identity"])
+    return Checkpoint(folder, state, document["identity"], parts)
 
 
 def _measure(path: Path) -> dict[str, int]:
@@ -132,36 +181,35 @@ def _measure(path: Path) -> dict[str, int]:
     return {"bytes": path.stat().st_size, "crc32": crc}
 
 
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def load(checkpoint: Checkpoint, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts the weights and the optimizer's moments where they were. WorkError where they are another model's."""
-    weights, moments = (load_file(checkpoint.folder / f"{name}.safetensors") for name in ("model", "optimizer"))
-    with torch.no_grad():
-        for name, tensor in _model_tensors(model).items():
-            if name not in weights or weights[name].shape != tensor.shape:
-                raise WorkError(f"{checkpoint.folder} has no {name} {list(tensor.shape)}: it is of another model")
-            tensor.copy_(weights[name])
-    for name, parameter in model.named_parameters():
-        keys = {key.split("/", 1)[0]: key for key in moments if key.split("/", 1)[1] == name}
-        if keys:
-            optimizer.state[parameter] = {
-                short: moments[key].to(parameter.device, copy=True) for short, key in keys.items()
-            }
+    """Puts the weights and the optimizer's moments where they were, whatever ranks they were spread over. WorkError
+    where they are another model's."""
+    try:
+        with PieceFiles(checkpoint.files("model")) as files:
+            for name, piece in model_pieces(model).items():
+                if not files.fill(name, piece):
+                    raise WorkError(f"{checkpoint.folder} has no {name} {list(piece.shape)}: it is of another model")
+        with PieceFiles(checkpoint.files("optimizer")) as files:
+            for name, parameter in model.named_parameters():
+                optimizer.state[parameter] = dict(_remembered(files, name, parameter))
+    except SafetensorError as error:
+        raise WorkError(
+            f"{checkpoint.folder} cannot be read ({error}); delete it to go on from the one before"
+        ) from None
 
 
-def _model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, each storage once (tied weights under their first name)."""
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen or tensor.numel() == 0:
-            seen.add(tensor.data_ptr())
-            tensors[name] = tensor.detach()
-    return tensors
-
-
-def _optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{key}/{name}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+def _remembered(files: PieceFiles, name: str, parameter: torch.nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:
+    """What the optimizer knew of one parameter: tensors of its shape, spread as it is, and numbers."""
+    for path, shape in files.shapes.items():
+        key, _, of = path.partition("/")
+        if of == name and shape == tuple(parameter.shape):
+            moment = torch.zeros_like(parameter, requires_grad=False)
+            files.fill(path, piece_of(moment))
+            yield key, moment
+        elif of == name:
+            yield key, files.whole(path).to(parameter.device)

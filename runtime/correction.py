@@ -106,7 +106,13 @@ def correction_of(loaded: LoadedPlan, data_hash: str) -> Correction | None:
     teacher = plan.teacher
     own = plan.model_copy(
         update={
-            "student": ModelPlan(model=str(source), dtype=teacher.dtype, head=teacher.head, layers=teacher.layers),
+            "student": ModelPlan(
+                model=str(source),
+                dtype=teacher.dtype,
+                head=teacher.head,
+                layers=teacher.layers,
+                flops_per_token=teacher.flops_per_token,
+            ),
             "output": settings.output,
             "work": settings.work,
             "teacher_correction": None,

@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
 
-from minitron.runtime.data import Windows
+from minitron.runtime.data import Batch, Windows
 from minitron.runtime.loss import negative_log_likelihood
 from minitron.runtime.models import LanguageModel
 from minitron.runtime.world import World
@@ -34,14 +36,25 @@ def held_out(
     """Every token of the windows predicted once, the ranks sharing the work; no [tokens x vocabulary] at any time."""
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     mine = range(world.rank, len(windows), world.size)
+    most = -(-len(windows) // world.size)
     with evaluating(model), autocast(world.device, compute_dtype):
-        for start in range(0, len(mine), batch_size):
-            batch = windows.batch(mine[start : start + batch_size]).to(world.device)
-            hidden_TD = batch.pick(model.hidden_states(batch.input_ids_BL))
-            sums[0] += negative_log_likelihood(hidden_TD, model.head, batch.pick(batch.labels_BL))
-            sums[1] += hidden_TD.shape[0]
+        for start in range(0, most, batch_size):
+            indices = mine[start : start + batch_size]
+            # Ranks whose weights are spread compute equally often: one that has no window left repeats the first.
+            batch = windows.batch(indices or [0]).to(world.device)
+            figures = model.gathered(partial(_figures, model, batch))
+            if indices:
+                sums += figures
+    model.rest()
     loss, tokens = world.sum(sums).tolist()
     return HeldOut(loss / tokens, int(tokens))
+
+
+def _figures(model: LanguageModel, batch: Batch) -> Tensor:
+    """The sum of -log p and how many tokens it is over, [2] in fp64."""
+    hidden_TD = batch.pick(model.hidden_states(batch.input_ids_BL))
+    sums = negative_log_likelihood(hidden_TD, model.head, batch.pick(batch.labels_BL))
+    return torch.stack([sums, torch.full_like(sums, hidden_TD.shape[0])])
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

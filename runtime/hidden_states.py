@@ -132,9 +132,9 @@ def prepare_hidden_states(
                 errors.append(loaded.error(f"{at}.pairs.{index}.{side}", message, hint))
     if errors:
         raise SpecInvalid(errors)
-    widths = teacher.width, student.width
+    widths, device = (teacher.width, student.width), next(teacher.module.parameters()).device
     if widths[0] != widths[1]:
-        projection = torch.nn.Linear(widths[1], widths[0], bias=False, device=next(student.module.parameters()).device)
+        projection = torch.nn.Linear(widths[1], widths[0], bias=False, device=device)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             # Drawn on the CPU and from the seed: the same on every rank, whatever was drawn before.
             torch.manual_seed(mix(seed, *widths))

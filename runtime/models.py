@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +25,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HEAD_TOLERANCE = 0.02
 """Of the largest logit. bf16 rounds by 0.4%; a scale, bias or soft-cap that was read wrongly changes more than that."""
 
+T = TypeVar("T")
+
 Tokenizer = Any
 """A transformers tokenizer; the library has no types."""
 
@@ -37,6 +39,18 @@ class LanguageModel:
     plan: HeadPlan
     layer_list: str | None = None
     """Submodule that lists the decoder layers, where the plan says it."""
+    root: Any = None
+    """The module that gathers what lies outside the layers, where the weights are spread over ranks (`sharding.py`)."""
+
+    def gathered(self, work: Callable[[], T]) -> T:
+        """Calls `work` while embedding, last norm and head are whole, wherever the weights are: all that computes with
+        the model runs in here. Where they are spread, all ranks call this equally often."""
+        return work() if self.root is None else self.root(work)
+
+    def rest(self) -> None:
+        """Spreads again what a computation without gradients left gathered, so that each rank has its rows only."""
+        if self.root is not None:
+            self.root.reshard()
 
     def hidden_states(self, input_ids_BL: Tensor) -> Tensor:
         """The hidden states [B, L, D] that the head reads. No logits are computed and no cache is kept."""
@@ -86,23 +100,24 @@ def readable(folder: Path) -> int | None:
         raise WorkError(f"{folder} has no configuration that can be read ({reason}); make the model again") from None
 
 
-def load_model(loaded: LoadedPlan, at: str, plan: ModelPlan, dtype: torch.dtype, device: torch.device) -> LanguageModel:
+Place = Callable[[LanguageModel], LanguageModel]
+"""Puts a model that was read onto its device, or spreads it over the ranks."""
+
+
+def load_model(
+    loaded: LoadedPlan, at: str, plan: ModelPlan, dtype: torch.dtype, device: torch.device, place: Place | None = None
+) -> LanguageModel:
     """The model that the plan names under `at` (`teacher` or `student`), in eval mode, its head checked.
 
-    SpecInvalid where the plan and the model do not fit, UsageError where there is no model, WorkError for broken files.
+    `place` is called with the model on the CPU, in the number format that its files have where that is narrower than
+    `dtype`; None: it goes to `device` in `dtype`. SpecInvalid where the plan and the model do not fit, UsageError where
+    there is no model, WorkError for broken files.
     """
     folder = model_folder(loaded, at, plan)
-    model = open_model(folder, dtype, device, plan.head, loaded, f"{at}.head")
-    if plan.layers is None:
-        return model
-    try:
-        layers = model.module.get_submodule(plan.layers)
-    except AttributeError:
-        layers = None
-    if not isinstance(layers, torch.nn.ModuleList):
-        message = f"the model has no list of layers `{plan.layers}`"
-        raise loaded.invalid(f"{at}.layers", message, "compile again, or correct it")
-    return replace(model, layer_list=plan.layers)
+    folder = model_folder(loaded, at, plan)
+    if place is not None and stored_in(folder, "BF16"):
+        dtype = torch.bfloat16
+    return open_model(folder, dtype, device, plan.head, loaded, f"{at}.head", place, plan.layers)
 
 
 def model_folder(loaded: LoadedPlan, at: str, plan: ModelPlan) -> Path:
@@ -128,9 +143,16 @@ def model_folder(loaded: LoadedPlan, at: str, plan: ModelPlan) -> Path:
 
 
 def open_model(
-    folder: Path, dtype: torch.dtype, device: torch.device, head: HeadPlan, loaded: LoadedPlan, at: str
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    head: HeadPlan,
+    loaded: LoadedPlan,
+    at: str,
+    place: Place | None = None,
+    layers: str | None = None,
 ) -> LanguageModel:
-    """The model in `folder` with the head that the plan gives at the dotted path `at`.
+    """The model in `folder` with the head that the plan gives at the dotted path `at`, and beside that its layers.
 
     On a CPU the weights are held in fp32: bf16 weights are the same numbers there, and without bf16 instructions, which
     most CPUs lack, computing in bf16 takes several times as long.
@@ -155,15 +177,24 @@ def open_model(
         raise WorkError(
             f"{folder}: the weights of {absent[0]} ({len(absent)} missing) are not in its files; make it again"
         )
-    module.eval().to(device)
-    model = LanguageModel(module, head)
-    _check_head(model, loaded, at)
+    model = LanguageModel(module.eval(), head, layers)
+    _check_names(model, loaded, at)
+    if place is None:
+        module.to(device)
+    else:
+        model = place(model)
+    with torch.no_grad():
+        differs = model.gathered(lambda: _gives_other_logits(model, device))
+    model.rest()
+    if differs:
+        raise loaded.invalid(
+            at, "does not give the logits that the model gives", "`bias`, `scale` or `softcap` is wrong: compile again"
+        )
     return model
 
 
-@torch.no_grad()
-def _check_head(model: LanguageModel, loaded: LoadedPlan, at: str) -> None:
-    """What the plan says about the head must give the logits that the module itself gives."""
+def _check_names(model: LanguageModel, loaded: LoadedPlan, at: str) -> None:
+    """What the plan names as the head, and as the list of layers, must be there."""
     module, plan = model.module, model.plan
     for key, find in (
         ("backbone", module.get_submodule),
@@ -178,15 +209,24 @@ def _check_head(model: LanguageModel, loaded: LoadedPlan, at: str) -> None:
                 raise loaded.invalid(
                     f"{at}.{key}", f"the model has no `{name}`", "compile again, or correct it"
                 ) from None
-    ids = torch.arange(8, device=next(module.parameters()).device).unsqueeze(0) % model.head.vocabulary
+    try:
+        layers = model.layers
+    except AttributeError:
+        layers = None
+    if model.layer_list is not None and not isinstance(layers, torch.nn.ModuleList):
+        message = f"the model has no list of layers `{model.layer_list}`"
+        raise loaded.invalid(f"{at.removesuffix('head')}layers", message, "compile again, or correct it")
+
+
+def _gives_other_logits(model: LanguageModel, device: torch.device) -> bool:
+    """Whether what the plan says about the head gives other logits than the module itself. (Where weights are no
+    numbers nothing is compared: training says so, and saves the batch.)"""
+    ids = torch.arange(8, device=device).unsqueeze(0) % model.head.vocabulary
     hidden = model.hidden_states(ids)[0].float()
     logits = hidden @ model.head.weight_VD.float().T
     model.head.finish_(logits)
-    expected = module(input_ids=ids, use_cache=False).logits[0].float()
-    if (logits - expected).abs().max() > _HEAD_TOLERANCE * expected.abs().max().clamp(min=1e-3):
-        raise loaded.invalid(
-            at, "does not give the logits that the model gives", "`bias`, `scale` or `softcap` is wrong: compile again"
-        )
+    expected = model.module(input_ids=ids, use_cache=False).logits[0].float()
+    return bool((logits - expected).abs().max() > _HEAD_TOLERANCE * expected.abs().max().clamp(min=1e-3))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -206,17 +246,29 @@ def weight_files(folder: Path) -> list[Path]:
 
 def weight_bytes(folder: Path) -> int:
     """Bytes of all tensors in a checkpoint, from the headers of its files."""
-    total = 0
+    return sum(end - start for _, (start, end) in _headers(folder))
+
+
+def stored_in(folder: Path, dtype: str) -> bool:
+    """Whether all tensors of a checkpoint are in this number format of safetensors."""
+    return all(found == dtype for found, _ in _headers(folder))
+
+
+def _headers(folder: Path) -> list[tuple[str, tuple[int, int]]]:
+    """Number format and place of every tensor in a checkpoint."""
+    found = []
     for path in weight_files(folder):
         with path.open("rb") as handle:
             try:
                 (length,) = struct.unpack("<Q", handle.read(8))
                 header = json.loads(handle.read(length))
-                spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
-            except (ValueError, KeyError, struct.error, OverflowError, MemoryError) as error:
+                for name, entry in header.items():
+                    if name != "__metadata__":
+                        start, end = entry["data_offsets"]
+                        found.append((str(entry["dtype"]), (int(start), int(end))))
+            except (ValueError, KeyError, TypeError, struct.error, OverflowError, MemoryError) as error:
                 raise WorkError(f"{path} is no safetensors file ({error}); make the model again") from None
-        total += sum(end - start for start, end in spans)
-    return total
+    return found
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

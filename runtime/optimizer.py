@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from minitron.specs.blocks.training import Optimizer
 
@@ -10,10 +11,20 @@ from minitron.specs.blocks.training import Optimizer
 def make_optimizer(model: torch.nn.Module, settings: Optimizer) -> torch.optim.AdamW:
     """Decay for matrices, none for norms and biases: what has one dimension sets a scale or an offset and has no reason
     to shrink (Loshchilov and Hutter, arXiv 1711.05101; the split is that of GPT-3, arXiv 2005.14165, appendix B)."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # What is spread over ranks and what is whole on each (`sharding.py`) cannot be updated in one call.
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [
+                parameter
+                for parameter in model.parameters()
+                if parameter.requires_grad
+                and (parameter.ndim >= 2) == decays
+                and isinstance(parameter, DTensor) == spread
+            ],
+            "weight_decay": settings.weight_decay if decays else 0.0,
+        }
+        for spread in (True, False)
+        for decays in (True, False)
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

@@ -7,31 +7,56 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from minitron.runtime.disk import writing
 from minitron.runtime.models import LanguageModel, quiet
+from minitron.runtime.world import World
 from minitron.specs.atomic import atomic_folder
 
 _CARD = "README.md"
 _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 """What else a model's folder may hold its weights in: they would not be the new ones."""
 
+Weights = dict[str, Tensor]
+
+
+def whole_weights(student: LanguageModel, dtype: torch.dtype, world: World) -> Weights:
+    """The student's tensors in `dtype`, by name. Where they are spread over ranks all ranks call this: one tensor at a
+    time is gathered, and the leader keeps it in host memory; for the others it is empty. Turns the student itself
+    to `dtype`: training is over."""
+    module = student.module.to(dtype)
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    weights: Weights = {}
+    gathered: dict[int, Tensor] = {}  # tied weights stay one tensor
+    for name, tensor in module.state_dict().items():
+        parameter = parameters.get(name, tensor)
+        if not isinstance(parameter, DTensor):
+            weights[name] = tensor
+        elif id(parameter) not in gathered:
+            whole = parameter.full_tensor().detach()
+            gathered[id(parameter)] = whole.cpu() if world.leads else whole.new_empty(0)
+        if id(parameter) in gathered:
+            weights[name] = gathered[id(parameter)]
+    return weights if world.leads else {}
+
 
 def write_model(
     student: LanguageModel,
-    dtype: torch.dtype,
+    weights: Weights,
     source: Path,
     target: Path,
     name: str,
     report: Sequence[str],
     files: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes `target` whole or not at all: weights in `dtype`, and what `source`, the pruned student, has beside
-    its weights (tokenizer, generation settings). `report` is what the model card says about the training; `files`, by name,
-    stand beside it or take its place."""
+    """Writes `target` whole or not at all: the `weights`, and what `source`, the pruned student, has beside
+    its weights (tokenizer, generation settings). `report` is what the model card says about the training; `files`, by
+    name, stand beside it or take its place."""
     with writing(str(target)), atomic_folder(target) as temporary:
         with quiet():
-            student.module.to(dtype).save_pretrained(temporary)
+            student.module.save_pretrained(temporary, state_dict=weights)
         for file in source.iterdir():
             other_weights = ".safetensors" in file.name or file.suffix in _WEIGHTS
             if file.is_file() and not (temporary / file.name).exists() and not other_weights:

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from minitron.specs import source
 from minitron.specs.blocks.base import Block, Count, Listed, NonNegativeInt, PositiveFloat, PositiveInt, Text, wrong
-from minitron.specs.blocks.distill import Checkpoint, Loss, TeacherLogits
+from minitron.specs.blocks.distill import Checkpoint, Layout, Loss, TeacherLogits
 from minitron.specs.blocks.teacher_correction import TeacherCorrection
 from minitron.specs.blocks.training import Optimizer
 from minitron.specs.data import DataSource
@@ -71,7 +71,11 @@ class ModelPlan(Block):
     head: HeadPlan
 
     layers: Text | None = None
-    """Submodule that lists the decoder layers, for `loss.hidden_states`; null: not known."""
+    """Submodule that lists the decoder layers, for `loss.hidden_states` and for spreading them; null: not known."""
+
+    flops_per_token: PositiveInt | None = None
+    """Floating-point operations of one token's forward at the plan's sequence length, for the utilisation that
+    training reports; null: none is reported."""
 
 
 class TeacherPlan(ModelPlan):
@@ -105,6 +109,12 @@ class CheckpointPlan(Checkpoint):
     """As in the spec, with the interval always given."""
 
     every_tokens: Count
+
+
+class LayoutPlan(Layout):
+    """As in the spec, with the teacher's place always given."""
+
+    teacher: Literal["sharded", "replicated"]
 
 
 class HeldOutPlan(Block):
@@ -179,6 +189,10 @@ class TrainingPlan(EvaluationPlan):
     seed: NonNegativeInt
     compute_dtype: ComputeDtype
     gradient_checkpointing: bool
+    compile: bool
+    """The student's layers go through torch.compile."""
+
+    layout: LayoutPlan
     checkpoint: CheckpointPlan
 
     @property
@@ -281,6 +295,12 @@ def _contradictions(plan: TrainingPlan) -> Iterator[Problem]:
             "every term has weight 0: there is nothing to learn",
             "give `logits.weight` or `cross_entropy` a weight",
         )
+    if plan.layout.cpu_offload and plan.layout.student != "sharded":
+        yield (
+            "layout.cpu_offload",
+            "a student that is replicated stays on its device",
+            "write `student: sharded`, also for one device",
+        )
     if plan.teacher_logits != "online":
         if loss.logits.divergence != "forward_kl":
             message = (
@@ -299,13 +319,13 @@ def resume_identity(plan: TrainingPlan, data_hash: str) -> dict[str, Any]:
     """What a training run cannot change on the way, flat: dotted key -> value.
 
     Whatever decides which samples come, what is learnt from them and how the learning rate runs. Not in it: how often
-    something is measured or saved, and how the same sums are cut into pieces (micro batches, chunks, recomputation) or
-    computed (compute_dtype), so that a run can move to another machine.
+    something is measured or saved, and how the same sums are cut into pieces (micro batches, chunks, recomputation,
+    layout) or computed (compute_dtype, compile), so that a run can move to another machine.
     """
     whole = plan.model_dump(mode="json")
     kept = {key: whole[key] for key in _IDENTITY_KEYS}
     kept["student"] = {"head": whole["student"]["head"]}
-    kept["teacher"] = {key: value for key, value in whole["teacher"].items() if key not in ("model", "layers")}
+    kept["teacher"] = {key: whole["teacher"][key] for key in ("revision", "dtype", "head")}
     kept["loss"].pop("chunk_tokens")
     kept["teacher_correction"] = None
     if plan.teacher_correction is not None:

@@ -17,6 +17,8 @@ from minitron.runtime.models import DTYPES, LanguageModel, check_vocabularies, l
 from minitron.runtime.optimizer import make_optimizer
 from minitron.runtime.plan import LoadedPlan, TrainingPlan
 from minitron.runtime.sampled_teacher import stored_logits
+from minitron.runtime.saving import Saver
+from minitron.runtime.sharding import compile_layers, shard_student, shard_teacher
 from minitron.runtime.teacher_logits import StoredLogits
 from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.world import World
@@ -46,7 +48,7 @@ class Run:
     corpus: Corpus
     held_out: Windows | None
     optimizer: torch.optim.Optimizer
-    checkpoints: Checkpoints
+    saver: Saver
     identity: dict[str, Any]
     """What a checkpoint of this training remembers of the plan."""
 
@@ -84,24 +86,16 @@ def prepare(
     if hidden is not None and hidden.weight == 0:
         hidden = None
     if hidden is not None or (logits.weight and stored is None):
-        teacher = load_model(loaded, "teacher", plan.teacher, DTYPES[plan.teacher.dtype], world.device)
-        teacher.module.requires_grad_(False)
-    student = load_model(loaded, "student", plan.student, torch.float32, world.device)
+        teacher = _load_teacher(loaded, plan, world)
+    student = _load_student(loaded, plan, world)
     check_vocabularies(loaded, teacher, student, encoder.tokenizer)
     if student.positions is not None and plan.sequence_length > student.positions:
         message = f"{plan.sequence_length} tokens are more than the {student.positions} that the models can read"
         raise loaded.invalid("sequence_length", message, f"write at most {student.positions}")
-    for parameter in student.module.parameters():
-        # Storage of our own, aligned as every allocation is: that of a mapped file is not, and sums may depend on it.
-        parameter.data = parameter.data.clone()
     states = None
     if hidden is not None and teacher is not None:
         states = prepare_hidden_states(loaded, hidden, teacher, student, plan.loss.chunk_tokens, plan.seed)
     student.module.train()
-    if plan.gradient_checkpointing:
-        module = student.module  # the first name is that of transformers 5.23 and later
-        enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
     return Run(
         plan=plan,
         world=world,
@@ -113,7 +107,12 @@ def prepare(
         corpus=corpus,
         held_out=windows,
         optimizer=make_optimizer(student.module, plan.optimizer),
-        checkpoints=Checkpoints(work / "checkpoints", plan.checkpoint.keep_last),
+        saver=Saver(
+            Checkpoints(work / "checkpoints", plan.checkpoint.keep_last, plan.checkpoint.keep_best),
+            identity,
+            world,
+            spread=student.root is not None,
+        ),
         identity=identity,
         loss=DistillationLoss(
             divergence=logits.divergence,
@@ -122,8 +121,48 @@ def prepare(
             cross_entropy=plan.loss.cross_entropy,
             chunk_tokens=plan.loss.chunk_tokens,
         ),
-        compute_dtype=DTYPES[getattr(plan.compute_dtype, world.device.type)],
+        compute_dtype=_compute_dtype(plan, world),
     )
+
+
+def _compute_dtype(plan: TrainingPlan, world: World) -> torch.dtype:
+    return DTYPES[getattr(plan.compute_dtype, world.device.type)]
+
+
+def _load_teacher(loaded: LoadedPlan, plan: TrainingPlan, world: World) -> LanguageModel:
+    """The teacher, frozen, whole on this rank or spread over all."""
+
+    def spread(model: LanguageModel) -> LanguageModel:
+        model.module.requires_grad_(False)
+        return shard_teacher(model, world)
+
+    place = spread if world.size > 1 and plan.layout.teacher == "sharded" else None
+    teacher = load_model(loaded, "teacher", plan.teacher, DTYPES[plan.teacher.dtype], world.device, place)
+    teacher.module.requires_grad_(False)
+    return teacher
+
+
+def _load_student(loaded: LoadedPlan, plan: TrainingPlan, world: World) -> LanguageModel:
+    """The student in fp32, whole on this rank or spread over all; one rank alone spreads nothing, unless its weights
+    rest in host memory."""
+
+    def spread(model: LanguageModel) -> LanguageModel:
+        return shard_student(model, world, _compute_dtype(plan, world), cpu_offload=plan.layout.cpu_offload)
+
+    spreads = plan.layout.student == "sharded" and (world.size > 1 or plan.layout.cpu_offload)
+    student = load_model(loaded, "student", plan.student, torch.float32, world.device, spread if spreads else None)
+    if not spreads:
+        for parameter in student.module.parameters():
+            # Storage of our own, aligned as every allocation is: that of a mapped file is not, and sums may depend
+            # on it.
+            parameter.data = parameter.data.clone()
+    if plan.compile:
+        compile_layers(student)
+    if plan.gradient_checkpointing:
+        module = student.module  # the first name is that of transformers 5.23 and later
+        enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return student
 
 
 def _open_data(
@@ -140,8 +179,7 @@ def _open_data(
 
 def resume(loaded: LoadedPlan, run: Run, progress: Progress) -> TrainerState:
     """How far this training already is; weights and moments are set to where they were then."""
-    with run.world.leader_first():
-        checkpoint = run.checkpoints.newest(progress)
+    checkpoint = run.saver.checkpoints.newest(progress, run.world)
     if checkpoint is None:
         return run.state_after(0)
     require_same_training(loaded, checkpoint.identity, run.identity)

@@ -12,9 +12,10 @@ from torch import Tensor
 from minitron.runtime.checkpoint import TrainerState
 from minitron.runtime.data import Batch
 from minitron.runtime.disk import writing
+from minitron.runtime.gradients import sum_and_clip
 from minitron.runtime.held_out import autocast
 from minitron.runtime.hidden_states import States
-from minitron.runtime.loss import SampledTargets, distillation_loss
+from minitron.runtime.loss import Head, SampledTargets, distillation_loss
 from minitron.runtime.optimizer import set_learning_rate
 from minitron.runtime.order import mix
 from minitron.runtime.schedule import learning_rate
@@ -45,10 +46,7 @@ def train_step(run: Run, state: TrainerState) -> dict[str, float]:
         total, terms = _loss(run, micro.to(world.device), targets, normaliser)
         total.backward()  # type: ignore[no-untyped-call]
         sums += torch.stack([total.detach(), *terms])
-    parameters = list(run.student.module.parameters())
-    world.sum_gradients(parameters)
-    most = plan.optimizer.clip_grad_norm
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if most is None else most))
+    grad_norm = sum_and_clip(list(run.student.module.parameters()), plan.optimizer.clip_grad_norm, world)
     loss, divergence, cross_entropy, hidden_states = world.sum(sums).tolist()
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         raise _not_finite(
@@ -71,17 +69,33 @@ def train_step(run: Run, state: TrainerState) -> dict[str, float]:
 def _loss(run: Run, batch: Batch, targets: SampledTargets | None, normaliser: float) -> tuple[Tensor, list[Tensor]]:
     """The share of one micro batch in the loss of the global batch, and of its terms: divergence, cross-entropy,
     hidden states."""
-    teacher_TE, teacher_head, hidden = None, None, run.hidden
     recording: AbstractContextManager[tuple[States, States]] = (
-        nullcontext(({}, {})) if hidden is None else hidden.recording()
+        nullcontext(({}, {})) if run.hidden is None else run.hidden.recording()
     )
     with recording as (theirs, ours):
-        if run.teacher is not None:
+        teacher_TE, teacher_head = None, None
+        if (teacher := run.teacher) is not None:
             with torch.no_grad():
-                teacher_TE = batch.pick(run.teacher.hidden_states(batch.input_ids_BL))
-            teacher_head = run.teacher.head
-        with autocast(run.world.device, run.compute_dtype):
-            student_TD = batch.pick(run.student.hidden_states(batch.input_ids_BL))
+                teacher_TE = teacher.gathered(lambda: batch.pick(teacher.hidden_states(batch.input_ids_BL)))
+            teacher_head = teacher.head  # stays gathered: see `shard_teacher`
+        # All of the student's part in there: the loss reads the weight of the head.
+        return run.student.gathered(
+            lambda: _student_loss(run, batch, teacher_TE, teacher_head, targets, theirs, ours, normaliser)
+        )
+
+
+def _student_loss(
+    run: Run,
+    batch: Batch,
+    teacher_TE: Tensor | None,
+    teacher_head: Head | None,
+    targets: SampledTargets | None,
+    theirs: States,
+    ours: States,
+    normaliser: float,
+) -> tuple[Tensor, list[Tensor]]:
+    with autocast(run.world.device, run.compute_dtype):
+        student_TD = batch.pick(run.student.hidden_states(batch.input_ids_BL))
     terms = distillation_loss(
         run.loss,
         student_TD,
@@ -93,10 +107,10 @@ def _loss(run: Run, batch: Batch, targets: SampledTargets | None, normaliser: fl
         compute_dtype=run.compute_dtype,
         targets=targets,
     )
-    if hidden is None:
+    if run.hidden is None:
         return terms.total, [terms.divergence, terms.cross_entropy, torch.zeros_like(terms.divergence)]
     logits_T = terms.divergence_T * (run.loss.weight * run.loss.temperature**2)
-    distance = hidden.loss(
+    distance = run.hidden.loss(
         batch, theirs, run.student, ours, logits_T, normaliser=normaliser, compute_dtype=run.compute_dtype
     )
     return terms.total + distance.total, [terms.divergence, terms.cross_entropy, distance.distance]

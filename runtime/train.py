@@ -3,6 +3,7 @@ lost."""
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import time
@@ -22,13 +23,15 @@ from minitron.runtime.hidden_states import remove_projection
 from minitron.runtime.interrupt import Interrupt, interrupts
 from minitron.runtime.metrics import MetricsLog, read_metrics
 from minitron.runtime.models import DTYPES, model_folder
-from minitron.runtime.output import write_model
+from minitron.runtime.output import Weights, whole_weights, write_model
+from minitron.runtime.pieces import model_pieces, optimizer_pieces
 from minitron.runtime.plan import LoadedPlan, read_plan, resume_identity
 from minitron.runtime.setup import Run, prepare, require_same_training, resume
 from minitron.runtime.step import train_step
 from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.world import World, join_world
 from minitron.specs.atomic import remove_leftovers, write_text
+from minitron.specs.errors import WorkError
 from minitron.specs.progress import Progress, Silent
 
 FINISHED = "finished.json"
@@ -66,8 +69,10 @@ def train(build: Path, *, device: str | None, progress: Progress) -> None:
         state = resume(loaded, run, progress)
         with interrupt.deferring():
             _learn(run, state, interrupt, progress)
+        remove_projection(run.student)
+        weights = whole_weights(run.student, DTYPES[plan.student.dtype], world)
         if world.leads:
-            _finish(loaded, run)
+            _finish(loaded, run, weights)
             progress.message(f"trained: {output}")
         world.wait()
 
@@ -94,18 +99,22 @@ def corrected(
                 correction.remember(before)
         with interrupt.deferring():
             _learn(run, state, interrupt, progress, "correct teacher")
+        weights = whole_weights(run.student, DTYPES[run.plan.student.dtype], world)
         if world.leads:
-            _finish_correction(correction, run, progress)
+            _finish_correction(correction, run, weights, progress)
         world.wait()
+        # Hooks and modules hold each other: without this the memory of this training is still taken in the next.
+        del run, weights
+        gc.collect()
     return with_corrected_teacher(loaded, correction)
 
 
-def _finish_correction(correction: Correction, run: Run, progress: Progress) -> None:
+def _finish_correction(correction: Correction, run: Run, weights: Weights, progress: Progress) -> None:
     lines = [line for line in read_metrics(run.work / METRICS) if "held_out_loss" in line]
     before, after = correction.before(), lines[-1]["held_out_loss"] if lines else None
     plan = correction.plan
     files = record(correction, before, after)
-    write_model(run.student, DTYPES[plan.student.dtype], correction.source, correction.output, plan.name, [], files)
+    write_model(run.student, weights, correction.source, correction.output, plan.name, [], files)
     measured = "" if before is None or after is None else f": held-out loss {before:.4f} before, {after:.4f} after"
     progress.message(f"corrected the teacher{measured}")
 
@@ -141,7 +150,11 @@ def _learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progre
     ):
         while state.step < plan.steps:
             start, before = time.perf_counter(), state
-            figures = train_step(run, before)
+            try:
+                figures = train_step(run, before)
+            except WorkError:  # what all ranks saw together: the checkpoint that is being written is worth having
+                run.saver.finish()
+                raise
             state = run.state_after(before.samples + plan.global_batch_size)
             rate = plan.step_tokens / (time.perf_counter() - start)
             line = {"step": state.step, "tokens": state.tokens, **figures, "tokens_per_second": round(rate, 1)}
@@ -152,9 +165,12 @@ def _learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progre
             if metrics is not None:
                 metrics.write(line)
             task.advance(plan.step_tokens, **{key: line[key] for key in ("loss", "held_out_loss", "lr") if key in line})
-            stop = world.any(interrupt.requested)
+            stop, writing, failed = world.any_of(interrupt.requested, *run.saver.status())
+            run.saver.settle(writing=writing, failed=failed)
             if last or stop or _crosses(before, state, plan.checkpoint.every_tokens):
-                _save(run, state, metrics)
+                _save(run, state, metrics, line.get("held_out_loss"))
+            if last or stop:
+                run.saver.finish()
             if stop and not last:
                 progress.message(f"interrupted after step {state.step}; train again to go on from there")
                 raise KeyboardInterrupt
@@ -188,14 +204,15 @@ def _metrics(run: Run, state: TrainerState, progress: Progress) -> Iterator[Metr
         yield log
 
 
-def _save(run: Run, state: TrainerState, metrics: MetricsLog | None) -> None:
+def _save(run: Run, state: TrainerState, metrics: MetricsLog | None, held_out_loss: float | None) -> None:
     if metrics is not None:
         metrics.sync()
-        run.checkpoints.save(state, run.student.module, run.optimizer, run.identity)
-    run.world.wait()
+    module = run.student.module
+    pieces = {"model": model_pieces(module), "optimizer": optimizer_pieces(module, run.optimizer)}
+    run.saver.start(state, pieces, held_out_loss)
 
 
-def _finish(loaded: LoadedPlan, run: Run) -> None:
+def _finish(loaded: LoadedPlan, run: Run, weights: Weights) -> None:
     """The final model, and the note that this training is done."""
     plan = run.plan
     loss = f"{plan.loss.logits.divergence} to the teacher with weight {plan.loss.logits.weight:g}"
@@ -206,7 +223,6 @@ def _finish(loaded: LoadedPlan, run: Run) -> None:
     report = [f"Trained on {plan.steps * plan.step_tokens:,} tokens: {loss}."]
     if lines := [line for line in read_metrics(run.work / METRICS) if "held_out_loss" in line]:
         report.append(f"Loss on held-out text: {lines[-1]['held_out_loss']:.4f} nats a token.")
-    remove_projection(run.student)
     source = model_folder(loaded, "student", plan.student)
-    write_model(run.student, DTYPES[plan.student.dtype], source, loaded.folder / plan.output, plan.name, report)
+    write_model(run.student, weights, source, loaded.folder / plan.output, plan.name, report)
     write_text(run.work / FINISHED, json.dumps({"format_version": 1, "identity": run.identity}, indent=1) + "\n")

@@ -1,22 +1,27 @@
 """The processes that train together. One process alone is a world of size 1, in which all of this costs nothing.
 
-Data parallel: every rank holds the whole student, computes its share of each global batch, and gradients are
-summed. What is divided by the global count of valid tokens before it is summed needs no other treatment.
+Data parallel: every rank computes its share of each global batch, and gradients are summed. What is divided by the
+global count of valid tokens before it is summed needs no other treatment.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from minitron.runtime.devices import pick_device
 from minitron.specs.errors import UsageError
+
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+"""Beside a GPU the CPU has a backend too: weights that rest in host memory are reduced there."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +50,20 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on any rank."""
-        if self.size == 1:
-            return flag
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+        return self.any_of(flag)[0]
 
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        if self.size > 1:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    dist.all_reduce(parameter.grad)
+    def any_of(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag whether it is so on any rank."""
+        if self.size == 1:
+            return flags
+        counts = self.sum(torch.tensor([float(flag) for flag in flags], device=self.device))
+        return tuple(bool(count) for count in counts.tolist())
+
+    def mesh(self) -> DeviceMesh:
+        """All ranks in a row, to spread tensors over. A world of one can have one too."""
+        if not dist.is_initialized():
+            dist.init_process_group(_BACKENDS[self.device.type], store=HashStore(), rank=0, world_size=1)
+        return init_device_mesh(self.device.type, (self.size,))
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:
@@ -77,13 +87,17 @@ def join_world(device: str | None) -> Iterator[World]:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if size == 1:
-        yield World(0, 1, chosen)
+        try:
+            yield World(0, 1, chosen)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
         return
     if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
         raise UsageError("WORLD_SIZE is set without RANK and MASTER_ADDR; start with torchrun, or unset WORLD_SIZE")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    dist.init_process_group(_BACKENDS[chosen.type])
     dist.barrier()  # all are connected now: a rank that refuses the plan at once is not one that another cannot reach
     try:
         yield World(dist.get_rank(), size, chosen)

@@ -81,20 +81,28 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old.tmp")
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         with _errors_of(target):
             yield temporary
-        for path in [temporary, *temporary.rglob("*")]:
-            _usual_mode(path)
-            if path.is_dir():
-                sync_folder(path)
-            else:
-                with path.open("rb") as handle:
-                    os.fsync(handle.fileno())
+        publish_folder(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish_folder(temporary: Path, target: Path) -> None:
+    """Syncs a folder that is complete and gives it the name `target`, in the place of what had it."""
+    for path in [temporary, *temporary.rglob("*")]:
+        _usual_mode(path)
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
+    old = target.with_name(f".{target.name}.{os.getpid()}.old.tmp")
+    shutil.rmtree(old, ignore_errors=True)
+    try:
         if target.exists():
             target.replace(old)
         temporary.replace(target)
@@ -102,8 +110,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     finally:
         if old.exists() and not target.exists():
             old.replace(target)
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:

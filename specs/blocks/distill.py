@@ -100,6 +100,19 @@ class Loss(Block):
     """Tokens whose logits exist at one time: more is faster, less takes less memory."""
 
 
+class Layout(Block):
+    """What each device holds, where several train together."""
+
+    student: Literal["sharded", "replicated"] = "sharded"
+    """`sharded`: every device holds its share of the weights, gradients and moments (FSDP); `replicated`: all of them."""
+
+    teacher: Literal["sharded", "replicated"] | None = None
+    """The same for the teacher. Left out: replicated up to 32 GiB of weights, sharded beyond."""
+
+    cpu_offload: bool = False
+    """The student's weights, gradients and moments rest in host memory: slower, for a device that cannot hold them."""
+
+
 class Checkpoint(Block):
     """What is kept to go on from after an interruption."""
 
@@ -108,6 +121,9 @@ class Checkpoint(Block):
 
     keep_last: PositiveInt = 2
     """How many checkpoints are kept."""
+
+    keep_best: bool = True
+    """The one with the lowest held-out loss is kept as well, of those that were saved when it was measured."""
 
 
 class Distill(Block):
@@ -140,6 +156,12 @@ class Distill(Block):
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
+
+    compile: bool = False
+    """Compile the student's layers with torch.compile: slow to start, faster afterwards."""
+
+    layout: Layout = Layout()
+    """What each device holds, where several train together."""
 
     checkpoint: Checkpoint = Checkpoint()
     """What is kept to go on from after an interruption."""

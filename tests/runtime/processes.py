@@ -7,11 +7,12 @@ runs in them must be importable: it stands here.
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,6 +22,8 @@ import torch
 
 from minitron.specs.errors import MinitronError
 from minitron.specs.progress import Silent
+
+Before = Callable[[], None] | None
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -41,19 +44,19 @@ class Told(Silent):
         return contextlib.nullcontext(self) if name == "train" else super().task(name, total, unit, done)
 
 
-def _train(build: Path, pipe: Connection, before: Callable[[], None] | None) -> None:
+def _train(build: Path, pipe: Connection, before: Before) -> None:
     from minitron.runtime import train
 
     _work(train, build, pipe, before)
 
 
-def _capture(build: Path, pipe: Connection, before: Callable[[], None] | None) -> None:
+def _capture(build: Path, pipe: Connection, before: Before) -> None:
     from minitron.runtime import capture
 
     _work(capture, build, pipe, before)
 
 
-def _work(command: Any, build: Path, pipe: Connection, before: Callable[[], None] | None) -> None:
+def _work(command: Any, build: Path, pipe: Connection, before: Before) -> None:
     torch.set_num_threads(1)
     if before is not None:
         before()
@@ -66,7 +69,7 @@ def _work(command: Any, build: Path, pipe: Connection, before: Callable[[], None
         pipe.send(f"{type(error).__name__}: {error}")
 
 
-def start(build: Path, before: Callable[[], None] | None = None, work: Any = _train) -> tuple[BaseProcess, Connection]:
+def start(build: Path, before: Before = None, work: Any = _train) -> tuple[BaseProcess, Connection]:
     """A process that trains or does other `work`, and where it says `step` at each step and at last `done`, `interrupted`
     or its error."""
     ours, theirs = CONTEXT.Pipe()
@@ -87,7 +90,7 @@ def last_word(process: BaseProcess, pipe: Connection) -> str | None:
     return None if word == "step" else word
 
 
-def train_in_process(build: Path, before: Callable[[], None] | None = None) -> str | None:
+def train_in_process(build: Path, before: Before = None) -> str | None:
     return last_word(*start(build, before))
 
 
@@ -124,8 +127,8 @@ def kill_during_second_checkpoint() -> None:
 
     real, written = checkpoint.save_file, []
 
-    def save_file(tensors: Any, path: Path) -> None:
-        real(tensors, path)
+    def save_file(tensors: Any, path: Path, *more: Any) -> None:
+        real(tensors, path, *more)
         written.append(path)
         if len(written) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -146,9 +149,22 @@ def kill_before_the_model_is_named() -> None:
     output.model_card = model_card
 
 
-def _rank(
-    rank: int, size: int, port: int, build: Path, pipe: Connection, work: Any, before: Callable[[], None] | None
-) -> None:
+def full_disk_at_second_checkpoint() -> None:
+    """Makes this process find its disk full when half of its second checkpoint is written."""
+    from minitron.runtime import checkpoint
+
+    real, written = checkpoint.save_file, []
+
+    def save_file(tensors: Any, path: Path, *more: Any) -> None:
+        written.append(path)
+        if len(written) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path, *more)
+
+    checkpoint.save_file = save_file
+
+
+def _rank(rank: int, size: int, port: int, build: Path, pipe: Connection, work: Any, before: Before) -> None:
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
@@ -161,20 +177,21 @@ def _rank(
 
 def capture_on_ranks(build: Path, size: int) -> list[str | None]:
     """What each of `size` ranks that capture said at the end."""
-    return train_on_ranks(build, size, _capture, small_shards)
+    return train_on_ranks(build, size, small_shards, work=_capture)
 
 
 def train_on_ranks(
-    build: Path, size: int, work: Any = _train, before: Callable[[], None] | None = None
+    build: Path, size: int, before: Before = None, on: Sequence[int] | None = None, work: Any = _train
 ) -> list[str | None]:
-    """What each of `size` ranks said at the end."""
+    """What each of `size` ranks said at the end. `before` is called in the ranks `on`, or in all of them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     running = []
     for rank in range(size):
         ours, theirs = CONTEXT.Pipe()
-        process = CONTEXT.Process(target=_rank, args=(rank, size, port, build, theirs, work, before), daemon=True)
+        then = before if on is None or rank in on else None
+        process = CONTEXT.Process(target=_rank, args=(rank, size, port, build, theirs, work, then), daemon=True)
         process.start()
         theirs.close()
         running.append((process, ours))

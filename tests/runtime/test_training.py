@@ -104,6 +104,22 @@ def test_recomputing_activations_changes_nothing(build: Path, tmp_path: Path) ->
     assert losses(build) == pytest.approx(losses(tmp_path / "there" / "build", gradient_checkpointing=True), rel=1e-5)
 
 
+def test_compiled_layers_learn_the_same(build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the backend that traces forward and backward and runs them as they are: C++ takes a minute to compile."""
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    calls, real = [], torch.compile
+
+    def compiled(function: Any) -> Any:
+        calls.append(function)
+        return real(function, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    expected = losses(build)
+    assert not calls
+    assert losses(tmp_path / "there" / "build", compile=True) == pytest.approx(expected, rel=1e-5)
+    assert len(calls) == 2, "the layers of the student"
+
+
 def test_bf16_computes_nearly_the_same(build: Path, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     exact = losses(build)

@@ -93,6 +93,14 @@ def test_every_error_comes_at_its_line(tmp_path: Path) -> None:
             "loss.hidden_states.weight: `dynamic` is scaled to the logit loss, whose weight is 0; write a number, or",
         ),
         ({"compute_dtype": {"cpu": "float32"}}, "compute_dtype.cuda: `cuda` is missing"),
+        ({"layout__student": "shardet"}, "layout.student: `shardet` is not possible here; did you mean `sharded`?"),
+        ({"layout__teacher": None}, "layout.teacher: "),
+        ({"layout": {"student": "sharded"}}, "layout.teacher: `teacher` is missing"),
+        (
+            {"layout": {"student": "replicated", "teacher": "replicated", "cpu_offload": True}},
+            "layout.cpu_offload: a student that is replicated stays on its device; write `student: sharded`",
+        ),
+        ({"compile": "yes"}, "compile: "),
         ({"teacher__dtype": "float16"}, "teacher.dtype: `float16` is not possible here; did you mean `bfloat16`?"),
         ({"student__model": 3}, "student.model: `3` is a number, and text is wanted"),
         ({"data": {}}, "data: says no source of documents"),
@@ -123,7 +131,10 @@ def test_a_training_remembers_what_decides_its_result(tmp_path: Path) -> None:
 
     base = identity()
     harmless: dict[str, Any] = {
-        "checkpoint": {"every_tokens": 1, "keep_last": 9},
+        "checkpoint": {"every_tokens": 1, "keep_last": 9, "keep_best": False},
+        "layout": {"student": "replicated", "teacher": "sharded", "cpu_offload": False},
+        "compile": True,
+        "student__flops_per_token": 5,
         "held_out": None,
         "micro_batch_size": 1,
         "loss__chunk_tokens": 8,

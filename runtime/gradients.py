@@ -1,0 +1,42 @@
+"""What happens to gradients between backward and update: the ranks' shares are summed, and the whole is clipped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+
+from minitron.runtime.sharding import local
+from minitron.runtime.world import World
+
+_TINY = 1e-6  # keeps the quotient finite, as in torch.nn.utils.clip_grad_norm_
+
+
+def sum_and_clip(parameters: Sequence[torch.nn.Parameter], most: float | None, world: World) -> float:
+    """Sums over the ranks what backward has not summed already (it has, where a parameter is sharded), scales the
+    gradients down to a norm of `most` where theirs is larger (None: never), and returns the norm before that.
+
+    A norm that is not finite is returned and nothing is scaled.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    for gradient in whole:
+        world.sum(gradient)
+    rows = [local(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
+    norm = _norm(whole)
+    if rows:
+        # This rank's rows are part of a vector that the ranks hold together.
+        squares = world.sum(_norm(rows).to(world.device, torch.float64).square())
+        norm = (squares + norm.to(squares) ** 2).sqrt()
+    if most is not None and bool(norm.isfinite()):
+        scale = most / (float(norm) + _TINY)
+        if scale < 1.0:
+            torch._foreach_mul_(whole + rows, scale)
+    return float(norm)
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    return get_total_norm(tensors) if tensors else torch.zeros(())

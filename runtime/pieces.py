@@ -1,0 +1,126 @@
+"""The state of a training as this rank holds it: whole tensors, or rows of tensors that are spread over the ranks.
+
+A checkpoint is written and read in these pieces, each with its place in the whole tensor. So every rank writes only
+what it has and reads only what it needs, and a training goes on with any number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from minitron.runtime.sharding import local
+
+ROWS = "rows"
+"""Key in the header of a file: JSON, name -> [first row, shape of the whole tensor], for tensors that are not whole."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The rows of `tensor` are those from `start` of a tensor of `shape`."""
+
+    tensor: Tensor
+    start: int
+    shape: tuple[int, ...]
+
+    @property
+    def whole(self) -> bool:
+        return tuple(self.tensor.shape) == self.shape
+
+
+def piece_of(tensor: Tensor) -> Piece:
+    shape = tuple(tensor.shape)
+    if not isinstance(tensor, DTensor):
+        return Piece(tensor.detach(), 0, shape)
+    rows, mesh = local(tensor.detach()), tensor.device_mesh
+    # Rows are dealt as torch.chunk does: equal shares, rounded up, the last ranks have less or none.
+    start = min(mesh.get_local_rank() * -(-shape[0] // mesh.size()), shape[0])
+    return Piece(rows, start, shape)
+
+
+def model_pieces(model: torch.nn.Module) -> dict[str, Piece]:
+    """Parameters and persistent buffers by name; tied weights under their first name."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = {name: value for name, value in model.state_dict().items() if name not in parameters}
+    return {name: piece_of(tensor) for name, tensor in (tensors | buffers).items()}
+
+
+def optimizer_pieces(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Piece]:
+    """What the optimizer remembers of each parameter, as `exp_avg/NAME`."""
+    return {
+        f"{key}/{name}": piece_of(value)
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+class PieceFiles:
+    """Safetensors files that hold the pieces of tensors, read as if the tensors were whole."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        """Reads the headers. OSError and SafetensorError for what is no such file."""
+        self._stack = ExitStack()
+        self._found: dict[str, list[tuple[int, int, Any]]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path in files:
+            file = self._stack.enter_context(safe_open(path, framework="pt"))
+            placed = json.loads((file.metadata() or {}).get(ROWS, "{}"))
+            for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                shape = tuple(file.get_slice(name).get_shape())
+                start, whole = placed.get(name, (0, shape))
+                self.shapes[name] = tuple(whole)
+                self._found.setdefault(name, []).append((start, start + (shape[0] if shape else 1), file))
+
+    def __enter__(self) -> PieceFiles:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stack.close()
+
+    def whole(self, name: str) -> Tensor:
+        """One tensor on the CPU."""
+        shape = self.shapes[name]
+        (_, _, file), *others = self._found[name]
+        if not shape:
+            return file.get_tensor(name)  # type: ignore[no-any-return]
+        rows = [file.get_slice(name)[:] for _, _, file in sorted(self._found[name], key=lambda found: found[0])]
+        return torch.cat(rows) if others else rows[0]
+
+    @torch.no_grad()
+    def fill(self, name: str, piece: Piece) -> bool:
+        """Copies into `piece` what stands there in the whole tensor. False where the files lack any of it."""
+        if self.shapes.get(name) != piece.shape:
+            return False
+        if not piece.shape:
+            piece.tensor.copy_(self.whole(name))
+            return True
+        stop, filled = piece.start + piece.tensor.shape[0], 0
+        for first, last, file in self._found[name]:
+            begin, end = max(first, piece.start), min(last, stop)
+            if begin < end:
+                rows = file.get_slice(name)[begin - first : end - first]
+                piece.tensor[begin - piece.start : end - piece.start].copy_(rows)
+                filled += end - begin
+        return filled == piece.tensor.shape[0]
+
+
+def header(pieces: Mapping[str, Piece]) -> dict[str, str]:
+    """The metadata that says where the pieces belong."""
+    return {ROWS: json.dumps({name: [one.start, one.shape] for name, one in pieces.items() if not one.whole})}
+
+
+def worth_writing(pieces: Mapping[str, Piece], first: bool) -> Iterator[tuple[str, Piece]]:
+    """What this rank has to write: its rows, and whole tensors on the `first` rank alone."""
+    for name, piece in pieces.items():
+        if first if piece.whole else piece.tensor.numel():
+            yield name, piece
