@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from minitron.compiler.costs import ModelCosts
 from minitron.compiler.plan import Plan
 from minitron.compiler.training_plan import training_plan
 from tests.foundry import Foundry
@@ -51,9 +52,30 @@ def test_the_correction_of_the_teacher_stands_before_the_distillation(planned: P
     assert correction["peak_memory_bytes"] >= 16 * plan.teacher_costs.parameters
 
 
+def resolved(plan: Plan, folder: Path, teacher_costs: ModelCosts | None = None) -> dict[str, Any]:
+    costs = teacher_costs or plan.teacher_costs, plan.student_costs
+    return training_plan(plan.loaded, folder, plan.checkpoint, plan.head, plan.head, "layers", "0", *costs)
+
+
+def test_the_training_plan_says_where_each_model_lies(planned: Planned, tmp_path: Path) -> None:
+    plan = planned({})
+    assert resolved(plan, tmp_path)["layout"] == {"student": "sharded", "teacher": "replicated", "cpu_offload": False}
+    large = replace(plan.teacher_costs, weight_bytes=33 * 2**30)
+    assert resolved(plan, tmp_path, large)["layout"]["teacher"] == "sharded", "it leaves no room for the student"
+    asked = {"student": "replicated", "teacher": "replicated", "cpu_offload": False}
+    assert resolved(planned({"layout": asked, "compile": True}), tmp_path, large)["layout"] == asked
+
+
+def test_the_training_plan_knows_what_a_forward_costs(planned: Planned, tmp_path: Path) -> None:
+    plan = planned({})
+    document = resolved(plan, tmp_path)
+    student, teacher = (document[side]["flops_per_token"] for side in ("student", "teacher"))
+    assert 3 * student + teacher == phases(plan)["distill"]["flops"] // TOKENS
+
+
 def test_the_training_plan_resolves_the_correction(planned: Planned, tmp_path: Path) -> None:
     plan = planned({}, teacher_correction={"tokens": 6400})
-    document = training_plan(plan.loaded, tmp_path, plan.checkpoint, plan.head, plan.head, "layers", "0")
+    document = resolved(plan, tmp_path)
     correction = document["teacher_correction"]
     assert correction["tokens"] == 6400 and correction["optimizer"]["lr"] == 2e-5
     assert correction["every_tokens"] == 320  # twenty checkpoints
