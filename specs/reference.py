@@ -1,6 +1,6 @@
 """The spec reference in docs/, written from the JSON Schema, so that it cannot say anything else.
 
-`python -m minitron.specs.reference` writes both anew into a checkout; a test compares.
+`python -m minitron.specs.reference` writes both anew, and docs/json.md, into a checkout; a test compares.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from minitron.specs import output_reference
 from minitron.specs.atomic import write_text
 from minitron.specs.schema import JsonSchema, json_schema, json_schema_text
 
@@ -133,9 +134,10 @@ def _range(node: JsonSchema) -> str:
 
 
 def main() -> None:
-    """Writes the committed schema and the reference anew."""
+    """Writes the committed schema and the references anew."""
     write_text(SCHEMA_FILE, json_schema_text())
     write_text(REFERENCE_FILE, reference_text())
+    write_text(output_reference.REFERENCE_FILE, output_reference.output_reference_text())
 
 
 if __name__ == "__main__":

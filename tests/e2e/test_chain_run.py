@@ -10,6 +10,7 @@ import yaml
 
 from minitron.cli.main import command_line
 from tests.foundry import Foundry
+from tests.output import conforms
 
 SHARED = """\
 importance: {data: {text: [corpus.txt], document: line, samples: 4, sequence_length: 32}}
@@ -69,17 +70,34 @@ def test_a_chain_from_the_first_run_to_a_change_above(chain: Chain) -> None:
     large = json.loads((chain.build("large") / "plan.json").read_text())
     assert results["models"]["teacher"]["parameters"] == large["student"]["parameters"]
 
+    for name, path in (("plan", "plan.json"), ("verification", "verification.json"), ("eval", "results.json")):
+        conforms(name, json.loads((chain.build("small") / path).read_text()))
+    for line in (chain.build("small") / "train" / "metrics.jsonl").read_text().splitlines():
+        conforms("step", json.loads(line))
+    for command, options, what in (("show", [], "builds/small"), ("diff", ["builds/large"], "builds/small")):
+        code, out, err = chain(command, *(str(chain.folder / one) for one in options), "--json", spec=what)
+        assert code == 0, err
+        conforms(command, json.loads(out))
+    assert json.loads(out)["results"] is None and json.loads(out)["selection"]
+    code, out, _ = chain("lock", "--json")
+    conforms("lock", json.loads(out))
+    assert json.loads(out)["changed"] is False
+
     before = {path: path.stat().st_mtime_ns for path in chain.folder.rglob("*.safetensors")}
     code, _, err = chain("run")
     assert code == 0 and "is finished and becomes the teacher, skipped" in err and "is up to date with" in err
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
     (chain.folder / "large.yaml").write_text(LARGE.replace("tokens: 512", "tokens: 1024"))
-    code, out, err = chain("plan", "--detailed-exitcode", "--markdown")
+    code, out, err = chain("plan", "--detailed-exitcode", "--json")
     assert code == 3 and "is compiled from other inputs: teacher sha256 is built from" in err
-    assert "large is compiled from another version of the spec" in out
+    assert "large is compiled from another version of the spec" in json.loads(out)["remarks"][0]
+    conforms("plan", json.loads(out))
     code, _, err = chain("plan", "--locked")
     assert code == 2 and "small.lock.yaml:" in err and "teacher sha256: is locked at" in err
     assert "`minitron lock small.yaml` renews it" in err
-    code, _, err = chain("compile")
-    assert code == 2 and "large is compiled from another version of the spec; `minitron run large.yaml` first" in err
+    code, out, _ = chain("compile", "--json")
+    conforms("errors", json.loads(out))
+    (error,) = json.loads(out)["errors"]
+    assert code == 2 and error["message"].endswith("large is compiled from another version of the spec")
+    assert error["hint"].startswith("`minitron run large.yaml` first")
