@@ -41,7 +41,7 @@ def evaluate(build: Path, *, device: str | None, progress: Progress) -> dict[str
     """
     loaded = read_plan(build)
     plan = loaded.plan
-    check_suite(plan.evaluate)
+    check_suite(plan.evaluate, loaded.folder)
     with interrupts(), join_world(device) as world:
         progress = progress if world.leads else Silent()
         encoder = TextEncoder.load(loaded.folder / plan.tokenizer)
@@ -134,7 +134,7 @@ def _measure(
         "weight_bytes": weight_bytes(folder),
         "held_out": None if loss is None else {"loss": loss.loss, "perplexity": loss.perplexity, "tokens": loss.tokens},
         "tokens_per_second": round(tokens_per_second(model, start, _SPEED_TOKENS), 1),
-        "tasks": run_suite(model, encoder.tokenizer, plan, batch_size),
+        "tasks": run_suite(model, encoder.tokenizer, plan, loaded.folder, batch_size),
         "continuation": None
         if prompt is None
         else _text(encoder, continue_greedily(model, prompt, plan.continuation_tokens)),

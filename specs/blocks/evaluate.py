@@ -25,7 +25,8 @@ class Evaluate(Block):
     """`minitron-9`: the nine benchmarks of the published table; or a list of lm-eval tasks."""
 
     data_dir: Text | None = None
-    """A folder, relative to this file, with local copies of the tasks' data instead of the Hub."""
+    """A folder, relative to this file, with local copies of the tasks' data instead of the Hub: `TASK.jsonl` for each task
+    of `suite`, and where its examples come from another split `TASK.train.jsonl`."""
 
     held_out: DataSource | None = None
     """Text that is never trained on, for loss and perplexity."""

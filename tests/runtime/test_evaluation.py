@@ -105,13 +105,45 @@ def test_a_suite_without_lm_eval(build: Path, monkeypatch: pytest.MonkeyPatch) -
         run(build, evaluate__suite=["hellaswag"])
 
 
-def test_local_data_for_a_suite(build: Path) -> None:
-    with pytest.raises(UsageError, match=r"evaluate\.data_dir is not available in this version; write null"):
-        run(build, evaluate__suite=["hellaswag"], evaluate__data_dir="benchmarks")
+def fake_harness(monkeypatch: pytest.MonkeyPatch, simple_evaluate: Any) -> None:
+    """The harness's interface as version 0.4 has it; the tasks themselves are its own affair."""
+    harness = SimpleNamespace(HFLM=lambda **given: SimpleNamespace(**given))
+    tasks = ["arc_challenge", "hellaswag", "mmlu"]
+    index = {task: SimpleNamespace(yaml_path=f"/harness/{task}.yaml") for task in tasks}
+    manager = SimpleNamespace(all_tasks=tasks, all_subtasks=tasks[:-1], task_index=index)
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
+    monkeypatch.setitem(sys.modules, "lm_eval.models", SimpleNamespace(huggingface=harness))
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", harness)
+
+    def make(include_path: str | None = None) -> Any:
+        return SimpleNamespace(**vars(manager), include_path=include_path)
+
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", SimpleNamespace(TaskManager=make))
+
+
+def never(**_: Any) -> Any:
+    raise AssertionError("nothing must be run")
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "message"),
+    [
+        ("helaswag", None, r"lm-eval has no task `helaswag`; did you mean `hellaswag`\?"),
+        ("mmlu", "bench", r"`mmlu` is a group of tasks, .* name the tasks themselves"),
+        ("hellaswag", "nowhere", r"evaluate\.data_dir: there is no folder .*nowhere"),
+        ("hellaswag", "bench", r"bench has no data for hellaswag; put hellaswag\.jsonl there"),
+    ],
+)
+def test_a_suite_that_cannot_be_run_is_refused_before_anything_begins(
+    build: Path, monkeypatch: pytest.MonkeyPatch, task: str, data: str | None, message: str
+) -> None:
+    fake_harness(monkeypatch, never)
+    (build / "bench").mkdir()
+    with pytest.raises(UsageError, match=message):
+        run(build, evaluate__suite=[task], evaluate__data_dir=data)
 
 
 def test_a_suite_is_run_by_lm_eval(build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness's interface as version 0.4 has it; the tasks themselves are its own affair."""
     asked: list[Any] = []
 
     def simple_evaluate(*, model: Any, tasks: list[str], **_: Any) -> dict[str, Any]:
@@ -119,10 +151,7 @@ def test_a_suite_is_run_by_lm_eval(build: Path, monkeypatch: pytest.MonkeyPatch)
         figures = {"alias": "hellaswag", "acc,none": 0.25, "acc_stderr,none": 0.1, "acc_norm,none": 0.5}
         return {"results": {"hellaswag": figures | {"acc_norm_stderr,none": 0.2}}}
 
-    harness = SimpleNamespace(HFLM=lambda **given: SimpleNamespace(**given))
-    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
-    monkeypatch.setitem(sys.modules, "lm_eval.models", SimpleNamespace(huggingface=harness))
-    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", harness)
+    fake_harness(monkeypatch, simple_evaluate)
     results = run(build, evaluate__suite=["hellaswag"])
     assert results["models"]["pruned"]["tasks"] == {"hellaswag": {"metric": "acc_norm", "value": 0.5, "stderr": 0.2}}
     assert asked == [("LlamaForCausalLM", ["hellaswag"])] * 2

@@ -114,6 +114,16 @@ def test_missing_data_of_a_spec_is_said_at_its_places(load: Load, tmp_path: Path
     assert check_data(loaded) == []
 
 
+def test_a_folder_of_benchmarks_that_is_not_there(load: Load, tmp_path: Path) -> None:
+    loaded = load(SMALL + "evaluate: {suite: [hellaswag], data_dir: bench/}\n")
+    (tmp_path / "a.txt").write_text("text")
+    (error,) = check_data(loaded)
+    assert (error.line, error.column, error.path) == (6, 42, "evaluate.data_dir")
+    assert error.message == "there is no folder `bench/`" and "paths are relative to" in error.hint
+    (tmp_path / "bench").mkdir()
+    assert check_data(loaded) == []
+
+
 def test_a_source_without_a_document_is_refused(corpus: Path) -> None:
     with pytest.raises(WorkError, match=r"there is no document in `text: .*blank\.txt`"):
         read(corpus, text="blank.txt")
