@@ -56,7 +56,10 @@ def open_checkpoint(model: str, revision: str | None, base: Path, *, weights: bo
         raise UsageError(
             f"there is no folder {local}; write a folder relative to the spec, or a Hugging Face id (owner/name)"
         )
-    found = snapshot(model, revision, [*SMALL_FILES, *(["*.safetensors"] if weights else [])])
+    if weights:
+        found = snapshot(model, revision, [*SMALL_FILES, "*.safetensors"])
+    else:
+        found = snapshot(model, revision, SMALL_FILES, enough=["config.json"])
     return read_checkpoint(model, found.folder, weights=weights, commit=found.commit)
 
 

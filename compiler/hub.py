@@ -28,15 +28,21 @@ class Snapshot:
     commit: str
 
 
-def snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> Snapshot:
-    """Fetches the files of a model that match one of `patterns`, or finds them in the cache.
+def snapshot(repo: str, revision: str | None, patterns: Sequence[str], *, enough: Sequence[str] = ()) -> Snapshot:
+    """Fetches the files of a model that match one of `patterns`, or finds them in the cache; offline a cache that holds
+    the files `enough` will do.
 
     WrongRevision and UsageError say what to do about it where they are not to be had.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import IncompleteSnapshotError
 
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+    except IncompleteSnapshotError as error:
+        folder = Path(error.snapshot_path)
+        if not enough or not all((folder / name).is_file() for name in enough):
+            raise refusal(repo, revision, error) from None
     except Exception as error:  # a dozen kinds from two libraries
         raise refusal(repo, revision, error) from None
     return Snapshot(folder, folder.name)

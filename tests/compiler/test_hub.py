@@ -168,6 +168,8 @@ def test_what_was_fetched_once_is_there_when_the_network_has_gone(
     assert opened(tmp_path).commit == MAIN
     use_cache(monkeypatch, tmp_path / "cache", offline=True)
     assert opened(tmp_path).commit == MAIN
+    (opened(tmp_path).folder / "tokenizer.json").unlink()
+    assert opened(tmp_path).config.hidden_size == 32, "a plan needs the configuration and nothing else"
     with pytest.raises(UsageError, match="the local cache holds only a part of org/tiny"):
         opened(tmp_path, weights=True)
 
