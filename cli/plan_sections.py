@@ -68,6 +68,11 @@ def _models(plan: Document) -> Section:
     )
     digest = str(spec.get("sha256", ""))[:12]
     notes = [f"spec {spec.get('path', figures.NOTHING)}, sha256 {digest}"] if spec else []
+    teacher = part(plan, "teacher")
+    if teacher.get("model"):
+        commit = teacher.get("commit")
+        pinned = ", pinned by the lock file" if "teacher.revision" in part(spec, "pins") else ""
+        notes.append(f"teacher {teacher['model']}" + (f" at commit {str(commit)[:12]}{pinned}" if commit else ""))
     notes += [str(remark) for remark in plan.get("remarks") or ()]
     return Section(f"Plan {spec.get('name', '')}".rstrip(), columns, rows, tuple(notes))
 

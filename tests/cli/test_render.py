@@ -58,6 +58,12 @@ def test_axes_have_a_status_and_a_reason_and_phases_their_costs(plan: dict[str, 
 
 def test_remarks_stand_below_the_models(plan: dict[str, Any]) -> None:
     assert plan_sections(plan)[0].notes == (f"spec /specs/tiny.yaml, sha256 {'ab' * 6}", "no weight files are there")
+    plan["teacher"]["model"] = "org/large"
+    assert plan_sections(plan)[0].notes[1] == "teacher org/large"
+    plan["teacher"]["commit"] = "0123456789abcdef" * 2
+    assert plan_sections(plan)[0].notes[1] == "teacher org/large at commit 0123456789ab"
+    plan["spec"]["pins"] = {"teacher.revision": plan["teacher"]["commit"]}
+    assert plan_sections(plan)[0].notes[1].endswith("0123456789ab, pinned by the lock file")
     plan["phases"][0]["device"] = "a card"
     assert "device-hours of a card" in on_terminal(plan_sections(plan))
 
