@@ -92,4 +92,6 @@ def _score(score: Document) -> str:
 def _figure(key: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return figures.NOTHING if value is None else str(value)
+    if key.endswith("_bytes") or key == "mfu":
+        return figures.measured(key, value)[1]
     return figures.count(value) if isinstance(value, int) or key.endswith("per_second") else figures.decimal(value)

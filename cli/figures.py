@@ -59,6 +59,16 @@ def decimal(value: float | None, digits: int = 4) -> str:
     return f"{value:.{digits}g}"
 
 
+def measured(key: str, value: float | str) -> tuple[str, str]:
+    """A figure of a running task as its name and its value, for people: what ends in `_bytes` is a size, `mfu` a share."""
+    name = key.removesuffix("_bytes").replace("held_out_", "held-out ").replace("_", " ")
+    if isinstance(value, str):
+        return name, value
+    if key.endswith("_bytes"):
+        return name, size(value)
+    return name, percent(value) if key == "mfu" else decimal(value)
+
+
 def duration(seconds: float | None) -> str:
     """Time left or taken: `42s`, `3m05s`, `2h10m`, `4d03h`."""
     if seconds is None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.panel import Panel
 from rich.progress import BarColumn, ProgressColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 from rich.progress import Task as BarTask
+from rich.table import Table
 from rich.text import Text
 
 from minitron.cli import figures
@@ -23,6 +25,9 @@ LINE_SHARE = 0.1
 LEAST_SECONDS = 1.0
 # Over days a line every ten seconds would be a log of its own: the interval grows with the time that has passed.
 LINE_ELAPSED_SHARE = 0.01
+
+# As many figures of a task stand beside its bar; more would not fit into the line of a terminal, and get a panel.
+IN_LINE = 2
 
 
 def progress_for(console: Console) -> Progress:
@@ -88,11 +93,30 @@ class _LineTask:
         return f"{self._name}: " + ", ".join([*parts, *_words(self._figures)])
 
 
+class _Panels(Bars):
+    """Bars below each other; those of tasks with many figures are followed by a panel with these."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if len(task.fields["figures"]) > IN_LINE:
+                yield Panel.fit(_grid(task.fields["figures"]), title=task.description, border_style="dim")
+
+
+def _grid(values: dict[str, float | str]) -> Table:
+    """Names above values."""
+    names, texts = zip(*(figures.measured(key, one) for key, one in values.items()), strict=True)
+    table = Table.grid(padding=(0, 3))
+    table.add_row(*(Text(name, style="dim") for name in names))
+    table.add_row(*(Text(text, style="bold") for text in texts))
+    return table
+
+
 class BarProgress:
-    """Bars on a terminal. Tasks may be nested; each has its bar."""
+    """Bars on a terminal, the figures of training in a panel of their own. Tasks may be nested; each has its bar."""
 
     def __init__(self, console: Console) -> None:
-        self._bars = Bars(
+        self._bars = _Panels(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             _Words(),
@@ -108,7 +132,7 @@ class BarProgress:
         if self._open == 0:
             self._bars.start()
         self._open += 1
-        identifier = self._bars.add_task(name, total=total, unit=unit, before=done, words=())
+        identifier = self._bars.add_task(name, total=total, unit=unit, before=done, figures={})
         self._bars.update(identifier, completed=done)
         try:
             yield _Bar(self._bars, identifier)
@@ -132,7 +156,7 @@ class _Bar:
 
     def advance(self, amount: float = 1.0, **shown: float | str) -> None:
         self._figures.update(shown)
-        self._bars.update(self._identifier, advance=amount, words=_words(self._figures))
+        self._bars.update(self._identifier, advance=amount, figures=dict(self._figures))
 
 
 class _Words(ProgressColumn):
@@ -147,7 +171,8 @@ class _Words(ProgressColumn):
             parts.append(f"{figures.short(rate)} {unit}/s")
             left = None if task.finished else figures.duration((task.total or 0.0) / rate - task.completed / rate)
             parts.append(f"{left} left" if left else f"in {figures.duration(elapsed)}")
-        return Text(", ".join([*parts, *task.fields["words"]]))
+        shown = task.fields["figures"]
+        return Text(", ".join([*parts, *(_words(shown) if len(shown) <= IN_LINE else ())]))
 
 
 def _amount(done: float, total: float, unit: str) -> str:
@@ -156,4 +181,4 @@ def _amount(done: float, total: float, unit: str) -> str:
 
 
 def _words(values: dict[str, float | str]) -> tuple[str, ...]:
-    return tuple(f"{key} {one if isinstance(one, str) else figures.decimal(one)}" for key, one in values.items())
+    return tuple(" ".join(figures.measured(key, one)) for key, one in values.items())

@@ -55,6 +55,14 @@ class Run:
     loss: DistillationLoss
     compute_dtype: torch.dtype
 
+    @property
+    def flops_per_token(self) -> int | None:
+        """Of a step: the student's forward and its backward, which is twice as much, and the teacher's forward."""
+        student, teacher = self.plan.student.flops_per_token, self.plan.teacher.flops_per_token
+        if student is None or (self.teacher is not None and teacher is None):
+            return None
+        return 3 * student + (teacher or 0 if self.teacher is not None else 0)
+
     def state_after(self, samples: int) -> TrainerState:
         return TrainerState(samples // self.plan.global_batch_size, samples, samples * self.plan.sequence_length)
 

@@ -29,6 +29,7 @@ from minitron.runtime.plan import LoadedPlan, read_plan, resume_identity
 from minitron.runtime.setup import Run, prepare, require_same_training, resume
 from minitron.runtime.step import train_step
 from minitron.runtime.tokens import TextEncoder
+from minitron.runtime.utilisation import peak_flops, peak_memory, utilisation
 from minitron.runtime.world import World, join_world
 from minitron.specs.atomic import remove_leftovers, write_text
 from minitron.specs.errors import WorkError
@@ -36,6 +37,8 @@ from minitron.specs.progress import Progress, Silent
 
 FINISHED = "finished.json"
 METRICS = "metrics.jsonl"
+SHOWN = ("loss", "held_out_loss", "lr", "mfu", "memory_bytes")
+"""What a user sees while it runs, beside tokens, their rate and the time left."""
 
 
 def train(build: Path, *, device: str | None, progress: Progress) -> None:
@@ -142,6 +145,7 @@ def _learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progre
     What is measured and saved when depends on the tokens alone, so a training that was killed is the same training.
     """
     plan, world = run.plan, run.world
+    peak = peak_flops(world.device, run.compute_dtype)
     measure_every = plan.held_out.every_tokens if plan.held_out is not None else None
     with (
         torch.random.fork_rng([world.device] if world.device.type == "cuda" else []),
@@ -158,13 +162,16 @@ def _learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progre
             state = run.state_after(before.samples + plan.global_batch_size)
             rate = plan.step_tokens / (time.perf_counter() - start)
             line = {"step": state.step, "tokens": state.tokens, **figures, "tokens_per_second": round(rate, 1)}
+            line["memory_bytes"] = peak_memory(world.device)
+            if (mfu := utilisation(run.flops_per_token, rate, peak, world.size)) is not None:
+                line["mfu"] = round(mfu, 4)
             last = state.step == plan.steps
             if run.held_out is not None and (last or _crosses(before, state, measure_every)):
                 result = _measure_held_out(run)
                 line |= {"held_out_loss": result.loss, "held_out_perplexity": result.perplexity}
             if metrics is not None:
                 metrics.write(line)
-            task.advance(plan.step_tokens, **{key: line[key] for key in ("loss", "held_out_loss", "lr") if key in line})
+            task.advance(plan.step_tokens, **{key: line[key] for key in SHOWN if key in line})
             stop, writing, failed = world.any_of(interrupt.requested, *run.saver.status())
             run.saver.settle(writing=writing, failed=failed)
             if last or stop or _crosses(before, state, plan.checkpoint.every_tokens):

@@ -19,10 +19,11 @@ _TITLES = {
     "held_out_loss": "Held-out loss (nats a token)",
     "lr": "Learning rate",
     "tokens_per_second": "Tokens per second",
+    "mfu": "Model FLOPs utilisation",
     "grad_norm": "Gradient norm",
 }
-# It is the exponential of the held-out loss, and says nothing that the loss does not.
-_NOT_DRAWN = frozenset({"held_out_perplexity"})
+# The exponential of the held-out loss says nothing that the loss does not, and the most memory so far is one number.
+_NOT_DRAWN = frozenset({"held_out_perplexity", "memory_bytes"})
 
 
 def training_curves(name: str, curves: Curves, references: Sequence[Reference]) -> Markup:

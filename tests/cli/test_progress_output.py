@@ -102,6 +102,29 @@ def test_bars_show_the_same_figures_and_end_complete() -> None:
     assert "compile" not in plain.split("1 of 1 checks")[-1]
 
 
+TRAINED: dict[str, float] = {"loss": 2.25, "held_out_loss": 2.5, "lr": 1e-4, "mfu": 0.4123, "memory_bytes": 3 << 30}
+
+
+def test_training_has_one_panel_with_its_figures() -> None:
+    stream, console = terminal()
+    with BarProgress(console).task("train", 1000, "tokens") as task:
+        task.advance(400, loss=3.0, lr=1e-5, memory_bytes=1 << 30)
+        task.advance(600, **TRAINED)
+    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue()).split("train ━")[-1]
+    assert re.search(r"1\.00k of 1\.00k tokens \(100%\)", last) and "loss" not in last.splitlines()[0]
+    _, title, names, values, *_ = last.splitlines()
+    assert "train" in title
+    assert re.findall(r"[^│ ]+(?: [^│ ]+)*", names) == ["loss", "lr", "memory", "held-out loss", "mfu"]
+    assert re.findall(r"[^│ ]+(?: [^│ ]+)*", values) == ["2.25", "0.0001", "3.00 GiB", "2.5", "41.2%"]
+
+
+def test_a_pipe_gets_the_same_figures_in_a_line() -> None:
+    stream = io.StringIO()
+    with LineProgress(stream, Clock()).task("train", 1000, "tokens") as task:
+        task.advance(1000, **TRAINED)
+    assert stream.getvalue().endswith("loss 2.25, held-out loss 2.5, lr 0.0001, mfu 41.2%, memory 3.00 GiB\n")
+
+
 def test_bars_leave_the_terminal_as_it_was_when_work_is_interrupted() -> None:
     stream, console = terminal()
     with pytest.raises(KeyboardInterrupt), BarProgress(console).task("train", 10, "steps"):

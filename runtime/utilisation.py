@@ -1,0 +1,55 @@
+"""How well a training uses its devices: memory, and the share of their peak that goes into the models' own arithmetic
+(model FLOPs utilisation; Chowdhery et al., arXiv 2204.02311, appendix B). Recomputation is not counted as work."""
+
+from __future__ import annotations
+
+import resource
+
+import torch
+
+PEAKS = (
+    ("B200", 2250e12),
+    ("GH200", 989e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H800", 989e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("L40S", 362e12),
+    ("L40", 181e12),
+    ("L4", 121e12),
+    ("A40", 150e12),
+    ("A10", 125e12),
+)
+"""Part of a device's name -> floating-point operations a second in bf16, dense, as its maker states them. The first that
+fits counts: longer names stand before those that they begin with."""
+
+
+def peak_flops(device: torch.device, compute_dtype: torch.dtype) -> float | None:
+    """Of one device; None where it is not known, or where training does not compute in bf16."""
+    if device.type != "cuda" or compute_dtype != torch.bfloat16:
+        return None
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name: str) -> float | None:
+    """Of the device with this name."""
+    return next((peak for part, peak in PEAKS if part in name), None)
+
+
+def utilisation(
+    flops_per_token: int | None, tokens_per_second: float, peak: float | None, devices: int
+) -> float | None:
+    """The share of the peak of all `devices` together; None where something is not known."""
+    if flops_per_token is None or peak is None:
+        return None
+    return flops_per_token * tokens_per_second / (peak * devices)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process held so far: of the device's memory on CUDA, else of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
