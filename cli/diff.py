@@ -111,10 +111,13 @@ def _phases(left: Document, right: Document) -> Section:
     sides = [{str(one.get("name")): one for one in entries(plan, "phases")} for plan in (left, right)]
     rows = []
     for name in dict.fromkeys([*sides[0], *sides[1]]):
-        for key, label, kind in (("tokens", "tokens", "count"), ("device_hours", "device-hours", "hours")):
+        for key, label, write in (
+            ("tokens", "tokens", figures.count),
+            ("peak_memory_bytes", "peak memory", figures.size),
+            ("device_hours", "device-hours", figures.hours),
+        ):
             a, b = (phases.get(name, {}).get(key) for phases in sides)
-            texts = [figures.count(one) if kind == "count" else figures.hours(one) for one in (a, b)]
-            rows.append((f"{name} {label}", *texts, _change(a, b)))
+            rows.append((f"{name} {label}", write(a), write(b), _change(a, b)))
     columns = (Column("phase"), Column("A", right=True), Column("B", right=True), Column("change", right=True))
     return Section("Phases", columns, tuple(rows))
 

@@ -16,6 +16,7 @@ from minitron.cli.sections import Document
 from minitron.specs import LoadedSpec, load_spec, unavailable
 from minitron.specs.builds import build_of
 from minitron.specs.errors import SpecError, UsageError
+from minitron.specs.lockfile import LOCK_SUFFIX
 
 # What `plan --detailed-exitcode` ends with when there is something to compile.
 NOT_UP_TO_DATE = 3
@@ -32,6 +33,9 @@ def validate(
     errors: list[SpecError] = []
     warnings: list[SpecError] = []
     for path in specs:
+        if path.name.endswith(LOCK_SUFFIX):
+            say(f"{path}: a lock file and no spec, passed over")  # what `specs/*.yaml` names as well
+            continue
         try:
             loaded = load_spec(path, overrides or ())
         except UsageError as error:

@@ -22,6 +22,7 @@ from minitron.specs.errors import SpecError, SpecInvalid, UsageError
 from minitron.specs.load import LoadedSpec
 
 FORMAT_VERSION = 1
+LOCK_SUFFIX = ".lock.yaml"
 _SHOWN = 12  # digits of a hash in a message
 
 Inputs: TypeAlias = dict[str, Union["Inputs", str]]
@@ -65,7 +66,7 @@ class Lock:
 
 def lock_path(loaded: LoadedSpec) -> Path:
     """Beside the spec, under the spec's name."""
-    return loaded.folder / f"{loaded.spec.name}.lock.yaml"
+    return loaded.folder / f"{loaded.spec.name}{LOCK_SUFFIX}"
 
 
 def read_lock(loaded: LoadedSpec) -> Lock | None:

@@ -26,6 +26,14 @@ def test_validate_with_errors_and_warnings(tmp_path: Path, capsys: pytest.Captur
     assert len(document["errors"]) == 2 and len(document["specs"]) == 1
 
 
+def test_lock_files_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "good.yaml").write_text(SPEC)
+    (tmp_path / "good.lock.yaml").write_text("format_version: 1\n")
+    assert command_line(["validate", str(tmp_path / "good.yaml"), str(tmp_path / "good.lock.yaml")]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{tmp_path}/good.yaml: valid\n" and "good.lock.yaml: a lock file" in captured.err
+
+
 @pytest.mark.parametrize(
     "call", [["plan", "nowhere.yaml"], ["show", "nowhere"], ["diff", "a", "b"], ["plan", "--nothing"]]
 )
