@@ -42,6 +42,10 @@ def check_data(loaded: LoadedSpec) -> list[SpecError]:
     errors: list[SpecError] = []
     for at, source in data_sources(loaded.spec):
         _resolved(source, loaded.folder, at, loaded.error, errors)
+    evaluate = loaded.spec.evaluate
+    if evaluate is not None and evaluate.data_dir is not None and not (loaded.folder / evaluate.data_dir).is_dir():
+        message = f"there is no folder `{evaluate.data_dir}`"
+        errors.append(loaded.error("evaluate.data_dir", message, f"paths are relative to {loaded.folder.absolute()}"))
     return errors
 
 
