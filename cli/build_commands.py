@@ -17,7 +17,7 @@ from minitron.cli.progress import progress_for
 from minitron.cli.ranks import first_process, only_process
 from minitron.cli.render import document, say, show_sections, stderr_console, write
 from minitron.cli.sections import Column, Document, Section
-from minitron.cli.spec_commands import preview
+from minitron.cli.spec_commands import Rendering, preview
 from minitron.specs import LoadedSpec, load_spec
 from minitron.specs.builds import build_of, result_of
 from minitron.specs.chain import chain
@@ -35,16 +35,17 @@ def compile_command(
     as_markdown: options.Markdown = False,
     detailed_exitcode: options.DetailedExitcode = False,
     locked: options.Locked = False,
+    mfu: options.Mfu = None,
+    measured: options.Measured = None,
 ) -> None:
     """Score, select, rewrite, write the pruned student and its training plan, verify."""
     loaded = load_spec(spec, overrides or ())
     if dry_run:
-        preview(
-            loaded, output, as_json=as_json, as_markdown=as_markdown, detailed_exitcode=detailed_exitcode, locked=locked
-        )
+        rendering = Rendering(as_json, as_markdown, detailed_exitcode)
+        preview(loaded, output, rendering, locked=locked, device=device, mfu=mfu, measured=measured)
         return
-    if as_markdown or detailed_exitcode:
-        raise UsageError("--markdown and --detailed-exitcode belong to the preview; add --dry-run")
+    if as_markdown or detailed_exitcode or mfu is not None or measured is not None:
+        raise UsageError("--markdown, --detailed-exitcode, --mfu and --measured belong to the preview; add --dry-run")
     build = output or build_of(loaded)
     only_process("compile")
     quiet_libraries()

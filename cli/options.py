@@ -36,3 +36,21 @@ Device = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads; by default what torch chooses.")
 ]
+PlannedDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--device", metavar="DEVICE", help="Reckon for these devices and say whether it fits: h200x8, a100, this."
+    ),
+]
+Mfu = Annotated[
+    float | None,
+    typer.Option("--mfu", metavar="SHARE", help="Share of a device's peak that training reaches; 0.17 by default."),
+]
+Measured = Annotated[
+    str | None,
+    typer.Option(
+        "--measured",
+        metavar="BUILD[@DEVICE]",
+        help="Take that share from the training in BUILD, on --device or on what stands behind @.",
+    ),
+]

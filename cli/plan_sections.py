@@ -12,7 +12,7 @@ from minitron.cli.sections import Column, Document, Section, entries, part
 def plan_sections(plan: Document) -> list[Section]:
     """All sections of a plan (`plan --json`, plan.json), in the order in which they are always shown."""
     sections = [_models(plan), _axes(plan)]
-    sections += [one for one in (_phases(plan), _fits(plan), selection_section(plan)) if one is not None]
+    sections += [one for one in (_phases(plan), _costs(plan), selection_section(plan), _fits(plan)) if one is not None]
     return sections
 
 
@@ -120,7 +120,7 @@ def _phases(plan: Document) -> Section | None:
         Column("tokens", right=True),
         Column("FLOPs", right=True),
         Column("peak memory", right=True),
-        *((Column("disk, at most", right=True),) if stores else ()),
+        *((Column("disk", right=True),) if stores else ()),
         Column("device-hours", right=True),
     )
     rows = tuple(
@@ -138,13 +138,40 @@ def _phases(plan: Document) -> Section | None:
     return Section("Phases", columns, rows, tuple(f"device-hours of {device}" for device in devices))
 
 
+def _costs(plan: Document) -> Section | None:
+    """Every cost with what it is: exact where it follows from shapes and the spec alone, else estimated."""
+    costs = entries(plan, "costs")
+    if not costs:
+        return None
+    columns = (Column("cost"), Column("value", right=True), Column("is"), Column("note"))
+    rows = tuple(
+        (
+            str(one.get("name", "")),
+            _cost(one.get("value"), str(one.get("unit", ""))),
+            str(one.get("basis", "")),
+            str(one.get("note") or ""),
+        )
+        for one in costs
+    )
+    return Section("Costs", columns, rows)
+
+
+def _cost(value: Any, unit: str) -> str:
+    if unit == "bytes":
+        return figures.size(value)
+    if unit in ("hours", "days"):
+        return figures.hours(value)
+    return figures.short(value) if unit == "FLOPs" else figures.count(value)
+
+
 def _fits(plan: Document) -> Section | None:
     fits = part(plan, "fits")
     if not fits:
         return None
     device = fits.get("device", "the device")
     if fits.get("ok"):
-        return Section("Fits", notes=(f"yes, on {device}",))
-    nearest = fits.get("nearest")
-    advice = f"; the nearest that does: {nearest}" if nearest else ""
-    return Section("Fits", notes=(f"no, not on {device}{advice}",))
+        return Section("Fits", notes=(f"fits {device}",))
+    reason, nearest = fits.get("reason"), fits.get("nearest")
+    notes = [f"does not fit {device}" + (f": {reason}" if reason else "")]
+    notes.append(f"the nearest change that fits: {nearest}" if nearest else "no change that was tried makes it fit")
+    return Section("Fits", notes=tuple(notes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -100,29 +101,49 @@ def plan(
     as_markdown: options.Markdown = False,
     detailed_exitcode: options.DetailedExitcode = False,
     locked: options.Locked = False,
+    device: options.PlannedDevice = None,
+    mfu: options.Mfu = None,
+    measured: options.Measured = None,
 ) -> None:
     """Preview: check every width against the teacher and print what would be done and what it would cost."""
     loaded = load_spec(spec, overrides or ())
-    preview(
-        loaded, output, as_json=as_json, as_markdown=as_markdown, detailed_exitcode=detailed_exitcode, locked=locked
-    )
+    rendering = Rendering(as_json, as_markdown, detailed_exitcode)
+    preview(loaded, output, rendering, locked=locked, device=device, mfu=mfu, measured=measured)
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How a plan is shown, and whether the exit code tells that there is something to compile."""
+
+    as_json: bool
+    as_markdown: bool
+    detailed_exitcode: bool
 
 
 def preview(
-    loaded: LoadedSpec, output: Path | None, *, as_json: bool, as_markdown: bool, detailed_exitcode: bool, locked: bool
+    loaded: LoadedSpec,
+    output: Path | None,
+    rendering: Rendering,
+    *,
+    locked: bool,
+    device: str | None,
+    mfu: float | None,
+    measured: str | None,
 ) -> None:
     """`plan`, and `compile --dry-run`, which is the same thing."""
-    if as_json and as_markdown:
+    if rendering.as_json and rendering.as_markdown:
         raise UsageError("--json and --markdown are two renderings of one plan; choose one")
     from minitron.cli.libraries import quiet_libraries
 
     quiet_libraries()
-    from minitron.compiler import make_plan, why_stale
+    from minitron.compiler import make_plan, read_outlook, why_stale
+
+    outlook = read_outlook(device, mfu, measured)
 
     loaded = follow_lock(loaded, locked=locked)
     build = output or build_of(loaded)
-    content = make_plan(loaded, build=build).to_json()
-    show_sections(plan_sections(content), content, as_json=as_json, as_markdown=as_markdown)
-    if detailed_exitcode and (stale := why_stale(build, loaded)) is not None:
+    content = make_plan(loaded, build=build).to_json(outlook=outlook)
+    show_sections(plan_sections(content), content, as_json=rendering.as_json, as_markdown=rendering.as_markdown)
+    if rendering.detailed_exitcode and (stale := why_stale(build, loaded)) is not None:
         say(f"{build} is {stale}")
         raise typer.Exit(NOT_UP_TO_DATE)

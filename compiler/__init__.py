@@ -2,7 +2,17 @@
 
 from minitron.compiler.compile import compile_spec
 from minitron.compiler.lock import apply_lock, make_lock
+from minitron.compiler.outlook import read_outlook
 from minitron.compiler.plan import Plan, make_plan
 from minitron.compiler.teacher import why_not_finished, why_stale
 
-__all__ = ["Plan", "apply_lock", "compile_spec", "make_lock", "make_plan", "why_not_finished", "why_stale"]
+__all__ = [
+    "Plan",
+    "apply_lock",
+    "compile_spec",
+    "make_lock",
+    "make_plan",
+    "read_outlook",
+    "why_not_finished",
+    "why_stale",
+]

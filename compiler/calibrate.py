@@ -222,11 +222,18 @@ def calibrate(
 
 def batches_of(samples: torch.Tensor, hidden: int) -> tuple[list[torch.Tensor], int]:
     """Samples as batches, and how many batches make a block."""
-    size = max(1, BATCH_TOKENS // samples.shape[1])
-    batches = list(torch.split(samples, size))
-    # The residual stream, its copy and the norm's output may be alive between two layers, in fp32.
-    block = max(1, BLOCK_BYTES // (3 * 4 * size * samples.shape[1] * hidden))
-    return batches, block
+    size = batch_size(samples.shape[1])
+    return list(torch.split(samples, size)), block_size(size, samples.shape[1], hidden)
+
+
+def batch_size(length: int) -> int:
+    """Samples of `length` tokens that go through the graph at a time."""
+    return max(1, BATCH_TOKENS // length)
+
+
+def block_size(sequences: int, length: int, hidden: int) -> int:
+    """Batches that wait between two layers: the residual stream, its copy and the norm's output may live, in fp32."""
+    return max(1, BLOCK_BYTES // (3 * 4 * sequences * length * hidden))
 
 
 def removal_scores(

@@ -139,10 +139,11 @@ def quiet() -> Iterator[None]:
 def build_meta(config: Any, dtype: torch.dtype, attention: str) -> torch.nn.Module:
     """The model of a configuration on the meta device: shapes and names, no bytes."""
     with quiet(), torch.device("meta"):
-        return _build(config, dtype, attention)
+        return build_model(config, dtype, attention)
 
 
-def _build(config: Any, dtype: torch.dtype, attention: str) -> torch.nn.Module:
+def build_model(config: Any, dtype: torch.dtype, attention: str) -> torch.nn.Module:
+    """The model of a configuration on whatever device is the default, in eval mode."""
     from transformers import AutoModelForCausalLM
 
     model: torch.nn.Module = AutoModelForCausalLM.from_config(
@@ -240,7 +241,7 @@ def _representatives(config: Any, dtype: torch.dtype, attention: str, count: int
 def _accounts(config: Any, dtype: torch.dtype, attention: str, path: str = "") -> tuple[Accounts | None, str]:
     """What the layers of a model do, and where they stand."""
     with quiet(), FakeTensorMode(allow_non_fake_inputs=True):
-        fake = _build(config, dtype, attention)
+        fake = build_model(config, dtype, attention)
         path = path or find_layers(fake, config)[0]
         sample = torch.zeros(*SAMPLE, dtype=torch.long)
         return accounts(fake, path, _Logits(fake), sample), path
@@ -274,7 +275,7 @@ def _export(config: Any, dtype: torch.dtype, attention: str) -> tuple[torch.nn.M
     sequence = torch.export.Dim("sequence", min=1, max=LONGEST)
     with quiet(), torch.no_grad():
         with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
-            fake = _build(config, dtype, attention)
+            fake = build_model(config, dtype, attention)
             sample = torch.zeros(*SAMPLE, dtype=torch.long)
         program = torch.export.export(_Logits(fake), (sample,), dynamic_shapes=({0: batch, 1: sequence},), strict=False)
         module = program.module(check_guards=False)

@@ -1,4 +1,4 @@
-"""What a model and each phase cost, from shapes alone."""
+"""What a model costs, from shapes alone."""
 
 from __future__ import annotations
 
@@ -11,12 +11,6 @@ import torch
 from minitron.compiler.axes import AxisTable
 from minitron.compiler.capture import Captured
 from minitron.compiler.roles import Roles, is_stack
-
-# bf16 dense, without sparsity; and a model FLOPs utilisation no more hopeful than what published distillation runs imply
-# (a 9B hybrid to 7B: 6.3B tokens in about 600 H100-hours is 18%; Qwen3-8B to 6B: 50B tokens in about 3,000 is 25%).
-REFERENCE_DEVICE = "H100"
-REFERENCE_FLOPS = 989e12
-REFERENCE_MFU = 0.17
 
 
 @dataclass(frozen=True)
@@ -127,28 +121,9 @@ def stacked_parameters(captured: Captured, table: AxisTable) -> dict[str, int]:
     }
 
 
-def training_memory(
-    teacher: ModelCosts | None, student: ModelCosts, layers: int, hidden: int, sequences: int, length: int
-) -> int:
-    """Peak bytes of training on one device: teacher, where there is one beside it, and fp32 student with gradients and two
-    moments, and activations.
-
-    Activations: about 34 bytes a token, channel and layer without recomputation (Korthikanti et al., arXiv 2205.05198,
-    section 4, bf16), estimated; logits never exist whole.
-    """
-    states = student.parameters * 4 * 4
-    beside = 0 if teacher is None else teacher.weight_bytes
-    return beside + states + 34 * layers * hidden * sequences * length
-
-
 def sampled_logits_bytes(tokens: int, draws: int, vocabulary: int) -> int:
     """Bytes on disk of the teacher's samples, at most: every draw another token. A sure teacher, whose draws are often the
     same token, takes less."""
     token_id = 2 if vocabulary <= 1 << 16 else 4
     count = 1 if draws < 1 << 8 else 2
     return tokens * (draws * (token_id + count) + count)
-
-
-def device_hours(flops: float) -> float:
-    """Hours on the reference device at the reference utilisation."""
-    return flops / (REFERENCE_FLOPS * REFERENCE_MFU) / 3600

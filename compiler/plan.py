@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,18 @@ from minitron.compiler.axes import AxisTable, analyse
 from minitron.compiler.capture import Captured, capture
 from minitron.compiler.checkpoint import Checkpoint
 from minitron.compiler.config_layers import lists_over_layers
+from minitron.compiler.fits import fits_json
 from minitron.compiler.head import Head, find_head
+from minitron.compiler.outlook import Outlook
+from minitron.compiler.phases import Reckoning
 from minitron.compiler.rewrite.constants import check_scalars
 from minitron.compiler.rewrite.drop_layers import LayerEnds, layer_ends
 from minitron.compiler.roles import Roles, find_roles
 from minitron.compiler.select import Selection, leading, narrowing_of, selection_json, wanted_heads
 from minitron.compiler.student_config import Key, fit, student_config
-from minitron.compiler.targets import HIDDEN, LAYERS, AxisStatus, Targets, resolve_targets, teacher_widths
+from minitron.compiler.targets import LAYERS, AxisStatus, Targets, resolve_targets, teacher_widths
 from minitron.compiler.teacher import open_teacher
+from minitron.compiler.training_plan import place_teacher
 from minitron.compiler.weights import check_headers, dtype_of, recipes
 from minitron.specs.available import unavailable
 from minitron.specs.data_files import check_data
@@ -62,8 +67,8 @@ class Plan:
         """The number format of teacher and student."""
         return dtype_of(self.loaded.spec.teacher.dtype)
 
-    def to_json(self, selection: Selection | None = None) -> dict[str, Any]:
-        """The document of `plan --json` and plan.json."""
+    def to_json(self, selection: Selection | None = None, outlook: Outlook = Outlook()) -> dict[str, Any]:
+        """The document of `plan --json` and plan.json; it has `fits` where `outlook` names devices."""
         spec = self.loaded.spec
         widths = teacher_widths(self.captured, self.roles, self.table)
         student = {**widths, **self.targets.widths, LAYERS: self.targets.layers}
@@ -81,9 +86,12 @@ class Plan:
             | {"model": self.checkpoint.name, "commit": self.checkpoint.commit},
             "student": self._side(self.student_costs, student),
             "axes": [_axis(status) for status in self.targets.statuses],
-            "phases": self.phases(),
+            "phases": self.phases(outlook),
+            "costs": [cost.to_json() for cost in self.reckoning.all_costs(outlook)],
             "remarks": list(self.remarks),
         }
+        if outlook.named:
+            document["fits"] = fits_json(self.reckoning, outlook)
         if selection is not None:
             document["selection"] = selection_json(selection, self.roles)
         return document
@@ -91,47 +99,27 @@ class Plan:
     def _side(self, model: costs.ModelCosts, widths: Mapping[str, int]) -> dict[str, Any]:
         return {"model_type": self.captured.config.model_type, **model.to_json(), "widths": dict(widths)}
 
-    def phases(self) -> list[dict[str, Any]]:
-        """What is done, in order, and what it costs; hours are those of the reference device."""
-        spec = self.loaded.spec
-        phases: list[dict[str, Any]] = []
-        hidden, layers = self.roles.hidden.size, self.captured.layer_count
-        if spec.importance.data is not None and self.needs_scores:
-            tokens = spec.importance.data.samples * spec.importance.data.sequence_length
-            layer_bytes = self.teacher_costs.parameters * 4 // max(layers, 1)
-            work = float(tokens * self.teacher_costs.flops_per_token)
-            phases.append(_phase("calibrate", tokens, work, layer_bytes + (1 << 30)))
-        if spec.distill is not None and spec.teacher_correction is not None:
-            tokens, length = spec.teacher_correction.tokens, spec.distill.sequence_length
-            each = 3 * self._teacher_flops(length)
-            sequences = spec.distill.micro_batch_size or 1
-            memory = costs.training_memory(None, self.teacher_costs, layers, hidden, sequences, length)
-            phases.append(_phase("teacher_correction", tokens, float(tokens * each), memory))
-        sampled = spec.distill is not None and not isinstance(spec.distill.teacher_logits, str)
-        if spec.distill is not None and not isinstance(spec.distill.teacher_logits, str):
-            tokens, length = spec.distill.tokens, spec.distill.sequence_length
-            work, memory = float(tokens * self._teacher_flops(length)), self.teacher_costs.weight_bytes + (1 << 30)
-            draws, vocabulary = spec.distill.teacher_logits.sampled, self._vocabulary()
-            storage = costs.sampled_logits_bytes(tokens, draws, vocabulary)
-            phases.append(_phase("capture", tokens, work, memory) | {"disk_bytes": storage})
-        if spec.distill is not None:
-            tokens, length = spec.distill.tokens, spec.distill.sequence_length
-            each = 0 if sampled else self._teacher_flops(length)
-            each += 3 * self.student_costs.forward_flops_per_token(length)
-            sequences = spec.distill.micro_batch_size or 1
-            width = self.targets.widths.get(HIDDEN, hidden)
-            beside = None if sampled else self.teacher_costs
-            memory = costs.training_memory(beside, self.student_costs, self.targets.layers, width, sequences, length)
-            phases.append(_phase("distill", tokens, float(tokens * each), memory))
-        return phases
+    @cached_property
+    def reckoning(self) -> Reckoning:
+        """What it all costs; nothing is reckoned twice."""
+        return Reckoning(self)
 
-    def _teacher_flops(self, length: int) -> int:
-        """FLOPs of the teacher's forward pass for one token of a sequence, which looks back at half of it on average."""
-        teacher = self.teacher_costs
-        return teacher.flops_per_token + length // 2 * teacher.attention_flops_per_pair
+    def phases(self, outlook: Outlook = Outlook()) -> list[dict[str, Any]]:
+        """What is done, in order, and what it costs."""
+        return [phase.to_json(outlook) for phase in self.reckoning.phases(outlook)]
 
-    def _vocabulary(self) -> int:
-        return int(self.captured.model.get_parameter(self.head.weight).shape[0])
+    def sharding(self) -> tuple[bool, bool]:
+        """Whether student and teacher are sharded where several devices train, as training.yaml has it."""
+        assert self.loaded.spec.distill is not None
+        layout = self.loaded.spec.distill.layout
+        teacher = layout.teacher or place_teacher(self.teacher_costs.weight_bytes)
+        return layout.student == "sharded", teacher == "sharded"
+
+    def kept_checkpoints(self) -> int:
+        """How many checkpoints of a training stay on the disk."""
+        assert self.loaded.spec.distill is not None
+        checkpoint = self.loaded.spec.distill.checkpoint
+        return checkpoint.keep_last + checkpoint.keep_best
 
     @property
     def needs_scores(self) -> bool:
@@ -147,17 +135,6 @@ def _axis(status: AxisStatus) -> dict[str, Any]:
         "student": status.student,
         "status": status.status,
         "reason": status.reason,
-    }
-
-
-def _phase(name: str, tokens: int, flops: float, memory: int) -> dict[str, Any]:
-    return {
-        "name": name,
-        "tokens": tokens,
-        "flops": int(flops),
-        "peak_memory_bytes": memory,
-        "device_hours": round(costs.device_hours(flops), 6),
-        "device": f"{costs.REFERENCE_DEVICE} at {costs.REFERENCE_MFU:.0%} of its peak",
     }
 
 

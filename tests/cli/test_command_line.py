@@ -58,7 +58,7 @@ def calls(
     def make_plan(loaded: Any, *, build: Path) -> Any:
         done.append("plan")
         plan["spec"] = {"name": loaded.spec.name, "path": str(loaded.path), "sha256": loaded.sha256}
-        return SimpleNamespace(to_json=lambda: plan)
+        return SimpleNamespace(to_json=lambda outlook=None: plan)
 
     def compile_spec(loaded: Any, build: Path, *, device: str, progress: Progress) -> Any:
         made = make_plan(loaded, build=build)
@@ -175,6 +175,24 @@ def test_plan_and_dry_run_print_the_same(run: Run, spec: Path, calls: list[str])
         assert planned == run("compile", spec, "--dry-run", *flags)
     assert set(calls) == {"plan"}
     assert not (spec.parent / "builds").exists()
+
+
+def test_a_plan_is_reckoned_for_the_devices_that_are_named(
+    run: Run, spec: Path, calls: list[str], plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def make_plan(loaded: Any, *, build: Path) -> Any:
+        return SimpleNamespace(to_json=lambda outlook: asked.append(outlook) or plan)
+
+    monkeypatch.setattr(minitron.compiler, "make_plan", make_plan)
+    assert run("plan", spec, "--device", "h200x8", "--mfu", "0.4")[0] == 0
+    assert run("compile", spec, "--dry-run", "--device", "a100")[0] == 0
+    assert [(one.cluster.name, one.mfu) for one in asked] == [("h200x8", 0.4), ("a100-80", 0.17)]
+    code, _, err = run("plan", spec, "--device", "h300")
+    assert code == 2 and "did you mean h200?" in err and "a100-40, a100-80, h100, h200, b200 or this" in err
+    code, _, err = run("compile", spec, "--mfu", "0.4")
+    assert code == 2 and "add --dry-run" in err
 
 
 def test_plan_json_is_the_plan(run: Run, spec: Path, calls: list[str], plan: dict[str, Any]) -> None:

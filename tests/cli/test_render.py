@@ -71,11 +71,20 @@ def test_remarks_stand_below_the_models(plan: dict[str, Any]) -> None:
 def test_the_selection_is_shown_once_made_and_whether_it_fits_where_a_device_was_named(plan: dict[str, Any]) -> None:
     titles = [section.title for section in plan_sections(plan)]
     assert titles == ["Plan tiny", "Axes", "Phases", "Selection"]
-    plan["fits"] = {"device": "a 24 GiB card", "ok": False, "nearest": "sequence_length 4096"}
+    plan["costs"] = [{"name": "distill: gradients per device", "value": 2**30, "unit": "bytes", "basis": "exact"}]
+    plan["fits"] = {"device": "h200x8", "ok": False, "nearest": "distill.micro_batch_size: 1", "reason": "too much"}
     del plan["selection"]
     sections = plan_sections(plan)
-    assert [section.title for section in sections] == ["Plan tiny", "Axes", "Phases", "Fits"]
-    assert sections[-1].notes == ("no, not on a 24 GiB card; the nearest that does: sequence_length 4096",)
+    assert [section.title for section in sections] == ["Plan tiny", "Axes", "Phases", "Costs", "Fits"]
+    assert row(on_terminal(sections), "distill: gradients per device")[1:3] == ["1.00 GiB", "exact"]
+    assert sections[-1].notes == (
+        "does not fit h200x8: too much",
+        "the nearest change that fits: distill.micro_batch_size: 1",
+    )
+    plan["fits"]["nearest"] = None
+    assert plan_sections(plan)[-1].notes[-1] == "no change that was tried makes it fit"
+    plan["fits"]["ok"] = True
+    assert plan_sections(plan)[-1].notes == ("fits h200x8",)
 
 
 def test_results_stand_in_the_order_teacher_pruned_distilled(results: dict[str, Any]) -> None:

@@ -91,4 +91,4 @@ def test_a_capture_says_what_it_stores_and_spares_the_distillation_its_teacher(p
     assert capture["flops"] + sampled["distill"]["flops"] == online["distill"]["flops"]
     teacher = planned({}).teacher_costs
     spared = online["distill"]["peak_memory_bytes"] - sampled["distill"]["peak_memory_bytes"]
-    assert spared == teacher.weight_bytes
+    assert spared >= teacher.weight_bytes == online["distill"]["memory_bytes"]["teacher"]

@@ -1,0 +1,219 @@
+"""Are the plan's estimates true? Memory and FLOPs of real small runs beside what the plan says, and published runs.
+
+    python benchmarks/estimates.py [--device cuda] [--only NAME]
+
+A teacher with random weights is compiled and its student trained by the commands' own functions. On CUDA the peak is the
+allocator's; on a CPU the storages that operations make are counted while they live (resident memory is too noisy).
+FLOPs are those of torch.utils.flop_counter. Attention is counted there as the whole square of positions, in the plan as
+the half that a causal mask leaves, so it is counted whole on both sides here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
+
+from minitron.cli.libraries import quiet_libraries
+from minitron.compiler import Plan, compile_spec, read_outlook
+from minitron.compiler import compile as compile_module
+from minitron.compiler.compile import write_training_plan
+from minitron.compiler.footprint import Living
+from minitron.compiler.outlook import ASSUMED_MFU
+from minitron.runtime import train as train_module
+from minitron.specs import load_spec
+from minitron.specs.progress import Silent
+
+LLAMA: dict[str, Any] = {"model_type": "llama", "num_key_value_heads": 4, "num_attention_heads": 8, "head_dim": 32}
+# Name -> teacher, student, sequence length, and variants of training. Each shape makes other terms matter.
+SHAPES: dict[str, dict[str, Any]] = {
+    "deep": {
+        "teacher": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "vocab_size": 1024},
+        "student": {"hidden_size": 192, "intermediate_size": 512},
+        "length": 256,
+    },
+    "large vocabulary": {
+        "teacher": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 16384},
+        "student": {"hidden_size": 192},
+        "length": 128,
+    },
+    "long": {
+        "teacher": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 1024},
+        "student": {"intermediate_size": 384, "num_hidden_layers": 2},
+        "length": 1024,
+    },
+}
+VARIANTS: dict[str, list[str]] = {
+    "plain": ["distill.micro_batch_size=4"],
+    "accumulated": ["distill.micro_batch_size=2"],
+    "recomputed": ["distill.micro_batch_size=4", "distill.gradient_checkpointing=true"],
+}
+STEPS, GLOBAL_BATCH = 3, 4
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one piece of work: the most bytes that lived, and FLOPs."""
+
+    peak: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    what: str
+    estimated: float
+    measured: float
+
+    @property
+    def ratio(self) -> float:
+        return self.estimated / self.measured
+
+
+@contextmanager
+def measuring(device: str, owner: Any, name: str, *, inside: bool = False) -> Iterator[list[Measured]]:
+    """Measures every call of `owner.name` while this is open. On a CPU what was made since then counts, or, `inside`, what
+    the call itself makes."""
+    found: list[Measured] = []
+    original: Callable[..., Any] = getattr(owner, name)
+    living = Living()
+    cuda = device.startswith("cuda")
+
+    def measured(*arguments: Any, **keywords: Any) -> Any:
+        living.peak = living.now
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        with FlopCounterMode(display=False) as counter, living if inside else nullcontext():
+            result = original(*arguments, **keywords)
+        peak = torch.cuda.max_memory_allocated() if cuda else living.peak
+        found.append(Measured(peak, counter.get_total_flops()))
+        return result
+
+    with mock.patch.object(owner, name, measured), nullcontext() if inside else living:
+        yield found
+
+
+def make_spec(folder: Path, shape: dict[str, Any]) -> Path:
+    """A teacher with random weights, a text and a spec in `folder`."""
+    from tests.models import save_teacher, text
+
+    length = shape["length"]
+    config = AutoConfig.for_model(
+        **LLAMA, **shape["teacher"], max_position_embeddings=length, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    save_teacher(folder / "teacher", config)
+    tokens = STEPS * GLOBAL_BATCH * length
+    (folder / "text.txt").write_text(text(2 * tokens // 12), encoding="utf-8")
+    data = {"text": ["text.txt"]}
+    document = {
+        "name": "small",
+        "teacher": {"model": "teacher", "dtype": "float32"},
+        "student": shape["student"],
+        "importance": {"data": {**data, "samples": 4, "sequence_length": length}},
+        "distill": {"data": data, "tokens": tokens, "sequence_length": length, "global_batch_size": GLOBAL_BATCH},
+    }
+    path = folder / "spec.yaml"
+    path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def compare(name: str, shape: dict[str, Any], folder: Path, device: str, variants: Sequence[str]) -> list[Row]:
+    """Compiles and trains one shape, and sets estimate beside measurement."""
+    spec, build = make_spec(folder, shape), folder / "build"
+    outlook = read_outlook("cuda" if device.startswith("cuda") else "cpu", None, None)
+    with measuring(device, compile_module, "calibrate", inside=True) as calibrations:
+        plan = compile_spec(load_spec(spec), build, device=device, progress=Silent())
+    (phase,) = (one for one in plan.phases(outlook) if one["name"] == "calibrate")
+    rows = [
+        Row(name, "calibrate: peak bytes", phase["peak_memory_bytes"], calibrations[0].peak),
+        Row(name, "calibrate: FLOPs", phase["flops"], calibrations[0].flops),
+    ]
+    for variant in variants:
+        varied = replace(plan, loaded=load_spec(spec, VARIANTS[variant]))
+        shutil.rmtree(build / "train", ignore_errors=True)
+        shutil.rmtree(build / "model", ignore_errors=True)
+        write_training_plan(varied, build, "estimates")
+        with measuring(device, train_module, "train_step") as steps:
+            train_module.train(build, device=device, progress=Silent())
+        distill = next(one for one in varied.phases(outlook) if one["name"] == "distill")
+        last = steps[-1]  # by then the optimizer has its moments
+        rows += [
+            Row(name, f"{variant}: peak bytes", distill["peak_memory_bytes"], last.peak),
+            Row(name, f"{variant}: FLOPs of a step", distill["flops"] // STEPS + hidden_half(varied), last.flops),
+        ]
+    return rows
+
+
+def hidden_half(plan: Plan) -> int:
+    """FLOPs of a step that a causal mask spares and torch's counter counts: attention to the later positions."""
+    distill = plan.loaded.spec.distill
+    assert distill is not None
+    length = distill.sequence_length
+    half = length - length // 2
+    passes = 4 if distill.gradient_checkpointing else 3
+    # Of a flash attention's backward the counter counts five products for the forward's two.
+    student = (passes * half + length // 2) * plan.student_costs.attention_flops_per_pair
+    student -= length // 2 * plan.student_costs.attention_flops_per_pair
+    student += length // 2 * plan.student_costs.attention_flops_per_pair
+    return GLOBAL_BATCH * length * (half * plan.teacher_costs.attention_flops_per_pair + student)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A distillation that was reported with its hours. Sizes in parameters; `pairs`: attention layers x heads x width."""
+
+    name: str
+    teacher: float
+    student: float
+    tokens: float
+    hours: float
+    flops: float = 989e12
+
+
+PUBLISHED = (
+    Published("9B hybrid -> 7B, 6.3B tokens in about 600 H100-hours", 8.9e9, 7.0e9, 6.3e9, 600),
+    Published("Qwen3-8B -> 6B, 50B tokens in about 3,000 GPU-hours (taken as H100)", 8.19e9, 6.0e9, 50e9, 3000),
+)
+
+
+def implied_mfu(run: Published) -> float:
+    """2 N of the teacher and 6 N of the student a token; attention is left out, which makes it no more hopeful."""
+    return run.tokens * (2 * run.teacher + 6 * run.student) / (run.hours * 3600 * run.flops)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", choices=list(SHAPES))
+    args = parser.parse_args()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
+    rows: list[Row] = []
+    for name, shape in SHAPES.items():
+        if args.only in (None, name):
+            with tempfile.TemporaryDirectory() as folder:
+                rows += compare(name, shape, Path(folder), args.device, list(VARIANTS))
+    print(f"{'shape':18}{'figure':32}{'estimated':>16}{'measured':>16}{'ratio':>8}")
+    for row in rows:
+        print(f"{row.name:18}{row.what:32}{row.estimated:16,.0f}{row.measured:16,.0f}{row.ratio:8.3f}")
+    print(f"\nModel FLOPs utilisation that published runs imply; the plan assumes {ASSUMED_MFU}")
+    for run in PUBLISHED:
+        print(f"  {implied_mfu(run):.3f}  {run.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Whether a plan fits the devices, and the nearest change that makes it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from minitron.compiler.devices import MOST_DEVICES, Cluster
+from minitron.compiler.memory import Layout
+from minitron.compiler.outlook import Outlook
+from minitron.compiler.phases import Reckoning
+
+GIB = 2**30
+
+
+def fits_json(reckoning: Reckoning, outlook: Outlook) -> dict[str, Any]:
+    """`fits` of a plan: {device, ok, nearest}; `nearest` is null where all fits, or where no change that is tried does.
+
+    Changes are tried in this order, each alone with what stands in the spec: fewer sequences at a time, recomputation,
+    both, a sharded teacher, that and both, then more devices, first as the spec is, then with all of that.
+    """
+    cluster = outlook.cluster
+    found: dict[str, Any] = {"device": cluster.name, "ok": False, "nearest": None, "reason": None}
+    for phase in reckoning.phases(outlook):
+        if phase.name in ("calibrate", "capture") and phase.memory.peak > cluster.device.memory_bytes:
+            found["reason"] = f"{phase.name} needs {_size(phase.memory.peak)} on one device"
+            found["nearest"] = f"a device with more memory for `{phase.name}`, or --device cpu for that command"
+            return found
+    if reckoning.plan.loaded.spec.distill is None:
+        return found | {"ok": True}
+    layout = reckoning.layout(cluster.count)
+    reason = _why_not(reckoning, cluster, layout)
+    if reason is None:
+        return found | {"ok": True}
+    found["reason"] = reason
+    for changes, devices, changed in _changes(reckoning, cluster, layout):
+        if _why_not(reckoning, Cluster(cluster.device, devices), changed) is None:
+            found["nearest"] = " and ".join(changes) + f" ({_size(_peak(reckoning, cluster, changed))} per device)"
+            break
+    return found
+
+
+def _why_not(reckoning: Reckoning, cluster: Cluster, layout: Layout) -> str | None:
+    whole = reckoning.distill.global_batch_size
+    if whole % (cluster.count * layout.micro_batch):
+        return (
+            f"{whole} sequences of a global batch cannot be shared by {cluster.count} devices, {layout.micro_batch} at a "
+            "time"
+        )
+    peak = _peak(reckoning, cluster, layout)
+    if peak > cluster.device.memory_bytes:
+        return (
+            f"training needs {_size(peak)} per device, {cluster.device.name} has {_size(cluster.device.memory_bytes)}"
+        )
+    return None
+
+
+def _peak(reckoning: Reckoning, cluster: Cluster, layout: Layout) -> int:
+    peaks = [reckoning.training(cluster.device.kind, layout).peak]
+    if reckoning.plan.loaded.spec.teacher_correction is not None:
+        peaks.append(reckoning.training(cluster.device.kind, layout, correction=True).peak)
+    return max(peaks)
+
+
+def _changes(reckoning: Reckoning, cluster: Cluster, layout: Layout) -> Iterator[tuple[list[str], int, Layout]]:
+    """What to write, on how many devices, and the layout that it makes."""
+    whole = reckoning.distill.global_batch_size
+
+    def smaller(base: Layout) -> Iterator[tuple[list[str], Layout]]:
+        for micro in range(base.micro_batch - 1, 0, -1):
+            if whole % (base.devices * micro) == 0:
+                steps = whole // (base.devices * micro)
+                yield [f"distill.micro_batch_size: {micro}"], replace(base, micro_batch=micro, steps=steps)
+
+    def recomputed(base: Layout) -> Iterator[tuple[list[str], Layout]]:
+        if not base.recompute:
+            yield ["distill.gradient_checkpointing: true"], replace(base, recompute=True)
+
+    def each(base: Layout) -> Iterator[tuple[list[str], Layout]]:
+        yield from smaller(base)
+        for words, changed in recomputed(base):
+            yield words, changed
+            for more, both in smaller(changed):
+                yield words + more, both
+
+    def sharded(base: Layout) -> Iterator[tuple[list[str], Layout]]:
+        if base.devices > 1 and not base.teacher_sharded and not reckoning.sampled:
+            words, changed = ["distill.layout.teacher: sharded"], replace(base, teacher_sharded=True)
+            yield words, changed
+            for more, all_of_it in each(changed):
+                yield words + more, all_of_it
+
+    for words, changed in (*each(layout), *sharded(layout)):
+        yield words, cluster.count, changed
+    devices = 2 * cluster.count
+    while devices <= min(whole, MOST_DEVICES):
+        if whole % devices == 0:
+            base = replace(reckoning.layout(devices), recompute=layout.recompute)
+            words = [f"--device {cluster.device.name}x{devices}"]
+            yield words, devices, base
+            for more, changed in (*each(base), *sharded(base)):
+                yield words + more, devices, changed
+        devices *= 2
+
+
+def _size(value: int) -> str:
+    return f"{value / GIB:.1f} GiB"

@@ -1,0 +1,179 @@
+"""The most memory that one device holds while it calibrates or trains, part by part.
+
+    weights      the student's in fp32, or its share where it is sharded
+    gradients    fp32, as the weights; they live from the first backward of a step to its end
+    optimizer    two moments in fp32 (AdamW)
+    teacher      in the checkpoint's number format; fp32 on a CPU, as the runtime holds it there
+    gathered     sharded models (FSDP): the unit outside the layers and two layers, whole, and a layer's whole gradient
+    activations  what the student's forward keeps for the backward, for one micro batch
+    transient    what lives beside that for a moment, in either model
+    logits       the buffers of the chunked loss, the gradients of hidden states and head
+
+Weights, gradients and moments follow from shapes alone: they are exact. Activations are found by running the model
+without data (`footprint`); how these parts meet in time is what makes the peak an estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from minitron.compiler.footprint import Footprint
+
+FP32 = 4
+MOMENTS = 2  # of AdamW
+GATHERED_LAYERS = 2  # FSDP gathers the next layer while one computes
+
+# What runtime/loss/distillation.py and products.py allocate; a test compares these with theirs.
+BUFFER_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
+VOCABULARY_BLOCK = 16384
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model decides memory. Counts of parameters; `outside` is what no layer holds, `layer` the largest one."""
+
+    parameters: int
+    layer: int
+    outside: int
+    hidden: int
+    vocabulary: int
+
+
+def shape_of(model: torch.nn.Module, layer_path: str, head: str) -> Shape:
+    """`head` names the parameter [vocabulary, hidden]."""
+    layers: dict[str, int] = {}
+    outside = 0
+    prefix = layer_path + "."
+    for name, parameter in model.named_parameters():
+        if name.startswith(prefix):
+            number = name[len(prefix) :].split(".", 1)[0]
+            layers[number] = layers.get(number, 0) + parameter.numel()
+        else:
+            outside += parameter.numel()
+    vocabulary, hidden = model.get_parameter(head).shape
+    return Shape(sum(layers.values()) + outside, max(layers.values()), outside, hidden, vocabulary)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a training is spread. `micro_batch` sequences go through a device at a time, `steps` times an optimizer
+    step. `offload`: the student's states rest in host memory."""
+
+    devices: int
+    micro_batch: int
+    steps: int
+    student_sharded: bool
+    teacher_sharded: bool
+    recompute: bool
+    offload: bool = False
+
+    @property
+    def shards_student(self) -> bool:
+        return self.student_sharded and (self.devices > 1 or self.offload)
+
+    @property
+    def shards_teacher(self) -> bool:
+        return self.teacher_sharded and self.devices > 1
+
+
+@dataclass(frozen=True)
+class LossWork:
+    """What of the loss decides memory, for one sequence of `length` tokens."""
+
+    length: int
+    chunk_tokens: int
+    cross_entropy: bool
+    softcap: bool
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device by part, and the most of them that live together."""
+
+    parts: Mapping[str, int]
+    peak: int
+
+
+EXACT_PARTS = ("weights", "gradients", "optimizer", "teacher")
+
+
+def training_memory(
+    kind: str,
+    layout: Layout,
+    student: Shape,
+    teacher: Shape | None,
+    teacher_bytes: int,
+    work: LossWork,
+    own: Footprint,
+    others: Footprint,
+) -> Memory:
+    """`kind` is cpu or cuda; `teacher_bytes` an element of the teacher's checkpoint; `own` and `others` are the footprints
+    of student and teacher for one micro batch. `teacher` is None where none runs beside the student."""
+    share = layout.devices if layout.shards_student else 1
+    states = -(-student.parameters // share) * FP32
+    if layout.offload and layout.shards_student and kind == "cuda":
+        states = 0  # they rest in host memory
+    compute = 2 if kind == "cuda" else FP32
+    held = 0 if teacher is None else teacher.parameters * (teacher_bytes if kind == "cuda" else FP32)
+    gathered = 0
+    if layout.shards_student:
+        units = student.outside + GATHERED_LAYERS * student.layer
+        gathered += units * compute + student.layer * (compute + FP32)
+    if teacher is not None and layout.shards_teacher:
+        each = teacher_bytes if kind == "cuda" else FP32
+        held = -(-held // layout.devices)
+        gathered += (teacher.outside + GATHERED_LAYERS * teacher.layer) * each
+    head_gradient = student.vocabulary * student.hidden * FP32
+    logits = logits_bytes(kind, layout.micro_batch, work, student, teacher)
+    before = states if layout.steps > 1 else 0  # gradients of the micro batches before this one
+    begun = 0 if layout.steps > 1 else head_gradient
+    together = max(
+        before + own.kept + logits,
+        before + own.kept + own.transient + begun,
+        before + others.transient,
+        states,
+    )
+    parts = {
+        "weights": states,
+        "gradients": states,
+        "optimizer": MOMENTS * states,
+        "teacher": held,
+        "gathered": gathered,
+        "activations": own.kept,
+        "transient": max(own.transient, others.transient),
+        "logits": logits,
+    }
+    return Memory(parts, states * (1 + MOMENTS) + held + gathered + together)
+
+
+def logits_bytes(kind: str, sequences: int, work: LossWork, student: Shape, teacher: Shape | None) -> int:
+    """What the chunked loss holds: a chunk of both models' logits, rows of scratch, the gradients that it yields."""
+    tokens, vocabulary = sequences * work.length, student.vocabulary
+    compute = 2 if kind == "cuda" else FP32
+    chunk = max(1, min(work.chunk_tokens, tokens, BUFFER_BYTES[kind] // (FP32 * vocabulary)))
+    rows = max(1, min(chunk, BLOCK_ELEMENTS[kind] // vocabulary))
+    models = 1 if teacher is None else 2
+    scratch = rows * vocabulary * FP32 * (models + work.cross_entropy + work.softcap)
+    if kind == "cuda":
+        scratch += student.hidden * vocabulary * compute  # the head in the number format that it is multiplied in
+        scratch += max(chunk * vocabulary * compute, min(VOCABULARY_BLOCK, vocabulary) * (student.hidden * FP32))
+    states = tokens * (student.hidden * (FP32 + compute) + (teacher.hidden * compute if teacher is not None else 0))
+    gradients = student.hidden * vocabulary * FP32
+    return models * chunk * vocabulary * FP32 + scratch + states + gradients
+
+
+def calibration_memory(
+    teacher: Shape, embedding: int, sequences: int, length: int, batches: int, others: Footprint, widest: int
+) -> Memory:
+    """Of scoring: the fp32 weights of one layer (or of the embedding), the residual stream and masks of a block of
+    `batches`, and one batch of `sequences` inside a layer. `widest` is the largest width that is scored."""
+    tokens = sequences * length
+    weights = FP32 * max(teacher.layer, embedding)
+    stream = batches * (tokens * teacher.hidden * FP32 + tokens * length)
+    transient = others.transient + tokens * (length * (1 + FP32) + widest * FP32)
+    parts = {"weights": weights, "activations": stream, "transient": transient}
+    return Memory(parts, sum(parts.values()))

@@ -1,0 +1,82 @@
+"""What a plan is reckoned for: the devices, and the share of their peak that a training is expected to reach.
+
+Model FLOPs utilisation (MFU): the operations that the mathematics asks for, in a second, over the most that the devices
+can do. The default is no more hopeful than the two published distillation runs that say enough to tell: a 9B hybrid to
+7B, 6.3B tokens in about 600 H100-hours, is 18%; Qwen3-8B to 6B, 50B tokens in about 3,000, is 25%
+(benchmarks/estimates.py prints both).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from minitron.compiler.devices import REFERENCE, Cluster, read_device
+from minitron.specs.errors import UsageError
+
+ASSUMED_MFU = 0.17
+ONE_REFERENCE = Cluster(REFERENCE)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """`named`: somebody asked whether the plan fits these devices."""
+
+    cluster: Cluster = ONE_REFERENCE
+    mfu: float = ASSUMED_MFU
+    source: str = "assumed"
+    named: bool = False
+
+    def hours(self, flops: float) -> float:
+        """Device-hours."""
+        return flops / (self.cluster.device.flops * self.mfu) / 3600
+
+    def seconds(self, flops: float) -> float:
+        """With all devices at work."""
+        return 3600 * self.hours(flops) / self.cluster.count
+
+    @property
+    def words(self) -> str:
+        """As it stands under the phases."""
+        return f"{self.cluster.name} at {self.mfu:.3g} of its peak ({self.source})"
+
+
+def read_outlook(device: str | None, mfu: float | None, measured: str | None) -> Outlook:
+    """From what stands on the command line; UsageError for what cannot be. `measured`: BUILD, or BUILD@DEVICE where it was
+    trained on other devices than the plan is for."""
+    cluster = ONE_REFERENCE if device is None else read_device(device)
+    named = device is not None
+    if mfu is not None and measured is not None:
+        raise UsageError("--mfu and --measured both say how well devices are used; give one of them")
+    if mfu is not None:
+        if not 0 < mfu <= 1:
+            raise UsageError(f"--mfu {mfu:g}: not a share of a device's peak; write a number such as 0.4")
+        return Outlook(cluster, mfu, "given with --mfu", named)
+    if measured is None:
+        return Outlook(cluster, named=named)
+    folder, at, where = measured.rpartition("@")
+    build, on = (Path(folder), read_device(where)) if at else (Path(measured), cluster)
+    return Outlook(cluster, measured_mfu(build, on), f"measured: {build} on {on.name}", named)
+
+
+def measured_mfu(build: Path, cluster: Cluster) -> float:
+    """What the training in `build` reached: its tokens a second times the FLOPs of a token in its plan.
+
+    The median over the steps of the later half, which caches and compilation no longer slow down.
+    """
+    metrics, plan = build / "train" / "metrics.jsonl", build / "plan.json"
+    try:
+        document = json.loads(plan.read_text(encoding="utf-8"))
+        phase = next(one for one in document["phases"] if one["name"] == "distill")
+        each = phase["flops"] / phase["tokens"]
+        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        rates = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
+        rate = statistics.median(rates[len(rates) // 2 :])
+    except (OSError, ValueError, LookupError, TypeError, StopIteration) as error:
+        raise UsageError(
+            f"--measured {build}: has no training that tells a speed ({type(error).__name__}: {error}); name a build "
+            "whose plan.json and train/metrics.jsonl are those of a distillation that has begun"
+        ) from None
+    return float(rate * each / cluster.flops)

@@ -1,0 +1,296 @@
+"""The phases of a plan: what is done, in order, with its tokens, FLOPs, memory, time and disk; and every cost in one list.
+
+FLOPs count the matrix products, two for a multiplication and an addition: of a token 2 N in a forward and 4 N in a
+backward, N the weights that it meets; attention over the positions before it, on average half a sequence; and 2 N of the
+student's layers once more where activations are recomputed. What elementwise operations add is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from minitron.compiler import costs
+from minitron.compiler.calibrate import batch_size, block_size
+from minitron.compiler.footprint import Footprint, Work, footprint
+from minitron.compiler.memory import (
+    EXACT_PARTS,
+    Layout,
+    LossWork,
+    Memory,
+    Shape,
+    calibration_memory,
+    shape_of,
+    training_memory,
+)
+from minitron.compiler.outlook import Outlook
+from minitron.compiler.targets import HIDDEN, LAYERS, teacher_widths
+from minitron.compiler.training_plan import micro_batch
+from minitron.specs.blocks.distill import Distill
+
+if TYPE_CHECKING:
+    from minitron.compiler.plan import Plan
+
+CHUNK_ELEMENTS = 1 << 23  # logits that `minitron capture` holds at a time
+CONTEXT = 4096  # tokens before the one that is decoded, where no phase of the spec says how long sequences are
+GUESSED_BYTES = 34  # a token, channel and layer, where a model cannot be run without data (arXiv 2205.05198, section 4)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One line of the plan. `flops` of the whole phase, `disk` what it leaves there; `memory` is that of one device."""
+
+    name: str
+    tokens: int
+    flops: int
+    memory: Memory
+    disk: int = 0
+
+    def to_json(self, outlook: Outlook) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "tokens": self.tokens,
+            "flops": self.flops,
+            "peak_memory_bytes": self.memory.peak,
+            "memory_bytes": dict(self.memory.parts),
+            "device_hours": round(outlook.hours(self.flops), 6),
+            "days": round(outlook.seconds(self.flops) / 86400, 6),
+            "disk_bytes": self.disk,
+            "device": outlook.words,
+        }
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One figure. `basis` is exact (follows from shapes and the spec) or estimated."""
+
+    name: str
+    value: float
+    unit: str
+    basis: str
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "value": self.value, "unit": self.unit, "basis": self.basis, "note": self.note}
+
+
+@dataclass(frozen=True)
+class Reckoning:
+    """All that is reckoned of a plan. Models are run without data at most once each, whatever is asked."""
+
+    plan: Plan
+    _ran: dict[tuple[str, Work], Footprint] = field(default_factory=dict)
+
+    # -- models -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def teacher(self) -> Shape:
+        return shape_of(self.plan.captured.model, self.plan.captured.layer_path, self.plan.head.weight)
+
+    @cached_property
+    def student(self) -> Shape:
+        return shape_of(self.plan.model, self.plan.captured.layer_path, self.plan.head.weight)
+
+    def footprint(self, side: str, work: Work) -> Footprint:
+        """Of one sequence; a batch of more takes as many times as much."""
+        plan = self.plan
+        if (side, work) not in self._ran:
+            config, model = (plan.captured.config, plan.captured.model)
+            count = plan.captured.layer_count
+            if side == "student":
+                config, model, count = plan.config, plan.model, plan.targets.layers
+            try:
+                found = footprint(
+                    config, plan.captured.attention, plan.head.backbone, plan.captured.layer_path, count, work
+                )
+            except Exception:  # a modelling file may want to see data: then by the rule of thumb
+                hidden = model.get_parameter(plan.head.weight).shape[1]
+                guess = GUESSED_BYTES * hidden * work.length * work.sequences
+                found = Footprint(guess * count if work.training else 0, guess)
+            self._ran[side, work] = found
+        return self._ran[side, work]
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def layout(self, devices: int) -> Layout:
+        """What training.yaml says, on so many devices."""
+        distill = self.distill
+        micro = distill.micro_batch_size or micro_batch(distill.global_batch_size, distill.sequence_length)
+        return Layout(
+            devices,
+            micro,
+            max(1, distill.global_batch_size // (devices * micro)),
+            *self.plan.sharding(),
+            recompute=distill.gradient_checkpointing,
+            offload=distill.layout.cpu_offload,
+        )
+
+    @property
+    def distill(self) -> Distill:
+        distill = self.plan.loaded.spec.distill
+        assert distill is not None, "there is no training without it"
+        return distill
+
+    def training(self, kind: str, layout: Layout, *, correction: bool = False) -> Memory:
+        """Of distillation, or of the correction of the teacher, on one device of `kind` cpu or cuda."""
+        distill, sampled = self.distill, self.sampled
+        spread = layout.shards_student and kind == "cuda"
+        own = Work(
+            1,
+            distill.sequence_length,
+            torch.bfloat16 if spread else torch.float32,
+            autocast=kind == "cuda",
+            training=True,
+            recompute=layout.recompute,
+        )
+        work = LossWork(
+            distill.sequence_length,
+            distill.loss.chunk_tokens,
+            bool(distill.loss.cross_entropy) or correction,
+            self.plan.head.softcap is not None,
+        )
+        beside = not (correction or sampled)
+        theirs = Work(1, distill.sequence_length, self.plan.dtype if kind == "cuda" else torch.float32)
+        return training_memory(
+            kind,
+            layout,
+            self.teacher if correction else self.student,
+            self.teacher if beside else None,
+            self._element,
+            work,
+            self.footprint("teacher" if correction else "student", own).times(layout.micro_batch),
+            self.footprint("teacher", theirs).times(layout.micro_batch) if beside else Footprint(0, 0),
+        )
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the teacher's logits are stored, so that none runs beside the student."""
+        return not isinstance(self.distill.teacher_logits, str)
+
+    @property
+    def _element(self) -> int:
+        return torch.empty(0, dtype=self.plan.dtype).element_size()
+
+    def student_flops(self) -> int:
+        """Forward and backward of one token, and what is recomputed."""
+        length = self.distill.sequence_length
+        forward = self.plan.student_costs.forward_flops_per_token(length)
+        if not self.distill.gradient_checkpointing:
+            return 3 * forward
+        head = 2 * self.student.hidden * self.student.vocabulary
+        return 4 * forward - head
+
+    def token_flops(self) -> int:
+        """Of one token of distillation."""
+        teacher = 0 if self.sampled else self.plan.teacher_costs.forward_flops_per_token(self.distill.sequence_length)
+        return teacher + self.student_flops()
+
+    # -- phases -------------------------------------------------------------------------------------------------------
+
+    def phases(self, outlook: Outlook) -> list[Phase]:
+        """In the order in which they are done."""
+        spec, plan = self.plan.loaded.spec, self.plan
+        kind = outlook.cluster.device.kind
+        phases = []
+        if spec.importance.data is not None and plan.needs_scores:
+            phases.append(self._calibrate())
+        if spec.distill is None:
+            return phases
+        layout, length = self.layout(outlook.cluster.count), spec.distill.sequence_length
+        forward = plan.teacher_costs.forward_flops_per_token(length)
+        if spec.teacher_correction is not None:
+            tokens = spec.teacher_correction.tokens
+            memory = self.training(kind, layout, correction=True)
+            phases.append(
+                Phase("teacher_correction", tokens, tokens * 3 * forward, memory, self._checkpoints(self.teacher))
+            )
+        tokens = spec.distill.tokens
+        if not isinstance(spec.distill.teacher_logits, str):
+            disk = costs.sampled_logits_bytes(tokens, spec.distill.teacher_logits.sampled, self.teacher.vocabulary)
+            phases.append(Phase("capture", tokens, tokens * forward, self._capturing(kind), disk))
+        disk = self._checkpoints(self.student) + plan.student_costs.weight_bytes
+        phases.append(Phase("distill", tokens, tokens * self.token_flops(), self.training(kind, layout), disk))
+        return phases
+
+    def _calibrate(self) -> Phase:
+        """Scores need no logits, unless layers are ranked by the harm of dropping each."""
+        data = self.plan.loaded.spec.importance.data
+        assert data is not None
+        plan, captured = self.plan, self.plan.captured
+        teacher, length = plan.teacher_costs, data.sequence_length
+        tokens = data.samples * length
+        # The captured graph has its mask written out: it computes the whole square of attention.
+        whole = teacher.flops_per_token + length * teacher.attention_flops_per_pair
+        each = whole - 2 * self.teacher.hidden * self.teacher.vocabulary
+        ranked = plan.targets.named_layers is None and plan.targets.layers < captured.layer_count
+        if ranked and plan.loaded.spec.importance.depth.metric != "block_influence":
+            each += (captured.layer_count + 1) * whole
+        sequences = min(data.samples, batch_size(length))
+        batches = min(-(-data.samples // sequences), block_size(sequences, length, self.teacher.hidden))
+        embedding = captured.model.get_parameter(costs.embedding_name(captured)).numel()
+        widths = teacher_widths(captured, plan.roles, plan.table)
+        widest = max(size for name, size in widths.items() if name not in (HIDDEN, LAYERS))
+        work = Work(1, length, torch.float32)
+        memory = calibration_memory(
+            self.teacher, embedding, sequences, length, batches,
+            self.footprint("teacher", work).times(sequences), widest,
+        )  # fmt: skip
+        return Phase("calibrate", tokens, tokens * each, memory)
+
+    def _capturing(self, kind: str) -> Memory:
+        """Of storing the teacher's samples: the teacher, one sequence in it, and a chunk of logits in fp64."""
+        element = self._element if kind == "cuda" else 4
+        work = Work(1, self.distill.sequence_length, self.plan.dtype if kind == "cuda" else torch.float32)
+        parts = {
+            "teacher": self.teacher.parameters * element,
+            "transient": self.footprint("teacher", work).transient,
+            "logits": CHUNK_ELEMENTS * (4 + 8),
+        }
+        return Memory(parts, sum(parts.values()))
+
+    def _checkpoints(self, shape: Shape) -> int:
+        """Weights and two moments in fp32, as many times as checkpoints are kept, and one that is being written."""
+        return 3 * 4 * shape.parameters * (self.plan.kept_checkpoints() + 1)
+
+    # -- the list of costs --------------------------------------------------------------------------------------------
+
+    def all_costs(self, outlook: Outlook) -> list[Cost]:
+        """Every figure with its basis, in the order in which it is shown."""
+        spec = self.plan.loaded.spec
+        length = spec.distill.sequence_length if spec.distill is not None else CONTEXT
+        found: list[Cost] = []
+        for side, model in (("teacher", self.plan.teacher_costs), ("student", self.plan.student_costs)):
+            decode = model.flops_per_token + length * model.attention_flops_per_pair
+            found += [
+                Cost(f"{side}: weights", model.weight_bytes, "bytes", "exact"),
+                Cost(f"{side}: KV cache per token", model.kv_cache_bytes_per_token, "bytes", "exact"),
+                Cost(
+                    f"{side}: prefill per token", model.forward_flops_per_token(length), "FLOPs", "estimated",
+                    f"of {length} tokens",
+                ),
+                Cost(f"{side}: decode per token", decode, "FLOPs", "estimated", f"after {length} tokens"),
+            ]  # fmt: skip
+        for phase in self.phases(outlook):
+            found += self._phase_costs(phase, outlook)
+        return found
+
+    def _phase_costs(self, phase: Phase, outlook: Outlook) -> list[Cost]:
+        name = phase.name.replace("_", " ")
+        found = [Cost(f"{name}: tokens", phase.tokens, "tokens", "exact")]
+        found.append(Cost(f"{name}: work per token", phase.flops // phase.tokens, "FLOPs", "estimated"))
+        for part, size in phase.memory.parts.items():
+            if size:
+                basis = "exact" if part in EXACT_PARTS else "estimated"
+                found.append(Cost(f"{name}: {part} per device", size, "bytes", basis))
+        found.append(Cost(f"{name}: peak memory per device", phase.memory.peak, "bytes", "estimated"))
+        if phase.disk:
+            basis = "estimated" if phase.name == "capture" else "exact"
+            found.append(
+                Cost(f"{name}: disk", phase.disk, "bytes", basis, "at most" if phase.name == "capture" else "")
+            )
+        found.append(Cost(f"{name}: device-hours", outlook.hours(phase.flops), "hours", "estimated", outlook.words))
+        found.append(Cost(f"{name}: days", outlook.seconds(phase.flops) / 86400, "days", "estimated", outlook.words))
+        return found
