@@ -20,6 +20,10 @@ from minitron.compiler.graph_module import rebuild
 from minitron.specs.atomic import atomic_path
 from minitron.specs.errors import WorkError
 
+# What export notes of where a node came from: folders of this machine, addresses of this process. Without them the same
+# student is the same file everywhere; the modules that nodes belong to stay.
+PRIVATE = ("stack_trace", "from_node")
+
 
 def build_program(graph_module: GraphModule, buffers: Mapping[str, torch.Tensor]) -> ExportedProgram:
     """Exports the rewritten graph anew. Parameters are on the meta device, named as in the student's state dict."""
@@ -40,6 +44,9 @@ def build_program(graph_module: GraphModule, buffers: Mapping[str, torch.Tensor]
     for name in list(program.constants):
         program.constants[name] = buffers[name]
     program.example_inputs = ((sample,), {})
+    for node in program.graph.nodes:
+        for key in PRIVATE:
+            node.meta.pop(key, None)
     return program
 
 
