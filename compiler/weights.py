@@ -80,13 +80,19 @@ def open_weights(captured: Captured, checkpoint: Checkpoint) -> WeightSource:
     try:
         with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder, dtype="auto", output_loading_info=True, trust_remote_code=False, use_safetensors=True
-            )
+                checkpoint.folder, dtype="auto", output_loading_info=True, trust_remote_code=False, use_safetensors=True,
+                ignore_mismatched_sizes=True,
+            )  # fmt: skip
     except Exception as error:  # transformers raises anything for a broken checkpoint
         raise WorkError(f"{checkpoint.folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     missing = sorted(info["missing_keys"])
     if missing:
         raise WorkError(f"{checkpoint.folder} lacks {len(missing)} of the model's tensors, the first is {missing[0]}")
+    for name, has, wants in sorted(info["mismatched_keys"]):  # named by us: transformers would point at its own log
+        raise WorkError(
+            f"{checkpoint.folder}: the files make {name} {list(has)}, and config.json says {list(wants)}; tensors are "
+            "missing, or one of the files belongs to another model"
+        )
     return LoadedWeights({name: parameter.detach() for name, parameter in model.named_parameters()})
 
 

@@ -1,0 +1,131 @@
+"""What the compiler refuses and no other test is about: each with a sentence that says what and, where it can, what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minitron.compiler import plan
+from minitron.compiler.capture import build_meta, capture, find_layers
+from minitron.compiler.checkpoint import open_checkpoint
+from minitron.compiler.head import find_head
+from minitron.compiler.plan import read_plan
+from minitron.compiler.student_config import prove
+from minitron.compiler.verify import load_student
+from minitron.compiler.weights import LoadedWeights, open_weights
+from minitron.specs.errors import SpecInvalid, UsageError, WorkError
+from tests.foundry import Foundry
+from tests.models import save_teacher, tiny_config
+
+
+def test_a_model_that_cannot_be_traced_is_refused_with_both_reasons() -> None:
+    with pytest.raises(UsageError) as caught:
+        capture(tiny_config("llama", num_hidden_layers=1, hidden_act="no-such-function"))
+    words = str(caught.value)
+    assert words.startswith("llama cannot be traced to a graph; with sdpa attention: ") and "no-such-function" in words
+    assert "; with eager attention: " in words and "\n" not in words
+
+
+def test_a_model_without_a_list_of_its_layers() -> None:
+    config = SimpleNamespace(model_type="odd", num_hidden_layers=3)
+    model = torch.nn.ModuleDict({"short": torch.nn.ModuleList([torch.nn.Identity()] * 2)})
+    with pytest.raises(UsageError, match="odd: no list of 3 layers in the model"):
+        find_layers(model, config)
+
+
+@pytest.mark.parametrize("operator", [torch.ops.aten.relu.default, torch.ops.aten.tanh.default])
+def test_logits_that_the_loss_cannot_compute(operator: Any) -> None:
+    """A soft cap is c * tanh(z / c); a bare tanh is something else."""
+    graph = torch.fx.Graph()
+    hidden, weight = graph.placeholder("hidden"), graph.get_attr("weight")
+    logits = graph.call_function(torch.ops.aten.linear.default, (hidden, weight))
+    graph.output(graph.call_function(operator, (logits,)))
+    model, config = SimpleNamespace(base_model_prefix="m", m=torch.nn.Module()), SimpleNamespace(model_type="odd")
+    with pytest.raises(
+        UsageError, match=f"odd: .*through {operator._opname}, which the distillation loss does not know"
+    ):
+        find_head(SimpleNamespace(graph=graph, model=model, config=config, module_of=lambda node: ""))  # type: ignore[arg-type]
+
+
+def test_widths_that_transformers_cannot_build() -> None:
+    config = tiny_config("llama", hidden_act="no-such-function")
+    teacher = SimpleNamespace(config=config, dtype=torch.float32, attention="sdpa")
+    with pytest.raises(UsageError, match=r"transformers cannot build llama with these widths: .*no-such-function"):
+        prove(teacher, config, {})  # type: ignore[arg-type]
+
+
+def test_sequences_that_are_longer_than_the_teacher_knows(foundry: Foundry) -> None:
+    """In calibration and in distillation, both at once."""
+    data = {"text": [str(foundry.root / "corpus.txt")]}
+    importance = {"data": foundry.calibration | {"sequence_length": 129}}
+    distill = {"data": data, "tokens": "1B", "sequence_length": 4096}
+    with pytest.raises(SpecInvalid) as caught:
+        foundry.plan(
+            foundry.teacher("llama", num_hidden_layers=2), {"hidden_size": 24}, importance=importance, distill=distill
+        )
+    assert [(error.path, error.message, error.hint) for error in caught.value.errors] == [
+        (f"{block}.sequence_length", f"{length} is more than the teacher's 128 positions", "write at most 128")
+        for block, length in (("importance.data", 129), ("distill", 4096))
+    ]
+
+
+def test_layers_that_cannot_be_told_apart_stay(foundry: Foundry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where one is to go; the reason is that of the analysis."""
+
+    def refuse(captured: Any) -> Any:
+        raise UsageError("layer 1 reads what layer 0 does not pass on")
+
+    monkeypatch.setattr(plan, "layer_ends", refuse)
+    teacher = foundry.teacher("llama", num_hidden_layers=2)
+    foundry.plan(teacher, {"intermediate_size": 24})
+    with pytest.raises(
+        SpecInvalid, match=r"student: no layer can be dropped: layer 1 reads what layer 0 does not pass on"
+    ):
+        foundry.plan(teacher, {"num_hidden_layers": 1})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_teacher(tmp_path / "model", tiny_config("llama", num_hidden_layers=1))
+
+
+def test_a_student_that_does_not_load_back(folder: Path) -> None:
+    assert load_student(folder, "sdpa").config.hidden_size == 32
+    path = folder / "model.safetensors"
+    whole = load_file(path)
+    less = {name: tensor for name, tensor in whole.items() if "down_proj" not in name}
+    more = {"model.extra.weight": torch.ones(2), **whole}
+    for tensors, first in ((less, r"model\.layers\.0\.mlp\.down_proj\.weight"), (more, r"model\.extra\.weight")):
+        save_file(tensors, path, metadata={"format": "pt"})
+        with pytest.raises(WorkError, match=f"does not load back whole: {first} and 0 more tensors are off"):
+            load_student(folder, "sdpa")
+    path.write_bytes(b"damaged")
+    with pytest.raises(WorkError, match=r"cannot be loaded back by transformers: .+"):
+        load_student(folder, "sdpa")
+
+
+def test_a_mixture_of_experts_that_lacks_one(tmp_path: Path) -> None:
+    """Whose files transformers rearranges while loading, so that names alone tell nothing."""
+    folder = save_teacher(tmp_path / "moe", tiny_config("mixtral", num_hidden_layers=1))
+    teacher = open_checkpoint(str(folder), None, tmp_path, weights=True)
+    captured: Any = SimpleNamespace(model=build_meta(teacher.config, torch.float32, "sdpa"))
+    assert isinstance(open_weights(captured, teacher), LoadedWeights)
+    path = folder / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(path).items() if "experts.2." not in name}
+    save_file(tensors, path, metadata={"format": "pt"})
+    teacher = open_checkpoint(str(folder), None, tmp_path, weights=True)
+    with pytest.raises(WorkError, match=r"experts\.\S+ \[3, .*\], and config\.json says \[4, .*tensors are missing"):
+        open_weights(captured, teacher)
+
+
+@pytest.mark.parametrize("content", ["{", "\ufeff[", ""])
+def test_a_plan_that_is_broken(tmp_path: Path, content: str) -> None:
+    assert read_plan(tmp_path) is None
+    (tmp_path / "plan.json").write_text(content, encoding="utf-8")
+    with pytest.raises(WorkError, match=r"plan\.json is not valid JSON \(.+\); remove it and compile again"):
+        read_plan(tmp_path)
