@@ -1,0 +1,117 @@
+"""`minitron compile` killed with -9 again and again: started once more it finishes, with the bytes of an undisturbed one."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from minitron.compiler import calibrate
+from tests.foundry import Foundry
+
+from .tiny import TIMEOUT, environment
+
+# So small that a tiny calibration is many blocks, each of them saved, as a large one is.
+BATCH_TOKENS, BLOCK_BYTES = 64, 1
+SMALL_BLOCKS = f"""\
+from minitron.compiler import calibrate
+
+calibrate.BATCH_TOKENS, calibrate.BLOCK_BYTES = {BATCH_TOKENS}, {BLOCK_BYTES}
+"""
+STUDENT = {"hidden_size": 24, "intermediate_size": 24}
+
+Sign = Callable[[Path, int], bool]
+
+
+def written(name: str) -> Sign:
+    """The process has written that file or folder of the build."""
+
+    def sign(build: Path, since: int) -> bool:
+        try:
+            return (build / name).stat().st_mtime_ns > since
+        except FileNotFoundError:
+            return False
+
+    return sign
+
+
+def writing(name: str) -> Sign:
+    """The process is writing it, under its temporary name."""
+    return lambda build, _: any(build.glob(f".{name}.*.tmp"))
+
+
+# What is waited for, and for how many seconds at most the process then still lives.
+MOMENTS: list[tuple[Sign, float]] = [
+    (written("scores.partial.safetensors"), 0.05),
+    (written("scores.partial.safetensors"), 0.05),
+    (writing("student"), 0.02),
+    (written("student"), 0.5),
+    (written("plan.json"), 1.0),
+]
+
+
+class Command:
+    """`python -m minitron.cli compile`, the same each time."""
+
+    def __init__(self, spec: Path, build: Path, home: Path) -> None:
+        (home / "sitecustomize.py").write_text(SMALL_BLOCKS)
+        self.build = build
+        self._line = [sys.executable, "-m", "minitron.cli", "compile", str(spec), "-o", str(build)]
+        self._line += ["--device", "cpu", "--threads", "1"]
+        packages = os.pathsep.join(filter(None, [str(home), *sys.path]))
+        self._environment = environment(home) | {"PYTHONPATH": packages}
+
+    def start(self) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        return subprocess.Popen(self._line, stdout=pipe, stderr=pipe, text=True, env=self._environment)
+
+    def killed(self, sign: Sign, delay: float) -> str:
+        """Starts it, waits for the sign and then so many seconds, and kills it: what it said."""
+        since, process = time.time_ns(), self.start()
+        deadline = time.monotonic() + TIMEOUT
+        while not sign(self.build, since) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.kill()
+        words = process.communicate()[1]
+        assert process.returncode == -9, words
+        return words
+
+    def finished(self) -> str:
+        process = self.start()
+        words = process.communicate(timeout=TIMEOUT)[1]
+        assert process.returncode == 0, words
+        return words
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_killed_five_times_it_ends_with_the_same_bytes(
+    foundry: Foundry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "BATCH_TOKENS", BATCH_TOKENS)
+    monkeypatch.setattr(calibrate, "BLOCK_BYTES", BLOCK_BYTES)
+    data = foundry.calibration | {"samples": 128, "sequence_length": 32}
+    loaded = foundry.load(foundry.teacher("llama", num_hidden_layers=1), STUDENT, importance={"data": data})
+    undisturbed = foundry.compile(loaded, tmp_path / "undisturbed" / "build").folder
+
+    (tmp_path / "home").mkdir()
+    command = Command(loaded.path, tmp_path / "killed" / "build", tmp_path / "home")
+    draw = random.Random(0)
+    said = [command.killed(sign, draw.uniform(0, most)) for sign, most in MOMENTS]
+    assert "calibrate: goes on at" in said[1] and "calibrate: goes on at" in said[2]
+    assert not any("goes on at" in words for words in said[3:]), "scores are made once"
+    last = command.finished()
+    assert f"scores: taken from {command.build / 'scores.safetensors'}" in last
+
+    got, wanted = contents(command.build), contents(undisturbed)
+    assert got.keys() == wanted.keys(), "and nothing is left over"
+    assert [name for name in wanted if got[name] != wanted[name]] == []
