@@ -167,6 +167,20 @@ def test_changed_specs_and_those_of_changed_locks(pull_request: PullRequest) -> 
     assert done.stdout.split("\0") == ["specs/changed one.yaml", "specs/deep/new.yaml", "specs/left.yaml", ""]
 
 
+def test_specs_that_build_on_a_changed_one_count_as_changed(pull_request: PullRequest) -> None:
+    repository = pull_request.repository
+    repository.write("specs/base/one.yaml", SPEC)
+    repository.write("specs/wider.yaml", "extends: base/one.yaml   # the same, wider\n")
+    repository.write("specs/deep/small.yaml", 'teacher:\n  spec: "../wider.yaml"\n')
+    repository.write("specs/deep/smaller.yaml", "teacher: {spec: small.yaml, dtype: float32}\n")
+    pull_request.base = repository.commit("base")
+    repository.write("specs/base/one.yaml", SPEC + "name: one\n")
+    repository.commit("change")
+    done = repository.run(SCRIPTS / "changed.sh", pull_request.base, ":(glob)specs/**/*.yaml")
+    found = ["specs/base/one.yaml", "specs/deep/small.yaml", "specs/deep/smaller.yaml", "specs/wider.yaml", ""]
+    assert done.stdout.split("\0") == found, done.stderr
+
+
 def test_a_good_change_is_planned_and_compared(pull_request: PullRequest) -> None:
     repository = pull_request.repository
     repository.write("specs/changed one.yaml", SPEC.replace("drop: [1]", "drop: [0]") + "name: one\n")
