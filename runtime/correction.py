@@ -60,7 +60,10 @@ class Correction:
         return read_record(self.output).get("identity") == self.identity
 
     def begin(self, progress: Progress) -> None:
-        """Makes the work folder one of this correction: what another one left in it goes."""
+        """Makes the work folder one of this correction: what another one left in it goes, and what a killed one left
+        beside it."""
+        for folder in self.output.parent.glob(f".{self.output.name}.*.tmp"):
+            shutil.rmtree(folder, ignore_errors=True)
         before = _read(self.work / _IDENTITY) or read_record(self.output).get("identity")
         if before is not None and before != self.identity:
             changed = sorted(
