@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from minitron.compiler.checkpoint import Checkpoint
+from minitron.compiler.costs import ModelCosts
 from minitron.compiler.head import Head
 from minitron.compiler.training_plan import SUITES, micro_batch, render, training_plan
 from minitron.runtime.plan import EvaluationPlan, TrainingPlan, read_plan
 from minitron.specs import load_spec
-from minitron.specs.blocks.distill import Distill
 from minitron.specs.blocks.evaluate import Evaluate
 from tests.foundry import Foundry
 
@@ -81,7 +81,8 @@ def written(
     path, target = folder / "spec.yaml", folder / build
     path.write_text(spec, encoding="utf-8")
     checkpoint = Checkpoint(teacher, folder / teacher, None, {}, commit)
-    document = training_plan(load_spec(path), target, checkpoint, HEAD, OTHER, "model.layers", "f" * 64)
+    costs = (ModelCosts(9, 9, 9, 18, 4, 1000, 10), ModelCosts(5, 5, 5, 10, 2, 500, 4))
+    document = training_plan(load_spec(path), target, checkpoint, HEAD, OTHER, "model.layers", "f" * 64, *costs)
     target.mkdir(parents=True)
     (target / "training.yaml").write_text(render(document, path, target), encoding="utf-8")
     return target
@@ -110,15 +111,15 @@ def test_every_value_is_written_and_the_runtime_adds_none(folder: Path, spec: st
 
 def test_what_the_spec_says_is_what_it_says(folder: Path) -> None:
     """Nothing under `distill` and `evaluate` is lost on the way."""
-    build = written(folder, MOST)
-    plan, said = content(build), yaml.safe_load(MOST)
-    for key in Distill.model_fields:
-        if key not in ("data", "optimizer", "tokens", "loss", "checkpoint"):
-            assert plan[key] == said["distill"][key], key
-    assert plan["tokens"] == 1_500_000 and plan["checkpoint"] == {"every_tokens": 10_000, "keep_last": 5}
-    optimizer = said["distill"]["optimizer"] | {"lr": 2e-5, "min_lr": 4.5e-7}
-    assert plan["optimizer"] == optimizer | {"eps": 1e-8, "clip_grad_norm": 1.0}
-    assert plan["loss"] == said["distill"]["loss"]
+    plan, spec = content(written(folder, MOST)), load_spec(folder / "spec.yaml").spec
+    assert spec.distill is not None
+    said = spec.distill.model_dump(mode="json")
+    assert {key: plan[key] for key in said if key not in ("data", "layout")} == {
+        key: value for key, value in said.items() if key not in ("data", "layout")
+    }
+    assert plan["tokens"] == 1_500_000 and plan["checkpoint"]["every_tokens"] == 10_000
+    assert plan["layout"] == said["layout"] | {"teacher": plan["layout"]["teacher"]}, "which the compiler decides"
+    assert (plan["loss"]["cross_entropy"], plan["loss"]["hidden_states"]["pairs"]) == (0.25, [[4, 1]])
     correction = plan["teacher_correction"]
     assert (correction["tokens"], correction["every_tokens"]) == (2_000_000, 10_000)
     assert (correction["optimizer"]["lr"], correction["optimizer"]["warmup_steps"]) == (3e-5, 9)
