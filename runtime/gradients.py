@@ -34,7 +34,9 @@ def sum_and_clip(parameters: Sequence[torch.nn.Parameter], most: float | None, w
     if most is not None and bool(norm.isfinite()):
         scale = most / (float(norm) + _TINY)
         if scale < 1.0:
-            torch._foreach_mul_(whole + rows, scale)
+            for together in (whole, rows):  # which may be on different devices
+                if together:
+                    torch._foreach_mul_(together, scale)
     return float(norm)
 
 

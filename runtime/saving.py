@@ -87,6 +87,7 @@ class Saver:
             return
         if save.thread is not None:
             save.thread.join()
+        self.world.wait()
         if not save.published and not self.world.any(save.error is not None):
             self._publish(save)
         if self.world.any(save.error is not None):

@@ -167,10 +167,15 @@ def _load_student(loaded: LoadedPlan, plan: TrainingPlan, world: World) -> Langu
     if plan.compile:
         compile_layers(student)
     if plan.gradient_checkpointing:
-        module = student.module  # the first name is that of transformers 5.23 and later
-        enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        recompute(student.module)
     return student
+
+
+def recompute(module: Any) -> None:
+    """Has the activations of each layer computed again in the backward pass instead of keeping them."""
+    # The first name is that of transformers 5.23 and later.
+    enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _open_data(

@@ -32,7 +32,7 @@ from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.utilisation import peak_flops, peak_memory, utilisation
 from minitron.runtime.world import World, join_world
 from minitron.specs.atomic import remove_leftovers, write_text
-from minitron.specs.errors import WorkError
+from minitron.specs.errors import UsageError, WorkError
 from minitron.specs.progress import Progress, Silent
 
 FINISHED = "finished.json"
@@ -54,6 +54,7 @@ def train(build: Path, *, device: str | None, progress: Progress) -> None:
     work, output = loaded.folder / plan.work, loaded.folder / plan.output
     with interrupts() as interrupt, join_world(device) as world, only_one(work, "training", world.leads):
         progress = progress if world.leads else Silent()
+        _require_one_folder(work, world)
         if world.leads:
             _remove_leftovers(work, output)
         encoder = TextEncoder.load(loaded.folder / plan.tokenizer)
@@ -130,6 +131,15 @@ def _identity_of_newest(checkpoints: Path) -> dict[str, Any] | None:
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return None
+
+
+def _require_one_folder(work: Path, world: World) -> None:
+    """UsageError where some rank does not see what the leader writes: its part of a checkpoint would be lost."""
+    world.wait()
+    if world.any(not (work / "lock").is_file()):
+        raise UsageError(
+            f"{work} is not the same folder on all machines; put the build on a file system that they share"
+        )
 
 
 def _remove_leftovers(work: Path, output: Path) -> None:

@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,9 @@ from minitron.specs.errors import UsageError
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """Beside a GPU the CPU has a backend too: weights that rest in host memory are reduced there."""
 
+_PATIENCE = timedelta(days=2)
+"""While the leader tokenizes or one rank writes, the others wait. That is no failure, as it is where a step hangs."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -31,6 +36,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    waiting: Any = None
+    """The group of all ranks over the CPU in which they wait for each other, however long that takes."""
 
     @property
     def leads(self) -> bool:
@@ -77,7 +84,7 @@ class World:
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.waiting)
 
 
 @contextmanager
@@ -86,6 +93,8 @@ def join_world(device: str | None) -> Iterator[World]:
     read."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     if size == 1:
         try:
             yield World(0, 1, chosen)
@@ -95,11 +104,12 @@ def join_world(device: str | None) -> Iterator[World]:
         return
     if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
         raise UsageError("WORLD_SIZE is set without RANK and MASTER_ADDR; start with torchrun, or unset WORLD_SIZE")
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
     dist.init_process_group(_BACKENDS[chosen.type])
-    dist.barrier()  # all are connected now: a rank that refuses the plan at once is not one that another cannot reach
+    waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    dist.barrier(
+        group=waiting
+    )  # all are connected now: a rank that refuses the plan at once is not one that another cannot reach
     try:
-        yield World(dist.get_rank(), size, chosen)
+        yield World(dist.get_rank(), size, chosen, waiting)
     finally:
         dist.destroy_process_group()

@@ -181,9 +181,11 @@ def capture_on_ranks(build: Path, size: int) -> list[str | None]:
 
 
 def train_on_ranks(
-    build: Path, size: int, before: Before = None, on: Sequence[int] | None = None, work: Any = _train
+    build: Path | Sequence[Path], size: int, before: Before = None, on: Sequence[int] | None = None, work: Any = _train
 ) -> list[str | None]:
-    """What each of `size` ranks said at the end. `before` is called in the ranks `on`, or in all of them."""
+    """What each of `size` ranks said at the end. `before` is called in the ranks `on`, or in all of them; several
+    builds: each rank has its own."""
+    builds = [build] * size if isinstance(build, Path) else build
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -191,7 +193,7 @@ def train_on_ranks(
     for rank in range(size):
         ours, theirs = CONTEXT.Pipe()
         then = before if on is None or rank in on else None
-        process = CONTEXT.Process(target=_rank, args=(rank, size, port, build, theirs, work, then), daemon=True)
+        process = CONTEXT.Process(target=_rank, args=(rank, size, port, builds[rank], theirs, work, then), daemon=True)
         process.start()
         theirs.close()
         running.append((process, ours))

@@ -126,3 +126,10 @@ def test_begun_on_one_rank_and_ended_on_two(build: Path, whole: tuple[list[dict[
 def test_a_batch_that_ranks_cannot_share(build: Path) -> None:
     words = train_on_ranks(build, 3)
     assert all("4 sequences cannot be shared by 3 processes, 2 at a time" in str(word) for word in words)
+
+
+def test_ranks_that_do_not_share_the_build(build: Path, tmp_path: Path) -> None:
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    words = train_on_ranks([build, tmp_path / "there" / "build"], 2)
+    assert all("train is not the same folder on all machines; put the build on a file system" in str(w) for w in words)
+    assert not (build / "train" / "checkpoints").exists()

@@ -1,0 +1,45 @@
+"""The two loops of the benchmark do the same, on the shapes that it says."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from minitron.runtime.world import World
+
+FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "train_step.py"
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_step_benchmark", FILE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_both_loops_learn_the_same(bench: ModuleType) -> None:
+    args, world = argparse.Namespace(compile=False, recompute=False), World(0, 1, torch.device("cpu"))
+    plain, ours = (bench.METHODS[name](args, bench.SHAPES["tiny"], world) for name in ("plain", "minitron"))
+    for step in range(3):
+        assert ours(step) == pytest.approx(plain(step), rel=1e-5)
+
+
+def test_the_large_shapes_have_the_published_sizes(bench: ModuleType) -> None:
+    shape = bench.SHAPES["12b-to-8b"]
+    counts = [bench.parameters(shape, side) for side in (shape.teacher, shape.student)]
+    assert counts == [12_247_782_400, 8_414_105_600]
+
+
+def test_sizes_are_those_of_the_models(bench: ModuleType) -> None:
+    shape = bench.SHAPES["tiny"]
+    model = bench.empty_model(shape, shape.student, torch.float32)
+    assert sum(parameter.numel() for parameter in model.parameters()) == bench.parameters(shape, shape.student)
