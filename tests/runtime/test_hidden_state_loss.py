@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from minitron.runtime.loss import HiddenStateLoss, hidden_state_loss
+from tests.runtime.test_distillation_loss import LargestTensor
 
 D, E, TOKENS, SEQUENCES = 6, 10, 14, 3
 
@@ -157,3 +158,18 @@ def test_what_multiplies_the_loss_multiplies_the_gradient() -> None:
         gradients.append(torch.autograd.grad(factor * term.total, leaves(given)))
     for once, thrice in zip(*gradients, strict=True):
         torch.testing.assert_close(3.0 * once, thrice)
+
+
+@pytest.mark.parametrize("weight", [None, 1.0])
+def test_beside_the_gradient_nothing_grows_with_the_tokens(weight: float | None) -> None:
+    """The projected states [tokens x teacher's width] never exist; a chunk of them does."""
+    width, chunk = 64, 16
+    for tokens in (200, 400):
+        students, teachers = [states(D, 1, tokens).requires_grad_()], [states(width, 2, tokens)]
+        given = {
+            "projection_ED": states(D, 3, width), "logits_T": torch.ones(tokens), "sequences": 1,
+            "sequence_T": torch.zeros(tokens, dtype=torch.long), "normaliser": 1.0,
+        }  # fmt: skip
+        with LargestTensor() as seen:
+            hidden_state_loss(HiddenStateLoss("cosine", weight, chunk), students, teachers, **given)
+        assert seen.elements <= max(tokens * D, chunk * width)
