@@ -30,6 +30,7 @@ WRAPPER = "causal_lm"
 # Export wants an upper bound for symbolic sizes; nothing of ours depends on it.
 LONGEST = 1 << 20
 SAMPLE = (2, 7)  # batch and sequence of the input that is traced
+FIXED_LENGTH = 128  # tokens that a graph is of which cannot be of any number
 LEAST_LAYERS = 4  # a model of fewer is captured whole: finding out which layers are alike would take as long
 RESHAPES = {"view", "reshape", "flatten", "to", "alias", "contiguous", "clone"}
 PASS_THROUGH = {"transpose", "t", "to", "permute", "contiguous", "alias", "numpy_T", "mT", "_to_copy", "detach"}
@@ -56,6 +57,8 @@ class Captured:
     attention      the attention implementation that could be exported (sdpa or eager)
     canonical      attribute name -> the one name of that parameter; tied parameters share one
     layers         the path of the module list that holds the layers (`model.layers`), and how many there are
+    length         the one number of tokens that the graph is of, where the model's own code depends on it (a scan in
+                   chunks, a loop over positions); None where the graph is of any
     """
 
     graph_module: GraphModule
@@ -66,6 +69,7 @@ class Captured:
     canonical: dict[str, str]
     layer_path: str
     layer_count: int
+    length: int | None = None
 
     @property
     def graph(self) -> Graph:
@@ -172,23 +176,33 @@ def find_layers(model: torch.nn.Module, config: Any) -> tuple[str, int]:
     )
 
 
-def capture(config: Any, dtype: torch.dtype = torch.float32) -> Captured:
-    """Exports the model of `config` in `dtype`. Raises UsageError where it cannot be exported, with torch's reason."""
+def capture(config: Any, dtype: torch.dtype = torch.float32, fixed_length: int = FIXED_LENGTH) -> Captured:
+    """Exports the model of `config` in `dtype`. Raises UsageError where it cannot be exported, with torch's reason.
+
+    A model whose code does other things for other numbers of tokens is captured for `fixed_length` of them.
+    """
     reasons: list[str] = []
-    for attention in ("sdpa", "eager"):
-        try:
-            model, graph_module = _export_once(config, dtype, attention) or _export(config, dtype, attention)
-        except Exception as error:  # whatever a modelling file or export raises decides only whether we can go on
-            reasons.append(f"with {attention} attention: {_first_line(error)}")
-            continue
-        path, count = find_layers(model, config)
-        return Captured(graph_module, model, config, attention, dtype, canonical_names(model), path, count)
+    for length in (None, fixed_length):
+        for attention in ("sdpa", "eager"):
+            try:
+                made = _export_once(config, dtype, attention, length) or _export(config, dtype, attention, length)
+            except Exception as error:  # whatever a modelling file or export raises decides only whether we can go on
+                reasons.append(f"with {attention} attention: {_first_line(error)}")
+                continue
+            model, graph_module = made
+            path, count = find_layers(model, config)
+            names = canonical_names(model)
+            return Captured(graph_module, model, config, attention, dtype, names, path, count, length)
+        if not any("(sequence)" in reason for reason in reasons):
+            break
     raise UsageError(
         f"{getattr(config, 'model_type', 'this model')} cannot be traced to a graph; " + "; ".join(reasons)
     )
 
 
-def _export_once(config: Any, dtype: torch.dtype, attention: str) -> tuple[torch.nn.Module, GraphModule] | None:
+def _export_once(
+    config: Any, dtype: torch.dtype, attention: str, length: int | None
+) -> tuple[torch.nn.Module, GraphModule] | None:
     """What `_export` gives, from an export of a few layers that stand for all others: those that do the same (`alike`).
 
     None where that cannot be told of this model, or where it saves nothing.
@@ -197,10 +211,10 @@ def _export_once(config: Any, dtype: torch.dtype, attention: str) -> tuple[torch
     if not isinstance(count, int) or count < LEAST_LAYERS:
         return None
     try:
-        few = _representatives(config, dtype, attention, count)
+        few = _representatives(config, dtype, attention, count, length or SAMPLE[1])
         if few is None or 2 * len(few.layers) > count:
             return None
-        small, graph_module = _export(few.config, dtype, attention)
+        small, graph_module = _export(few.config, dtype, attention, length)
         path = few.path
         captured = Captured(graph_module, small, few.config, attention, dtype, {}, path, len(few.layers))
         model = build_meta(config, dtype, attention)
@@ -219,9 +233,9 @@ class _Few:
     stands_in: list[int]
 
 
-def _representatives(config: Any, dtype: torch.dtype, attention: str, count: int) -> _Few | None:
+def _representatives(config: Any, dtype: torch.dtype, attention: str, count: int, length: int) -> _Few | None:
     """The first layer, and of the others the first of each kind. None where these do not do what they stand for."""
-    whole, path = _accounts(config, dtype, attention)
+    whole, path = _accounts(config, dtype, attention, length)
     if whole is None:
         return None
     lists = list(lists_over_layers(config, count).values())
@@ -232,18 +246,20 @@ def _representatives(config: Any, dtype: torch.dtype, attention: str, count: int
             known[kind] = len(layers)
             layers.append(number)
     reduced = with_layers(config, count, layers)
-    part, same_path = _accounts(reduced, dtype, attention, path)
+    part, same_path = _accounts(reduced, dtype, attention, length, path)
     if part != Accounts(whole.outside, tuple(whole.layers[i] for i in layers)) or path != same_path:
         return None
     return _Few(reduced, path, layers, [0, *(known[kind] for kind in kinds[1:])])
 
 
-def _accounts(config: Any, dtype: torch.dtype, attention: str, path: str = "") -> tuple[Accounts | None, str]:
+def _accounts(
+    config: Any, dtype: torch.dtype, attention: str, length: int, path: str = ""
+) -> tuple[Accounts | None, str]:
     """What the layers of a model do, and where they stand."""
     with quiet(), FakeTensorMode(allow_non_fake_inputs=True):
         fake = build_model(config, dtype, attention)
         path = path or find_layers(fake, config)[0]
-        sample = torch.zeros(*SAMPLE, dtype=torch.long)
+        sample = torch.zeros(SAMPLE[0], length, dtype=torch.long)
         return accounts(fake, path, _Logits(fake), sample), path
 
 
@@ -265,18 +281,18 @@ def _hands_on(node: Node) -> bool:
     return (old.dtype, old.device, old.layout) == (new.dtype, new.device, new.layout)
 
 
-def _export(config: Any, dtype: torch.dtype, attention: str) -> tuple[torch.nn.Module, GraphModule]:
-    """The model on the meta device, and its graph.
+def _export(config: Any, dtype: torch.dtype, attention: str, length: int | None) -> tuple[torch.nn.Module, GraphModule]:
+    """The model on the meta device, and its graph: of `length` tokens, or of any number.
 
     Export sees fake tensors of the CPU: modelling files choose other operators on the meta device, which then refuse
     real weights.
     """
     batch = torch.export.Dim("batch", min=1, max=LONGEST)
-    sequence = torch.export.Dim("sequence", min=1, max=LONGEST)
+    sequence = torch.export.Dim("sequence", min=1, max=LONGEST) if length is None else torch.export.Dim.STATIC
     with quiet(), torch.no_grad():
         with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
             fake = build_model(config, dtype, attention)
-            sample = torch.zeros(*SAMPLE, dtype=torch.long)
+            sample = torch.zeros(SAMPLE[0], length or SAMPLE[1], dtype=torch.long)
         program = torch.export.export(_Logits(fake), (sample,), dynamic_shapes=({0: batch, 1: sequence},), strict=False)
         module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)

@@ -116,7 +116,8 @@ def score(
         at = "teacher.model" if plan.loaded.spec.teacher.spec is None else "teacher.spec"
         raise SpecInvalid([plan.loaded.error(at, str(error))]) from None
     data = resolve(importance.data, plan.loaded.folder, at="importance.data", error=plan.loaded.error)
-    wanted = SampleConfig(importance.data.samples, importance.data.sequence_length)
+    length = plan.captured.length or importance.data.sequence_length
+    wanted = SampleConfig(importance.data.samples * (importance.data.sequence_length // length), length)
     samples = calibration_samples(data, tokenizer, plan.captured.config.vocab_size, wanted)
     if len(samples) < wanted.samples:
         progress.message(f"the calibration data makes {len(samples)} samples, not {wanted.samples}")
@@ -201,7 +202,8 @@ def validate(
     """All checks of `verify`, on logits of a few sequences."""
     config = plan.captured.config
     longest = getattr(config, "max_position_embeddings", None) or verify.SAMPLE[1]
-    ids = verify.sample_ids(config.vocab_size, int(longest), samples)
+    length = plan.captured.length or min(verify.SAMPLE[1], int(longest))
+    ids = verify.sample_ids(config.vocab_size, length, samples)
     settings = _settings(plan, device)
     make = student_weights(source, student.recipes, plan.dtype)
     exact = [s for s in plan.targets.statuses if s.student < s.teacher and s.status != "exact"]
@@ -314,7 +316,10 @@ def _config_widths(plan: Plan) -> dict[str, int]:
     keys = {name: config_key(plan.captured.config, name, old[name]) for name in plan.targets.widths}
     attribute_map = getattr(plan.config, "attribute_map", {})
     wanted = {attribute_map.get(key, key): plan.targets.widths[name] for name, key in keys.items() if key is not None}
-    return wanted | {attribute_map.get(LAYERS, LAYERS): plan.targets.layers}
+    layers = attribute_map.get(LAYERS, LAYERS)
+    if layers in plan.config.to_dict():  # else the length of a list over layers says it
+        wanted[layers] = plan.targets.layers
+    return wanted
 
 
 def _score_key(plan: Plan, data: str, samples: torch.Tensor, config: CalibrationConfig) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from minitron.compiler import costs
 from minitron.compiler.axes import AxisTable, analyse
-from minitron.compiler.capture import Captured, capture
+from minitron.compiler.capture import FIXED_LENGTH, Captured, capture
 from minitron.compiler.checkpoint import Checkpoint
 from minitron.compiler.config_layers import lists_over_layers
 from minitron.compiler.fits import fits_json
@@ -148,7 +148,7 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
     errors += check_data(loaded)
     try:
         checkpoint = open_teacher(loaded, weights=weights, planned=_student_of)
-        captured = capture(checkpoint.config, dtype_of(spec.teacher.dtype))
+        captured = capture(checkpoint.config, dtype_of(spec.teacher.dtype), _fixed_length(loaded))
         table = analyse(captured)
         roles = find_roles(captured, table)
         head = find_head(captured)
@@ -185,6 +185,12 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
 def _student_of(upper: LoadedSpec, build: Path) -> Any:
     """The configuration of the student that the spec above plans."""
     return make_plan(upper, build=build).config
+
+
+def _fixed_length(loaded: LoadedSpec) -> int:
+    """Tokens that a graph is captured for which cannot be of any number: no more than a calibration sample has."""
+    data = loaded.spec.importance.data
+    return FIXED_LENGTH if data is None else min(FIXED_LENGTH, data.sequence_length)
 
 
 def _check_lengths(loaded: LoadedSpec, captured: Captured) -> list[SpecError]:
@@ -264,11 +270,12 @@ def _compare_constants(
 ) -> None:
     """Compares the numbers in the graphs of teacher and student, on a few layers of each kind: all of them take long."""
     few = representatives(captured.config, captured.layer_count, kept)
-    narrowed = capture(student_config(captured, targets.widths, widths, few, also), captured.dtype)
+    length = captured.length or FIXED_LENGTH
+    narrowed = capture(student_config(captured, targets.widths, widths, few, also), captured.dtype, length)
     if len(few) == captured.layer_count:
         check_scalars(captured, narrowed, {layer: layer for layer in few})
         return
-    whole = capture(student_config(captured, {}, widths, few), captured.dtype)
+    whole = capture(student_config(captured, {}, widths, few), captured.dtype, length)
     check_scalars(whole, narrowed, {layer: layer for layer in range(len(few))})
 
 

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from minitron.compiler.capture import LONGEST, quiet, strip_wrapper
-from minitron.compiler.graph_module import rebuild
+from minitron.compiler.graph_module import fixed_length, rebuild
 from minitron.specs.atomic import atomic_path
 from minitron.specs.errors import WorkError
 
@@ -27,13 +27,14 @@ PRIVATE = ("stack_trace", "from_node")
 
 def build_program(graph_module: GraphModule, buffers: Mapping[str, torch.Tensor]) -> ExportedProgram:
     """Exports the rewritten graph anew. Parameters are on the meta device, named as in the student's state dict."""
-    sample = torch.zeros(2, 7, dtype=torch.long)
+    length = fixed_length(graph_module)
+    sample = torch.zeros(2, length or 7, dtype=torch.long)
     with quiet(), torch.no_grad():
         with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
             plain = _plain(graph_module)
-            fake_sample = torch.zeros(2, 7, dtype=torch.long)
+            fake_sample = torch.zeros_like(sample)
         batch = torch.export.Dim("batch", min=1, max=LONGEST)
-        sequence = torch.export.Dim("sequence", min=1, max=LONGEST)
+        sequence = torch.export.Dim("sequence", min=1, max=LONGEST) if length is None else torch.export.Dim.STATIC
         program = torch.export.export(plain, (fake_sample,), dynamic_shapes=({0: batch, 1: sequence},), strict=False)
     for name, value in list(program.state_dict.items()):
         if name in buffers:

@@ -101,9 +101,9 @@ def check_widths(
     return Check("widths", passed, True, 0.0 if passed else float("inf"), 0.0, "; ".join(wrong[:3]) or "as asked for")
 
 
-def sample_ids(vocab_size: int, longest: int, samples: torch.Tensor | None) -> torch.Tensor:
-    """Token ids to compare on: calibration data where there is some, else random ones."""
-    rows, length = SAMPLE[0], min(SAMPLE[1], longest)
+def sample_ids(vocab_size: int, length: int, samples: torch.Tensor | None) -> torch.Tensor:
+    """Token ids [2, length] to compare on: calibration data (shorter where that is), else random ones."""
+    rows = SAMPLE[0]
     if samples is not None and samples.shape[0] >= rows:
         return samples[:rows, :length].contiguous()
     generator = torch.Generator().manual_seed(0)

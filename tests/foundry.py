@@ -92,10 +92,10 @@ class Foundry:
         run by a process that stands ready. Without `program` none is written, which halves what a compile takes."""
         original = plan_module.capture
 
-        def capture(config: Any, dtype: torch.dtype = torch.float32) -> Any:
-            key = f"{dtype} {config.to_json_string(use_diff=False)}"
+        def capture(config: Any, dtype: torch.dtype = torch.float32, *rest: Any) -> Any:
+            key = f"{config.model_type} {dtype} {rest} {config.to_json_string(use_diff=False)}"
             if key not in self._captured:
-                self._captured[key] = original(config, dtype)
+                self._captured[key] = original(config, dtype, *rest)
             return self._captured[key]
 
         with pytest.MonkeyPatch.context() as patch:

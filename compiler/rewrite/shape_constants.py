@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_aggregate
 
 from minitron.compiler.dims import Dim, size_of
+from minitron.compiler.graph_module import fixed_length
 from minitron.compiler.narrowing import Narrowing
 from minitron.compiler.rewrite.passes import Pass, PassResult
 from minitron.compiler.rules import Dims, Result
@@ -233,7 +234,8 @@ def shape_constants(dims_of: Mapping[str, Result], narrowing: Narrowing) -> Pass
         return PassResult(graph_module, changed > 0, f"rewrote the sizes of {changed} operators")
 
     def ensures(graph_module: GraphModule) -> None:
+        ids = torch.zeros(2, fixed_length(graph_module) or 3, dtype=torch.long, device="meta")
         with torch.no_grad():
-            _Shapes(graph_module, sizes).run(torch.zeros(2, 3, dtype=torch.long, device="meta"))
+            _Shapes(graph_module, sizes).run(ids)
 
     return Pass("shape_constants", run, ensures)

@@ -274,7 +274,7 @@ def test_what_cannot_be_compared_claims_nothing() -> None:
 
 def test_it_compares_on_calibration_data_and_without_it_on_random_tokens() -> None:
     samples = torch.arange(4 * 60).reshape(4, 60)
-    assert torch.equal(verify.sample_ids(1000, 128, samples), samples[:2, :48])
+    assert torch.equal(verify.sample_ids(1000, 48, samples), samples[:2, :48])
     assert verify.sample_ids(1000, 32, samples).shape == (2, 32)
-    ids = verify.sample_ids(1000, 128, None)
-    assert ids.shape == (2, 48) and torch.equal(ids, verify.sample_ids(1000, 128, None)) and int(ids.max()) < 1000
+    ids = verify.sample_ids(1000, 48, None)
+    assert ids.shape == (2, 48) and torch.equal(ids, verify.sample_ids(1000, 48, None)) and int(ids.max()) < 1000

@@ -1,0 +1,116 @@
+"""Tiny configurations of many families, by the key that AutoConfig knows them by.
+
+Each has what tells its family apart, at sizes that no two widths share by accident where the family lets them differ.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig
+
+from tests.models import COMMON, ROTARY
+from tests.models import FAMILIES as FIRST
+
+MLA = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 12}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 8, "mamba_chunk_size": 16}
+DELTA = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+
+DENSE: dict[str, dict[str, Any]] = {
+    "apertus": {},
+    "arcee": {"head_dim": 12},
+    "biogpt": {},
+    "bitnet": {},
+    "bloom": {"n_head": 4, "n_layer": 3},
+    "cohere": {},
+    "cohere2": {"head_dim": 12, "sliding_window": 8},
+    "ctrl": {"dff": 40},
+    "cwm": {"head_dim": 12, "sliding_window": 8},
+    "diffllama": {},
+    "ernie4_5": {"head_dim": 12},
+    "exaone4": {"sliding_window": 8, "sliding_window_pattern": 2},
+    "falcon": {"ffn_hidden_size": 40},
+    "gemma": {"head_dim": 12},
+    "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 8},
+    "glm": {"head_dim": 12},
+    "glm4": {"head_dim": 12},
+    "gpt2": {},
+    "gpt_bigcode": {},
+    "gptj": {"rotary_dim": 4},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+        "attention_multiplier": 0.3,
+    },
+    "helium": {"head_dim": 12},
+    "hunyuan_v1_dense": {"head_dim": 12},
+    "jais2": {"head_dim": 12},
+    "ministral3": {"head_dim": 12},
+    "nanochat": {},
+    "nemotron": {"head_dim": 12},
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 8},
+    "opt": {"word_embed_proj_dim": 32, "ffn_dim": 40},
+    "persimmon": {},
+    "phi": {},
+    "seed_oss": {"head_dim": 12},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "stablelm": {"rope_parameters": ROTARY},
+    "starcoder2": {},
+    "vaultgemma": {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 8},
+    "xglm": {"attention_heads": 4, "ffn_dim": 40},
+}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "deepseek_v2": MLA | {"n_routed_experts": 4, "n_shared_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+                          "first_k_dense_replace": 1, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1},
+    "deepseek_v3": MLA | {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+                          "first_k_dense_replace": 1, "num_key_value_heads": 4, "n_group": 2, "topk_group": 1},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 1},
+    "flex_olmo": EXPERTS,
+    "glm4_moe": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 12,
+                 "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 12, "sliding_window": 8},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoeshared": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 28},
+    "llama4_text": {"num_local_experts": 4, "head_dim": 12, "intermediate_size_mlp": 44, "interleave_moe_layer_step": 2},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 12},
+    "olmoe": EXPERTS,
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 28},
+    "qwen3_moe": EXPERTS | {"head_dim": 12},
+}  # fmt: skip
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "bamba": MAMBA | {"attn_layer_indices": [1]},
+    "falcon_h1": MAMBA | {"mamba_d_ssm": 64},
+    "falcon_mamba": {"state_size": 8},
+    "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention", "mamba"], "shared_intermediate_size": 40},
+    "jamba": {"mamba_d_state": 8, "num_experts": 2, "attn_layer_period": 3, "attn_layer_offset": 1},
+    "lfm2": {"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention", "conv"]},
+    "mamba": {"state_size": 8},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 2, "state_size": 8, "chunk_size": 16},
+    "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2, "chunk_size": 16, "ssm_state_size": 8,
+                   "head_dim": 12, "num_hidden_layers": None,
+                   "layers_block_type": ["linear_attention", "mlp", "full_attention"]},
+    "qwen3_5_text": DELTA | {"head_dim": 12},
+    "qwen3_next": DELTA | {"head_dim": 12, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+                           "shared_expert_intermediate_size": 28},
+    "recurrent_gemma": {"lru_width": 32, "attention_window_size": 8},
+}  # fmt: skip
+EVERY = {**FIRST, **DENSE, **MIXTURES, **HYBRIDS}
+
+
+def config_of(family: str) -> Any:
+    """The configuration of a family; what its configuration class has no key for is left out."""
+    known = AutoConfig.for_model(family)
+    keys = {key: value for key, value in COMMON.items() if hasattr(known, key) or key in known.attribute_map}
+    keys |= EVERY[family]
+    return AutoConfig.for_model(family, **{key: value for key, value in keys.items() if value is not None})
