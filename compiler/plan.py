@@ -319,6 +319,11 @@ def _both_costs(
 def _remarks(checkpoint: Checkpoint, captured: Captured) -> tuple[str, ...]:
     """What the user should know and no axis says."""
     remarks = [checkpoint.remark] if checkpoint.remark else []
+    if captured.length is not None:
+        remarks.append(
+            f"the code of {captured.config.model_type} depends on the number of tokens: its graph is of {captured.length}, "
+            f"calibration samples are read in pieces of {captured.length}, and student.pt2 runs on {captured.length} only"
+        )
     if checkpoint.tensors:
         known = set(captured.canonical)
         extra = [name for name in checkpoint.tensors if name not in known]

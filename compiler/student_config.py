@@ -34,6 +34,14 @@ def config_key(config: Any, name: str, value: int) -> str | None:
     return None
 
 
+def open_key(config: Any, name: str) -> str | None:
+    """The key of a width that the configuration leaves open, to follow from others."""
+    if name == HEAD_DIM:
+        return None
+    keys = (name, *OTHER_KEYS.get(name, ()))
+    return next((key for key in keys if hasattr(config, key) and getattr(config, key) is None), None)
+
+
 def student_config(
     captured: Captured,
     widths: Mapping[str, int],
@@ -50,6 +58,12 @@ def student_config(
         key = config_key(captured.config, name, teacher_widths[name])
         if key is not None:
             setattr(config, key, width)
+    for name, old in teacher_widths.items():
+        key = open_key(config, name)
+        if (
+            widths and key is not None
+        ):  # what would follow from other widths is written out, for it may not follow these
+            setattr(config, key, widths.get(name, old))
     for (part, key), width in (also or {}).items():
         setattr(getattr(config, part) if part else config, key, width)
     head = head_width(captured.config)
@@ -89,7 +103,7 @@ def fit(
 def _has_key(config: Any, name: str, teacher_widths: Mapping[str, int]) -> bool:
     if name == GROUPS and teacher_widths[HEADS] == teacher_widths[GROUPS]:  # the key of the heads says it
         name = HEADS
-    return config_key(config, name, teacher_widths[name]) is not None
+    return config_key(config, name, teacher_widths[name]) is not None or open_key(config, name) is not None
 
 
 def _guesses(config: Any, widths: Mapping[str, int], teacher_widths: Mapping[str, int]) -> Iterator[dict[Key, int]]:

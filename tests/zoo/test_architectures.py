@@ -1,0 +1,97 @@
+"""Families beyond the first eight: everything that their configurations have a key for, narrowed in one compile.
+
+docs/architectures.md has every family and axis; benchmarks/architectures.py makes it. Here is one compile of each kind.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from minitron.compiler.targets import GROUPS, HEADS, HIDDEN, LAYERS
+from minitron.specs.errors import SpecInvalid
+from tests.foundry import Build, Foundry, load_model, logits, token_ids
+from tests.models import save_teacher
+from tests.zoo.configs import config_of
+
+FFN = "intermediate_size"
+ALL = {HIDDEN: 24, FFN: 20, HEADS: 2, GROUPS: 1, LAYERS: 2}
+# The width of a head is hidden_size / num_attention_heads and nothing else: both go together, and every head has its own key.
+IN_PROPORTION = {HIDDEN: 16, FFN: 20, HEADS: 2, LAYERS: 2}
+STUDENTS: dict[str, dict[str, int]] = {
+    "cohere": ALL,  # a norm that takes a mean off first, logits that are scaled
+    "gemma3_text": ALL,  # two rotary tables, windows in some layers, norms before and after
+    "gpt2": IN_PROPORTION,  # weights that are the other way round, learnt positions
+    "granite": ALL,  # factors on embeddings, residuals, scores and logits
+    "nemotron": ALL,  # squared ReLU, layer norms of 1 + w, partial rotary
+    "olmo2": ALL,  # norms of queries and keys over all heads, norms after
+    "opt": IN_PROPORTION,  # a second key that must say the same width
+    "smollm3": ALL,  # layers without rotary embeddings
+}
+OTHER_KEYS = {("gpt2", FFN): "n_inner", ("opt", FFN): "ffn_dim"}
+
+
+def teacher(foundry: Foundry, family: str) -> Any:
+    folder = foundry.root / f"zoo-{family}"
+    return folder if folder.exists() else save_teacher(folder, config_of(family))
+
+
+def build(foundry: Foundry, family: str) -> Build:
+    return foundry.build(teacher(foundry, family), STUDENTS[family], program=False)
+
+
+@pytest.mark.parametrize("family", STUDENTS)
+def test_all_axes_together(foundry: Foundry, family: str) -> None:
+    made, wanted = build(foundry, family), STUDENTS[family]
+    assert all(check["passed"] for check in made.checks.values())
+    widths = made.document("plan.json")["student"]["widths"]
+    assert {axis: widths[axis] for axis in wanted} == wanted
+    config = load_model(made.folder / "student").config
+    for axis, width in wanted.items():
+        assert getattr(config, OTHER_KEYS.get((family, axis), axis)) == width
+
+
+def test_masking_is_claimed_only_where_it_is_the_same(foundry: Foundry) -> None:
+    """A norm that takes the mean off first leaves dropped channels other than zero."""
+    assert build(foundry, "olmo2").checks["masked"]["exact"]
+    check = build(foundry, "cohere").checks["masked"]
+    assert not check["exact"] and "variance" in check["detail"]
+
+
+def test_lists_over_layers_follow_the_layers(foundry: Foundry) -> None:
+    made = build(foundry, "smollm3")
+    kept = made.document("plan.json")["selection"][LAYERS][0]
+    assert made.config["no_rope_layers"] == [[1, 0, 1][layer] for layer in kept]
+
+
+def test_a_second_key_of_the_same_width_is_found_by_the_shapes(foundry: Foundry) -> None:
+    assert build(foundry, "opt").config["word_embed_proj_dim"] == 16
+
+
+@pytest.mark.parametrize("axis", [HIDDEN, HEADS])
+def test_a_derived_head_width_is_refused_with_what_would_work(foundry: Foundry, axis: str) -> None:
+    with pytest.raises(SpecInvalid, match=r"32 / 4: narrow both in that proportion"):
+        foundry.plan(teacher(foundry, "gpt2"), {axis: {HIDDEN: 24, HEADS: 2}[axis]})
+
+
+# A scan in chunks does other things for other numbers of tokens: its graph is of one number.
+
+
+@pytest.fixture(scope="module")
+def of_one_length(foundry: Foundry) -> Build:
+    return foundry.build(teacher(foundry, "nemotron_h"), {HIDDEN: 24, FFN: 20, HEADS: 2, GROUPS: 1})
+
+
+def test_a_graph_of_one_length_is_narrowed_and_verified(of_one_length: Build) -> None:
+    assert all(check["passed"] for check in of_one_length.checks.values())
+    assert of_one_length.checks["masked"]["exact"] and of_one_length.checks["program"]["exact"]
+
+
+def test_the_plan_says_that_its_graph_is_of_one_length(of_one_length: Build) -> None:
+    remarks = of_one_length.document("plan.json")["remarks"]
+    assert [one for one in remarks if "its graph is of 48" in one]
+
+
+def test_the_student_reads_any_number_of_tokens_all_the_same(of_one_length: Build) -> None:
+    assert logits(load_model(of_one_length.folder / "student"), token_ids(1, 11)).shape[1] == 11
