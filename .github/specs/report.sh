@@ -4,6 +4,7 @@
 #   BASE            commit that the changes are counted from
 #   SPECS           git pathspec of the specs
 #   PLAN            `true` to show plans and differences beside the validation
+#   DEVICE          devices that plans are reckoned for; none where it is empty
 #   GITHUB_OUTPUT   gets `report` (the file) and `changed` (how many specs)
 #   GITHUB_STEP_SUMMARY, RUNNER_TEMP   as GitHub sets them
 #
@@ -70,7 +71,7 @@ if [ "${PLAN:-true}" = true ]; then
       printf 'A new spec.\n\n' >> "$report"
     fi
     printf '<details><summary>Plan</summary>\n\n' >> "$report"
-    if minitron plan --markdown "$spec" > "$temporary/minitron-plan.md" 2> "$said"; then
+    if minitron plan --markdown ${DEVICE:+--device "$DEVICE"} "$spec" > "$temporary/minitron-plan.md" 2> "$said"; then
       sed -e "s|$PWD/||g" "$temporary/minitron-plan.md" >> "$report"
       if [ -s "$said" ]; then quoted "$said" >> "$report"; fi
     else

@@ -185,9 +185,10 @@ def test_a_good_change_is_planned_and_compared(pull_request: PullRequest) -> Non
     repository = pull_request.repository
     repository.write("specs/changed one.yaml", SPEC.replace("drop: [1]", "drop: [0]") + "name: one\n")
     repository.commit("change")
-    done = pull_request.report()
+    done = pull_request.report(DEVICE="h200x8")
     assert done.returncode == 0, done.stderr
     text = pull_request.text
+    assert "fits h200x8" in text
     assert text.startswith("<!-- minitron specs -->\n**1 spec changed, all valid.**\n")
     assert "## `specs/changed one.yaml`" in text
     assert "| student.layers.drop | [1] | [0] |" in text
