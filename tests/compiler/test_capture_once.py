@@ -33,9 +33,9 @@ def exports(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     export = capture_module._export
 
-    def counted(config: Any, dtype: torch.dtype, attention: str) -> Any:
+    def counted(config: Any, dtype: torch.dtype, attention: str, length: int | None) -> Any:
         seen.append(config.num_hidden_layers)
-        return export(config, dtype, attention)
+        return export(config, dtype, attention, length)
 
     monkeypatch.setattr(capture_module, "_export", counted)
     return seen
