@@ -162,4 +162,4 @@ class TestAccounts:
 
 def test_a_scale_that_follows_the_layers_number_is_captured_whole() -> None:
     changed = config("gpt2", n_layer=4, num_hidden_layers=4, scale_attn_by_inverse_layer_idx=True)
-    assert capture_module._export_once(changed, torch.float32, "eager") is None
+    assert capture_module._export_once(changed, torch.float32, "eager", None) is None
