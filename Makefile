@@ -5,6 +5,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# Tests run side by side in this many processes of one thread each: the models are too small for more threads.
+JOBS ?= 2
 BIN := $(VENV)/bin
 # Touched when the installation is complete: it is repeated only after pyproject.toml or constraints.txt has changed.
 INSTALLED := $(VENV)/.installed
@@ -25,7 +27,7 @@ quickstart: $(INSTALLED)
 install: $(INSTALLED)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
