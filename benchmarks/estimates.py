@@ -11,6 +11,7 @@ the half that a causal mask leaves, so it is counted whole on both sides here.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import shutil
 import tempfile
@@ -32,7 +33,6 @@ from minitron.compiler import compile as compile_module
 from minitron.compiler.compile import write_training_plan
 from minitron.compiler.footprint import Living
 from minitron.compiler.outlook import ASSUMED_MFU
-from minitron.runtime import train as train_module
 from minitron.specs import load_spec
 from minitron.specs.progress import Silent
 
@@ -60,6 +60,7 @@ VARIANTS: dict[str, list[str]] = {
     "accumulated": ["distill.micro_batch_size=2"],
     "recomputed": ["distill.micro_batch_size=4", "distill.gradient_checkpointing=true"],
 }
+train_module = importlib.import_module("minitron.runtime.train")  # the package has a function of that name
 STEPS, GLOBAL_BATCH = 3, 4
 
 

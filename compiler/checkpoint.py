@@ -178,6 +178,17 @@ def _remote_headers(model: str, folder: Path, commit: str) -> tuple[dict[str, Te
         )
 
 
+def last_token(folder: Path) -> int | None:
+    """The highest token number of the tokenizer in a folder; None where tokenizer.json is not there or is none."""
+    try:
+        document = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        vocabulary = document["model"]["vocab"]
+        numbers = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+        return int(max([*numbers, *(token["id"] for token in document.get("added_tokens") or ())]))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file. WorkError where the file is broken or cut short."""
     size = path.stat().st_size

@@ -167,13 +167,13 @@ def logits_bytes(kind: str, sequences: int, work: LossWork, student: Shape, teac
 
 
 def calibration_memory(
-    teacher: Shape, embedding: int, sequences: int, length: int, batches: int, others: Footprint, widest: int
+    teacher: Shape, embedding: int, sequences: int, length: int, batches: int, others: Footprint
 ) -> Memory:
     """Of scoring: the fp32 weights of one layer (or of the embedding), the residual stream and masks of a block of
-    `batches`, and one batch of `sequences` inside a layer. `widest` is the largest width that is scored."""
+    `batches`, and one batch of `sequences` inside a layer, at its widest or where its mask is added in fp32."""
     tokens = sequences * length
     weights = FP32 * max(teacher.layer, embedding)
     stream = batches * (tokens * teacher.hidden * FP32 + tokens * length)
-    transient = others.transient + tokens * (length * (1 + FP32) + widest * FP32)
-    parts = {"weights": weights, "activations": stream, "transient": transient}
+    attention = tokens * (length * (1 + FP32) + 4 * teacher.hidden * FP32)  # queries, keys, values and what comes out
+    parts = {"weights": weights, "activations": stream, "transient": max(others.transient, attention)}
     return Memory(parts, sum(parts.values()))

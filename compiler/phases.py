@@ -27,7 +27,6 @@ from minitron.compiler.memory import (
     training_memory,
 )
 from minitron.compiler.outlook import Outlook
-from minitron.compiler.targets import HIDDEN, LAYERS, teacher_widths
 from minitron.compiler.training_plan import micro_batch
 from minitron.specs.blocks.distill import Distill
 
@@ -231,12 +230,10 @@ class Reckoning:
         sequences = min(data.samples, batch_size(length))
         batches = min(-(-data.samples // sequences), block_size(sequences, length, self.teacher.hidden))
         embedding = captured.model.get_parameter(costs.embedding_name(captured)).numel()
-        widths = teacher_widths(captured, plan.roles, plan.table)
-        widest = max(size for name, size in widths.items() if name not in (HIDDEN, LAYERS))
         work = Work(1, length, torch.float32)
         memory = calibration_memory(
             self.teacher, embedding, sequences, length, batches,
-            self.footprint("teacher", work).times(sequences), widest,
+            self.footprint("teacher", work).times(sequences),
         )  # fmt: skip
         return Phase("calibrate", tokens, tokens * each, memory)
 

@@ -14,7 +14,7 @@ import torch
 from minitron.compiler import costs
 from minitron.compiler.axes import AxisTable, analyse
 from minitron.compiler.capture import FIXED_LENGTH, Captured, capture
-from minitron.compiler.checkpoint import Checkpoint
+from minitron.compiler.checkpoint import Checkpoint, last_token
 from minitron.compiler.config_layers import lists_over_layers
 from minitron.compiler.fits import fits_json
 from minitron.compiler.head import Head, find_head
@@ -159,7 +159,7 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
         at = "teacher.model" if spec.teacher.spec is None else "teacher.spec"
         raise SpecInvalid([*errors, loaded.error(at, str(error))]) from None
     targets, wrong = resolve_targets(spec.student, captured, roles, table, loaded.error)
-    errors += wrong + _check_lengths(loaded, captured)
+    errors += wrong + _check_lengths(loaded, captured) + _check_vocabulary(loaded, checkpoint)
     if targets is not None:
         errors += _check_pairs(loaded, captured.layer_count, targets.layers)
     if targets is None or errors:
@@ -210,6 +210,17 @@ def _check_lengths(loaded: LoadedSpec, captured: Captured) -> list[SpecError]:
                 )
             )
     return errors
+
+
+def _check_vocabulary(loaded: LoadedSpec, checkpoint: Checkpoint) -> list[SpecError]:
+    """Text is turned into tokens that the teacher has."""
+    spec = loaded.spec
+    last, size = last_token(checkpoint.folder), int(checkpoint.config.vocab_size)
+    if last is None or last < size or (spec.importance.data is None and spec.distill is None):
+        return []
+    at = "teacher.model" if spec.teacher.spec is None else "teacher.spec"
+    message = f"its tokenizer knows tokens up to number {last}, and the model has a vocabulary of {size}"
+    return [loaded.error(at, message, "copy the tokenizer files that belong to this model")]
 
 
 def _check_pairs(loaded: LoadedSpec, teacher_layers: int, student_layers: int) -> list[SpecError]:

@@ -68,7 +68,16 @@ def check_headers(captured: Captured, checkpoint: Checkpoint) -> bool:
                 f"{checkpoint.folder}: config.json says that {name} is {list(parameter.shape)}, "
                 f"the weight file has {list(info.shape)}; one of the two files belongs to another model"
             )
-    return all(name in checkpoint.tensors for name in parameters)
+    missing = [name for name in parameters if name not in checkpoint.tensors]
+    known = set(captured.canonical)
+    whole = checkpoint.commit is None  # of a model from the Hub some files may not be on this machine
+    if missing and whole and checkpoint.tensors and known.issuperset(checkpoint.tensors):
+        # Nothing that transformers could make them of: where tensors have names of their own, it may convert them.
+        raise UsageError(
+            f"{checkpoint.folder}: config.json describes {len(missing)} tensors that the weight files have not, the first is "
+            f"{missing[0]}; one of the two belongs to another model, or a file is missing"
+        )
+    return not missing
 
 
 def open_weights(captured: Captured, checkpoint: Checkpoint) -> WeightSource:

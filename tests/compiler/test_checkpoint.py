@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from minitron.compiler.capture import build_meta, canonical_names, quiet
-from minitron.compiler.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
+from minitron.compiler.checkpoint import INDEX, SINGLE, Checkpoint, last_token, open_checkpoint
+from minitron.compiler.plan import make_plan
 from minitron.compiler.weights import StreamedWeights, check_headers, open_weights
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError
+from tests import models
 from tests.foundry import Foundry
 from tests.models import random_model, save_teacher, tiny_config
 
@@ -248,8 +251,8 @@ def test_a_tensor_that_no_file_holds_is_named(folder: Path) -> None:
     del weights["model.layers.1.mlp.down_proj.weight"]
     save_file(weights, folder / SINGLE, metadata={"format": "pt"})
     checkpoint = opened(folder)
-    words = r"lacks 1 of the model's tensors, the first is model\.layers\.1\.mlp\.down_proj\.weight"
-    with pytest.raises(WorkError, match=words):
+    words = r"1 tensors that the weight files have not, the first is model\.layers\.1\.mlp\.down_proj\.weight"
+    with pytest.raises(UsageError, match=words):
         open_weights(captured(checkpoint), checkpoint)
 
 
@@ -280,3 +283,54 @@ def test_tied_teachers_need_no_second_copy(tmp_path: Path) -> None:
     checkpoint = opened(tmp_path)
     assert "lm_head.weight" not in checkpoint.tensors and AutoConfig.from_pretrained(tmp_path).tie_word_embeddings
     assert open_weights(captured(checkpoint), checkpoint).streamed
+
+
+class TestVocabulary:
+    """A tokenizer of another model is noticed before anything is computed."""
+
+    def test_the_highest_token_is_read_from_the_file(self, tmp_path: Path) -> None:
+        tokenizer = {"model": {"vocab": {"a": 0, "b": 7}}, "added_tokens": [{"id": 9}]}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+        assert last_token(tmp_path) == 9
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": [["a", -1.0], ["b", -2.0]]}}))
+        assert last_token(tmp_path) == 1
+
+    @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"model": {}}', '{"model": {"vocab": {}}}'])
+    def test_what_cannot_be_read_says_nothing(self, tmp_path: Path, content: str | None) -> None:
+        if content is not None:
+            (tmp_path / "tokenizer.json").write_text(content)
+        assert last_token(tmp_path) is None
+
+    def test_more_tokens_than_the_model_has_are_refused_with_all_other_errors(
+        self, foundry: Foundry, tmp_path: Path
+    ) -> None:
+        shutil.copytree(foundry.teacher("llama"), tmp_path / "teacher")
+        path = tmp_path / "teacher" / "tokenizer.json"
+        tokenizer = json.loads(path.read_text())
+        tokenizer["added_tokens"][0]["id"] = models.VOCABULARY
+        path.write_text(json.dumps(tokenizer))
+        data = {"text": ["nowhere.txt"]}
+        loaded = foundry.load(
+            tmp_path / "teacher", {"hidden_size": 99, "num_attention_heads": 8}, importance={"data": data}
+        )
+        with foundry.shortened(), pytest.raises(SpecInvalid) as caught:
+            make_plan(loaded, build=tmp_path / "build")
+        found = {error.path: error for error in caught.value.errors}
+        assert set(found) == {
+            "teacher.model", "student.hidden_size", "student.num_attention_heads", "importance.data.text.0",
+        }  # fmt: skip
+        assert (
+            f"up to number {models.VOCABULARY}, and the model has a vocabulary of {models.VOCABULARY}"
+            in found["teacher.model"].message
+        )
+        assert all(error.line for error in found.values())
+
+
+def test_a_configuration_of_more_layers_than_the_files_hold(foundry: Foundry, tmp_path: Path) -> None:
+    shutil.copytree(foundry.teacher("llama"), tmp_path / "teacher")
+    path = tmp_path / "teacher" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
+    loaded = foundry.load(tmp_path / "teacher", {"hidden_size": 24})
+    with foundry.shortened(), pytest.raises(SpecInvalid, match="describes 9 tensors that the weight files have not"):
+        make_plan(loaded, build=tmp_path / "build")

@@ -1,0 +1,176 @@
+"""What a device holds: the parts follow from shapes, and the fits and changes from the parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from minitron.compiler import memory
+from minitron.compiler.devices import Cluster, Device
+from minitron.compiler.fits import fits_json
+from minitron.compiler.footprint import Footprint, Living, Work, footprint
+from minitron.compiler.memory import Layout, LossWork, Shape, logits_bytes, training_memory
+from minitron.compiler.outlook import Outlook
+from minitron.compiler.phases import Reckoning
+from minitron.compiler.plan import Plan
+from minitron.runtime.loss import distillation, products
+from tests.foundry import Foundry
+from tests.models import tiny_config
+
+STUDENT = Shape(parameters=1000, layer=300, outside=400, hidden=10, vocabulary=20)
+TEACHER = Shape(parameters=3000, layer=900, outside=1200, hidden=30, vocabulary=20)
+ONE = Layout(1, micro_batch=1, steps=2, student_sharded=True, teacher_sharded=True, recompute=False)
+LOSS = LossWork(length=4, chunk_tokens=4, cross_entropy=False, softcap=False)
+
+
+def held(kind: str, layout: Layout, teacher: Shape | None = TEACHER) -> dict[str, int]:
+    found = training_memory(kind, layout, STUDENT, teacher, 2, LOSS, Footprint(50, 5), Footprint(0, 7))
+    assert found.peak <= sum(found.parts.values()) + 7
+    return {**found.parts, "peak": found.peak}
+
+
+def test_the_workspace_is_that_of_the_loss() -> None:
+    assert memory.BUFFER_BYTES == distillation._BUFFER_BYTES
+    assert memory.BLOCK_ELEMENTS == distillation._BLOCK_ELEMENTS
+    assert memory.VOCABULARY_BLOCK == products.VOCABULARY_BLOCK
+
+
+class TestParts:
+    def test_one_device_holds_everything(self) -> None:
+        parts = held("cuda", ONE)
+        assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (4000, 4000, 8000)
+        assert parts["teacher"] == 6000 and parts["gathered"] == 0
+        assert held("cpu", ONE)["teacher"] == 12000  # fp32 there, whatever the checkpoint is in
+
+    def test_sharded_models_are_divided_and_gathered_by_layers(self) -> None:
+        parts = held("cuda", replace(ONE, devices=8))
+        assert (parts["weights"], parts["optimizer"], parts["teacher"]) == (500, 1000, 750)
+        student = (400 + 2 * 300) * 2 + 300 * (
+            2 + 4
+        )  # bf16 units; a layer's gradient in bf16 and, to be summed, in fp32
+        assert parts["gathered"] == student + (1200 + 2 * 900) * 2
+
+    def test_replicated_ones_are_not(self) -> None:
+        parts = held("cuda", replace(ONE, devices=8, student_sharded=False, teacher_sharded=False))
+        assert (parts["weights"], parts["teacher"], parts["gathered"]) == (4000, 6000, 0)
+
+    def test_without_a_teacher_there_is_none(self) -> None:
+        assert held("cuda", ONE, teacher=None)["teacher"] == 0
+        assert logits_bytes("cuda", 1, LOSS, STUDENT, None) < logits_bytes("cuda", 1, LOSS, STUDENT, TEACHER)
+
+    def test_gradients_of_earlier_micro_batches_wait(self) -> None:
+        assert held("cuda", ONE)["peak"] > held("cuda", replace(ONE, steps=1))["peak"]
+
+    def test_weights_in_host_memory_are_not_on_the_device(self) -> None:
+        assert held("cuda", replace(ONE, offload=True))["weights"] == 0
+
+
+class TestFootprint:
+    @pytest.mark.parametrize("recompute", [False, True])
+    def test_a_few_layers_stand_for_all(self, recompute: bool) -> None:
+        """Whole, with data: the same bytes."""
+        config = tiny_config("llama", num_hidden_layers=5, hidden_size=64, intermediate_size=128, head_dim=16)
+        work = Work(2, 32, torch.float32, training=True, recompute=recompute)
+        estimated = footprint(config, "sdpa", "model", "model.layers", 5, work)
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        living = Living([*model.parameters(), *model.buffers()])
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        with living:
+            hidden = model.model(input_ids=torch.zeros(2, 32, dtype=torch.long), use_cache=False).last_hidden_state
+            kept = living.now
+            hidden.backward(torch.ones_like(hidden))
+        assert estimated.kept == pytest.approx(kept, rel=0.05)
+        assert estimated.kept + estimated.transient == pytest.approx(living.peak, rel=0.05)
+
+    def test_recomputation_keeps_less_and_a_forward_alone_nothing(self) -> None:
+        config = tiny_config("llama", num_hidden_layers=4)
+
+        def run(**how: Any) -> Footprint:
+            return footprint(config, "sdpa", "model", "model.layers", 4, Work(1, 32, torch.float32, **how))
+
+        assert run(training=True, recompute=True).kept < run(training=True).kept / 2
+        assert run().kept == 0 < run().transient
+
+
+Planned = Callable[..., Plan]
+
+
+@pytest.fixture(scope="module")
+def planned(foundry: Foundry) -> Planned:
+    teacher = foundry.teacher("llama")
+    data = {"text": [str(foundry.root / "corpus.txt")]}
+    base = foundry.plan(teacher, {"intermediate_size": 24})
+
+    def plan(**distill: Any) -> Plan:
+        block = {"data": data, "tokens": 64_000, "sequence_length": 128, "global_batch_size": 16, **distill}
+        return replace(base, loaded=foundry.load(teacher, {"intermediate_size": 24}, distill=block))
+
+    return plan
+
+
+def fits(plan: Plan, memory_bytes: int, count: int = 1) -> dict[str, Any]:
+    device = Device("card", memory_bytes, 1e12)
+    return fits_json(Reckoning(plan), Outlook(Cluster(device, count), named=True))
+
+
+class TestFits:
+    def peak(self, plan: Plan, **changes: Any) -> int:
+        reckoning = Reckoning(plan)
+        return reckoning.training("cuda", replace(reckoning.layout(1), **changes)).peak
+
+    def test_what_is_enough_fits_and_a_byte_less_does_not(self, planned: Planned) -> None:
+        plan = planned(micro_batch_size=4)
+        enough = max(self.peak(plan), *(phase["peak_memory_bytes"] for phase in plan.phases()))
+        assert fits(plan, enough) == {"device": "card", "ok": True, "nearest": None, "reason": None}
+        found = fits(plan, self.peak(plan) - 1)
+        assert not found["ok"] and "card has" in found["reason"]
+
+    def test_the_nearest_change_is_the_first_that_fits(self, planned: Planned) -> None:
+        plan = planned(micro_batch_size=4)
+        two = self.peak(plan, micro_batch=2, steps=8)
+        assert fits(plan, two)["nearest"].startswith("distill.micro_batch_size: 2 (")
+        alone = planned(micro_batch_size=1)
+        recomputed = self.peak(alone, recompute=True)
+        assert recomputed < self.peak(alone)
+        assert fits(alone, recomputed)["nearest"].startswith("distill.gradient_checkpointing: true (")
+
+    def test_what_is_proposed_fits(self, planned: Planned) -> None:
+        change = fits(planned(micro_batch_size=4), self.peak(planned(micro_batch_size=4), micro_batch=1, steps=16))
+        assert change["nearest"].startswith("distill.micro_batch_size: 1")
+        proposed = planned(micro_batch_size=1)
+        assert fits(proposed, self.peak(proposed))["ok"]
+
+    def test_devices_that_cannot_share_a_batch(self, planned: Planned) -> None:
+        found = fits(planned(micro_batch_size=4), 10**12, count=8)
+        assert "16 sequences of a global batch cannot be shared by 8 devices, 4 at a time" in found["reason"]
+        assert found["nearest"].startswith("distill.micro_batch_size: 2")
+
+    def test_where_nothing_helps(self, planned: Planned) -> None:
+        assert fits(planned(micro_batch_size=1), 1000)["nearest"] in (
+            None, "a device with more memory for `calibrate`, or --device cpu for that command",
+        )  # fmt: skip
+
+    def test_a_plan_says_so_only_where_a_device_is_named(self, planned: Planned) -> None:
+        plan = planned()
+        assert "fits" not in plan.to_json()
+        assert plan.to_json(outlook=Outlook(named=True))["fits"] == {
+            "device": "h100", "ok": True, "nearest": None, "reason": None,
+        }  # fmt: skip
+        assert {cost["basis"] for cost in plan.to_json()["costs"]} == {"exact", "estimated"}
+
+
+def test_recomputing_costs_another_forward_of_the_layers(planned: Planned) -> None:
+    plain, again = planned(), planned(gradient_checkpointing=True)
+    student = plain.student_costs
+    head = 2 * 32 * 96
+    forward = student.forward_flops_per_token(128)
+    assert Reckoning(again).token_flops() - Reckoning(plain).token_flops() == forward - head
