@@ -36,6 +36,7 @@ from minitron.compiler.outlook import ASSUMED_MFU
 from minitron.specs import load_spec
 from minitron.specs.progress import Silent
 
+aten = torch.ops.aten
 LLAMA: dict[str, Any] = {"model_type": "llama", "num_key_value_heads": 4, "num_attention_heads": 8, "head_dim": 32}
 # Name -> teacher, student, sequence length, and variants of training. Each shape makes other terms matter.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -89,6 +90,10 @@ def measuring(device: str, owner: Any, name: str, *, inside: bool = False) -> It
     """Measures every call of `owner.name` while this is open. On a CPU what was made since then counts, or, `inside`, what
     the call itself makes."""
     found: list[Measured] = []
+    counters = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
     original: Callable[..., Any] = getattr(owner, name)
     living = Living()
     cuda = device.startswith("cuda")
@@ -97,14 +102,28 @@ def measuring(device: str, owner: Any, name: str, *, inside: bool = False) -> It
         living.peak = living.now
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        with FlopCounterMode(display=False) as counter, living if inside else nullcontext():
+        # Counted in other steps than memory is: the counter keeps values alive.
+        counts = inside or len(found) % 2 == 0
+        counter = FlopCounterMode(display=False, custom_mapping=counters)
+        with counter if counts else nullcontext(), living if inside else nullcontext():
             result = original(*arguments, **keywords)
         peak = torch.cuda.max_memory_allocated() if cuda else living.peak
-        found.append(Measured(peak, counter.get_total_flops()))
+        found.append(Measured(peak, counter.get_total_flops() if counts else 0))
         return result
 
     with mock.patch.object(owner, name, measured), nullcontext() if inside else living:
         yield found
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """torch's counter knows the operators of CUDA only. Sizes: [B, H, S, E], [B, G, T, E], [B, G, T, V]."""
+    batch, heads, rows, width = query
+    return int(2 * batch * heads * rows * key[2] * (width + value[3]))
+
+
+def _attention_backward(_: Any, query: Any, key: Any, value: Any, *more: Any, **named: Any) -> int:
+    """Five products for the forward's two, as torch counts that of CUDA."""
+    return _attention(query, key, value) * 5 // 2
 
 
 def make_spec(folder: Path, shape: dict[str, Any]) -> Path:
@@ -125,7 +144,13 @@ def make_spec(folder: Path, shape: dict[str, Any]) -> Path:
         "teacher": {"model": "teacher", "dtype": "float32"},
         "student": shape["student"],
         "importance": {"data": {**data, "samples": 4, "sequence_length": length}},
-        "distill": {"data": data, "tokens": tokens, "sequence_length": length, "global_batch_size": GLOBAL_BATCH},
+        "distill": {
+            "data": data,
+            "tokens": tokens,
+            "sequence_length": length,
+            "global_batch_size": GLOBAL_BATCH,
+            "checkpoint": {"every_tokens": tokens},
+        },
     }
     path = folder / "spec.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
@@ -151,26 +176,24 @@ def compare(name: str, shape: dict[str, Any], folder: Path, device: str, variant
         with measuring(device, train_module, "train_step") as steps:
             train_module.train(build, device=device, progress=Silent())
         distill = next(one for one in varied.phases(outlook) if one["name"] == "distill")
-        last = steps[-1]  # by then the optimizer has its moments
+        flops, peak = steps[-1].flops, steps[-2].peak  # the optimizer has its moments by then
         rows += [
-            Row(name, f"{variant}: peak bytes", distill["peak_memory_bytes"], last.peak),
-            Row(name, f"{variant}: FLOPs of a step", distill["flops"] // STEPS + hidden_half(varied), last.flops),
+            Row(name, f"{variant}: peak bytes", distill["peak_memory_bytes"], peak),
+            Row(name, f"{variant}: FLOPs of a step", distill["flops"] // STEPS + spared(varied), flops),
         ]
     return rows
 
 
-def hidden_half(plan: Plan) -> int:
-    """FLOPs of a step that a causal mask spares and torch's counter counts: attention to the later positions."""
+def spared(plan: Plan) -> int:
+    """FLOPs of a step that a causal mask spares and the counter counts: attention to later positions, and the fifth
+    product of its backward."""
     distill = plan.loaded.spec.distill
     assert distill is not None
-    length = distill.sequence_length
-    half = length - length // 2
-    passes = 4 if distill.gradient_checkpointing else 3
-    # Of a flash attention's backward the counter counts five products for the forward's two.
-    student = (passes * half + length // 2) * plan.student_costs.attention_flops_per_pair
-    student -= length // 2 * plan.student_costs.attention_flops_per_pair
-    student += length // 2 * plan.student_costs.attention_flops_per_pair
-    return GLOBAL_BATCH * length * (half * plan.teacher_costs.attention_flops_per_pair + student)
+    length, half = distill.sequence_length, distill.sequence_length // 2
+    forwards = 1 + distill.gradient_checkpointing
+    student = int((forwards + 2.5) * length) - (forwards + 2) * half
+    pairs = (length - half) * plan.teacher_costs.attention_flops_per_pair
+    return GLOBAL_BATCH * length * (pairs + student * plan.student_costs.attention_flops_per_pair)
 
 
 @dataclass(frozen=True)

@@ -316,7 +316,7 @@ class TestVocabulary:
         with foundry.shortened(), pytest.raises(SpecInvalid) as caught:
             make_plan(loaded, build=tmp_path / "build")
         found = {error.path: error for error in caught.value.errors}
-        assert set(found) == {
+        assert set(found) >= {
             "teacher.model", "student.hidden_size", "student.num_attention_heads", "importance.data.text.0",
         }  # fmt: skip
         assert (
