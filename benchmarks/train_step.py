@@ -63,7 +63,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(512, (2, 1, 16), (48, 96, 2), (32, 64, 2), 32, 1, 2),
-    "small": Shape(32768, (8, 2, 32), (384, 1024, 4), (256, 768, 4), 256, 2, 4),
+    "small": Shape(32768, (8, 2, 32), (384, 1024, 4), (256, 768, 4), 256, 2, 2),
     "3b-to-1b": Shape(131072, (24, 8, 128), (3072, 8192, 24), (2048, 6144, 16), 4096, 1, 4),
     "12b-to-8b": Shape(131072, (32, 8, 128), (5120, 14336, 40), (4096, 11520, 40), 8192, 1, 4),
 }
@@ -230,6 +230,7 @@ def compare(args: argparse.Namespace) -> None:
             command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             found[name].append(json.loads(output.splitlines()[-1]))
+            print(f"{name}: {found[name][-1]}", file=sys.stderr, flush=True)
     medians = {
         name: {key: statistics.median(one[key] for one in runs) for key in runs[0]} for name, runs in found.items()
     }

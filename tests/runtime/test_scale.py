@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from minitron.runtime import train
@@ -88,6 +89,16 @@ def test_each_rank_writes_only_what_it_holds(trained: dict[int, Path]) -> None:
     assert all(max(files) < 1.5 * max(sizes[1]) / size for size, files in sizes.items())
 
 
+def test_a_checkpoint_knows_the_held_out_loss_that_was_measured_with_it(trained: dict[int, Path]) -> None:
+    checkpoints = trained[2] / "train" / "checkpoints"
+    known = {
+        folder.name: json.loads((folder / "state.json").read_text())["held_out_loss"]
+        for folder in checkpoints.iterdir()
+    }
+    last = read_metrics(trained[2] / "train" / "metrics.jsonl")[-1]["held_out_loss"]
+    assert known == {"step-00000016": None, "step-00000024": last}
+
+
 def test_killed_while_two_ranks_save_and_gone_on_bit_for_bit(trained: dict[int, Path], build: Path) -> None:
     assert "done" not in train_on_ranks(build, 2, processes.kill_during_second_checkpoint)
     checkpoints = build / "train" / "checkpoints"
@@ -102,6 +113,17 @@ def test_a_full_disk_on_one_rank_stops_all(trained: dict[int, Path], build: Path
     assert second is not None and "the disk is full; the last good one, " in second and "step-00000008" in second
     assert train_on_ranks(build, 4) == ["done"] * 4
     assert curve(build) == pytest.approx(curve(trained[1]), rel=SAME)
+
+
+def test_a_loss_that_is_no_number_stops_all_and_each_keeps_its_batch(build: Path) -> None:
+    file = build / "student" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"][5] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    for rank, word in enumerate(train_on_ranks(build, 2)):
+        saved = build / "train" / f"not-finite-step-1-rank-{rank}.safetensors"
+        assert word is not None and "the loss is nan at step 1: the last checkpoint was kept and the batch was" in word
+        assert str(saved) in word and load_file(saved)["input_ids"].shape == (2, 16)
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -14,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minitron.runtime import train
+from minitron.cli.main import command_line
+from minitron.runtime import checkpoint, train
 from minitron.runtime.disk import only_one
 from minitron.runtime.metrics import read_metrics
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError
@@ -293,6 +295,31 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_batch(build: Path) -> None
     batch = load_file(build / "train" / "not-finite-step-1.safetensors")
     assert batch["input_ids"].shape == batch["labels"].shape == (4, 16)
     assert not (build / "train" / "checkpoints").exists()
+
+
+def test_what_a_user_sees_when_a_loss_is_no_number(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(build / "student" / "model.safetensors", lambda tensors: tensors["lm_head.weight"][5].fill_(torch.nan))
+    assert command_line(["train", str(build), "--device", "cpu"]) == 1
+    said = capsys.readouterr().err
+    assert f"error: the loss is nan at step 1: the last checkpoint was kept and the batch was saved as {build}" in said
+    assert "Traceback" not in said
+
+
+def test_what_a_user_sees_when_the_disk_is_full(
+    build: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, written = checkpoint.save_file, []
+
+    def fills_up(tensors: Any, path: Path, *more: Any) -> None:
+        written.append(path)
+        if len(written) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path, *more)
+
+    monkeypatch.setattr(checkpoint, "save_file", fills_up)
+    assert command_line(["train", str(build), "--device", "cpu"]) == 1
+    said = capsys.readouterr().err
+    assert "error: the checkpoint of step 8 could not be written" in said and "step-00000004, was kept" in said
 
 
 def test_a_gradient_that_is_no_number_stops_too(build: Path) -> None:
