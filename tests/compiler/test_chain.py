@@ -6,12 +6,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from minitron.compiler import make_plan, why_not_finished, why_stale
+from minitron.compiler import Plan, make_plan, why_not_finished, why_stale
 from minitron.compiler.lock import renew
 from minitron.specs import LoadedSpec, load_spec
 from minitron.specs.builds import FINISHED, build_of, result_of
@@ -58,9 +57,9 @@ def refused(call: Callable[[], object]) -> tuple[str, int, str, str]:
     return Path(error.file).name, error.line, error.path, f"{error.message}; {error.hint}"
 
 
-def planned(foundry: Foundry, loaded: LoadedSpec) -> dict[str, Any]:
+def planned(foundry: Foundry, loaded: LoadedSpec) -> Plan:
     with foundry.shortened():
-        return make_plan(loaded, build=build_of(loaded)).to_json()
+        return make_plan(loaded, build=build_of(loaded))
 
 
 # -- order --------------------------------------------------------------------------------------------------------------
@@ -105,15 +104,15 @@ def test_a_plan_works_from_plans_where_nothing_was_run(specs: Path, foundry: Fou
     for weights in (specs / "teacher").glob("*.safetensors"):
         weights.unlink()
     plan = planned(foundry, load_spec(specs / "middle.yaml"))
-    teacher, student = plan["teacher"], plan["student"]
-    above = planned(foundry, load_spec(specs / "large.yaml"))["student"]
-    assert teacher["parameters"] == above["parameters"] and teacher["widths"] == above["widths"]
+    above = planned(foundry, load_spec(specs / "large.yaml"))
+    assert plan.teacher_costs == above.student_costs
+    assert plan.captured.config.to_diff_dict() == above.config.to_diff_dict()
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers")
-    assert [teacher["widths"][key] for key in keys] == [32, 24, 2]
-    assert [student["widths"][key] for key in keys] == [24, 24, 2]
-    assert plan["remarks"] == [
+    assert [getattr(plan.captured.config, key) for key in keys] == [32, 24, 2]
+    assert [getattr(plan.config, key) for key in keys] == [24, 24, 2]
+    assert plan.remarks[0] == (
         f"the teacher is the student that large.yaml plans: {specs}/builds/large is not compiled yet"
-    ]
+    )
 
 
 def test_a_width_above_that_of_the_planned_teacher_is_refused(specs: Path, foundry: Foundry) -> None:

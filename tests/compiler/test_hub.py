@@ -28,7 +28,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def teacher(foundry: Foundry) -> Path:
-    return foundry.teacher("llama")
+    return foundry.teacher("llama", num_hidden_layers=2)
 
 
 @pytest.fixture
@@ -76,10 +76,9 @@ def test_a_configuration_alone_is_planned_and_the_plan_says_what_it_could_not_se
     put_in_cache(offline, REPO, MAIN, tmp_path / "only", "main")
     loaded = foundry.load(Path(REPO), {"intermediate_size": 24})
     with foundry.shortened():
-        plan = make_plan(loaded, build=tmp_path / "build").to_json()
-    assert plan["teacher"]["commit"] == MAIN and plan["student"]["widths"]["intermediate_size"] == 24
-    (remark,) = plan["remarks"]
-    assert remark.startswith(f"the headers of {REPO}'s weight files are not to be had (")
+        plan = make_plan(loaded, build=tmp_path / "build")
+    assert plan.checkpoint.commit == MAIN and plan.config.intermediate_size == 24
+    assert plan.remarks[0].startswith(f"the headers of {REPO}'s weight files are not to be had (")
     with pytest.raises(WorkError, match=f"no weights in safetensors.*`hf download {REPO} --revision {MAIN}`"):
         opened(tmp_path, weights=True)
 
@@ -128,10 +127,10 @@ def test_a_plan_compares_headers_on_the_hub_with_the_configuration(
     hub: Hub, teacher: Path, tmp_path: Path, foundry: Foundry
 ) -> None:
     other = tmp_path / "other"
-    shutil.copytree(foundry.teacher("llama", intermediate_size=48), other)
+    shutil.copytree(foundry.teacher("llama", num_hidden_layers=2, intermediate_size=48), other)
     shutil.copy(teacher / "config.json", other)
     hub.repositories["org/other"] = ({"main": MAIN}, other)
-    loaded = foundry.load(Path("org/other"), {"num_hidden_layers": 2})
+    loaded = foundry.load(Path("org/other"), {"num_hidden_layers": 1})
     with foundry.shortened(), pytest.raises(SpecInvalid) as caught:
         make_plan(loaded, build=tmp_path / "build")
     (error,) = caught.value.errors

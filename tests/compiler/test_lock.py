@@ -39,7 +39,7 @@ evaluate:
 @pytest.fixture
 def spec(tmp_path: Path, foundry: Foundry) -> Path:
     """A spec beside its teacher and its texts."""
-    shutil.copytree(foundry.teacher("llama"), tmp_path / "teacher")
+    shutil.copytree(foundry.teacher("llama", num_hidden_layers=2), tmp_path / "teacher")
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.txt").write_text(text(60))
     (tmp_path / "corpus" / "b.txt").write_text(text(60, seed=1))
@@ -215,7 +215,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_a_branch_is_followed_until_there_is_a_lock(spec: Path, cache: Path, foundry: Foundry) -> None:
-    put_in_cache(cache, "org/tiny", MAIN, foundry.teacher("llama"), "main")
+    put_in_cache(cache, "org/tiny", MAIN, foundry.teacher("llama", num_hidden_layers=2), "main")
     spec.write_text(SPEC.replace("model: teacher", "model: org/tiny\n  revision: main"))
     teacher = renew(load_spec(spec))[0]["teacher"]
     assert isinstance(teacher, dict)
@@ -224,7 +224,7 @@ def test_a_branch_is_followed_until_there_is_a_lock(spec: Path, cache: Path, fou
         "revision": "main",
         "commit": MAIN,
     }
-    put_in_cache(cache, "org/tiny", NEXT, foundry.teacher("llama", num_hidden_layers=2), "main")
+    put_in_cache(cache, "org/tiny", NEXT, foundry.teacher("llama"), "main")
 
     loaded, stale = apply_lock(load_spec(spec), locked=True)
     assert stale == [] and loaded.pins == {"teacher.revision": MAIN}
@@ -232,7 +232,7 @@ def test_a_branch_is_followed_until_there_is_a_lock(spec: Path, cache: Path, fou
     assert open_teacher(load_spec(spec), weights=False, planned=pytest.fail).commit == NEXT
     with foundry.shortened():
         pinned = make_plan(loaded, build=spec.parent / "build").to_json()
-    assert pinned["teacher"]["commit"] == MAIN and pinned["teacher"]["widths"]["num_hidden_layers"] == 3
+    assert pinned["teacher"]["commit"] == MAIN and pinned["teacher"]["widths"]["num_hidden_layers"] == 2
     assert pinned["spec"]["pins"] == {"teacher.revision": MAIN}
     assert pinned["spec"]["resolved"]["teacher"]["revision"] == "main"
 
@@ -241,7 +241,7 @@ def test_a_branch_is_followed_until_there_is_a_lock(spec: Path, cache: Path, fou
 
 
 def test_a_pin_of_another_model_or_branch_is_not_followed(spec: Path, cache: Path, foundry: Foundry) -> None:
-    put_in_cache(cache, "org/tiny", MAIN, foundry.teacher("llama"), "main", "v2")
+    put_in_cache(cache, "org/tiny", MAIN, foundry.teacher("llama", num_hidden_layers=2), "main", "v2")
     spec.write_text(SPEC.replace("model: teacher", "model: org/tiny"))
     renew(load_spec(spec))
     spec.write_text(SPEC.replace("model: teacher", "model: org/tiny\n  revision: v2"))
