@@ -43,8 +43,27 @@ def check_suite(plan: EvaluatePlan, folder: Path) -> None:
                 f"evaluate.suite: `{task}` is a group of tasks, and their data cannot come from evaluate.data_dir; name the "
                 "tasks themselves, or write null for data_dir"
             )
+        if not _code_is_allowed() and _runs_code(Path(manager.task_index[task].yaml_path or "")):
+            raise UsageError(
+                f"evaluate.suite: `{task}` runs the programs that the models write; set {_ALLOWS_CODE}=1 in the environment "
+                "to allow it, best in a container, or leave it out"
+            )
     if plan.data_dir is not None:
         check_local_data(folder / plan.data_dir, plan.suite)
+
+
+def _code_is_allowed() -> bool:
+    return os.environ.get(_ALLOWS_CODE) == "1"
+
+
+def _runs_code(task: Path) -> bool:
+    """Whether a task's file, or one that it includes, says so. Not by loading it: that fetches what the task needs."""
+    try:
+        lines = task.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    included = (line.removeprefix("include:").strip() for line in lines if line.startswith("include:"))
+    return "unsafe_code: true" in lines or any(_runs_code(task.parent / name) for name in included)
 
 
 def run_suite(
@@ -63,15 +82,15 @@ def run_suite(
                 model=harness,
                 tasks=list(plan.suite),
                 task_manager=manager,
-                confirm_run_unsafe_code=os.environ.get(_ALLOWS_CODE) == "1",
+                confirm_run_unsafe_code=_code_is_allowed(),
             )
         except WorkError:
             raise
         except Exception as error:  # tasks load data from anywhere and fail in their own ways
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise WorkError(
-                f"lm-eval could not run {', '.join(plan.suite)} ({reason}); check the network. Tasks that run what a model "
-                f"writes also want {_ALLOWS_CODE}=1 in the environment, best in a container"
+                f"lm-eval could not run {', '.join(plan.suite)} ({reason}); check the network, from where tasks fetch what "
+                "they need"
             ) from None
     return {task: main_figure(figures) for task, figures in results["results"].items()}
 

@@ -105,11 +105,11 @@ def test_a_suite_without_lm_eval(build: Path, monkeypatch: pytest.MonkeyPatch) -
         run(build, evaluate__suite=["hellaswag"])
 
 
-def fake_harness(monkeypatch: pytest.MonkeyPatch, simple_evaluate: Any) -> None:
+def fake_harness(monkeypatch: pytest.MonkeyPatch, simple_evaluate: Any, folder: Path = Path("/harness")) -> None:
     """The harness's interface as version 0.4 has it; the tasks themselves are its own affair."""
     harness = SimpleNamespace(HFLM=lambda **given: SimpleNamespace(**given))
     tasks = ["arc_challenge", "hellaswag", "mmlu"]
-    index = {task: SimpleNamespace(yaml_path=f"/harness/{task}.yaml") for task in tasks}
+    index = {task: SimpleNamespace(yaml_path=str(folder / f"{task}.yaml")) for task in tasks}
     manager = SimpleNamespace(all_tasks=tasks, all_subtasks=tasks[:-1], task_index=index)
     monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
     monkeypatch.setitem(sys.modules, "lm_eval.models", SimpleNamespace(huggingface=harness))
@@ -141,6 +141,29 @@ def test_a_suite_that_cannot_be_run_is_refused_before_anything_begins(
     (build / "bench").mkdir()
     with pytest.raises(UsageError, match=message):
         run(build, evaluate__suite=[task], evaluate__data_dir=data)
+
+
+def test_programs_of_models_are_run_only_where_that_is_allowed(
+    build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base.yaml").write_text("output_type: generate_until\nunsafe_code: true\n")
+    (tmp_path / "hellaswag.yaml").write_text("task: hellaswag\ninclude: base.yaml\n")
+    allowed: list[bool] = []
+
+    def simple_evaluate(*, confirm_run_unsafe_code: bool, **_: Any) -> dict[str, Any]:
+        allowed.append(confirm_run_unsafe_code)
+        return {"results": {}}
+
+    fake_harness(monkeypatch, simple_evaluate, tmp_path)
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    with pytest.raises(
+        UsageError, match="`hellaswag` runs the programs that the models write; set HF_ALLOW_CODE_EVAL=1"
+    ):
+        run(build, evaluate__suite=["hellaswag"])
+    assert not allowed
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    run(build, evaluate__suite=["hellaswag"])
+    assert allowed == [True, True]
 
 
 def test_a_suite_is_run_by_lm_eval(build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
