@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from minitron.compiler.capture import Captured, strip_wrapper
-from minitron.compiler.dims import Dim, Note, Size, Space, size_of
-from minitron.compiler.rules import RULES, Dims, Result, experts
+from minitron.compiler.dims import Atom, Dim, Note, Pin, Size, Space, size_of
+from minitron.compiler.positions import Meaning, Offsets, Positions, Sorted
+from minitron.compiler.rules import POSITIONS, RULES, Dims, Result, experts
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ class Tracer:
         self.contractions: list[Contraction] = []
         self.attentions: list[tuple[Node, Dim, Dim]] = []
         self.softmaxes: list[tuple[Node, int]] = []
+        self.meanings: dict[Any, Meaning] = {}  # by node, or (node, number of the result)
+        self.sorted: list[Sorted] = []
+        self.ordered: list[Dim] = []  # rows that stand in an order of their own: those of the input, and of what is cut
         self.unknown: dict[str, list[str]] = {}
 
     # -- reading nodes ------------------------------------------------------------------------------------------------
@@ -144,6 +148,7 @@ class Tracer:
         Batch and sequence are no widths: nothing stands against cutting them.
         """
         result = self.space.fresh(size)
+        self.ordered += [dim, result]
         for part in (dim, result):
             self.space.pin(tuple(a for a in self.space.flat(part) if a.size.coefficient != 1), reason, place)
         return result
@@ -151,6 +156,7 @@ class Tracer:
     def opaque(self, node: Node) -> Result:
         """Nothing is known of this operator: everything it touches is pinned."""
         place = self.place(node)
+        self.read_as_numbers(node)
         self.unknown.setdefault(op_name(node), []).append(self.captured.module_of(node))
         reason = "an operator that the analysis has no rule for"
         for operand in node.all_input_nodes:
@@ -162,6 +168,56 @@ class Tracer:
             for dim in dims:
                 self.space.pin(dim, reason, place)
         return results[0] if self.is_single(node) else results
+
+    # -- what integers stand for (see `compiler.positions`) -----------------------------------------------------------------
+
+    def positions(self, operand: Any) -> Positions | None:
+        """The axis that the values of an operand are positions along, for rules that treat them so."""
+        meaning = self.meanings.get(operand) if isinstance(operand, Node) else None
+        if isinstance(meaning, Offsets):  # only `grouped_mm` knows what these are
+            self.numbers(meaning, "")
+        return meaning if isinstance(meaning, Positions) else None
+
+    def means(self, node: Node, meaning: Meaning, result: int | None = None) -> None:
+        """Says what the values of a node, or of one of its results, stand for."""
+        self.meanings[node if result is None else (node, result)] = meaning
+
+    def numbers(self, meaning: Meaning | None, place: str) -> None:
+        """What `place` reads are numbers: the axis that they count cannot be numbered anew."""
+        if isinstance(meaning, Positions):
+            self.space.pin(meaning.of, meaning.reason, meaning.place or place)
+        elif isinstance(meaning, Offsets):
+            self.space.pin(meaning.of, "its order matters", place)
+
+    def read_as_numbers(self, node: Node) -> None:
+        """`node` reads all of its operands as numbers."""
+        for operand in node.all_input_nodes:
+            self.numbers(self.meanings.get(operand), self.place(node))
+
+    def carry(self, node: Node, how: str) -> None:
+        """The values of the results are those of the first operand, or some of them."""
+        meaning = self.meanings.get(node.args[0])
+        if meaning is None:
+            return
+        if how == "some" and not isinstance(meaning, Positions):
+            self.numbers(meaning, self.place(node))
+            return
+        for result in [None] if self.is_single(node) else range(len(self.result_sizes(node))):
+            self.means(node, replace(meaning, source=node) if how == "some" else meaning, result)
+
+    def is_sorted_by(self, rows: Dim, source: Node) -> bool:
+        """Whether rows stand in the order of the positions in `source`."""
+        roots = self.space.flat(rows)
+        return any(len(roots) == 1 and self.space.find(s.rows) is roots[0] and s.source is source for s in self.sorted)
+
+    def anew(self, dim: Dim) -> Dim:
+        """The same dimension with rows (batch, sequence and what they make up) of its own."""
+        rows = {self.space.find(s.rows) for s in self.sorted}
+        result: list[Atom] = []
+        for atom in self.space.flat(dim):
+            alone = atom.size.symbols and (atom.size.coefficient == 1 or atom in rows)
+            result += self.space.fresh(atom.size) if alone else (atom,)
+        return tuple(result)
 
     @staticmethod
     def _each(result: Result) -> Iterable[Dims]:
@@ -177,13 +233,25 @@ class Tracer:
                 self.nodes[node] = self._attribute(node)
         elif node.op == "placeholder":
             self.nodes[node] = [self.space.fresh(size) for size in self.sizes(node)]
+            self.ordered += self.dims(node)
+        elif node.op == "output":
+            self.read_as_numbers(node)
         elif node.target is operator.getitem:
             source, position = node.args
             self.nodes[node] = self.nodes[source][position]  # type: ignore[index,assignment]
+            if (source, position) in self.meanings:
+                self.means(node, self.meanings[source, position])
         elif node.op == "call_function" and (isinstance(value, torch.Tensor | list | tuple) or value is None):
             rule: Callable[[Tracer, Node], Result] | None = RULES.get(node.target)
             self.nodes[node] = rule(self, node) if rule is not None else self.opaque(node)
+            treatment = POSITIONS.get(node.target)
+            if treatment is None:
+                self.read_as_numbers(node)
+            elif treatment != "own":
+                self.carry(node, treatment)
             self._check(node)
+        elif node.op == "call_function" and node.target not in SIZES_ONLY:
+            self.read_as_numbers(node)
 
     def _check(self, node: Node) -> None:
         """A rule that returns dimensions of a wrong size would make everything after it wrong."""
@@ -206,6 +274,10 @@ class Tracer:
         return self.parameters[name]
 
 
+# What these read of a tensor is its shape.
+SIZES_ONLY = {torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default, torch.ops.aten.sym_stride.int}
+
+
 def op_name(node: Node) -> str:
     """`linear` for aten.linear.default."""
     if isinstance(node.target, torch._ops.OpOverload):
@@ -222,6 +294,7 @@ def analyse(captured: Captured) -> AxisTable:
     attentions = [AttentionSite(node, heads, value) for node, heads, value in tracer.attentions]
     attentions += _softmax_attention(tracer)
     tracer.space.settle()
+    _hold_what_rows_depend_on(tracer)
     return AxisTable(
         tracer.space, tracer.parameters, tracer.nodes, tracer.contractions, attentions, dict(tracer.unknown)
     )
@@ -241,3 +314,22 @@ def _softmax_attention(t: Tracer) -> list[AttentionSite]:
             product = activations[reader].node
             sites.append(AttentionSite(product, t.dims(node)[1], t.dims(product)[-1]))
     return sites
+
+
+def _hold_what_rows_depend_on(t: Tracer) -> None:
+    """Rows that were put in the order of an axis, and whose order turned out to matter, hold the numbering of that axis.
+
+    That axis may itself be one of rows, so this goes on until nothing is left to hold.
+    """
+    ordered = {leaf for dim in t.ordered for leaf in t.space.leaves(dim)}
+    roots = [t.space.find(one.rows) for one in t.sorted]
+    left = list(zip(roots, t.sorted, strict=True))
+    while held := [
+        (root, one)
+        for root, one in left
+        if root.factors is not None or root.parts is not None or root in ordered or root.pins or roots.count(root) > 1
+    ]:
+        left = [pair for pair in left if pair not in held]
+        for _, one in held:
+            for leaf in t.space.leaves(one.by):
+                leaf.pins.add(Pin("rows that are sorted by it are read in their order", one.place))

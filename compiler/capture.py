@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,6 +93,14 @@ class Captured:
             return None
         return int(path[len(prefix) :].split(".", 1)[0])
 
+    def number_format(self, name: str) -> torch.dtype:
+        """What a stored tensor is held in: the model's dtype, or float32 where its code keeps that whatever it is loaded in."""
+        kept = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
+        value = stored_tensors(self.model)[name]
+        if any(re.search(rf"(^|\.){re.escape(part)}($|\.)", name) for part in kept) or not value.is_floating_point():
+            return torch.float32 if value.is_floating_point() else value.dtype
+        return torch.float32 if value.dtype == torch.float32 else self.dtype
+
     def token_embedding(self) -> str | None:
         """The canonical name of the parameter that token ids index, whatever views the ids are taken through."""
         ids = {next(node for node in self.graph.nodes if node.op == "placeholder")}
@@ -157,12 +166,26 @@ def build_model(config: Any, dtype: torch.dtype, attention: str) -> torch.nn.Mod
 
 
 def canonical_names(model: torch.nn.Module) -> dict[str, str]:
-    """Every name of every parameter -> its first name, which tied parameters share."""
+    """Every name of every parameter -> its first name, which tied parameters share.
+
+    A buffer that checkpoints hold, such as a router's correction, is a parameter here: it is learnt, not computed.
+    """
     first: dict[int, str] = {}
-    return {
-        name: first.setdefault(id(parameter), name)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
+    return {name: first.setdefault(id(value), name) for name, value in _stored(model)}
+
+
+def stored_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All that a checkpoint of a model holds, under its canonical names."""
+    names = canonical_names(model)
+    return {name: value for name, value in _stored(model) if names[name] == name}
+
+
+def _stored(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield (f"{path}.{name}" if path else name), buffer
 
 
 def find_layers(model: torch.nn.Module, config: Any) -> tuple[str, int]:

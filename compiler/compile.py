@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from minitron.compiler import verify
 from minitron.compiler.calibrate import CalibrationConfig, DepthConfig, calibrate
-from minitron.compiler.capture import Captured, build_meta
+from minitron.compiler.capture import Captured, build_meta, stored_tensors
 from minitron.compiler.card import model_card
 from minitron.compiler.emit import student_weights, write_student
 from minitron.compiler.execute import Executor, Settings
@@ -170,7 +170,7 @@ def rewrite(plan: Plan, selection: Selection, buffers: Buffers) -> Student:
 
 def emit(plan: Plan, student: Student, source: WeightSource, build: Path, progress: Progress) -> None:
     """student/ and student.pt2."""
-    make = student_weights(source, student.recipes, plan.dtype)
+    make = student_weights(source, student.recipes, plan.captured.number_format)
     with progress.task("write student", plan.student_costs.weight_bytes, "B") as task:
         write_student(
             build / "student", plan.config, plan.model, make,
@@ -205,12 +205,12 @@ def validate(
     length = plan.captured.length or min(verify.SAMPLE[1], int(longest))
     ids = verify.sample_ids(config.vocab_size, length, samples)
     settings = _settings(plan, device)
-    make = student_weights(source, student.recipes, plan.dtype)
+    make = student_weights(source, student.recipes, plan.captured.number_format)
     exact = [s for s in plan.targets.statuses if s.student < s.teacher and s.status != "exact"]
 
     def held(name: str) -> torch.Tensor:
         """The teacher's parameter as the spec says that it is held."""
-        return source.get(name).to(plan.dtype)
+        return source.get(name).to(plan.captured.number_format(name))
 
     with progress.task("verify", 6, "checks") as task:
         try:
@@ -222,8 +222,8 @@ def validate(
                 verify.broken("reload", error),
             ]
         wanted = verify.logits_of(model, ids)
-        shapes = {name: tuple(p.shape) for name, p in plan.model.named_parameters()}
-        got = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        shapes = {name: tuple(value.shape) for name, value in stored_tensors(plan.model).items()}
+        got = {name: tuple(value.shape) for name, value in stored_tensors(model).items()}
         checks = [verify.check_widths(build / "student", _config_widths(plan), shapes, got)]
         task.advance(1)
         rewritten = _logits(student.graph_module, plan.captured, make, student.buffers, settings, ids)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minitron.compiler.capture import quiet
+from minitron.compiler.capture import quiet, stored_tensors
 from minitron.compiler.weights import Recipe, WeightSource
 from minitron.specs.atomic import atomic_folder
 
@@ -24,13 +24,15 @@ TOKENIZER_FILES = (
 Make = Callable[[str], torch.Tensor]
 
 
-def student_weights(source: WeightSource, recipes: Mapping[str, Recipe], dtype: torch.dtype) -> Make:
-    """Student parameter name -> tensor in the student's dtype, made when it is asked for."""
+def student_weights(
+    source: WeightSource, recipes: Mapping[str, Recipe], number_format: Callable[[str], torch.dtype]
+) -> Make:
+    """Student parameter name -> tensor, made when it is asked for. `number_format` is by the teacher's name."""
 
     def make(name: str) -> torch.Tensor:
         recipe = recipes[name]
         weight = source.get(recipe.source)
-        return recipe.make(weight.to(dtype) if weight.is_floating_point() else weight)
+        return recipe.make(weight.to(number_format(recipe.source)))
 
     return make
 
@@ -56,15 +58,15 @@ def write_student(
         config.dtype = dtype
         config.architectures = [type(model).__name__]
         if streamed:
-            _write_shards(folder, [name for name, _ in model.named_parameters()], make, advance)
+            _write_shards(folder, list(stored_tensors(model)), make, advance)
             with quiet():
                 config.save_pretrained(folder)
         else:
             with quiet(), torch.device("meta"):
                 loaded: Any = type(model)(copy.deepcopy(config))
-            for name, parameter in list(loaded.named_parameters()):
-                _assign(loaded, name, torch.nn.Parameter(make(name), requires_grad=False))
-                advance(parameter.numel() * parameter.element_size())
+            for name, value in stored_tensors(loaded).items():
+                _assign(loaded, value, make(name))
+                advance(value.numel() * value.element_size())
             loaded.tie_weights()
             loaded.config.dtype = dtype
             with quiet():
@@ -74,13 +76,16 @@ def write_student(
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _assign(model: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
-    """Sets a parameter and every other name that it is tied to."""
-    old = model.get_parameter(name)
+def _assign(model: torch.nn.Module, old: torch.Tensor, new: torch.Tensor) -> None:
+    """Puts a tensor in the place of another, under every name that it is tied to."""
+    parameter = torch.nn.Parameter(new, requires_grad=False)
     for module in model.modules():
         for key, value in module._parameters.items():
             if value is old:
                 module._parameters[key] = parameter
+        for key, buffer in module._buffers.items():
+            if buffer is old:
+                module._buffers[key] = new
 
 
 def _write_shards(folder: Path, names: list[str], make: Make, advance: Callable[[int], None]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from minitron.compiler.capture import Captured, build_meta
+from minitron.compiler.capture import Captured, build_meta, stored_tensors
 from minitron.compiler.config_layers import with_layers
 from minitron.compiler.targets import GROUPS, HEAD_DIM, HEADS, HIDDEN
 from minitron.specs.errors import UsageError
@@ -141,7 +141,7 @@ def prove(captured: Captured, config: Any, shapes: Mapping[str, tuple[int, ...]]
     except Exception as error:  # a modelling file raises anything for widths that it cannot have
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"transformers cannot build {config.model_type} with these widths: {reason}") from None
-    got = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    got = {name: tuple(value.shape) for name, value in stored_tensors(model).items()}
     wrong = [name for name in shapes if got.get(name) != shapes[name]] + [name for name in got if name not in shapes]
     if wrong:
         name = wrong[0]

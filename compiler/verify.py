@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch.fx import Graph, GraphModule, Node
 
 from minitron.compiler.axes import AxisTable
-from minitron.compiler.capture import quiet
+from minitron.compiler.capture import quiet, stored_tensors
 from minitron.compiler.dims import size_of
 from minitron.compiler.graph_module import rebuild
 from minitron.compiler.head import Head
@@ -153,7 +153,7 @@ def check_program(
         else:
             with tempfile.TemporaryDirectory(dir=build, prefix=".weights.", suffix=".tmp") as folder:
                 path = Path(folder) / "weights.safetensors"
-                weights = {name: value.detach().to(dtype).contiguous() for name, value in model.named_parameters()}
+                weights = {name: value.detach().to(dtype).contiguous() for name, value in stored_tensors(model).items()}
                 save_file(weights, path)
                 got = run_program(build / "student.pt2", [path], ids, custom=True)
     except WorkError as error:

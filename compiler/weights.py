@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from minitron.compiler.capture import Captured, quiet
+from minitron.compiler.capture import Captured, quiet, stored_tensors
 from minitron.compiler.checkpoint import Checkpoint
 from minitron.compiler.narrowing import Indices, Narrowing
 from minitron.compiler.rules import Dims
@@ -60,7 +60,7 @@ class LoadedWeights:
 
 def check_headers(captured: Captured, checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint can be streamed. UsageError where headers contradict the configuration."""
-    parameters = dict(captured.model.named_parameters())
+    parameters = stored_tensors(captured.model)
     for name, parameter in parameters.items():
         info = checkpoint.tensors.get(name)
         if info is not None and info.shape != tuple(parameter.shape):
@@ -102,7 +102,7 @@ def open_weights(captured: Captured, checkpoint: Checkpoint) -> WeightSource:
             f"{checkpoint.folder}: the files make {name} {list(has)}, and config.json says {list(wants)}; tensors are "
             "missing, or one of the files belongs to another model"
         )
-    return LoadedWeights({name: parameter.detach() for name, parameter in model.named_parameters()})
+    return LoadedWeights({name: value.detach() for name, value in stored_tensors(model).items()})
 
 
 def load_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -112,7 +112,8 @@ def load_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """
     buffers: dict[str, torch.Tensor] = {}
     for path, module in model.named_modules():
-        own = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+        stored = module._non_persistent_buffers_set
+        own = {name: buffer for name, buffer in module._buffers.items() if buffer is not None and name in stored}
         if not own:
             continue
         for name, buffer in own.items():

@@ -6,7 +6,8 @@
 3. Norms that name the shape that they normalise: the size that is left. `repeat` and `conv1d`: how often a dimension is
    written out, and how many groups of channels there are.
 4. `squeeze`: only the dimensions that are of size one in the teacher.
-5. -1 and symbolic sizes stay. A symbolic size that has a narrowed axis in it becomes -1.
+5. `one_hot`, `histc` and `arange`: as many classes, bins and positions as are left.
+6. -1 and symbolic sizes stay. A symbolic size that has a narrowed axis in it becomes -1.
 
 Postcondition: run on the meta device, every value of the graph has the sizes that the analysis says are left of it.
 """
@@ -172,6 +173,27 @@ def _conv1d(s: _Sizes, node: Node) -> None:
         node.kwargs = {}
 
 
+def _one_hot(s: _Sizes, node: Node) -> None:
+    node.args = (node.args[0], s.narrowing.count(s.dims(node)[-1]))
+    node.kwargs = {}
+
+
+def _histc(s: _Sizes, node: Node) -> None:
+    """One bin for each position that is left."""
+    if s.narrowing.touches(s.dims(node)[0]):
+        bins = s.narrowing.count(s.dims(node)[0])
+        node.args = (node.args[0], bins, 0, bins - 1)
+        node.kwargs = {}
+
+
+def _arange(s: _Sizes, node: Node) -> None:
+    """An axis that counts itself off, from 0 in steps of 1: the analysis lets no other be narrowed."""
+    dim = s.dims(node)[0]
+    if s.narrowing.touches(dim):
+        node.target = aten.arange.default
+        node.args = (s.narrowing.count(dim),)
+
+
 def _arg(node: Node, index: int, default: Any) -> Any:
     if index < len(node.args):
         return node.args[index]
@@ -194,6 +216,11 @@ HANDLERS: dict[Any, Callable[[_Sizes, Node], None]] = {
     aten.repeat.default: _repeat,
     aten.tile.default: _repeat,
     aten.conv1d.default: _conv1d,
+    aten.arange.default: _arange,
+    aten.arange.start: _arange,
+    aten.arange.start_step: _arange,
+    aten.one_hot.default: _one_hot,
+    aten.histc.default: _histc,
     aten.squeeze.default: _squeeze,
     aten.squeeze.dim: _squeeze,
     aten.squeeze.dims: _squeeze,

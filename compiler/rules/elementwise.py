@@ -18,7 +18,7 @@ ELEMENTWISE = (
     aten.bitwise_and, aten.bitwise_not, aten.bitwise_or, aten.bitwise_xor, aten.ceil, aten.celu, aten.clamp,
     aten.clamp_, aten.clamp_max, aten.clamp_max_, aten.clamp_min, aten.clamp_min_, aten.copy, aten.copy_, aten.cos,
     aten.cosh, aten.div, aten.div_, aten.elu, aten.eq, aten.erf, aten.exp, aten.exp2, aten.expm1, aten.fill,
-    aten.fill_, aten.floor, aten.floor_divide, aten.fmod, aten.ge, aten.gelu, aten.gt, aten.hardsigmoid,
+    aten.fill_, aten.floor, aten.fmod, aten.ge, aten.gelu, aten.gt, aten.hardsigmoid,
     aten.hardswish, aten.hardtanh, aten.isfinite, aten.isinf, aten.isnan, aten.le, aten.leaky_relu, aten.lerp,
     aten.log, aten.log10, aten.log1p, aten.log2, aten.log_sigmoid, aten.logaddexp, aten.logical_and, aten.logical_not,
     aten.logical_or, aten.logical_xor, aten.logit, aten.lt, aten.masked_fill, aten.masked_fill_, aten.maximum,
@@ -30,11 +30,14 @@ ELEMENTWISE = (
     aten.where.Scalar, aten.max.other, aten.min.other, aten.real, aten.imag, aten.conj, aten.angle,
 )  # fmt: skip
 
-# What these read of other operands is no more than a number format, a device, or nothing at all.
+# What these read of other operands is no more than a number format or a device.
 COPIES = (
-    aten.alias, aten.clone, aten.contiguous, aten.detach, aten.detach_, aten.dropout, aten.empty_like, aten.full_like,
-    aten.lift_fresh_copy, aten.ones_like, aten.to, aten._to_copy, aten.type_as, aten.zeros_like,
+    aten.alias, aten.clone, aten.contiguous, aten.detach, aten.detach_, aten.lift_fresh_copy, aten.to, aten._to_copy,
+    aten.type_as,
 )  # fmt: skip
+LIKE = (aten.empty_like, aten.full_like, aten.ones_like, aten.zeros_like)
+# These hold every position as it is, however many there are.
+WIDE = (torch.int32, torch.int64, torch.float32, torch.float64)
 
 
 @rule(*ELEMENTWISE)
@@ -42,11 +45,31 @@ def elementwise(t: Tracer, node: torch.fx.Node) -> Result:
     return t.broadcast([t.dims(operand) for operand in t.operands(node)], t.rank(node), t.place(node))
 
 
-@rule(*COPIES)
+@rule(*COPIES, positions="own")
 def copies(t: Tracer, node: torch.fx.Node) -> Dims:
+    if node.meta["val"].dtype in WIDE:
+        t.carry(node, "same")
+    else:
+        t.read_as_numbers(node)
     return t.dims(node.args[0])
 
 
-@rule(aten._assert_tensor_metadata, aten._assert_scalar, aten._assert_async)
+@rule(aten.dropout)
+def nothing(t: Tracer, node: torch.fx.Node) -> Dims:
+    return t.dims(node.args[0])
+
+
+@rule(*LIKE, positions="own")
+def like(t: Tracer, node: torch.fx.Node) -> Dims:
+    """The sizes of another value; its widths follow, but rows are rows of their own: nothing says in what order."""
+    return [t.anew(dim) for dim in t.dims(node.args[0])]
+
+
+@rule(aten._assert_tensor_metadata, positions="own")
+def no_values(t: Tracer, node: torch.fx.Node) -> Dims:
+    return []
+
+
+@rule(aten._assert_scalar, aten._assert_async)
 def no_result(t: Tracer, node: torch.fx.Node) -> Dims:
     return []

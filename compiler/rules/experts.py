@@ -6,22 +6,31 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from minitron.compiler.rules.registry import RULES, Result
+from minitron.compiler.positions import Offsets
+from minitron.compiler.rules.registry import POSITIONS, RULES, Result
 
 if TYPE_CHECKING:
     from minitron.compiler.axes import Tracer
 
 
 def grouped_mm(t: Tracer, node: torch.fx.Node) -> Result:
-    """y[n, m] = x[n, k] W[e(n), k, m], where `offs[e]` counts the rows of each expert."""
-    bias = t.arg(node, 3)
+    """y[n, m] = x[n, k] W[e(n), k, m], where `offs[e]` says where the rows of each expert end.
+
+    Where the rows are sorted by the very positions that `offs` counts, that is all there is to say: whichever way the experts
+    are numbered, each row finds its own.
+    """
+    bias, offsets = t.arg(node, 3), t.arg(node, 2)
     if len(t.dims(node.args[0])) != 2 or len(t.dims(node.args[1])) != 3 or isinstance(bias, torch.fx.Node):
         return t.opaque(node)
     rows, read = t.dims(node.args[0])
     experts, contracted, written = t.dims(node.args[1])
     t.contract(node, node.args[0], node.args[1], read, contracted)
-    t.space.unify(experts, t.dims(node.args[2])[0], t.place(node))
-    t.space.pin(rows, "its order decides which expert takes it", t.place(node))
+    t.space.unify(experts, t.dims(offsets)[0], t.place(node))
+    ends = t.meanings.get(offsets)
+    if not isinstance(ends, Offsets) or not t.is_sorted_by(rows, ends.source):
+        t.read_as_numbers(node)
+        t.space.pin(rows, "its order decides which expert takes it", t.place(node))
+        t.space.pin(experts, "rows are given to its indices by numbers", t.place(node))
     return [rows, written]
 
 
@@ -37,3 +46,4 @@ def register() -> None:
     """Called once a model is captured: only then are the custom operators known."""
     for target in grouped_mm_targets():
         RULES[target] = grouped_mm
+        POSITIONS[target] = "own"

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from minitron.compiler.positions import Positions
 from minitron.compiler.rules.registry import Dims, rule
 
 if TYPE_CHECKING:
     from minitron.compiler.axes import Tracer
 
 aten = torch.ops.aten
+COUNTED = "counted off by arange"
 
 
 @rule(
@@ -32,6 +34,11 @@ def uniform(t: Tracer, node: torch.fx.Node) -> Dims:
 
 @rule(aten.arange)
 def arange(t: Tracer, node: torch.fx.Node) -> Dims:
+    """0, 1, 2, ..: every index of a new axis is its own position along it. Other starts and steps are numbers."""
     dims = [t.space.fresh(size) for size in t.sizes(node)]
-    t.space.pin(dims[0], "counted off by arange", t.place(node))
+    integer = not node.meta["val"].dtype.is_floating_point
+    if integer and t.named(node, "start", 0) == 0 and t.named(node, "step", 1) == 1:
+        t.means(node, Positions(dims[0], node, COUNTED, t.place(node)))
+    else:
+        t.space.pin(dims[0], COUNTED, t.place(node))
     return dims

@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minitron.compiler.dims import Dim, size_of
+from minitron.compiler.dims import Dim, Size, size_of
+from minitron.compiler.positions import Counts, Positions
 from minitron.compiler.rules.registry import Dims, Result, axis_index, rule
 
 if TYPE_CHECKING:
     from minitron.compiler.axes import Tracer
 
 aten = torch.ops.aten
+COMPUTED = "indexed by computed positions"
 
 
-@rule(aten.embedding.default)
+def addressed(t: Tracer, node: torch.fx.Node, dim: Dim, index: Any, reason: str = COMPUTED) -> None:
+    """`dim` is read or written at the positions in `index`: the axis that they are positions along, or held as it is."""
+    positions = t.positions(index)
+    if positions is not None and size_of(positions.of) == size_of(dim):
+        t.space.unify(dim, positions.of, t.place(node))
+        return
+    t.space.pin(dim, reason, t.place(node))
+    if positions is not None:
+        t.numbers(positions, t.place(node))
+
+
+def values_picked(t: Tracer, node: torch.fx.Node) -> None:
+    """Positions that are picked out of others are positions too."""
+    picked = t.positions(node.args[0])
+    if picked is not None:
+        t.means(node, replace(picked, source=node))
+
+
+@rule(aten.embedding.default, positions="own")
 def embedding(t: Tracer, node: torch.fx.Node) -> Dims:
     """y[.., o] = W[ids[..], o]"""
     rows, width = t.dims(node.args[0])
-    t.space.pin(rows, "indexed by token or position ids", t.place(node))
+    addressed(t, node, rows, node.args[1], "indexed by token or position ids")
     return [*t.dims(node.args[1]), width]
 
 
@@ -39,7 +60,7 @@ def indexed(t: Tracer, node: torch.fx.Node, indices: list[Any]) -> Dims:
     indices = indices + [None] * (len(dims) - len(indices))
     used = [i for i, entry in enumerate(indices) if entry is not None]
     for axis in used:
-        t.space.pin(dims[axis], "indexed by computed positions", t.place(node))
+        addressed(t, node, dims[axis], indices[axis])
     operands = [t.dims(indices[i]) for i in used]
     picked = t.broadcast(operands, max((len(o) for o in operands), default=0), t.place(node))
     adjacent = not used or used == list(range(used[0], used[0] + len(used)))
@@ -50,58 +71,84 @@ def indexed(t: Tracer, node: torch.fx.Node, indices: list[Any]) -> Dims:
     return [*(d for i, d in rest if i < first), *picked, *(d for i, d in rest if i >= first)]
 
 
-@rule(aten.index.Tensor)
+@rule(aten.index.Tensor, positions="own")
 def index(t: Tracer, node: torch.fx.Node) -> Result:
-    indices = list(t.arg(node, 1))
-    return t.opaque(node) if masks(indices) else indexed(t, node, indices)
-
-
-@rule(aten.index_put.default, aten.index_put_.default)
-def index_put(t: Tracer, node: torch.fx.Node) -> Result:
-    """x[indices] = values: the values broadcast to what indexing would have read."""
     indices = list(t.arg(node, 1))
     if masks(indices):
         return t.opaque(node)
+    values_picked(t, node)
+    return indexed(t, node, indices)
+
+
+@rule(aten.index_put.default, aten.index_put_.default, positions="own")
+def index_put(t: Tracer, node: torch.fx.Node) -> Result:
+    """x[indices] = values: the values broadcast to what indexing would have read."""
+    indices, values = list(t.arg(node, 1)), t.arg(node, 2)
+    if masks(indices):
+        return t.opaque(node)
     place = indexed(t, node, indices)
-    t.broadcast([place, t.dims(t.arg(node, 2))], len(place), t.place(node))
+    t.broadcast([place, t.dims(values)], len(place), t.place(node))
+    written = t.positions(values)
+    if t.positions(node.args[0]) is not None or (written is not None and not is_blank(node.args[0])):
+        t.read_as_numbers(node)
+    elif written is not None:
+        t.means(node, replace(written, source=node))
     return t.dims(node.args[0])
 
 
-@rule(aten.index_select.default)
+def is_blank(node: Any) -> bool:
+    """Whether a tensor holds nothing yet, and nobody else has hold of it."""
+    empty = (aten.empty_like.default, aten.empty.memory_format, aten.new_empty.default)
+    return isinstance(node, torch.fx.Node) and node.target in empty and len(node.users) == 1
+
+
+@rule(aten.index_select.default, positions="own")
 def index_select(t: Tracer, node: torch.fx.Node) -> Dims:
     dims = list(t.dims(node.args[0]))
     axis = axis_index(t.integer(node, 1), len(dims))
-    t.space.pin(dims[axis], "indexed by computed positions", t.place(node))
+    addressed(t, node, dims[axis], t.arg(node, 2))
+    values_picked(t, node)
     picked = t.dims(t.arg(node, 2))
     dims[axis] = picked[0] if picked else ()
     return dims
 
 
-@rule(aten.index_add.default, aten.index_add_.default, aten.index_copy.default, aten.index_copy_.default)
+@rule(
+    aten.index_add.default, aten.index_add_.default, aten.index_copy.default, aten.index_copy_.default,
+    positions="own",
+)  # fmt: skip
 def index_add(t: Tracer, node: torch.fx.Node) -> Dims:
     """Rows of a source go to, or are added at, computed positions of an axis."""
     dims, source = t.dims(node.args[0]), list(t.dims(t.arg(node, 3)))
     axis = axis_index(t.integer(node, 1), len(dims))
-    t.space.pin(dims[axis], "indexed by computed positions", t.place(node))
+    for written in (node.args[0], t.arg(node, 3)):
+        t.numbers(t.positions(written), t.place(node))
+    addressed(t, node, dims[axis], t.arg(node, 2))
     t.broadcast([t.dims(t.arg(node, 2)), [source[axis]]], 1, t.place(node))
     source[axis] = ()
     t.broadcast([dims, source], len(dims), t.place(node))
     return dims
 
 
-@rule(aten.gather.default)
+@rule(aten.gather.default, positions="own")
 def gather(t: Tracer, node: torch.fx.Node) -> Dims:
     """y[.., j, ..] = x[.., index[.., j, ..], ..]: every other axis is walked from its first index on."""
     picked = t.dims(t.arg(node, 2))
     aligned(t, node, t.dims(node.args[0]), picked)
+    values_picked(t, node)
     return picked
 
 
-@rule(aten.scatter, aten.scatter_, aten.scatter_add, aten.scatter_add_, aten.scatter_reduce, aten.scatter_reduce_)
+@rule(
+    aten.scatter, aten.scatter_, aten.scatter_add, aten.scatter_add_, aten.scatter_reduce, aten.scatter_reduce_,
+    positions="own",
+)  # fmt: skip
 def scatter(t: Tracer, node: torch.fx.Node) -> Dims:
     """x[.., index[.., j, ..], ..] = y[.., j, ..], where y may be longer than the index."""
     dims, picked = t.dims(node.args[0]), t.dims(t.arg(node, 2))
     aligned(t, node, dims, picked)
+    for written in (node.args[0], t.arg(node, 3)):
+        t.numbers(t.positions(written), t.place(node))
     source = t.dims(t.arg(node, 3))
     for a, b in zip(source, picked, strict=False):
         walked_together(t, node, a, b)
@@ -109,9 +156,9 @@ def scatter(t: Tracer, node: torch.fx.Node) -> Dims:
 
 
 def aligned(t: Tracer, node: torch.fx.Node, dims: Dims, picked: Dims) -> None:
-    """The axis that is indexed is pinned, along all others positions and values are walked together."""
+    """One axis is indexed, along all others positions and values are walked together."""
     axis = axis_index(t.integer(node, 1), len(dims))
-    t.space.pin(dims[axis], "indexed by computed positions", t.place(node))
+    addressed(t, node, dims[axis] if dims else (), t.arg(node, 2))
     for i, (dim, other) in enumerate(zip(dims, picked, strict=True)):
         if i != axis:
             walked_together(t, node, dim, other)
@@ -125,10 +172,49 @@ def walked_together(t: Tracer, node: torch.fx.Node, dim: Dim, other: Dim) -> Non
         t.space.pin(one, "only its first indices are taken", t.place(node))
 
 
-@rule(aten.one_hot.default, aten.histc.default, aten.bincount.default)
-def counted(t: Tracer, node: torch.fx.Node) -> Dims:
-    """Positions become an axis of their own."""
-    kept = t.dims(node.args[0]) if node.target == aten.one_hot.default else []
-    counts = t.space.fresh(t.sizes(node)[-1])
-    t.space.pin(counts, "its indices are computed positions", t.place(node))
-    return [*kept, counts]
+@rule(aten.one_hot.default, positions="own")
+def one_hot(t: Tracer, node: torch.fx.Node) -> Dims:
+    """Positions become an axis: the one that they are positions along, where it has as many classes."""
+    positions, classes = t.positions(node.args[0]), t.sizes(node)[-1]
+    axis = classes_of(t, node, positions, classes if positions and size_of(positions.of) == classes else None)
+    return [*t.dims(node.args[0]), axis]
+
+
+@rule(aten.histc.default, positions="own")
+def histc(t: Tracer, node: torch.fx.Node) -> Dims:
+    """How often each position occurs, where there is one bin for each."""
+    positions, bins = t.positions(node.args[0]), t.sizes(node)[0]
+    whole = t.named(node, "min", 0) == 0 and t.named(node, "max", 0) == bins.coefficient - 1
+    axis = classes_of(t, node, positions, bins if whole else None)
+    if positions is not None and axis == positions.of:
+        t.means(node, Counts(positions.of, positions.source))
+    return [axis]
+
+
+@rule(aten.bincount.default)
+def bincount(t: Tracer, node: torch.fx.Node) -> Dims:
+    """As many counts as the largest number asks for."""
+    return [classes_of(t, node, None, None)]
+
+
+def classes_of(t: Tracer, node: torch.fx.Node, positions: Positions | None, classes: Size | None) -> Dim:
+    if positions is not None and classes == size_of(positions.of):
+        return positions.of
+    t.numbers(positions, t.place(node))
+    axis = t.space.fresh(t.sizes(node)[-1])
+    t.space.pin(axis, "its indices are computed positions", t.place(node))
+    return axis
+
+
+@rule(aten.floor_divide.default, aten.floor_divide_.Tensor, positions="own")
+def floor_divide(t: Tracer, node: torch.fx.Node) -> Dims:
+    """A position along a product, divided by the size of its fast factor, is one along the slow factor."""
+    positions, by = t.positions(node.args[0]), t.arg(node, 1)
+    slow = size_of(positions.of).divided_by(Size(by)) if positions is not None and isinstance(by, int) else None
+    if positions is not None and slow is not None and node.target == aten.floor_divide.default:
+        rest, fast = t.space.reshape([positions.of], [slow, Size(by)], t.place(node))
+        t.space.pin(fast, "what positions are divided by", t.place(node))
+        t.means(node, replace(positions, of=rest, source=node))
+    else:
+        t.read_as_numbers(node)
+    return t.broadcast([t.dims(operand) for operand in t.operands(node)], t.rank(node), t.place(node))

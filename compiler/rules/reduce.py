@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from minitron.compiler.dims import Dim
+from minitron.compiler.dims import size_of
+from minitron.compiler.positions import AS_NUMBERS, Counts, Offsets, Positions, Sorted
 from minitron.compiler.rules.registry import Dims, Result, axis_index, rule
 
 if TYPE_CHECKING:
@@ -103,7 +103,18 @@ def rms_norm(t: Tracer, node: torch.fx.Node) -> Dims:
     return t.broadcast([dims, *([t.dims(weight)] if weight is not None else [])], len(dims), t.place(node))
 
 
-@rule(aten.cumsum.default, aten.cumprod.default, aten.logcumsumexp.default, aten.flip.default, aten.roll.default)
+@rule(aten.cumsum.default, positions="own")
+def cumsum(t: Tracer, node: torch.fx.Node) -> Result:
+    """Of counts, the running sum is where the rows of each index end: `grouped_mm` knows that from its own operand."""
+    counts = t.meanings.get(node.args[0])
+    if isinstance(counts, Counts) and t.rank(node) == 1:
+        t.means(node, Offsets(counts.of, counts.source))
+        return t.dims(node.args[0])
+    t.read_as_numbers(node)
+    return ordered(t, node)
+
+
+@rule(aten.cumprod.default, aten.logcumsumexp.default, aten.flip.default, aten.roll.default)
 def ordered(t: Tracer, node: torch.fx.Node) -> Result:
     """The order along an axis matters: it cannot be permuted, so it is pinned."""
     dims = list(t.dims(node.args[0]))
@@ -131,33 +142,56 @@ def diff(t: Tracer, node: torch.fx.Node) -> Dims:
     return result
 
 
-@rule(aten.topk.default, aten.sort.default, aten.sort.stable)
-def ranked(t: Tracer, node: torch.fx.Node) -> Result:
-    """Values in their order, and the positions that they had; how many there are is no width of the model."""
+@rule(aten.topk.default)
+def topk(t: Tracer, node: torch.fx.Node) -> Result:
+    """The largest values, and the positions that they had; how many there are is no width of the model."""
     dims = t.dims(node.args[0])
     axis = axis_index(t.named(node, "dim", -1), len(dims))
-    if node.target == aten.topk.default:
-        t.note(dims[axis], "topk", node)
-    else:
-        t.space.pin(dims[axis], "its entries are put in their order", t.place(node))
-    pin_positions(t, node, [dims[axis]])
-    chosen = t.space.fresh(t.result_sizes(node)[0][axis])
+    t.note(dims[axis], "topk", node)
+    t.means(node, Positions(dims[axis], node), 1)
+    return [_ranked(t, node, dims, axis)] * 2
+
+
+@rule(aten.sort.default, aten.sort.stable, positions="own")
+def sort(t: Tracer, node: torch.fx.Node) -> Result:
+    """Values in their order, and the positions that they had.
+
+    Of a vector of positions along some axis, the rows that come out are grouped by the indices of that axis.
+    """
+    dims = t.dims(node.args[0])
+    axis = axis_index(t.named(node, "dim", -1), len(dims))
+    values = t.positions(node.args[0])
+    rows = t.space.fresh(t.result_sizes(node)[0][axis]) if dims else ()
+    if values is not None and len(dims) == 1 and rows and size_of(dims[0]).symbols:
+        widths = tuple(atom for atom in t.space.flat(dims[0]) if atom.size.coefficient != 1)
+        t.space.pin(widths, "its entries are put in their order", t.place(node))
+        t.sorted.append(Sorted(rows[0], values.of, values.source, t.place(node)))
+        t.means(node, values, 0)
+        t.means(node, Positions(dims[0], node), 1)
+        return [[rows], [rows]]
+    t.read_as_numbers(node)
+    t.space.pin(dims[axis] if dims else (), "its entries are put in their order", t.place(node))
+    t.means(node, Positions(dims[axis] if dims else (), node), 1)
+    return [_ranked(t, node, dims, axis)] * 2
+
+
+def _ranked(t: Tracer, node: torch.fx.Node, dims: Dims, axis: int) -> Dims:
+    chosen = t.space.fresh(t.result_sizes(node)[0][axis]) if dims else ()
     t.space.pin(chosen, "the number of entries that are ranked", t.place(node))
-    return [[chosen if i == axis else dim for i, dim in enumerate(dims)] for _ in range(2)]
+    return [chosen if i == axis else dim for i, dim in enumerate(dims)]
 
 
 @rule(aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim)
 def extreme(t: Tracer, node: torch.fx.Node) -> Result:
+    """The largest or smallest value, and the position that it had; without an axis, among all elements."""
     dims = t.dims(node.args[0])
     axes = reduced_axes(t, node, len(dims))
-    pin_positions(t, node, [dims[axis] for axis in axes])
+    single = t.is_single(node)
+    if len(axes) == 1:
+        (axis,) = axes
+        t.means(node, Positions(dims[axis], node), None if single else 1)
+    else:
+        for axis in axes:
+            t.space.pin(dims[axis], AS_NUMBERS, t.place(node))
     left = reduce(t, node, "max")
-    return left if t.is_single(node) else [left, left]
-
-
-def pin_positions(t: Tracer, node: torch.fx.Node, dims: Sequence[Dim]) -> None:
-    """Positions along an axis, once anything reads them as numbers, hold every index where it is."""
-    readers = node.users if t.is_single(node) else [user for user in node.users if user.args[1] == 1]
-    if any(t.is_single(node) or reader.users for reader in readers):
-        for dim in dims:
-            t.space.pin(dim, "positions along it are numbers that the model goes on with", t.place(node))
+    return left if single else [left, left]

@@ -8,7 +8,7 @@ decorator. An operator without a rule pins everything that it touches.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -23,17 +23,29 @@ Rule = Callable[["Tracer", torch.fx.Node], Result]
 
 RULES: dict[Any, Rule] = {}
 
+# How an operator treats an operand whose values are positions (see `compiler.positions`):
+#     same   the result holds the same values, in whatever order and shape
+#     some   it holds some of them, or some of them several times
+#     own    its rule knows
+# All other operators read numbers.
+Treatment = Literal["same", "some", "own"]
+POSITIONS: dict[Any, Treatment] = {}
 
-def rule(*targets: Any) -> Callable[[Rule], Rule]:
+
+def rule(*targets: Any, positions: Treatment | None = None) -> Callable[[Rule], Rule]:
     """Registers a function as the rule of these operators (overloads, or packets for all their overloads)."""
 
     def register(function: Rule) -> Rule:
         for target in targets:
             if isinstance(target, torch._ops.OpOverloadPacket):
-                for name in target.overloads():  # type: ignore[no-untyped-call]
-                    RULES[getattr(target, name)] = function
+                names = target.overloads()  # type: ignore[no-untyped-call]
+                overloads = [getattr(target, name) for name in names]
             else:
-                RULES[target] = function
+                overloads = [target]
+            for overload in overloads:
+                RULES[overload] = function
+                if positions is not None:
+                    POSITIONS[overload] = positions
         return function
 
     return register

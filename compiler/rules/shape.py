@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,12 +16,19 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-@rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten, aten.unflatten.int)
+@rule(
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten,
+    aten.unflatten.int,
+    positions="same",
+)
 def view(t: Tracer, node: torch.fx.Node) -> Dims:
     return t.space.reshape(t.dims(node.args[0]), t.sizes(node), t.place(node))
 
 
-@rule(aten.view_as.default, aten.reshape_as.default)
+@rule(aten.view_as.default, aten.reshape_as.default, positions="same")
 def view_as(t: Tracer, node: torch.fx.Node) -> Dims:
     """The sizes of another value: they are of the same axes."""
     dims = t.space.reshape(t.dims(node.args[0]), t.sizes(node), t.place(node))
@@ -41,7 +49,7 @@ def view_as_complex(t: Tracer, node: torch.fx.Node) -> Dims:
     return front
 
 
-@rule(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
+@rule(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default, positions="same")
 def transpose(t: Tracer, node: torch.fx.Node) -> Dims:
     dims = list(t.dims(node.args[0]))
     a, b = (axis_index(t.integer(node, i), len(dims)) for i in (1, 2))
@@ -49,19 +57,19 @@ def transpose(t: Tracer, node: torch.fx.Node) -> Dims:
     return dims
 
 
-@rule(aten.mT.default)
+@rule(aten.mT.default, positions="same")
 def swap_last(t: Tracer, node: torch.fx.Node) -> Dims:
     *front, a, b = t.dims(node.args[0])
     return [*front, b, a]
 
 
-@rule(aten.t.default, aten.numpy_T.default)
+@rule(aten.t.default, aten.numpy_T.default, positions="same")
 def turn(t: Tracer, node: torch.fx.Node) -> Dims:
     """All dimensions in the other order; `t` is for matrices and leaves a vector as it is."""
     return t.dims(node.args[0])[::-1]
 
 
-@rule(aten.movedim.int, aten.movedim.intlist)
+@rule(aten.movedim.int, aten.movedim.intlist, positions="same")
 def movedim(t: Tracer, node: torch.fx.Node) -> Dims:
     dims = t.dims(node.args[0])
     given = [[i] if isinstance(i, int) else i for i in (t.arg(node, 1), t.arg(node, 2))]
@@ -71,21 +79,21 @@ def movedim(t: Tracer, node: torch.fx.Node) -> Dims:
     return [moved[i] if i in moved else next(staying) for i in range(len(dims))]
 
 
-@rule(aten.permute.default)
+@rule(aten.permute.default, positions="same")
 def permute(t: Tracer, node: torch.fx.Node) -> Dims:
     dims = t.dims(node.args[0])
     order = t.arg(node, 1)
     return [dims[axis_index(i, len(dims))] for i in order]
 
 
-@rule(aten.unsqueeze.default)
+@rule(aten.unsqueeze.default, positions="same")
 def unsqueeze(t: Tracer, node: torch.fx.Node) -> Dims:
     dims = list(t.dims(node.args[0]))
     dims.insert(axis_index(t.integer(node, 1), len(dims) + 1), ())
     return dims
 
 
-@rule(aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims)
+@rule(aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims, positions="same")
 def squeeze(t: Tracer, node: torch.fx.Node) -> Dims:
     dims = t.dims(node.args[0])
     named = t.arg(node, 1, range(len(dims)))
@@ -93,7 +101,7 @@ def squeeze(t: Tracer, node: torch.fx.Node) -> Dims:
     return [dim for i, dim in enumerate(dims) if not (i in wanted and size_of(dim).is_one)]
 
 
-@rule(aten.expand.default, aten.broadcast_to.default)
+@rule(aten.expand.default, aten.broadcast_to.default, positions="some")
 def expand(t: Tracer, node: torch.fx.Node) -> Dims:
     """A dimension of one that grows is a *broadcast* axis: every index of it reads the same values."""
     sizes = t.sizes(node)
@@ -105,13 +113,13 @@ def expand(t: Tracer, node: torch.fx.Node) -> Dims:
     ]
 
 
-@rule(aten.expand_as.default)
+@rule(aten.expand_as.default, positions="some")
 def expand_as(t: Tracer, node: torch.fx.Node) -> Dims:
     """The new sizes are those of another value, and follow its axes."""
     return t.broadcast([t.dims(node.args[0]), t.dims(node.args[1])], t.rank(node), t.place(node))
 
 
-@rule(aten.repeat.default, aten.tile.default)
+@rule(aten.repeat.default, aten.tile.default, positions="some")
 def repeat(t: Tracer, node: torch.fx.Node) -> Result:
     """A dimension that is written out several times is a product whose slow factor is a *broadcast* axis."""
     sizes, dims = t.sizes(node), t.dims(node.args[0])
@@ -126,7 +134,7 @@ def repeat(t: Tracer, node: torch.fx.Node) -> Result:
     ]
 
 
-@rule(aten.repeat_interleave.self_int)
+@rule(aten.repeat_interleave.self_int, positions="some")
 def repeat_interleave(t: Tracer, node: torch.fx.Node) -> Result:
     dims = list(t.dims(node.args[0]))
     along = t.arg(node, 2)
@@ -139,10 +147,11 @@ def repeat_interleave(t: Tracer, node: torch.fx.Node) -> Result:
     return dims
 
 
-@rule(aten.cat.default, aten.concat.default)
+@rule(aten.cat.default, aten.concat.default, positions="own")
 def cat(t: Tracer, node: torch.fx.Node) -> Dims:
     """Pieces one after the other. (torch lets empty vectors stand among pieces of any rank.)"""
     rank, place = t.rank(node), t.place(node)
+    _positions_of_one_axis(t, node)
     pieces = [dims for dims in (t.dims(piece) for piece in t.arg(node, 0)) if len(dims) == rank]
     axis = axis_index(t.arg(node, 1, 0), rank)
     result = t.broadcast([[() if i == axis else dim for i, dim in enumerate(piece)] for piece in pieces], rank, place)
@@ -156,6 +165,19 @@ def cat(t: Tracer, node: torch.fx.Node) -> Dims:
     return result
 
 
+def _positions_of_one_axis(t: Tracer, node: torch.fx.Node) -> None:
+    """Joined positions are positions, if they are so along one axis."""
+    meanings = [t.positions(piece) for piece in t.arg(node, 0)]
+    first = meanings[0]
+    if first is None or any(other is None or size_of(other.of) != size_of(first.of) for other in meanings):
+        t.read_as_numbers(node)
+        return
+    for other in meanings:
+        assert other is not None
+        t.space.unify(first.of, other.of, t.place(node))
+    t.means(node, replace(first, source=node))
+
+
 @rule(aten.stack.default)
 def stack(t: Tracer, node: torch.fx.Node) -> Dims:
     pieces = [t.dims(piece) for piece in t.arg(node, 0)]
@@ -167,7 +189,7 @@ def stack(t: Tracer, node: torch.fx.Node) -> Dims:
     return result
 
 
-@rule(aten.slice.Tensor)
+@rule(aten.slice.Tensor, positions="some")
 def slice_(t: Tracer, node: torch.fx.Node) -> Dims:
     dims = list(t.dims(node.args[0]))
     axis = axis_index(t.arg(node, 1, 0), len(dims))
@@ -196,7 +218,7 @@ def axis_bound(value: int | None, size: int, default: int) -> int:
     return max(0, value + size) if value < 0 else min(value, size)
 
 
-@rule(aten.narrow.default)
+@rule(aten.narrow.default, positions="some")
 def narrow(t: Tracer, node: torch.fx.Node) -> Dims:
     dims = list(t.dims(node.args[0]))
     axis, start, length = axis_index(t.integer(node, 1), len(dims)), t.arg(node, 2), t.arg(node, 3)
@@ -209,7 +231,7 @@ def narrow(t: Tracer, node: torch.fx.Node) -> Dims:
     return dims
 
 
-@rule(aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default)
+@rule(aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default, positions="some")
 def split(t: Tracer, node: torch.fx.Node) -> list[Dims]:
     dims = t.dims(node.args[0])
     axis = axis_index(t.arg(node, 2, 0), len(dims))
@@ -261,7 +283,7 @@ def unbind(t: Tracer, node: torch.fx.Node) -> list[Dims]:
     return [[dim for i, dim in enumerate(dims) if i != axis] for _ in t.result_sizes(node)]
 
 
-@rule(aten.select.int)
+@rule(aten.select.int, positions="some")
 def select(t: Tracer, node: torch.fx.Node) -> Dims:
     dims = t.dims(node.args[0])
     axis = axis_index(t.integer(node, 1), len(dims))

@@ -268,7 +268,7 @@ class TestFactories:
 
     def test_tables_that_a_model_computes_are_pinned(self) -> None:
         toy = Toy(lambda s, x: (x @ s.w) * s.table, w=(6, 8))
-        toy.register_buffer("table", torch.arange(8.0))
+        toy.register_buffer("table", torch.arange(8.0), persistent=False)
         traced = tokens(toy)
         assert traced.pins("w", 1) == "a table that the model computes for itself when it is loaded (table)"
         assert matters(traced, "w", 1)

@@ -30,11 +30,16 @@ class TestEmbedding:
         traced = check(Toy(lambda s, i: F.linear(F.embedding(i, s.w).tanh(), s.w), w=(7, 6)), ids, dynamic=(TOKENS,))
         assert traced.describe("w") == ["7!", "6"] and traced.describe("y")[2] == "7!"
 
-    def test_positions_that_a_model_computes_hold_what_they_index(self) -> None:
-        """The most likely channel decides: its number goes into a table."""
+    def test_positions_along_an_axis_read_that_axis(self) -> None:
+        """The most likely channel decides: its row of a table is read, wherever it stands."""
         traced = tokens(Toy(lambda s, x: F.embedding((x @ s.w).argmax(-1), s.v), w=(6, 8), v=(8, 4)))
-        assert traced.describe("w") == ["6", "8!"] and traced.describe("v") == ["8!", "4"]
-        assert matters(traced, "v", 0)
+        assert traced.describe("w") == ["6", "8"] and traced.describe("v") == ["8", "4"]
+        assert traced.same(("w", 1), ("v", 0)) and traced.notes("v", 0) == {"max"}
+
+    def test_a_table_of_another_size_reads_them_as_numbers(self) -> None:
+        traced = tokens(Toy(lambda s, x: F.embedding((x @ s.w).argmax(-1), s.v), w=(6, 8), v=(9, 4)))
+        assert "positions along it are numbers" in traced.pins("w", 1) and "indexed" in traced.pins("v", 0)
+        assert matters(traced, "w", 1)
 
 
 class TestIndex:
@@ -123,7 +128,7 @@ class TestWriting:
         assert "only its first indices are taken" in traced.pins("w", 1) and matters(traced, "w", 1)
 
     def test_a_router_that_scatters_its_choice(self) -> None:
-        """The positions of the largest scores hold the axis that they are positions along."""
+        """What is written at the positions of the largest scores is written along their axis."""
 
         def route(s: Toy, x: torch.Tensor) -> torch.Tensor:
             scores = x @ s.w
@@ -131,8 +136,16 @@ class TestWriting:
             return (scores * chosen) @ s.v
 
         traced = tokens(Toy(route, w=(6, 8), v=(8, 3)))
-        assert "positions along it are numbers" in traced.pins("w", 1) and traced.pins("v", 0)
-        assert not traced.pins("v", 1)
+        assert traced.same(("w", 1), ("v", 0)) and not traced.pins("w", 1) and traced.notes("w", 1) == {"topk"}
+
+    def test_positions_that_are_written_as_values_are_numbers(self) -> None:
+        def route(s: Toy, x: torch.Tensor) -> torch.Tensor:
+            scores = x @ s.w
+            chosen = scores.topk(2, -1).indices
+            return scores.scatter(-1, chosen, chosen.to(x.dtype)) @ s.v
+
+        traced = tokens(Toy(route, w=(6, 8), v=(8, 3)))
+        assert "positions along it are numbers" in traced.pins("w", 1) and matters(traced, "w", 1)
 
 
 class TestGather:
@@ -147,20 +160,50 @@ class TestGather:
 
 
 class TestCounting:
-    def test_positions_become_an_axis_that_is_held(self) -> None:
+    def test_positions_become_the_axis_that_they_stand_for(self) -> None:
         toy = Toy(lambda s, x: F.one_hot((x @ s.w).argmax(-1), 8).to(x.dtype) @ s.v, w=(6, 8), v=(8, 4))
         traced = tokens(toy)
-        assert "computed positions" in traced.pins("v", 0) and matters(traced, "v", 0)
-        assert not traced.pins("v", 1)
+        assert traced.same(("w", 1), ("v", 0)) and not traced.pins("v", 0) and not traced.pins("v", 1)
 
-    def test_how_often_each_position_occurs(self) -> None:
+    def test_one_class_more_than_there_are_positions_holds_them(self) -> None:
+        toy = Toy(lambda s, x: F.one_hot((x @ s.w).argmax(-1), 9).to(x.dtype) @ s.v, w=(6, 8), v=(9, 4))
+        traced = tokens(toy)
+        assert "computed positions" in traced.pins("v", 0) and "numbers" in traced.pins("w", 1)
+
+    @pytest.mark.parametrize(
+        "bins, low, high, free", [(8, 0, 7, True), (8, 0, 8, False), (8, 1, 7, False), (9, 0, 8, False)]
+    )
+    def test_how_often_each_position_occurs(self, bins: int, low: int, high: int, free: bool) -> None:
         def load(s: Toy, x: torch.Tensor) -> torch.Tensor:
             chosen = (x @ s.w).topk(2, -1).indices
-            return torch.histc(chosen.float().flatten(), 8, 0, 7).to(x.dtype) * s.v
+            return torch.histc(chosen.float().flatten(), bins, low, high).to(x.dtype) * s.v
 
-        traced = tokens(Toy(load, w=(6, 8), v=(8,)))
-        assert traced.pins("w", 1) and "computed positions" in traced.pins("v", 0) and matters(traced, "v", 0)
+        traced = tokens(Toy(load, w=(6, 8), v=(bins,)))
+        assert bool(traced.pins("w", 1)) != free and bool(traced.pins("v", 0)) != free
+        assert not free or traced.same(("w", 1), ("v", 0))
+
+    def test_a_narrow_number_format_does_not_hold_all_positions(self) -> None:
+        def load(s: Toy, x: torch.Tensor) -> torch.Tensor:
+            return torch.histc((x @ s.w).argmax(-1).half().flatten().float(), 8, 0, 7).to(x.dtype) * s.v
+
+        assert "numbers" in tokens(Toy(load, w=(6, 8), v=(8,))).pins("w", 1)
+
+    def test_running_sums_of_counts_are_numbers(self) -> None:
+        def ends(s: Toy, x: torch.Tensor) -> torch.Tensor:
+            return torch.histc((x @ s.w).argmax(-1).float().flatten(), 8, 0, 7).cumsum(0).to(x.dtype) * s.v
+
+        traced = tokens(Toy(ends, w=(6, 8), v=(8,)))
+        assert "its order matters" in traced.pins("w", 1) and matters(traced, "v", 0)
 
     def test_counting_off_holds_an_axis(self) -> None:
         traced = tokens(Toy(lambda s, x: (x @ s.w) * torch.arange(8), w=(6, 8)))
         assert "counted off by arange" in traced.pins("w", 1) and matters(traced, "w", 1)
+
+    def test_reading_along_a_count_is_no_reading_of_numbers(self) -> None:
+        traced = tokens(Toy(lambda s, x: (x @ s.w)[..., torch.arange(8)], w=(6, 8)))
+        assert not traced.pins("w", 1) and traced.same(("w", 1), ("y", 2))
+
+    @pytest.mark.parametrize("start, end, step", [(1, 9, 1), (0, 16, 2)])
+    def test_other_counts_are_numbers(self, start: int, end: int, step: int) -> None:
+        traced = tokens(Toy(lambda s, x: (x @ s.w)[..., torch.arange(start, end, step)], w=(6, 18)))
+        assert "indexed by computed positions" in traced.pins("w", 1)
