@@ -7,7 +7,7 @@ buffers are computed by the model's own code when it is loaded, so they are pinn
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,7 +41,10 @@ class AttentionSite:
 
 @dataclass(frozen=True)
 class AxisTable:
-    """What the analysis found. `parameters`: canonical parameter name -> dimensions; `nodes`: the same for every value."""
+    """What the analysis found. `parameters`: canonical parameter name -> dimensions; `nodes`: the same for every value.
+
+    `meanings` and `sorted` are of `compiler.positions`: what integers stand for, and rows in the order of an axis.
+    """
 
     space: Space
     parameters: dict[str, Dims]
@@ -49,10 +52,16 @@ class AxisTable:
     contractions: list[Contraction]
     attentions: list[AttentionSite]
     unknown: dict[str, list[str]]
+    meanings: dict[Any, Meaning]
+    sorted: list[Sorted]
 
     def dims(self, node: Node) -> Dims:
         """The dimensions of a single tensor."""
         return self.nodes[node]  # type: ignore[return-value]
+
+    def results(self, node: Node) -> list[Dims]:
+        """The dimensions of each result."""
+        return each(self.nodes[node])
 
 
 class Tracer:
@@ -160,7 +169,7 @@ class Tracer:
         self.unknown.setdefault(op_name(node), []).append(self.captured.module_of(node))
         reason = "an operator that the analysis has no rule for"
         for operand in node.all_input_nodes:
-            for dims in self._each(self.nodes.get(operand, [])):
+            for dims in each(self.nodes.get(operand, [])):
                 for dim in dims:
                     self.space.pin(dim, reason, place)
         results: list[Dims] = [[self.space.fresh(size) for size in sizes] for sizes in self.result_sizes(node)]
@@ -219,11 +228,6 @@ class Tracer:
             result += self.space.fresh(atom.size) if alone else (atom,)
         return tuple(result)
 
-    @staticmethod
-    def _each(result: Result) -> Iterable[Dims]:
-        """One list of dimensions, or several: a `Dim` is a tuple, a list of them a list."""
-        return result if result and isinstance(result[0], list) else [result]  # type: ignore[list-item]
-
     # -- the walk -----------------------------------------------------------------------------------------------------
 
     def visit(self, node: Node) -> None:
@@ -274,6 +278,11 @@ class Tracer:
         return self.parameters[name]
 
 
+def each(result: Result) -> list[Dims]:
+    """One list of dimensions, or several: a `Dim` is a tuple, a list of them a list."""
+    return result if result and isinstance(result[0], list) else [result]  # type: ignore[list-item]
+
+
 # What these read of a tensor is its shape.
 SIZES_ONLY = {torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default, torch.ops.aten.sym_stride.int}
 
@@ -296,8 +305,9 @@ def analyse(captured: Captured) -> AxisTable:
     tracer.space.settle()
     _hold_what_rows_depend_on(tracer)
     return AxisTable(
-        tracer.space, tracer.parameters, tracer.nodes, tracer.contractions, attentions, dict(tracer.unknown)
-    )
+        tracer.space, tracer.parameters, tracer.nodes, tracer.contractions, attentions, dict(tracer.unknown),
+        tracer.meanings, tracer.sorted,
+    )  # fmt: skip
 
 
 def _softmax_attention(t: Tracer) -> list[AttentionSite]:

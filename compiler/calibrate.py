@@ -20,9 +20,18 @@ from torch.fx import Node
 from minitron.compiler.axes import AxisTable
 from minitron.compiler.capture import Captured
 from minitron.compiler.execute import Executor, Tap
+from minitron.compiler.mixture import Mixture
 from minitron.compiler.rewrite.drop_layers import LayerEnds
-from minitron.compiler.roles import Roles
-from minitron.compiler.scores import Accumulator, Scores, ScoreTable, WidthConfig
+from minitron.compiler.roles import NUM_EXPERTS, Roles
+from minitron.compiler.scores import (
+    Accumulator,
+    Contributions,
+    Scores,
+    ScoreTable,
+    WidthConfig,
+    over_owned_tokens,
+    over_tokens,
+)
 from minitron.specs.atomic import atomic_path
 from minitron.specs.progress import Progress
 
@@ -67,12 +76,14 @@ class _Taps:
         self.roles = roles
         self.space = table.space
         self.accumulators: dict[str, Accumulator] = {}
+        self.contributions: dict[int, Contributions] = {}
         self.influence: dict[str, torch.Tensor] = {
             "turned": torch.zeros(len(ends), dtype=torch.float64),
             "tokens": torch.zeros(len(ends), dtype=torch.float64),
         }
         self.by_node: dict[str, list[Tap]] = {}
         self._entered: dict[int, torch.Tensor] = {}
+        self._ends: dict[str, torch.Tensor] = {}  # where the rows of each expert end, of the batch that is being run
         self._config = config
         for node in norm_outputs(captured, roles):
             self._accumulate(node, f"hidden_size.{node.name}")
@@ -82,7 +93,13 @@ class _Taps:
         for name, layers in roles.widths.items():
             for layer, width in layers.items():
                 for reader in width.readers[:1]:
-                    self._accumulate(reader.value, f"{name}.{layer}")
+                    mixture = roles.mixtures.get(layer)
+                    if mixture is not None and width.parents == mixture.experts:
+                        self._accumulate_by_expert(table, reader.value, mixture, f"{name}.{layer}")
+                    else:
+                        self._accumulate(reader.value, f"{name}.{layer}")
+        for layer, mixture in roles.mixtures.items():
+            self._contribution(table, layer, mixture)
         if config.depth.metric == "block_influence":
             for layer, end in enumerate(ends):
                 self._influence(layer, end)
@@ -98,6 +115,43 @@ class _Taps:
             accumulator.update(value if value.dim() == 3 else value.reshape(1, -1, value.shape[-1]))
 
         self._add(node.name, tap)
+
+    def _accumulate_by_expert(self, table: AxisTable, node: Node, mixture: Mixture, key: str) -> None:
+        """The channels of every expert, [experts, channels]."""
+        accumulator = self.accumulators.setdefault(key, Accumulator(self._config.width))
+        how = self._config.width.sequence
+
+        def tap(value: torch.Tensor, number: int) -> None:
+            value = value.float().abs()
+            if mixture.ends is None:
+                score_EC = over_tokens(experts_first(table, node, mixture, value), how)
+            else:
+                score_EC = over_owned_tokens(value, self._ends[mixture.ends.name], how)
+            accumulator.add(score_EC.unsqueeze(0))
+
+        self._add(node.name, tap)
+
+    def _contribution(self, table: AxisTable, layer: int, mixture: Mixture) -> None:
+        """The norm of what every expert adds. Where all experts see all tokens, those not sent to one add nothing to it."""
+        contributions = self.contributions.setdefault(layer, Contributions())
+
+        def keep(value: torch.Tensor, number: int) -> None:
+            assert mixture.ends is not None
+            self._ends[mixture.ends.name] = value
+
+        def tap(value: torch.Tensor, number: int) -> None:
+            value = value.float()
+            if mixture.ends is None:
+                norms_EN = experts_first(table, mixture.contribution, mixture, value).norm(dim=-1)
+                contributions.add(norms_EN.sum(-1), (norms_EN > 0).sum(-1))
+            else:
+                ends = self._ends[mixture.ends.name]
+                sums = over_owned_tokens(value.norm(dim=-1, keepdim=True), ends, "mean")[:, 0] * value.shape[0]
+                contributions.add(sums, torch.diff(ends, prepend=ends.new_zeros(1)))
+
+        if mixture.ends is not None:
+            self._add(mixture.ends.name, keep)
+        self._add(mixture.contribution.name, tap)
 
     def _influence(self, layer: int, end: LayerEnds) -> None:
         """Block influence: 1 - E[cos(x_in, x_out)] over all tokens."""
@@ -135,6 +189,10 @@ class _Taps:
                 state[f"total/{key}"] = accumulator.total.cpu()
                 state[f"squares/{key}"] = accumulator.squares.cpu()
                 state[f"samples/{key}"] = torch.tensor(accumulator.samples)
+        for layer, contributions in self.contributions.items():
+            if contributions.total is not None and contributions.tokens is not None:
+                state[f"contributed/{layer}"] = contributions.total
+                state[f"received/{layer}"] = contributions.tokens
         return state
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
@@ -143,6 +201,9 @@ class _Taps:
             if f"total/{key}" in state:
                 accumulator.total, accumulator.squares = state[f"total/{key}"], state[f"squares/{key}"]
                 accumulator.samples = int(state[f"samples/{key}"])
+        for layer, contributions in self.contributions.items():
+            if f"contributed/{layer}" in state:
+                contributions.total, contributions.tokens = state[f"contributed/{layer}"], state[f"received/{layer}"]
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -167,10 +228,22 @@ class _Taps:
             for name, layers in self.roles.widths.items()
             if any(width.readers for width in layers.values())
         }
+        if self.contributions:
+            widths[NUM_EXPERTS] = {
+                layer: one.result().reshape(self.roles.mixtures[layer].groups, -1).squeeze(0).numpy()
+                for layer, one in self.contributions.items()
+            }
         layers = None
         if self._config.depth.metric == "block_influence":
             layers = (self.influence["turned"] / self.influence["tokens"]).float().numpy()
         return ScoreTable(hidden, heads, widths, layers)
+
+
+def experts_first(table: AxisTable, node: Node, mixture: Mixture, value: torch.Tensor) -> torch.Tensor:
+    """[experts, rows, channels] of a value that has the experts in a dimension of their own."""
+    dims = table.dims(node)
+    (axis,) = (i for i, dim in enumerate(dims) if table.space.flat(dim) == mixture.experts)
+    return value.movedim(axis, 0).reshape(value.shape[axis], -1, value.shape[-1])
 
 
 def norm_outputs(captured: Captured, roles: Roles) -> list[Node]:

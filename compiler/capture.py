@@ -96,7 +96,8 @@ class Captured:
     def number_format(self, name: str) -> torch.dtype:
         """What a stored tensor is held in: the model's dtype, or float32 where its code keeps that whatever it is loaded in."""
         kept = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
-        value = stored_tensors(self.model)[name]
+        path, _, key = name.rpartition(".")
+        value: torch.Tensor = getattr(self.model.get_submodule(path), key)
         if any(re.search(rf"(^|\.){re.escape(part)}($|\.)", name) for part in kept) or not value.is_floating_point():
             return torch.float32 if value.is_floating_point() else value.dtype
         return torch.float32 if value.dtype == torch.float32 else self.dtype

@@ -10,7 +10,8 @@ import torch
 
 from minitron.compiler.axes import AxisTable
 from minitron.compiler.capture import Captured
-from minitron.compiler.roles import Roles, is_stack
+from minitron.compiler.mixture import is_stack
+from minitron.compiler.roles import Roles
 
 
 @dataclass(frozen=True)

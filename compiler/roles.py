@@ -5,7 +5,8 @@ num_attention_heads     the query heads of every attention: (key-value group, re
 num_key_value_heads     the part of the query heads that the values have too
 head_dim                the widths of queries, keys and values
 intermediate_size       what a projection back into the residual stream contracts, and no attention yields;
-                        of stacked expert weights it is moe_intermediate_size where the config has that key
+                        of stacked expert weights it is moe_intermediate_size where the config has that key, or where
+                        other layers have no experts
 num_experts             the stacked dimension of expert weights
 num_hidden_layers       the list of layers; no axis of a tensor
 vocab_size              the rows of the embedding; never narrowed
@@ -19,8 +20,10 @@ from dataclasses import dataclass, field
 from minitron.compiler.axes import AxisTable, Contraction
 from minitron.compiler.capture import Captured
 from minitron.compiler.dims import Atom, Dim, Space
-from minitron.compiler.rules import Dims
+from minitron.compiler.mixture import Mixture, find_mixture, is_stack, lists_may_differ
 from minitron.specs.errors import UsageError
+
+NUM_EXPERTS = "num_experts"
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,20 @@ class Heads:
 
 @dataclass(frozen=True)
 class Width:
-    """One leaf that a width names, in one layer; `readers` contract it, and their input is what scores it."""
+    """One leaf that a width names, in one layer; `readers` contract it, and their input is what scores it.
+
+    `parents`: what is kept may differ with the index of these. The width counts what is in `together` of them: all groups
+    of experts make up their number, but each expert has the width of an expert.
+    """
 
     leaf: Atom
     readers: tuple[Contraction, ...]
+    parents: Dim = ()
+    together: int = 1
 
     @property
     def size(self) -> int:
-        return self.leaf.size.coefficient
+        return self.leaf.size.coefficient * self.together
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ class Roles:
     heads: dict[int, Heads]
     widths: dict[str, dict[int, Width]]
     refusals: dict[str, str] = field(default_factory=dict)
+    mixtures: dict[int, Mixture] = field(default_factory=dict)
 
 
 def find_roles(captured: Captured, table: AxisTable) -> Roles:
@@ -67,12 +77,13 @@ def find_roles(captured: Captured, table: AxisTable) -> Roles:
         taken |= set(table.space.leaves(site.value))
     widths: dict[str, dict[int, Width]] = {}
     refusals: dict[str, str] = {}
-    for name, layer, width in _widths(captured, table, hidden.leaf, taken):
+    mixtures: dict[int, Mixture] = {}
+    for name, layer, width in _widths(captured, table, hidden.leaf, taken, mixtures):
         of_layer = widths.setdefault(name, {})
         if layer in of_layer and of_layer[layer].leaf is not width.leaf:
             refusals[name] = f"layer {layer} has more than one axis of this kind"
         of_layer[layer] = width
-    return Roles(hidden, heads, widths, refusals)
+    return Roles(hidden, heads, widths, refusals, mixtures)
 
 
 def _hidden(captured: Captured, table: AxisTable) -> Width:
@@ -133,8 +144,13 @@ def paths(space: Space, dim: Dim) -> Iterator[set[Atom]]:
     yield from result
 
 
-def _widths(captured: Captured, table: AxisTable, hidden: Atom, taken: set[Atom]) -> Iterator[tuple[str, int, Width]]:
-    """Every leaf that a weight contracts on its way back into the residual stream, and every stack of experts."""
+def _widths(
+    captured: Captured, table: AxisTable, hidden: Atom, taken: set[Atom], mixtures: dict[int, Mixture]
+) -> Iterator[tuple[str, int, Width]]:
+    """Every leaf that a weight contracts on its way back into the residual stream, and every stack of experts.
+
+    What is learnt of the experts of each layer goes into `mixtures`.
+    """
     space = table.space
     seen: set[Atom] = set()
     for contraction in table.contractions:
@@ -149,24 +165,23 @@ def _widths(captured: Captured, table: AxisTable, hidden: Atom, taken: set[Atom]
             continue
         seen.add(leaves[0])
         readers = tuple(c for c in table.contractions if list(space.leaves(c.dim)) == leaves and c.weight is not None)
-        yield _width_name(captured, is_stack(dims), layer, table), layer, Width(leaves[0], readers)
-        if is_stack(dims):
-            experts = list(space.leaves(dims[0]))
-            if len(experts) == 1 and experts[0] not in seen:
-                seen.add(experts[0])
-                yield "num_experts", layer, Width(experts[0], ())
-
-
-def is_stack(dims: Dims) -> bool:
-    """Whether a parameter is a matrix for each of several experts, and not the filters of channels, [C, 1, K]."""
-    return len(dims) == 3 and all(dims)
+        name = _width_name(captured, is_stack(dims), layer, table)
+        experts = space.flat(dims[0]) if is_stack(dims) else ()
+        if not experts or len(experts) > 2 or any(atom.parts is not None or atom in taken for atom in experts):
+            yield name, layer, Width(leaves[0], readers)
+            continue
+        mixtures[layer] = find_mixture(table, contraction, experts)
+        apart = lists_may_differ(table, leaves[0], experts)
+        yield name, layer, Width(leaves[0], readers, experts if apart else ())
+        if experts[-1] not in seen and (len(experts) == 1 or lists_may_differ(table, experts[-1], experts[:-1])):
+            seen.add(experts[-1])
+            yield NUM_EXPERTS, layer, Width(experts[-1], (), experts[:-1], mixtures[layer].groups)
 
 
 def _width_name(captured: Captured, stacked: bool, layer: int, table: AxisTable) -> str:
-    config = captured.config
+    """Where dense layers stand between layers of experts, the experts' width is one of its own."""
+    stacks = {captured.layer_in_path(name) for name, dims in table.parameters.items() if is_stack(dims)} - {None}
     if stacked:
-        return "moe_intermediate_size" if hasattr(config, "moe_intermediate_size") else "intermediate_size"
-    beside_experts = any(
-        is_stack(dims) for name, dims in table.parameters.items() if captured.layer_in_path(name) == layer
-    )
-    return "shared_expert_intermediate_size" if beside_experts else "intermediate_size"
+        own = hasattr(captured.config, "moe_intermediate_size") or len(stacks) < captured.layer_count
+        return "moe_intermediate_size" if own else "intermediate_size"
+    return "shared_expert_intermediate_size" if layer in stacks else "intermediate_size"

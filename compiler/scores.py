@@ -37,7 +37,10 @@ class Accumulator:
 
     def update(self, value_BSC: torch.Tensor) -> None:
         """Takes in the activations of one batch."""
-        per_sample_BC = over_tokens(value_BSC.float().abs(), self.config.sequence)
+        self.add(over_tokens(value_BSC.float().abs(), self.config.sequence))
+
+    def add(self, per_sample_BC: torch.Tensor) -> None:
+        """Takes in what the tokens of each sample came to."""
         total, squares = per_sample_BC.sum(0), per_sample_BC.square().sum(0)
         self.samples += per_sample_BC.shape[0]
         self.total = total if self.total is None else self.total + total
@@ -55,6 +58,40 @@ class Accumulator:
         return score.cpu()
 
 
+@dataclass
+class Contributions:
+    """The score of every expert (REAP, arXiv 2510.13999, equation 9): the mean of |g f(x)| over the tokens sent to it.
+
+    f(x) is what the expert yields and g the router's weight for it; an expert that no token is sent to has 0.
+    """
+
+    total: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+
+    def add(self, norms_E: torch.Tensor, tokens_E: torch.Tensor) -> None:
+        """Takes in the sums of norms over the tokens of each expert, and how many these were."""
+        norms_E, tokens_E = norms_E.double().cpu(), tokens_E.double().cpu()
+        self.total = norms_E if self.total is None else self.total + norms_E
+        self.tokens = tokens_E if self.tokens is None else self.tokens + tokens_E
+
+    def result(self) -> torch.Tensor:
+        """The scores [E] on the CPU."""
+        assert self.total is not None and self.tokens is not None, "no sample was seen"
+        return (self.total / self.tokens.clamp_min(1)).float()
+
+
+def over_owned_tokens(rows_NC: torch.Tensor, ends_E: torch.Tensor, how: Aggregation) -> torch.Tensor:
+    """[N, C] -> [E, C]: rows stand expert by expert, up to `ends`; for each expert, over all tokens, 0 where not sent to it."""
+    ends = ends_E.tolist()
+    starts = [0, *ends[:-1]]
+    count = max(rows_NC.shape[0], 1)
+    total = torch.stack([rows_NC[start:end].sum(0) for start, end in zip(starts, ends, strict=True)])
+    if how == "mean":
+        return total / count
+    squares = torch.stack([rows_NC[start:end].square().sum(0) for start, end in zip(starts, ends, strict=True)])
+    return squares.sqrt() if how == "l2" else squares / count - (total / count).square()
+
+
 def over_tokens(value_BSC: torch.Tensor, how: Aggregation) -> torch.Tensor:
     """[B, S, C] -> [B, C]"""
     if how == "l2":
@@ -70,7 +107,7 @@ class ScoreTable:
 
     hidden   [hidden_size], the sum over the norms of the whole network
     heads    layer -> [groups, repeats]
-    widths   axis name -> layer -> [width]
+    widths   axis name -> layer -> [width], or [parents, width] where each index of the parents may keep others
     layers   [layers], high: important
     """
 

@@ -1,7 +1,7 @@
 """Selection: from scores to index lists.
 
     hidden     one list for the network
-    widths     one list a layer
+    widths     one list a layer; of experts' channels, one for each expert (no other expert depends on them)
     groups     one list a layer: the key-value groups with the highest scores (a group's score: L2 over its query heads)
     heads      one list for each kept group: the query heads with the highest scores in that group
     layers     those that the spec names, or the highest-scored ones, or all but one run of neighbours
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from minitron.compiler.axes import AxisTable
 from minitron.compiler.narrowing import Dependent, Indices, Narrowing
-from minitron.compiler.roles import Heads, Roles
+from minitron.compiler.roles import NUM_EXPERTS, Heads, Roles
 from minitron.compiler.scores import ScoreTable
 from minitron.compiler.targets import GROUPS, HEADS, HIDDEN, LAYERS, Targets
 
@@ -60,7 +60,11 @@ def select(targets: Targets, roles: Roles, scores: ScoreTable, layer_count: int,
         assert scores.hidden is not None
         hidden = top(scores.hidden, targets.widths[HIDDEN])
     widths = {
-        name: {i: top(of_layer[i], targets.widths[name]) for i in layers if i in of_layer}
+        name: {
+            i: select_width(of_layer[i], targets.widths[name] // roles.widths[name][i].together)
+            for i in layers
+            if i in of_layer
+        }
         for name, of_layer in scores.widths.items()
         if name in targets.widths
     }
@@ -73,6 +77,11 @@ def select(targets: Targets, roles: Roles, scores: ScoreTable, layer_count: int,
                     scores.heads[layer], *wanted_heads(targets, roles.heads[layer])
                 )
     return Selection(layers, hidden, widths, groups, heads)
+
+
+def select_width(scores: npt.NDArray[np.float32], count: int) -> Indices:
+    """The best of an axis; of scores [parents, width], for each index of the parents."""
+    return top(scores, count) if scores.ndim == 1 else np.stack([top(row, count) for row in scores])
 
 
 def wanted_heads(targets: Targets, site: Heads) -> tuple[int, int]:
@@ -120,7 +129,7 @@ def leading(targets: Targets, roles: Roles, kept_layers: Sequence[int] | None = 
         layers,
         first(targets.widths[HIDDEN]) if HIDDEN in targets.widths else None,
         {
-            name: {i: first(targets.widths[name]) for i in layers if i in of_layer}
+            name: {i: first(targets.widths[name] // of_layer[i].together) for i in layers if i in of_layer}
             for name, of_layer in roles.widths.items()
             if name in targets.widths
         },
@@ -137,7 +146,11 @@ def narrowing_of(selection: Selection, roles: Roles, table: AxisTable) -> Narrow
         kept[roles.hidden.leaf] = selection.hidden
     for name, layers in selection.widths.items():
         for layer, indices in layers.items():
-            kept[roles.widths[name][layer].leaf] = indices
+            width = roles.widths[name][layer]
+            if indices.ndim == 1:
+                kept[width.leaf] = indices
+            elif indices.shape[1] < width.leaf.size.coefficient:
+                dependent[width.leaf] = Dependent(width.parents, list(indices), indices.shape[1])
     for layer, groups in selection.groups.items():
         site, lists = roles.heads[layer], selection.heads[layer]
         if site.group is not None:
@@ -149,18 +162,21 @@ def narrowing_of(selection: Selection, roles: Roles, table: AxisTable) -> Narrow
             of_group = {int(g): chosen for g, chosen in zip(groups, lists, strict=True)}
             # Lists of groups that are gone are never read.
             all_lists = [of_group.get(g, lists[0]) for g in range(site.groups)]
-            dependent[site.repeat] = Dependent(site.group, all_lists, len(lists[0]))
+            dependent[site.repeat] = Dependent((site.group,), all_lists, len(lists[0]))
     whole = {leaf for leaf, indices in kept.items() if len(indices) == leaf.size.coefficient}
     return Narrowing(table.space, {leaf: indices for leaf, indices in kept.items() if leaf not in whole}, dependent)
 
 
 def selection_json(selection: Selection, roles: Roles) -> dict[str, list[list[int]]]:
-    """`selection` of the plan: axis -> one list of kept indices, or one for each kept layer."""
+    """`selection` of the plan: axis -> one list of kept indices, or one for each kept layer.
+
+    Channels that differ from expert to expert: one list for each kept expert of each kept layer.
+    """
     result: dict[str, list[list[int]]] = {LAYERS: [list(selection.layers)]}
     if selection.hidden is not None:
         result[HIDDEN] = [selection.hidden.tolist()]
     for name, layers in selection.widths.items():
-        result[name] = [layers[i].tolist() for i in sorted(layers)]
+        result[name] = [row for i in sorted(layers) for row in _width_lists(name, i, layers[i], selection, roles)]
     if selection.groups:
         order: Sequence[int] = sorted(selection.groups)
         result[GROUPS] = [selection.groups[i].tolist() for i in order]
@@ -173,3 +189,19 @@ def selection_json(selection: Selection, roles: Roles) -> dict[str, list[list[in
             for i in order
         ]
     return result
+
+
+def _width_lists(name: str, layer: int, indices: Indices, selection: Selection, roles: Roles) -> list[list[int]]:
+    """The lists of one layer: one, or one for each expert that is kept."""
+    width = roles.widths[name][layer]
+    if indices.ndim == 1:
+        return [indices.tolist()]
+    if width.together > 1:  # numbers in all groups
+        each: list[int] = [g * width.leaf.size.coefficient + int(i) for g, row in enumerate(indices) for i in row]
+        return [each]
+    kept = (
+        _width_lists(NUM_EXPERTS, layer, selection.widths[NUM_EXPERTS][layer], selection, roles)[0]
+        if (layer in selection.widths.get(NUM_EXPERTS, {}))
+        else range(len(indices))
+    )
+    return [indices[expert].tolist() for expert in kept]

@@ -214,7 +214,7 @@ def permuted(narrowing: Narrowing, seed: int = 0) -> Narrowing:
     }
     dependent = {
         leaf: Dependent(
-            one.parent,
+            one.parents,
             [rng.permutation(leaf.size.coefficient).astype(np.int64) for _ in one.lists],
             leaf.size.coefficient,
         )

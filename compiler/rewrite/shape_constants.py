@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_aggregate
@@ -69,7 +68,7 @@ class _Sizes:
 
     def offset(self, dim: Dim, old: int) -> int:
         """The number of kept indices before `old`."""
-        return int(np.count_nonzero(self.narrowing.positions(dim) < old))
+        return self.narrowing.before(dim, old)
 
     def rewrite(self, node: Node) -> bool:
         handler = HANDLERS.get(node.target)

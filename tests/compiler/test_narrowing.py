@@ -74,7 +74,7 @@ class TestDependentLists:
     def test_every_kept_group_has_its_own_list(self, space: Space, site: tuple[Dim, Dim, Dim]) -> None:
         group, repeat, width = site
         lists = (indices(0, 1), indices(9, 9), indices(2, 3))  # group 1 is gone: its list is never read
-        narrowing = Narrowing(space, {group[0]: indices(0, 2)}, {repeat[0]: Dependent(group[0], lists, 2)})
+        narrowing = Narrowing(space, {group[0]: indices(0, 2)}, {repeat[0]: Dependent(group, lists, 2)})
         assert narrowing.positions((*group, *repeat)).tolist() == [0, 1, 10, 11]
         assert narrowing.positions((*group, *repeat, *width)).tolist() == [0, 1, 2, 3, 20, 21, 22, 23]
         assert narrowing.count((*group, *repeat, *width)) == 8
@@ -85,7 +85,7 @@ class TestDependentLists:
         group, repeat, width = site
         fused = space.cat([(*group, *repeat, *width), (*group, *width), (*group, *width)])
         lists = (indices(1), indices(3), indices(0))
-        narrowing = Narrowing(space, {}, {repeat[0]: Dependent(group[0], lists, 1)})
+        narrowing = Narrowing(space, {}, {repeat[0]: Dependent(group, lists, 1)})
         assert narrowing.positions(fused).tolist() == [2, 3, 14, 15, 16, 17, *range(24, 36)]
 
     def test_interleaved_groups(self, space: Space, site: tuple[Dim, Dim, Dim]) -> None:
@@ -93,13 +93,13 @@ class TestDependentLists:
         group, repeat, width = site
         fused = (*group, *space.cat([repeat, (), ()]), *width)
         lists = (indices(1), indices(3), indices(0))
-        narrowing = Narrowing(space, {}, {repeat[0]: Dependent(group[0], lists, 1)})
+        narrowing = Narrowing(space, {}, {repeat[0]: Dependent(group, lists, 1)})
         heads = [1, 4, 5, 9, 10, 11, 12, 16, 17]
         assert narrowing.positions(fused).tolist() == [2 * head + channel for head in heads for channel in (0, 1)]
 
     def test_it_cannot_stand_without_its_groups(self, space: Space, site: tuple[Dim, Dim, Dim]) -> None:
         group, repeat, _ = site
-        narrowing = Narrowing(space, {}, {repeat[0]: Dependent(group[0], (indices(0),) * 3, 1)})
+        narrowing = Narrowing(space, {}, {repeat[0]: Dependent(group, (indices(0),) * 3, 1)})
         with pytest.raises(AssertionError, match="without the axis that it depends on"):
             narrowing.positions(repeat)
 
@@ -107,7 +107,7 @@ class TestDependentLists:
         group, repeat, width = site
         kept, dim = {group[0]: indices(0, 2)}, (*group, *repeat, *width)
         one = Narrowing(space, {**kept, repeat[0]: indices(1, 3)})
-        many = Narrowing(space, kept, {repeat[0]: Dependent(group[0], (indices(1, 3),) * 3, 2)})
+        many = Narrowing(space, kept, {repeat[0]: Dependent(group, (indices(1, 3),) * 3, 2)})
         assert one.positions(dim).tolist() == many.positions(dim).tolist()
 
 

@@ -233,7 +233,7 @@ def shuffled(model: Analysed, seed: int = 0) -> Narrowing:
         if HEADS in names and site.group is not None and site.repeat is not None:
             kept.pop(site.repeat, None)
             lists = [order(site.repeat) for _ in range(site.groups)]
-            dependent[site.repeat] = Dependent(site.group, lists, site.repeats)
+            dependent[site.repeat] = Dependent((site.group,), lists, site.repeats)
     return Narrowing(model.table.space, kept, dependent)
 
 

@@ -1,0 +1,118 @@
+"""Mixtures of experts as the graph shows them: which axis is that of the experts, and how a router picks among them.
+
+Everything is read off around the product that takes the experts' channels back into the residual stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from minitron.compiler.axes import AxisTable, Contraction
+from minitron.compiler.dims import Atom, Dim
+from minitron.compiler.positions import Offsets
+from minitron.compiler.rules import Dims
+from minitron.compiler.rules.registry import axis_index
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The experts of one layer.
+
+    experts        the axis of the experts: one leaf, or (group, expert within it) where the router picks groups first
+    picked         how many experts a token is sent to
+    groups         how many groups of experts there are, of which `picked_groups` are open to a token
+    ranked         how many experts are needed to rank a group
+    ends           where rows are sorted by expert: the node that says where the rows of each end
+    contribution   the node of what each expert adds to the residual stream, weighted by the router as far as it is by then
+    """
+
+    experts: Dim
+    picked: int
+    groups: int
+    picked_groups: int
+    ranked: int
+    ends: Node | None
+    contribution: Node
+
+    @property
+    def least(self) -> int:
+        """The fewest experts that the router can work with."""
+        in_group = max(self.ranked, -(-self.picked // self.picked_groups))
+        return max(self.picked, self.groups * in_group)
+
+
+def is_stack(dims: Dims) -> bool:
+    """Whether a parameter is a matrix for each of several experts, and not the filters of channels, [C, 1, K]."""
+    return len(dims) == 3 and all(dims)
+
+
+def find_mixture(table: AxisTable, down: Contraction, experts: Dim) -> Mixture:
+    """`down` contracts the experts' channels, `experts` is the stacked dimension of its weight."""
+    flat = table.space.flat(experts)
+    picks: dict[Dim, int] = {}
+    for node in _rankings(table, flat):
+        dims = table.dims(node.args[0])  # type: ignore[arg-type]
+        axis = axis_index(node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", -1), len(dims))  # type: ignore[arg-type]
+        ranked = table.space.flat(dims[axis])
+        count = node.args[1] if len(node.args) > 1 else node.kwargs.get("k")
+        picks[ranked] = max(picks.get(ranked, 1), count if isinstance(count, int) else 1)
+    rows = [one.rows.size.coefficient for one in table.sorted if set(table.space.flat(one.by)) == set(flat)]
+    ends = next((n for n in down.node.all_input_nodes if isinstance(table.meanings.get(n), Offsets)), None)
+    grouped = len(flat) == 2
+    return Mixture(
+        flat,
+        picked=max(rows, default=picks.get(flat, 1)),
+        groups=flat[0].size.coefficient if grouped else 1,
+        picked_groups=picks.get(flat[:1], flat[0].size.coefficient) if grouped else 1,
+        ranked=picks.get(flat[1:] if grouped else flat, 1),
+        ends=ends,
+        contribution=_weighted(table, down.node),
+    )
+
+
+def _rankings(table: AxisTable, experts: Dim) -> Iterator[Node]:
+    """The operators that pick among experts, or among groups of them."""
+    for node in table.nodes:
+        if getattr(node.target, "_opname", "") == "topk":
+            dims = table.dims(node.args[0])  # type: ignore[arg-type]
+            if any(atom in experts for dim in dims for atom in table.space.flat(dim)):
+                yield node
+
+
+def _weighted(table: AxisTable, product: Node) -> Node:
+    """What an expert adds: its product, through the biases and the router's weights that meet it row by row."""
+    axes = [table.space.flat(dim) for dim in table.dims(product)]
+    node = product
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        name = getattr(user.target, "_opname", "")
+        if name not in ("mul", "mul_", "add", "add_", "to", "_to_copy"):
+            break
+        if [table.space.flat(dim) for dim in table.dims(user)] != axes:
+            break
+        node = user
+    return node
+
+
+def lists_may_differ(table: AxisTable, leaf: Atom, owners: Dim) -> bool:
+    """Whether what is kept of `leaf` may differ with the index of `owners`: the channels of each expert, say.
+
+    That is so where no value ever holds those of two owners at once: every value and weight that has the leaf also has the
+    owners, or rows that are sorted by them, once; and where the leaf is contracted with weights only.
+    """
+    space = table.space
+    atoms = set(owners)
+    rows = {space.find(one.rows) for one in table.sorted if set(space.flat(one.by)) == atoms}
+
+    def owned(dims: Dims) -> bool:
+        if not any(leaf in space.leaves(dim) for dim in dims):
+            return True
+        flat = [set(space.flat(dim)) for dim in dims]
+        return sum(atoms <= one or bool(rows & one) for one in flat) == 1
+
+    results = [one for node in table.nodes for one in table.results(node)]
+    contracted = (c for c in table.contractions if leaf in space.leaves(c.dim))
+    return all(c.weight is not None for c in contracted) and all(map(owned, [*table.parameters.values(), *results]))
