@@ -16,9 +16,11 @@ from minitron.compiler import verify
 from minitron.compiler.calibrate import CalibrationConfig, DepthConfig, calibrate
 from minitron.compiler.capture import Captured, build_meta, stored_tensors
 from minitron.compiler.card import model_card
+from minitron.compiler.config_keys import config_key
 from minitron.compiler.emit import student_weights, write_student
 from minitron.compiler.execute import Executor, Settings
 from minitron.compiler.inputs import observe, with_result
+from minitron.compiler.masking import masked_reference
 from minitron.compiler.narrowing import Narrowing
 from minitron.compiler.plan import Plan, make_plan, settled
 from minitron.compiler.program import build_program, save_program
@@ -234,7 +236,7 @@ def validate(
         if exact:
             checks.append(verify.skipped("masked", f"{exact[0].axis}: {exact[0].reason}"))
         else:
-            reference = verify.masked_reference(plan.captured.graph_module, plan.table, student.narrowing)
+            reference = masked_reference(plan.captured.graph_module, plan.table, student.narrowing)
             masked = _logits(reference, plan.captured, _masked(student.recipes, held), buffers, settings, ids)
             pruned = rewritten
             if student.repaired and plan.dtype != RUN_DTYPE:
@@ -309,7 +311,6 @@ def _run_buffers(plan: Plan, config: Any) -> Buffers:
 
 def _config_widths(plan: Plan) -> dict[str, int]:
     """Configuration key -> width, for everything that was asked for."""
-    from minitron.compiler.student_config import config_key
     from minitron.compiler.targets import teacher_widths
 
     old = teacher_widths(plan.captured, plan.roles, plan.table)

@@ -1,4 +1,8 @@
-"""A configuration for some of a model's layers: lists over layers follow those that are kept."""
+"""A configuration for some of a model's layers: what it says layer by layer follows those that are kept.
+
+Lists with an entry for each layer lose those of dropped layers. Which layers have experts is said by numbers of layers or by a
+rule too; these are rewritten as far as they can say it of what is left. Whether they do is for the student's shapes to prove.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,16 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+# Numbers of layers, and not one entry a layer, even where there happen to be as many.
+NUMBERS = ("mlp_only_layers", "moe_layers")
+
 
 def lists_over_layers(config: Any, count: int) -> dict[str, list[Any]]:
     """The configuration's own lists with an entry for each of `count` layers, by key."""
     return {
         key: value
         for key, value in vars(config).items()
-        if isinstance(value, list) and len(value) == count and not key.startswith("_")
+        if isinstance(value, list) and len(value) == count and not key.startswith("_") and key not in NUMBERS
     }
 
 
@@ -22,5 +29,36 @@ def with_layers(config: Any, count: int, kept: Sequence[int]) -> Any:
     if len(kept) != count:
         for key, value in lists_over_layers(config, count).items():
             setattr(changed, key, [value[i] for i in kept])
+        _follow_experts(changed, count, kept)
         changed.num_hidden_layers = len(kept)
     return changed
+
+
+def _follow_experts(config: Any, count: int, kept: Sequence[int]) -> None:
+    """Rewrites in place the keys that say which layers have experts."""
+    new = {old: number for number, old in enumerate(kept)}
+
+    def number(key: str) -> int | None:
+        value = getattr(config, key, None)
+        return value if isinstance(value, int) else None
+
+    step, named = number("decoder_sparse_step"), getattr(config, "mlp_only_layers", None)
+    if step is not None and hasattr(config, "mlp_only_layers"):
+        # Every so many layers: now every layer, but for those that are named.
+        dense = {layer for layer in range(count) if layer in (named or []) or (layer + 1) % step}
+        config.decoder_sparse_step = 1
+        config.mlp_only_layers = sorted(dense)
+    for key in NUMBERS:
+        value = getattr(config, key, None)
+        if isinstance(value, list):
+            setattr(config, key, [new[layer] for layer in value if layer in new])
+    first = number("first_k_dense_replace")
+    if first is not None:
+        config.first_k_dense_replace = sum(layer < first for layer in kept)
+    start, end, interval = (number(f"moe_layer_{key}") for key in ("start_index", "end_index", "interval"))
+    if start is not None and end is not None and interval is not None:
+        last = end if end >= 0 else count + end
+        sparse = [new[layer] for layer in kept if start <= layer <= last and (layer + 1) % interval == 0]
+        if sparse and len(sparse) == sparse[-1] - sparse[0] + 1:
+            config.moe_layer_start_index, config.moe_layer_end_index = sparse[0], sparse[-1]
+            config.moe_layer_interval = 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,28 +56,26 @@ class HeadCounts:
     value_width: int
 
 
-def chosen_experts(captured: Captured) -> int | None:
-    """How many experts a token is sent to: the k of the router's top-k."""
-    for node in captured.graph.nodes:
-        if getattr(node.target, "_opname", "") == "topk" and len(node.args) > 1 and isinstance(node.args[1], int):
-            return node.args[1]
-    return None
+def chosen_experts(roles: Roles) -> int | None:
+    """How many experts a token is sent to."""
+    return max((mixture.picked for mixture in roles.mixtures.values()), default=None)
 
 
 def model_costs(
     model: torch.nn.Module,
-    stacked: Mapping[str, int],
+    stacked: Collection[str],
     chosen: int | None,
     attention: list[HeadCounts],
     embedding: str,
     head: str,
     bytes_per_weight: int,
 ) -> ModelCosts:
-    """`stacked`: parameter name -> number of experts that it stacks; `attention`: one entry a layer that attends."""
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    """`stacked`: the parameters that stack the weights of experts; `attention`: one entry a layer that attends."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    sizes = {name: shape.numel() for name, shape in shapes.items()}
     total = sum(sizes.values())
     active = sum(
-        size * chosen // stacked[name] if name in stacked and chosen is not None else size
+        size * chosen // shapes[name][0] if name in stacked and chosen is not None else size
         for name, size in sizes.items()
     )
     ends = {embedding, head}
@@ -113,13 +111,16 @@ def attention_counts(captured: Captured, roles: Roles, table: AxisTable) -> dict
     return counts
 
 
-def stacked_parameters(captured: Captured, table: AxisTable) -> dict[str, int]:
-    """Parameters that stack the weights of experts -> how many."""
-    return {
-        name: dims[0][0].size.coefficient
-        for name, dims in table.parameters.items()
-        if is_stack(dims) and captured.layer_in_path(name) is not None
-    }
+def stacked_parameters(captured: Captured, table: AxisTable, roles: Roles) -> set[str]:
+    """Parameters that stack the weights of experts, or their biases; a router's rows, which all tokens meet, are none."""
+    contracted = {contraction.weight for contraction in table.contractions}
+    found = set()
+    for name, dims in table.parameters.items():
+        mixture = roles.mixtures.get(layer) if (layer := captured.layer_in_path(name)) is not None else None
+        owned = mixture is not None and len(dims) > 1 and table.space.flat(dims[0]) == mixture.experts
+        if owned and (is_stack(dims) or name not in contracted):
+            found.add(name)
+    return found
 
 
 def sampled_logits_bytes(tokens: int, draws: int, vocabulary: int) -> int:

@@ -28,7 +28,7 @@ from minitron.compiler.student_config import Key, fit, student_config
 from minitron.compiler.targets import LAYERS, AxisStatus, Targets, resolve_targets, teacher_widths
 from minitron.compiler.teacher import open_teacher
 from minitron.compiler.training_plan import place_teacher
-from minitron.compiler.weights import check_headers, dtype_of, recipes
+from minitron.compiler.weights import check_headers, dtype_of, recipes, renumber
 from minitron.specs.available import unavailable
 from minitron.specs.data_files import check_data
 from minitron.specs.errors import SpecError, SpecInvalid, UsageError, WorkError
@@ -280,7 +280,7 @@ def _compare_constants(
     also: Mapping[Key, int],
 ) -> None:
     """Compares the numbers in the graphs of teacher and student, on a few layers of each kind: all of them take long."""
-    few = representatives(captured.config, captured.layer_count, kept)
+    few = representatives(captured, kept)
     length = captured.length or FIXED_LENGTH
     narrowed = capture(student_config(captured, targets.widths, widths, few, also), captured.dtype, length)
     if len(few) == captured.layer_count:
@@ -290,13 +290,18 @@ def _compare_constants(
     check_scalars(whole, narrowed, {layer: layer for layer in range(len(few))})
 
 
-def representatives(config: Any, count: int, kept: Sequence[int]) -> list[int]:
-    """Of the kept layers, the first two of each kind, as the configuration's lists over layers tell kinds apart."""
-    lists = list(lists_over_layers(config, count).values())
+def representatives(captured: Captured, kept: Sequence[int]) -> list[int]:
+    """Of the kept layers, the first two of each kind: by the configuration's lists over layers, and by their parameters."""
+    lists = list(lists_over_layers(captured.config, captured.layer_count).values())
+    parameters: dict[int | None, list[str]] = {}
+    for name, value in captured.model.named_parameters():
+        layer = captured.layer_in_path(name)
+        own = name.removeprefix(f"{captured.layer_path}.{layer}.")
+        parameters.setdefault(layer, []).append(f"{own} {tuple(value.shape)}")
     seen: dict[str, int] = {}
     chosen = []
     for layer in kept:
-        kind = repr([value[layer] for value in lists])
+        kind = repr([value[layer] for value in lists]) + repr(parameters[layer])
         seen[kind] = seen.get(kind, 0) + 1
         if seen[kind] <= 2:
             chosen.append(layer)
@@ -312,8 +317,8 @@ def _both_costs(
     head: Head,
     model: torch.nn.Module,
 ) -> tuple[costs.ModelCosts, costs.ModelCosts]:
-    stacked = costs.stacked_parameters(captured, table)
-    chosen = costs.chosen_experts(captured)
+    stacked = costs.stacked_parameters(captured, table, roles)
+    chosen = costs.chosen_experts(roles)
     attention = costs.attention_counts(captured, roles, table)
     embedding = costs.embedding_name(captured)
     size = torch.empty(0, dtype=captured.dtype).element_size()
@@ -323,7 +328,9 @@ def _both_costs(
         counts = attention[layer]
         groups, repeats = wanted_heads(targets, roles.heads[layer])
         narrowed.append(costs.HeadCounts(groups, groups * repeats, counts.key_width, counts.value_width))
-    student = costs.model_costs(model, stacked, chosen, narrowed, embedding, head.weight, size)
+    numbers = {old: new for new, old in enumerate(layers)}
+    left = {renumber(captured, name, numbers) for name in stacked if captured.layer_in_path(name) in numbers}
+    student = costs.model_costs(model, left, chosen, narrowed, embedding, head.weight, size)
     return teacher, student
 
 

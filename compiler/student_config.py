@@ -10,28 +10,15 @@ import torch
 from transformers import PreTrainedConfig
 
 from minitron.compiler.capture import Captured, build_meta, stored_tensors
+from minitron.compiler.config_keys import OTHER_KEYS, SHARED, config_key
 from minitron.compiler.config_layers import with_layers
+from minitron.compiler.shared_experts import find_tie
 from minitron.compiler.targets import GROUPS, HEAD_DIM, HEADS, HIDDEN
 from minitron.specs.errors import UsageError
-
-# Keys that a width is known by in the configurations of models that do not use the standard one.
-OTHER_KEYS = {
-    "intermediate_size": ("ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "moe_intermediate_size"),
-    "num_experts": ("num_local_experts", "n_routed_experts"),
-    "shared_expert_intermediate_size": ("shared_intermediate_size",),
-}
 
 # A key of the configuration, or of a part of it: (the part's key or nothing, key).
 Key = tuple[str, str]
 MOST_GUESSES = 40
-
-
-def config_key(config: Any, name: str, value: int) -> str | None:
-    """The configuration's own key for a width, if it has one that says `value`."""
-    for key in (name, *OTHER_KEYS.get(name, ())):
-        if getattr(config, key, None) == value:
-            return key
-    return None
 
 
 def open_key(config: Any, name: str) -> str | None:
@@ -60,10 +47,13 @@ def student_config(
             setattr(config, key, width)
     for name, old in teacher_widths.items():
         key = open_key(config, name)
-        if (
-            widths and key is not None
-        ):  # what would follow from other widths is written out, for it may not follow these
+        if widths and key is not None:
+            # What would follow from other widths is written out, for it may not follow these.
             setattr(config, key, widths.get(name, old))
+    if SHARED in widths and config_key(captured.config, SHARED, teacher_widths[SHARED]) is None:
+        tie = find_tie(captured.config, teacher_widths)
+        if tie is not None and tie.key is not None:
+            setattr(config, tie.key, widths[SHARED] // widths.get(tie.unit, teacher_widths[tie.unit]))
     for (part, key), width in (also or {}).items():
         setattr(getattr(config, part) if part else config, key, width)
     head = head_width(captured.config)
@@ -103,6 +93,8 @@ def fit(
 def _has_key(config: Any, name: str, teacher_widths: Mapping[str, int]) -> bool:
     if name == GROUPS and teacher_widths[HEADS] == teacher_widths[GROUPS]:  # the key of the heads says it
         name = HEADS
+    if name == SHARED and find_tie(config, teacher_widths) is not None:
+        return True
     return config_key(config, name, teacher_widths[name]) is not None or open_key(config, name) is not None
 
 

@@ -8,8 +8,11 @@ from typing import Any
 
 from minitron.compiler.axes import AxisTable
 from minitron.compiler.capture import Captured
+from minitron.compiler.config_keys import SHARED
 from minitron.compiler.dims import Atom
-from minitron.compiler.roles import Heads, Roles
+from minitron.compiler.masking import CHOICES
+from minitron.compiler.roles import NUM_EXPERTS, Heads, Roles
+from minitron.compiler.shared_experts import find_tie
 from minitron.specs.blocks.student import Student
 from minitron.specs.errors import SpecError
 from minitron.specs.units import Share, default_multiple
@@ -85,10 +88,14 @@ def status_of(name: str, captured: Captured, roles: Roles, table: AxisTable) -> 
     if name in (HEADS, GROUPS) and not uniform((site.groups, site.repeats) for site in roles.heads.values()):
         return "refused", "its number differs from layer to layer, which the configuration could not say of the student"
     notes = sorted({(note.kind, note.place) for leaf in leaves for note in leaf.notes})
-    changed = [(kind, place) for kind, place in notes if kind not in ("mean", "rms_norm")]
+    changed = [(kind, place) for kind, place in notes if kind not in ("mean", "rms_norm", *CHOICES)]
     if changed:
         kind, place = changed[0]
         return "approximate", f"{kind} is taken over the channels that are left, not equal to masking ({place})"
+    chosen = sorted({kind for kind, _ in notes if kind in CHOICES})
+    if chosen:
+        what = "the router gives no weight to experts that are gone" if name == NUM_EXPERTS else "masked with -infinity"
+        return "exact", f"equal to masking, where {what} ({' and '.join(chosen)} over those that are left)"
     if notes:
         return "exact", "equal to masking, once the mean square of each norm is taken over the channels that are left"
     return "exact", "equal to masking"
@@ -150,6 +157,8 @@ def resolve_targets(
         wanted[key] = width
     shares = {key for key, value in student.targets() if isinstance(value, Share)}
     errors += _check_heads(wanted, teacher, shares, error)
+    errors += _check_experts(wanted, roles, shares, error)
+    errors += _check_shared(wanted, teacher, captured, shares, error)
     layers, named = _layers(student, captured.layer_count, wanted, error, errors)
     if errors:
         return None, errors
@@ -208,6 +217,53 @@ def _check_heads(
         message = f"{heads} query heads do not divide into {groups} key-value groups"
     near = sorted(sorted(possible, key=lambda n: abs(n - heads))[:2])
     return [error(path, message, f"write {' or '.join(map(str, near))}, or change {GROUPS}")]
+
+
+def _check_experts(wanted: dict[str, int], roles: Roles, shares: Collection[str], error: MakeError) -> list[SpecError]:
+    """The router must find as many experts as it picks. A share is rounded down to a number that divides into its groups."""
+    if NUM_EXPERTS not in wanted or not roles.mixtures:
+        return []
+    groups = max(mixture.groups for mixture in roles.mixtures.values())
+    least = max(mixture.least for mixture in roles.mixtures.values())
+    picked = max(mixture.picked for mixture in roles.mixtures.values())
+    if NUM_EXPERTS in shares:
+        wanted[NUM_EXPERTS] = max(least, wanted[NUM_EXPERTS] // groups * groups)
+    count, path = wanted[NUM_EXPERTS], f"student.{NUM_EXPERTS}"
+    if count % groups:
+        near = [n for n in (count // groups * groups, (count // groups + 1) * groups) if n >= least]
+        message = f"{count} experts do not divide into the {groups} groups that the router picks from"
+        return [error(path, message, f"write {' or '.join(map(str, near))}")]
+    if count < least:
+        message = f"{count} experts are fewer than the router needs: it sends every token to {picked}"
+        if groups > 1:
+            message += f", and picks among {groups} groups of experts first"
+        return [error(path, message, f"write at least {least}")]
+    return []
+
+
+def _check_shared(
+    wanted: dict[str, int], teacher: Mapping[str, int], captured: Captured, shares: Collection[str], error: MakeError
+) -> list[SpecError]:
+    """Where the shared expert's width is so many times that of a routed one, it follows it, or their number changes."""
+    tie = find_tie(captured.config, teacher)
+    if tie is None or not (SHARED in wanted or tie.unit in wanted):
+        return []
+    unit = wanted.get(tie.unit, teacher[tie.unit])
+    if SHARED not in wanted:
+        wanted[SHARED] = tie.times * unit
+        return []
+    if SHARED in shares:
+        wanted[SHARED] = max(1, wanted[SHARED] // unit) * unit
+    times, rest = divmod(wanted[SHARED], unit)
+    if not rest and (times == tie.times or (tie.key is not None and 1 <= times <= tie.times)):
+        return []
+    if tie.key is None:
+        message = f"this model's shared expert is always {tie.times} times as wide as {tie.unit}, which is {unit}"
+        hint = f"leave it out: it follows {tie.unit}"
+    else:
+        message = f"the configuration counts the shared expert's width in units of {tie.unit}, which is {unit}"
+        hint = f"write {' or '.join(str(n * unit) for n in range(1, tie.times + 1))}, or change {tie.unit}"
+    return [error(f"student.{SHARED}", message, hint)]
 
 
 def _layers(

@@ -23,16 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch.fx import Graph, GraphModule, Node
 
-from minitron.compiler.axes import AxisTable
 from minitron.compiler.capture import quiet, stored_tensors
-from minitron.compiler.dims import size_of
-from minitron.compiler.graph_module import rebuild
 from minitron.compiler.head import Head
 from minitron.compiler.narrowing import Dependent, Indices, Narrowing
 from minitron.compiler.program import run_program
-from minitron.compiler.rules.registry import axis_index
 from minitron.specs.errors import WorkError
 
 # Both routes run in fp32 and differ by the order of sums only; a wrong channel is off by far more than this.
@@ -175,35 +170,6 @@ def check_head(model: Any, head: Head, ids: torch.Tensor, wanted: torch.Tensor) 
         z = z * head.scale
         logits = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
     return compare("head", logits, wanted, "the head that the loss uses against the Hugging Face model")
-
-
-def masked_reference(graph_module: GraphModule, table: AxisTable, narrowing: Narrowing) -> GraphModule:
-    """The teacher's graph with every mean over a narrowed axis taken over what is left of it.
-
-    With dropped channels at zero, mean over all of x^2 = (kept / all) mean over the kept: the factor is undone here, in
-    the reference only. (The student ships its norms as they are; see docs/architecture.md.)
-    """
-    reference = rebuild(graph_module)
-    graph: Graph = reference.graph
-    dims_of = {node.name: table.nodes[node] for node in graph_module.graph.nodes if node in table.nodes}
-    for node in list(graph.nodes):
-        if getattr(node.target, "_opname", "") != "mean" or not isinstance(node.args[0], Node):
-            continue
-        dims: Any = dims_of[node.args[0].name]
-        named = node.args[1] if len(node.args) > 1 else list(range(len(dims)))
-        axes = [axis_index(int(i), len(dims)) for i in ([named] if isinstance(named, int) else named)]
-        factor = 1.0
-        for axis in axes:
-            if narrowing.touches(dims[axis]):
-                left = narrowing.count(dims[axis])
-                factor *= size_of(dims[axis]).coefficient / left
-        if factor != 1.0:
-            with graph.inserting_after(node):
-                scaled = graph.call_function(torch.ops.aten.mul.Tensor, (node, factor))
-            scaled.meta = dict(node.meta)
-            node.replace_all_uses_with(scaled, delete_user_cb=lambda user, scaled=scaled: user is not scaled)
-    reference.recompile()
-    return reference
 
 
 def permuted(narrowing: Narrowing, seed: int = 0) -> Narrowing:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minitron.compiler.dims import size_of
+from minitron.compiler.dims import Dim, size_of
 from minitron.compiler.positions import AS_NUMBERS, Counts, Offsets, Positions, Sorted
 from minitron.compiler.rules.registry import Dims, Result, axis_index, rule
 
@@ -59,8 +59,30 @@ def shifted(t: Tracer, value: torch.fx.Node, axis: int) -> bool:
     return False
 
 
+@rule(aten.sum.dim_IntList, aten.sum.default)
+def total(t: Tracer, node: torch.fx.Node) -> Dims:
+    """What a product with weights that are zero yields is zero, and adds nothing: all experts' outputs are summed so."""
+    dims = t.dims(node.args[0])
+    axes = reduced_axes(t, node, len(dims))
+    return reduce(t, node, None if all(vanishes(t, node.args[0], dims[axis]) for axis in axes) else "sum")
+
+
+def vanishes(t: Tracer, value: Any, dim: Dim) -> bool:
+    """Whether a value is zero along `dim` wherever the weights that it is made with are: a product, viewed in some way."""
+    while getattr(value.target, "_opname", "") in ("view", "reshape", "transpose", "permute", "to", "_unsafe_view"):
+        value = value.args[0]
+    if getattr(value.target, "_opname", "") not in ("linear", "matmul", "bmm", "mm"):
+        return False
+    name = t.captured.parameter_behind(value.args[1])
+    if name is None:
+        return False
+    weights = [atom for one in t.parameters[name] for atom in t.space.flat(one)]
+    yielded = [atom for one in t.dims(value) for atom in t.space.flat(one)]
+    return all(atom in weights and atom in yielded for atom in t.space.flat(dim))
+
+
 @rule(
-    aten.sum.dim_IntList, aten.sum.default, aten.prod.dim_int, aten.prod.default, aten.logsumexp.default,
+    aten.prod.dim_int, aten.prod.default, aten.logsumexp.default,
     aten.var.correction, aten.std.correction, aten.amax.default, aten.amin.default, aten.max.default, aten.min.default,
     aten.any.default, aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims,
 )  # fmt: skip
@@ -193,5 +215,5 @@ def extreme(t: Tracer, node: torch.fx.Node) -> Result:
     else:
         for axis in axes:
             t.space.pin(dims[axis], AS_NUMBERS, t.place(node))
-    left = reduce(t, node, "max")
+    left = reduce(t, node, "max" if "max" in str(node.target) else "min")
     return left if single else [left, left]

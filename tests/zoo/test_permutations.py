@@ -53,7 +53,7 @@ def turned(plan: Plan, leaves: Collection[Atom]) -> Narrowing:
         if leaf in parents:
             first = another_order(rng, count)
             lists = [first, *(rng.permutation(count) for _ in range(parents[leaf].size.coefficient - 1))]
-            dependent[leaf] = Dependent(parents[leaf], lists, count)
+            dependent[leaf] = Dependent((parents[leaf],), lists, count)
         else:
             kept[leaf] = another_order(rng, count)
     return Narrowing(plan.table.space, kept, dependent)

@@ -1,0 +1,36 @@
+"""Shared experts whose width has no key of its own: so many times that of a routed expert."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from minitron.compiler.config_keys import SHARED, config_key
+
+UNITS = ("moe_intermediate_size", "intermediate_size")
+# Keys that say how many experts' widths the shared one has.
+COUNT_KEYS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
+
+
+@dataclass(frozen=True)
+class Tie:
+    """The shared expert is `times` as wide as the axis `unit`; `key` says so in the configuration, or it is always so."""
+
+    unit: str
+    times: int
+    key: str | None
+
+
+def find_tie(config: Any, teacher: Mapping[str, int]) -> Tie | None:
+    """What the width of the shared expert follows, where it has no key of its own. `teacher`: its axes and their widths."""
+    if SHARED not in teacher or config_key(config, SHARED, teacher[SHARED]) is not None:
+        return None
+    for unit in UNITS:
+        times, rest = divmod(teacher[SHARED], teacher[unit]) if unit in teacher else (0, 1)
+        if rest:
+            continue
+        key = next((key for key in COUNT_KEYS if getattr(config, key, None) == times), None)
+        if key is not None or times == 1:
+            return Tie(unit, times, key)
+    return None
