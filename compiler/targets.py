@@ -230,7 +230,7 @@ def _check_experts(wanted: dict[str, int], roles: Roles, shares: Collection[str]
         wanted[NUM_EXPERTS] = max(least, wanted[NUM_EXPERTS] // groups * groups)
     count, path = wanted[NUM_EXPERTS], f"student.{NUM_EXPERTS}"
     if count % groups:
-        near = [n for n in (count // groups * groups, (count // groups + 1) * groups) if n >= least]
+        near = sorted({max(least, n) for n in (count // groups * groups, (count // groups + 1) * groups)})
         message = f"{count} experts do not divide into the {groups} groups that the router picks from"
         return [error(path, message, f"write {' or '.join(map(str, near))}")]
     if count < least:

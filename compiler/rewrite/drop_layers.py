@@ -9,6 +9,7 @@ A layer must read one value of the residual stream and yield one, else it is ref
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,9 @@ from minitron.compiler.capture import WRAPPER, Captured
 from minitron.compiler.graph_module import attribute
 from minitron.compiler.rewrite.passes import Pass, PassResult
 from minitron.specs.errors import UsageError
+
+# They copy only where they must, which their schemas do not say.
+MAY_SHARE = {"reshape", "contiguous", "to", "flatten", "type_as", "reshape_as"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def drop_layers(captured: Captured, ends: Sequence[LayerEnds], kept: Sequence[in
         # From the last: what a layer is given may itself come from a dropped one, whose turn is then still to come.
         for layer in reversed(dropped):
             nodes[ends[layer].leave].replace_all_uses_with(nodes[ends[layer].entry])
-        graph_module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        _remove_dead(graph_module)
         for node in graph_module.graph.nodes:
             target = str(node.target)
             if node.op == "get_attr" and target.startswith(prefix):
@@ -97,6 +101,44 @@ def drop_layers(captured: Captured, ends: Sequence[LayerEnds], kept: Sequence[in
         assert len(left) == len(kept), f"{len(left)} layers are left, not {len(kept)}"
 
     return Pass("drop_layers", run, ensures)
+
+
+def _remove_dead(graph_module: GraphModule) -> None:
+    """Removes what no output needs. An operator that writes into a tensor is needed where anything that holds it is."""
+    nodes = list(graph_module.graph.nodes)
+    needed = {node for node in nodes if node.op in ("placeholder", "output")}
+    storage = {node: _storage(node) for node in nodes}
+    writes = [node for node in nodes if _writes(node)]
+    pending = list(needed)
+    while pending:
+        while pending:
+            new = set(pending.pop().all_input_nodes) - needed
+            needed |= new
+            pending += new
+        held = {storage[node] for node in needed}
+        pending = [node for node in writes if node not in needed and storage[node] in held]
+        needed |= set(pending)
+    for node in reversed(nodes):
+        if node not in needed:
+            graph_module.graph.erase_node(node)
+
+
+def _writes(node: Node) -> bool:
+    return node.op == "call_function" and bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+
+
+def _storage(node: Node) -> Node:
+    """The node whose storage an operator's result may share: that of its first operand, where its schema says so."""
+    while node.op == "call_function":
+        schema = getattr(node.target, "_schema", None)
+        shares = node.target is operator.getitem or (
+            schema is not None and bool(schema.arguments) and schema.arguments[0].alias_info is not None
+        )
+        may = schema is not None and schema.name.split("::")[-1] in MAY_SHARE
+        if not (shares or may) or not isinstance(node.args[0], Node):
+            break
+        node = node.args[0]
+    return node
 
 
 def _move_modules(graph_module: GraphModule, path: str, kept: Sequence[int]) -> None:
