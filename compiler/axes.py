@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,8 +52,8 @@ class AxisTable:
     contractions: list[Contraction]
     attentions: list[AttentionSite]
     unknown: dict[str, list[str]]
-    meanings: dict[Any, Meaning]
-    sorted: list[Sorted]
+    meanings: dict[Any, Meaning] = field(default_factory=dict)
+    sorted: list[Sorted] = field(default_factory=list)
 
     def dims(self, node: Node) -> Dims:
         """The dimensions of a single tensor."""

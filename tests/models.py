@@ -44,11 +44,31 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"num_key_value_heads": None, "rope_parameters": ROTARY},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
+# Mixtures of experts, in every form that a graph of one takes: router first or groups first, weights stored either way
+# round, gate and up behind each other or interleaved, biases, a shared expert, dense layers between.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"head_dim": 12, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "qwen2_moe": {
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16,
+    },
+    "gpt_oss": {"head_dim": 8, "num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 16},
+    "deepseek_v3": {
+        "num_key_value_heads": 4, "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "n_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "q_lora_rank": 16,
+        "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+    },
+    "llama4_text": {
+        "head_dim": 8, "intermediate_size": 24, "intermediate_size_mlp": 40, "num_local_experts": 6,
+        "num_experts_per_tok": 2, "interleave_moe_layer_step": 2,
+    },
+}  # fmt: skip
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
     """The configuration of a tiny model of a family; `changes` replace keys, None leaves a key out."""
-    keys = {key: value for key, value in (COMMON | FAMILIES[family] | changes).items() if value is not None}
+    keys = {
+        key: value for key, value in (COMMON | (FAMILIES | MIXTURES)[family] | changes).items() if value is not None
+    }
     return AutoConfig.for_model(family, **keys)
 
 
@@ -62,6 +82,9 @@ def random_model(config: Any, seed: int = 0) -> Any:
                 parameter.normal_(std=0.4 if "embed" in name else 1.5 * parameter.shape[-1] ** -0.5)
             else:
                 parameter.add_(0.3 * torch.randn_like(parameter))
+        for name, value in model.state_dict().items():
+            if "correction" in name:  # of a router's choice: learnt, though no parameter
+                value.normal_(std=0.3)
     return model
 
 

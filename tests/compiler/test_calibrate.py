@@ -126,10 +126,11 @@ def test_scores_are_those_of_plain_hooks(foundry: Foundry, family: str) -> None:
     close(got.layers, 1 - torch.nn.functional.cosine_similarity(entered, left, dim=-1).mean((1, 2)), rtol=1e-3)
 
 
-def test_a_mixture_scores_the_neurons_of_all_its_experts_together(foundry: Foundry) -> None:
-    """One width for all experts: its score is over every (token, chosen expert), a batch's rows being one sample."""
+@pytest.mark.parametrize("sequence", ["l2", "mean", "var"])
+def test_a_mixture_scores_the_neurons_of_each_of_its_experts(foundry: Foundry, sequence: Aggregation) -> None:
+    """Over every (token, chosen expert), a batch's being one sample: neurons of an expert that is not chosen are at 0."""
     plan = foundry.whole("mixtral")
-    got = scores(plan)
+    got = scores(plan, width=WidthConfig("l2", sequence))
     model, rows = teacher_model(plan), defaultdict[int, list[torch.Tensor]](list)
     for i, layer in enumerate(model.model.layers):
 
@@ -138,13 +139,16 @@ def test_a_mixture_scores_the_neurons_of_all_its_experts_together(foundry: Found
             for row, experts in zip(hidden, chosen, strict=True):
                 for expert in experts:
                     gate, up = (module.gate_up_proj[expert] @ row).chunk(2)
-                    rows[i].append(torch.nn.functional.silu(gate) * up)
+                    neurons = torch.zeros(module.num_experts, gate.shape[0])
+                    neurons[expert] = torch.nn.functional.silu(gate) * up
+                    rows[i].append(neurons.flatten())
 
         layer.mlp.experts.register_forward_pre_hook(enter)
     logits(model, SAMPLES)
     for i, values in rows.items():
         assert len(values) == SAMPLES.numel() * 2
-        close(got.widths["intermediate_size"][i], aggregate(torch.stack(values)[None].double()))
+        wanted = aggregate(torch.stack(values)[None].double(), sequence)
+        close(got.widths["intermediate_size"][i].reshape(-1), wanted, rtol=1e-3)
 
 
 @pytest.mark.parametrize("batch", ["l2", "mean", "var"])

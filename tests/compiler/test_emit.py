@@ -41,7 +41,7 @@ class Pruned:
 
     @property
     def make(self) -> Make:
-        return student_weights(self.source, self.student.recipes, self.plan.dtype)
+        return student_weights(self.source, self.student.recipes, self.plan.captured.number_format)
 
     def write(self, target: Path, make: Make | None = None, teacher: Path | None = None) -> Path:
         """Writes it as the driver does."""

@@ -166,11 +166,20 @@ class TestExperts:
     def test_mixtral_calls_the_width_of_its_experts_intermediate_size(self) -> None:
         model = analysed("mixtral")
         assert widths(model)["intermediate_size"] == 40 and widths(model)["num_experts"] == 4
-        assert model.describe("model.layers.0.mlp.experts.gate_up_proj") == ["4!", "(40 + 40)", "32"]
+        assert model.describe("model.layers.0.mlp.experts.gate_up_proj") == ["4", "(40 + 40)", "32"]
 
-    def test_experts_are_held_by_the_positions_that_the_router_picks(self) -> None:
+    def test_experts_that_are_gone_are_those_without_weight(self) -> None:
         kind, reason = status(analysed("mixtral"), "num_experts")
-        assert kind == "refused" and "positions" in reason
+        assert kind == "exact" and "the router gives no weight to experts that are gone" in reason
+
+    def test_a_mixture_is_read_off_around_its_last_product(self) -> None:
+        model = analysed("mixtral")
+        mixture = model.roles.mixtures[1]
+        assert [atom.size.coefficient for atom in mixture.experts] == [4]
+        assert (mixture.picked, mixture.groups, mixture.least) == (2, 1, 2)
+        assert model.captured.layer_of(mixture.contribution) == 1
+        width = model.roles.widths["intermediate_size"][1]
+        assert width.parents == mixture.experts, "each expert may keep channels of its own"
 
     def test_dense_layers_among_experts_keep_a_name_of_their_own(self) -> None:
         model = analysed("qwen3_moe")

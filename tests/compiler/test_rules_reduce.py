@@ -42,7 +42,7 @@ REDUCTIONS: dict[str, tuple[Function, set[str]]] = {
     "largest": (lambda y: y.amax(-1), {"amax"}),
     "smallest": (lambda y: y.amin(-1, keepdim=True) + y, {"amin"}),
     "largest of all": (lambda y: y.max() + y.min(), {"max", "min"}),
-    "largest along an axis": (lambda y: y.max(-1).values + y.min(-1).values, {"max"}),
+    "largest along an axis": (lambda y: y.max(-1).values + y.min(-1).values, {"max", "min"}),
     "any": (lambda y: (y > 0).any(-1), {"any"}),
     "all": (lambda y: (y > 0).all(-1), {"all"}),
     "any and all of all": (lambda y: (y > 1).any() | (y > 0).all(), {"any", "all"}),

@@ -115,8 +115,10 @@ class TestRefusals:
             "(model.rotary_emb.inv_freq); leave it out, or write 8"
         )
 
-    def test_experts_that_a_router_picks(self) -> None:
-        assert "student.num_experts: cannot be narrowed: " in refusal({"num_experts": 2}, analysed("mixtral"))
+    def test_fewer_experts_than_a_router_picks(self) -> None:
+        assert dict(targets({"num_experts": 2}, analysed("mixtral")).widths) == {"num_experts": 2}
+        message = "student.num_experts: 1 experts are fewer than the router needs: it sends every token to 2"
+        assert refusal({"num_experts": 1}, analysed("mixtral")) == f"{message}; write at least 2"
 
     def test_one_group_is_no_axis(self) -> None:
         model = analysed("llama", num_key_value_heads=1)
