@@ -60,7 +60,7 @@ class Accumulator:
 
 @dataclass
 class Contributions:
-    """The score of every expert (REAP, arXiv 2510.13999, equation 9): the mean of |g f(x)| over the tokens sent to it.
+    """The score of every expert (REAP, arXiv 2510.13999, its saliency score): the mean of |g f(x)| over the tokens sent to it.
 
     f(x) is what the expert yields and g the router's weight for it; an expert that no token is sent to has 0.
     """
