@@ -23,6 +23,9 @@ HEAD_DIM = "head_dim"
 # Counted, not measured: a share of these is rounded to a whole number and not to a multiple.
 COUNTS = {HEADS, GROUPS, LAYERS, "num_experts", "mamba_num_heads"}
 
+# torch.nn.functional.grouped_mm: "strides should be multiple of 16 bytes", on processors and on graphics cards.
+GROUPED_ROW_BYTES = 16
+
 MakeError = Callable[[str, str, str], SpecError]
 
 
@@ -158,6 +161,7 @@ def resolve_targets(
     shares = {key for key, value in student.targets() if isinstance(value, Share)}
     errors += _check_heads(wanted, teacher, shares, error)
     errors += _check_experts(wanted, roles, shares, error)
+    errors += _check_rows(wanted, teacher, captured, roles, error)
     errors += _check_shared(wanted, teacher, captured, shares, error)
     layers, named = _layers(student, captured.layer_count, wanted, error, errors)
     if errors:
@@ -239,6 +243,33 @@ def _check_experts(wanted: dict[str, int], roles: Roles, shares: Collection[str]
             message += f", and picks among {groups} groups of experts first"
         return [error(path, message, f"write at least {least}")]
     return []
+
+
+def _check_rows(
+    wanted: dict[str, int], teacher: Mapping[str, int], captured: Captured, roles: Roles, error: MakeError
+) -> list[SpecError]:
+    """Torch multiplies the sorted rows of experts only where rows of all operands take whole units of so many bytes."""
+    if not any(mixture.ends is not None for mixture in roles.mixtures.values()):
+        return []
+    unit = GROUPED_ROW_BYTES // captured.dtype.itemsize
+    stacked = {
+        name for name, layers in roles.widths.items() for width in layers.values() if width.readers and width.parents
+    }
+    return [
+        error(
+            f"student.{name}",
+            f"rows of {wanted[name]} channels are none that torch can multiply expert by expert",
+            f"write a multiple of {unit}: "
+            + " or ".join(str(n) for n in _multiples(wanted[name], unit, teacher[name])),
+        )
+        for name in (HIDDEN, *sorted(stacked))
+        if name in wanted and wanted[name] < teacher[name] and wanted[name] % unit
+    ]
+
+
+def _multiples(width: int, unit: int, most: int) -> list[int]:
+    """The multiples of `unit` on both sides of a width that are possible."""
+    return [n for n in (width // unit * unit, (width // unit + 1) * unit) if 0 < n <= most]
 
 
 def _check_shared(
