@@ -3,7 +3,8 @@
 Zeros are enough where an axis is only summed over. An operator that takes a whole axis together needs more:
 
     means     with dropped channels at zero, mean over all of x^2 = (kept / all) mean over the kept: the factor is undone
-              here, in the reference only. (The student ships its norms as they are; see docs/architecture.md.)
+              here, in the reference only. (The student ships its norms as they are; see docs/architecture.md.) What a
+              dropped query head yields is no zero, for its values are its group's: it is made one before the mean.
     choices   a softmax or a largest value among all is that among the kept where the dropped have -infinity
 """
 
@@ -44,7 +45,7 @@ def masked_reference(graph_module: GraphModule, table: AxisTable, narrowing: Nar
             _scale_mean(graph, node, dims_of[node.args[0].name], narrowing)
         elif node.target in CHOOSING:
             for axis in _axes(node, len(dims_of[node.args[0].name])):
-                _mask(graph, node, dims_of[node.args[0].name], axis, narrowing)
+                _mask(graph, node, dims_of[node.args[0].name], axis, narrowing, float("-inf"))
     reference.recompile()
     return reference
 
@@ -67,6 +68,7 @@ def _scale_mean(graph: Graph, node: Node, dims: Dims, narrowing: Narrowing) -> N
     factor = 1.0
     for axis in _axes(node, len(dims)):
         if narrowing.touches(dims[axis]):
+            _mask(graph, node, dims, axis, narrowing, 0.0)
             factor *= size_of(dims[axis]).coefficient / narrowing.count(dims[axis])
     if factor != 1.0:
         with graph.inserting_after(node):
@@ -75,13 +77,15 @@ def _scale_mean(graph: Graph, node: Node, dims: Dims, narrowing: Narrowing) -> N
         node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
 
 
-def _mask(graph: Graph, node: Node, dims: Dims, axis: int, narrowing: Narrowing) -> None:
+def _mask(graph: Graph, node: Node, dims: Dims, axis: int, narrowing: Narrowing, number: float) -> None:
+    """What `node` reads has `number` wherever something along `axis` is dropped."""
     if not narrowing.touches(dims[axis]):
         return
     value = node.args[0]
     assert isinstance(value, Node)
+    flags = gone(dims, axis, narrowing)
     with graph.inserting_before(node):
-        masked = graph.call_function(fill_with_minus_infinity, (value, gone(dims, axis, narrowing).tolist()))
+        masked = graph.call_function(fill, (value, np.packbits(flags).tobytes(), flags.shape, number))
     masked.meta = dict(value.meta)
     node.args = (masked, *node.args[1:])
 
@@ -103,6 +107,10 @@ def gone(dims: Dims, axis: int, narrowing: Narrowing) -> npt.NDArray[np.bool_]:
     return (flags if beside < axis else flags.T).reshape(shape)
 
 
-def fill_with_minus_infinity(value: torch.Tensor, gone: Any) -> torch.Tensor:
-    """`value` with -infinity wherever `gone`, nested lists that broadcast to it, says so."""
-    return value.masked_fill(torch.tensor(gone, device=value.device), float("-inf"))
+def fill(value: torch.Tensor, gone: bytes, shape: tuple[int, ...], number: float) -> torch.Tensor:
+    """`value` with `number` wherever `gone` says so: flags packed eight to a byte, of a `shape` that broadcasts to it.
+
+    Bytes, because an argument of a node that is a list is walked through each time the node is run.
+    """
+    flags = np.unpackbits(np.frombuffer(gone, dtype=np.uint8), count=int(np.prod(shape))).astype(bool).reshape(shape)
+    return value.masked_fill(torch.from_numpy(flags).to(value.device), number)

@@ -20,6 +20,7 @@ ALL = {HIDDEN: 24, FFN: 20, HEADS: 2, GROUPS: 1, LAYERS: 2}
 # The width of a head is hidden_size / num_attention_heads and nothing else: both go together, and every head has its own key.
 IN_PROPORTION = {HIDDEN: 16, FFN: 20, HEADS: 2, LAYERS: 2}
 STUDENTS: dict[str, dict[str, int]] = {
+    "bitnet": IN_PROPORTION,  # a norm of what the heads yield, which is no zero where a query head is dropped
     "cohere": ALL,  # a norm that takes a mean off first, logits that are scaled
     "gemma3_text": ALL,  # two rotary tables, windows in some layers, norms before and after
     "gpt2": IN_PROPORTION,  # weights that are the other way round, learnt positions
