@@ -22,7 +22,7 @@ class Evaluate(Block):
     """What is measured of teacher, pruned student and distilled student."""
 
     suite: Suite = ()
-    """`minitron-9`: the nine benchmarks of the published table; or a list of lm-eval tasks."""
+    """`minitron-9`: the benchmarks of the published table but XL-Sum, which lm-eval does not have; or a list of its tasks."""
 
     data_dir: Text | None = None
     """A folder, relative to this file, with local copies of the tasks' data instead of the Hub: `TASK.jsonl` for each task
