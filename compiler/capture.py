@@ -132,15 +132,19 @@ def strip_wrapper(path: str) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences the notices of export and model construction: they name nothing that a user could act on."""
-    loggers = [logging.getLogger(name) for name in ("transformers", "torch.export", "torch._export", "torch.fx")]
+    """Silences the notices of export and model construction: they name nothing that a user could act on.
+
+    What fake tensors log as an error is raised as well, and whoever tries something with them decides what it means.
+    """
+    names = ("transformers", "torch.export", "torch._export", "torch.fx", "torch._subclasses.fake_tensor")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     bars = transformers_logging.is_progress_bar_enabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         transformers_logging.disable_progress_bar()
         for logger in loggers:
-            logger.setLevel(logging.ERROR)
+            logger.setLevel(logging.CRITICAL if logger.name == names[-1] else logging.ERROR)
         try:
             yield
         finally:

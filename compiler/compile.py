@@ -217,13 +217,13 @@ def validate(
     with progress.task("verify", 6, "checks") as task:
         try:
             model = verify.load_student(build / "student", plan.captured.attention)
+            wanted = verify.logits_of(model, ids)
         except WorkError as error:
             # Says of the widths what the configuration alone can say.
             return [
                 verify.check_widths(build / "student", _config_widths(plan), {}, {}),
                 verify.broken("reload", error),
             ]
-        wanted = verify.logits_of(model, ids)
         shapes = {name: tuple(value.shape) for name, value in stored_tensors(plan.model).items()}
         got = {name: tuple(value.shape) for name, value in stored_tensors(model).items()}
         checks = [verify.check_widths(build / "student", _config_widths(plan), shapes, got)]

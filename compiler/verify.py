@@ -130,8 +130,13 @@ def load_student(folder: Path, attention: str) -> Any:
 
 
 def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+    """[B, S, V]. WorkError where the model, though it loads, does not run."""
+    try:
+        with torch.no_grad():
+            return model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:  # what operators raise of shapes that do not fit
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WorkError(f"the student loads, but does not run in transformers: {reason}") from None
 
 
 def check_program(

@@ -278,3 +278,13 @@ def test_it_compares_on_calibration_data_and_without_it_on_random_tokens() -> No
     assert verify.sample_ids(1000, 32, samples).shape == (2, 32)
     ids = verify.sample_ids(1000, 48, None)
     assert ids.shape == (2, 48) and torch.equal(ids, verify.sample_ids(1000, 48, None)) and int(ids.max()) < 1000
+
+
+def test_a_student_that_loads_and_does_not_run_is_told_of_in_words() -> None:
+    def fails(**_: object) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x8 and 6x8)\nmore")
+
+    with pytest.raises(
+        WorkError, match=r"loads, but does not run in transformers: mat1 and mat2 shapes .* \(4x8 and 6x8\)$"
+    ):
+        verify.logits_of(fails, torch.zeros(1, 2, dtype=torch.long))
