@@ -207,8 +207,10 @@ def earlier_rounds(begin: Path) -> dict[str, str]:
     told = {cell[0].strip(): cell[1].strip() for cell in cells if len(cell) == 2}
     rounds = {key: value for key, value in told.items() if key.startswith("round ")}
     last = "; ".join(told[key] for key in ("training tokens seen", "steps", "training time"))
+    recipe = json.loads(card.split("```json")[1].split("```")[0])
+    settings = f"lr {recipe['lr']}, seed {recipe['seed']}"
     loss = told["held-out loss (nats a token)"]
-    return {**rounds, f"round {len(rounds) + 1}": f"{last}; held-out loss {loss}"}
+    return {**rounds, f"round {len(rounds) + 1}": f"{last}; {settings}; held-out loss {loss}"}
 
 
 def model_card(recipe: Recipe, figures: dict[str, str]) -> str:
@@ -232,6 +234,7 @@ It exists to be pruned and distilled in minutes; it is of no other use.
 
 Held-out loss: each file cut into chunks of {recipe.sequence_length - 1} tokens, BOS before each, every token predicted
 once, weights rounded to bfloat16 and computed in float32. The text that it learnt from is under the PSF licence.
+The settings, those of the last round where there were several:
 
 ```json
 {json.dumps(asdict(recipe), indent=2)}

@@ -92,13 +92,13 @@ def test_the_card_of_a_further_round_tells_of_every_earlier_one(script: ModuleTy
     (tmp_path / "README.md").write_text(script.model_card(script.Recipe(), figures))
     first = script.earlier_rounds(tmp_path)
     assert first == {
-        "round 1": "4,096, 1.0 epochs of 4,000; 1 of 16 x 256 tokens; 3.0 minutes; held-out loss 2.5",
+        "round 1": "4,096, 1.0 epochs of 4,000; 1 of 16 x 256 tokens; 3.0 minutes; lr 0.003, seed 0; held-out loss 2.5",
     }
     again = figures | first | {"training time": "5.0 minutes", "held-out loss (nats a token)": "2.4"}
     (tmp_path / "README.md").write_text(script.model_card(script.Recipe(), again))
     second = script.earlier_rounds(tmp_path)
     assert list(second) == ["round 1", "round 2"] and second["round 1"] == first["round 1"]
-    assert second["round 2"].endswith("5.0 minutes; held-out loss 2.4")
+    assert second["round 2"].endswith("5.0 minutes; lr 0.003, seed 0; held-out loss 2.4")
 
 
 def test_its_spec_is_valid_and_makes_it_smaller() -> None:
