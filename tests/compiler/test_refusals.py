@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minitron.compiler import plan
-from minitron.compiler.capture import build_meta, capture, find_layers
+from minitron.compiler.capture import build_meta, canonical_names, capture, find_layers
 from minitron.compiler.checkpoint import open_checkpoint
 from minitron.compiler.head import find_head
 from minitron.compiler.plan import read_plan
@@ -113,7 +113,8 @@ def test_a_mixture_of_experts_that_lacks_one(tmp_path: Path) -> None:
     """Whose files transformers rearranges while loading, so that names alone tell nothing."""
     folder = save_teacher(tmp_path / "moe", tiny_config("mixtral", num_hidden_layers=1))
     teacher = open_checkpoint(str(folder), None, tmp_path, weights=True)
-    captured: Any = SimpleNamespace(model=build_meta(teacher.config, torch.float32, "sdpa"))
+    model = build_meta(teacher.config, torch.float32, "sdpa")
+    captured: Any = SimpleNamespace(model=model, canonical=canonical_names(model))
     assert isinstance(open_weights(captured, teacher), LoadedWeights)
     path = folder / "model.safetensors"
     tensors = {name: tensor for name, tensor in load_file(path).items() if "experts.2." not in name}
