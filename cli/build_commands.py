@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from minitron.cli import builds, figures, options
+from minitron.cli import builds, figures, interrupts, options
 from minitron.cli.build_sections import results_sections, training_section, verification_section
 from minitron.cli.device import pick_device, use_threads
 from minitron.cli.libraries import quiet_libraries
@@ -153,12 +153,14 @@ def _make(loaded: LoadedSpec, build: Path, device: str, threads: int | None, *, 
         show_sections(plan_sections(content := _planned(loaded, build)), content)
         write("")
         _compile(loaded, build, device, threads)
+    interrupts.check()
     if loaded.spec.distill is None:
         say("train: the spec has no `distill` block, skipped")
     else:
         if loaded.spec.distill.teacher_logits != "online" and not builds.is_trained(build):
             _capture(build, device, threads)
         _train(build, device, threads)
+    interrupts.check()
 
 
 def _planned(loaded: LoadedSpec, build: Path) -> Document:

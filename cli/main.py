@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from minitron import __version__
-from minitron.cli import build_commands, diff_command, lock_command, spec_commands
+from minitron.cli import build_commands, diff_command, interrupts, lock_command, spec_commands
 from minitron.cli.failures import DONE, FAILED, INTERRUPTED, failure_of
 from minitron.cli.render import document, say, write
 
@@ -59,6 +59,7 @@ def main() -> NoReturn:
     # Before torch is imported: threads that wait for each other give their core away instead of spinning on it, which
     # costs little on an idle machine and was measured to double the speed of training on a shared one.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    interrupts.watch()
     code = command_line(sys.argv[1:])
     if "torch" in sys.modules:
         # All is done and on disk by now. Taking torch's graph machinery down at the interpreter's end has been seen to
@@ -85,7 +86,8 @@ def command_line(arguments: Sequence[str]) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
-        return _report(error, as_json="--json" in arguments)
+        # A library may have made another error of an interrupt.
+        return _report(KeyboardInterrupt() if interrupts.asked_for() else error, as_json="--json" in arguments)
     if code == INTERRUPTED:
         return _report(KeyboardInterrupt(), as_json="--json" in arguments)
     return code if isinstance(code, int) else DONE
