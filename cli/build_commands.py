@@ -19,7 +19,7 @@ from minitron.cli.render import document, say, show_sections, stderr_console, wr
 from minitron.cli.sections import Column, Document, Section
 from minitron.cli.spec_commands import Rendering, preview
 from minitron.specs import LoadedSpec, load_spec
-from minitron.specs.builds import build_of, result_of
+from minitron.specs.builds import MODEL, PLAN, STUDENT, VERIFICATION, build_of, read_document, result_of
 from minitron.specs.chain import chain
 from minitron.specs.errors import UsageError
 
@@ -51,8 +51,8 @@ def compile_command(
     quiet_libraries()
     loaded = follow_lock(loaded, locked=locked)
     _compile(loaded, build, pick_device(device), threads)
-    plan = builds.read_document(build / builds.PLAN) or {}
-    verification = builds.read_document(build / builds.VERIFICATION) or {}
+    plan = read_document(build / PLAN) or {}
+    verification = read_document(build / VERIFICATION) or {}
     sections = [*plan_sections(plan), verification_section(verification), _places(build)]
     show_sections(sections, plan, as_json=as_json)
 
@@ -232,10 +232,10 @@ def _places(build: Path) -> Section:
     """Where the models and documents of a build are: those that exist."""
     rows = [("build", str(build))]
     for label, name in (
-        ("pruned student", builds.STUDENT),
+        ("pruned student", STUDENT),
         ("training plan", builds.TRAINING),
         ("teacher logits", builds.LOGITS),
-        ("distilled student", builds.MODEL),
+        ("distilled student", MODEL),
         ("results", builds.RESULTS),
     ):
         if (build / name).exists():

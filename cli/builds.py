@@ -9,18 +9,15 @@ from pathlib import Path
 import yaml
 
 from minitron.cli.sections import Document
-from minitron.specs.errors import UsageError, WorkError
+from minitron.specs.builds import FINISHED, MODEL, PLAN, VERIFICATION, read_document
+from minitron.specs.errors import UsageError
 
-PLAN = "plan.json"
-VERIFICATION = "verification.json"
 RESULTS = "results.json"
 TRAINING = "training.yaml"
 METRICS = Path("train") / "metrics.jsonl"
 # Of the teacher's own training before it teaches, where the spec asks for one.
 CORRECTION_METRICS = Path("train") / "teacher" / "metrics.jsonl"
 LOGITS = "teacher_logits"
-STUDENT = "student"
-MODEL = "model"
 
 
 def require_build(build: Path) -> Path:
@@ -37,22 +34,9 @@ def require_build(build: Path) -> Path:
     return build
 
 
-def read_document(path: Path) -> Document | None:
-    """The JSON object in `path`; None where there is no such file, WorkError where it cannot be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise WorkError(f"{path}: not a JSON document ({error}); remove it and compile again") from error
-    if not isinstance(content, dict):
-        raise WorkError(f"{path}: not a JSON object; remove it and compile again")
-    return content
-
-
 def is_trained(build: Path) -> bool:
     """Whether training of `build` is finished and its model there."""
-    return (build / "train" / "finished.json").is_file() and (build / MODEL).is_dir()
+    return (build / FINISHED).is_file() and (build / MODEL).is_dir()
 
 
 def training_progress(build: Path) -> Document | None:

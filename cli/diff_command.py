@@ -12,7 +12,7 @@ from minitron.cli.diff import Side, diff_sections, difference
 from minitron.cli.lock_command import follow_lock
 from minitron.cli.render import show_sections
 from minitron.cli.sections import part
-from minitron.specs.builds import build_of
+from minitron.specs.builds import PLAN, build_of, read_document
 from minitron.specs.errors import UsageError
 
 Compared = Annotated[Path, typer.Argument(help="A spec file or a build folder.", show_default=False)]
@@ -29,14 +29,12 @@ def diff(a: Compared, b: Compared, as_json: options.Json = False, as_markdown: o
 
 def _side(path: Path) -> Side:
     if path.is_dir():
-        plan = builds.read_document(builds.require_build(path) / builds.PLAN)
+        plan = read_document(builds.require_build(path) / PLAN)
         if plan is None:
-            raise UsageError(
-                f"{path}: has no {builds.PLAN}; give a build that `minitron compile` has written, or a spec"
-            )
+            raise UsageError(f"{path}: has no {PLAN}; give a build that `minitron compile` has written, or a spec")
         # plan.json of an older build may not hold the spec.
         spec = part(plan, "spec").get("resolved")
-        return Side(str(path), plan, spec, builds.read_document(path / builds.RESULTS))
+        return Side(str(path), plan, spec, read_document(path / builds.RESULTS))
     from minitron.cli.libraries import quiet_libraries
     from minitron.specs import load_spec
 

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from minitron.compiler.alike import Accounts, accounts
 from minitron.compiler.config_layers import lists_over_layers, with_layers
-from minitron.compiler.graph_module import empty_meta, rebuild
+from minitron.compiler.graph_module import empty_meta, fixed_length, rebuild
 from minitron.compiler.repeat import repeat_layers
 from minitron.specs.errors import UsageError
 
@@ -58,8 +58,6 @@ class Captured:
     attention      the attention implementation that could be exported (sdpa or eager)
     canonical      attribute name -> the one name of that parameter; tied parameters share one
     layers         the path of the module list that holds the layers (`model.layers`), and how many there are
-    length         the one number of tokens that the graph is of, where the model's own code depends on it (a scan in
-                   chunks, a loop over positions); None where the graph is of any
     """
 
     graph_module: GraphModule
@@ -70,7 +68,12 @@ class Captured:
     canonical: dict[str, str]
     layer_path: str
     layer_count: int
-    length: int | None = None
+
+    @property
+    def length(self) -> int | None:
+        """The one number of tokens that the graph is of, where the model's own code depends on it (a scan in chunks, a
+        loop over positions); None where the graph is of any."""
+        return fixed_length(self.graph_module)
 
     @property
     def graph(self) -> Graph:
@@ -204,13 +207,13 @@ def find_layers(model: torch.nn.Module, config: Any) -> tuple[str, int]:
     )
 
 
-def capture(config: Any, dtype: torch.dtype = torch.float32, fixed_length: int = FIXED_LENGTH) -> Captured:
+def capture(config: Any, dtype: torch.dtype = torch.float32, otherwise: int = FIXED_LENGTH) -> Captured:
     """Exports the model of `config` in `dtype`. Raises UsageError where it cannot be exported, with torch's reason.
 
-    A model whose code does other things for other numbers of tokens is captured for `fixed_length` of them.
+    A model whose code does other things for other numbers of tokens is captured for `otherwise` of them.
     """
     reasons: list[str] = []
-    for length in (None, fixed_length):
+    for length in (None, otherwise):
         for attention in ("sdpa", "eager"):
             try:
                 made = _export_once(config, dtype, attention, length) or _export(config, dtype, attention, length)
@@ -220,7 +223,7 @@ def capture(config: Any, dtype: torch.dtype = torch.float32, fixed_length: int =
             model, graph_module = made
             path, count = find_layers(model, config)
             names = canonical_names(model)
-            return Captured(graph_module, model, config, attention, dtype, names, path, count, length)
+            return Captured(graph_module, model, config, attention, dtype, names, path, count)
         if not any("(sequence)" in reason for reason in reasons):
             break
     raise UsageError(

@@ -2,7 +2,7 @@
 
 Model FLOPs utilisation (MFU): the operations that the mathematics asks for, in a second, over the most that the devices
 can do. The default is no more hopeful than the two published distillation runs that say enough to tell: a 9B hybrid to
-7B, 6.3B tokens in about 600 H100-hours, is 18%; Qwen3-8B to 6B, 50B tokens in about 3,000, is 25%
+7B, 6.3B tokens in about 600 H100-hours, is 18%; a dense 8B to 6B, 50B tokens in about 3,000, is 25%
 (benchmarks/estimates.py prints both).
 """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,11 @@ from typing import Any
 from minitron.compiler.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
 from minitron.compiler.hub import WrongRevision
 from minitron.compiler.inputs import observe, with_result
-from minitron.specs.builds import FINISHED, PLAN, build_of, result_of
+from minitron.specs.builds import FINISHED, PLAN, VERIFICATION, build_of, read_document, result_of
 from minitron.specs.chain import chain
-from minitron.specs.errors import MinitronError, SpecInvalid, WorkError
+from minitron.specs.errors import MinitronError, SpecInvalid
 from minitron.specs.load import LoadedSpec
 from minitron.specs.lockfile import changes, in_words
-
-VERIFICATION = "verification.json"
 
 
 def open_teacher(loaded: LoadedSpec, *, weights: bool, planned: Callable[[LoadedSpec, Path], Any]) -> Checkpoint:
@@ -67,7 +64,7 @@ def why_not_finished(loaded: LoadedSpec) -> str | None:
 
 def why_stale(build: Path, loaded: LoadedSpec) -> str | None:
     """Why a build folder is not what a spec compiles to now, as `{build} is ...`; None when it is, and verified."""
-    plan = _document(build / PLAN)
+    plan = read_document(build / PLAN)
     if plan is None:
         return "not compiled yet"
     if (plan.get("spec") or {}).get("sha256") != loaded.sha256:
@@ -81,19 +78,7 @@ def why_stale(build: Path, loaded: LoadedSpec) -> str | None:
         for path, before, after in changes(inputs, now):
             words = in_words(before, after).replace("locked at", "built from")
             return f"compiled from other inputs: {' '.join(path)} {words}"
-    verification = _document(build / VERIFICATION)
+    verification = read_document(build / VERIFICATION)
     if verification is None:
         return "not compiled to its end"
     return None if verification.get("passed") is True else "compiled, and its verification did not pass"
-
-
-def _document(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise WorkError(f"{path}: not a JSON document ({error}); remove it and compile again") from None
-    if not isinstance(content, dict):
-        raise WorkError(f"{path}: not a JSON object; remove it and compile again")
-    return content

@@ -1,14 +1,18 @@
-"""Where the result of a spec is: its build folder, and in it the model that another spec may take as its teacher."""
+"""Build folders: where that of a spec is, what they hold, and which model another spec may take as its teacher."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+from minitron.specs.errors import WorkError
 from minitron.specs.load import LoadedSpec
 
 STUDENT = "student"
 MODEL = "model"
 PLAN = "plan.json"
+VERIFICATION = "verification.json"
 # What the runtime leaves when a training is complete, in the build folder.
 FINISHED = Path("train") / "finished.json"
 
@@ -26,3 +30,16 @@ def build_of(loaded: LoadedSpec) -> Path:
 def result_of(loaded: LoadedSpec) -> Path:
     """The model that a spec comes to: the distilled student, or the pruned one where nothing is trained."""
     return build_of(loaded) / (STUDENT if loaded.spec.distill is None else MODEL)
+
+
+def read_document(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`; None where there is no such file, WorkError where it cannot be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise WorkError(f"{path}: not a JSON document ({error}); remove it and compile again") from error
+    if not isinstance(content, dict):
+        raise WorkError(f"{path}: not a JSON object; remove it and compile again")
+    return content

@@ -32,6 +32,19 @@ def copied(workshop: Path, folder: Path) -> Path:
     return folder / "tiny.yaml"
 
 
+@pytest.fixture(scope="module")
+def planned(finished: Finished, workshop: Path, minitron: Command) -> Finished:
+    """The plan of the same spec, after it was compiled."""
+    return minitron("plan", workshop / "tiny.yaml", "--json", "--detailed-exitcode")
+
+
+@pytest.fixture(scope="module")
+def changed(finished: Finished, workshop: Path, minitron: Command) -> Finished:
+    """The plan of a spec that asks for more than was compiled."""
+    spec = workshop / "tiny.yaml"
+    return minitron("plan", spec, "--markdown", "--detailed-exitcode", "--set", "student.hidden_size=16")
+
+
 class TestTheWholeWay:
     """`minitron run` once, and what can be done with what it leaves."""
 
@@ -80,17 +93,6 @@ class TestTheWholeWay:
         assert chapters == {"plan", "verification", "importance", "training", "results", "spec"}
         results = documents(minitron("eval", build, "--json", "--device", "cpu").stdout)
         assert set(results["models"]) == {"teacher", "pruned", "distilled"}  # type: ignore[call-overload]
-
-    @pytest.fixture(scope="class")
-    def planned(self, finished: Finished, workshop: Path, minitron: Command) -> Finished:
-        """The plan of the same spec, after it was compiled."""
-        return minitron("plan", workshop / "tiny.yaml", "--json", "--detailed-exitcode")
-
-    @pytest.fixture(scope="class")
-    def changed(self, finished: Finished, workshop: Path, minitron: Command) -> Finished:
-        """The plan of a spec that asks for more than was compiled."""
-        spec = workshop / "tiny.yaml"
-        return minitron("plan", spec, "--markdown", "--detailed-exitcode", "--set", "student.hidden_size=16")
 
     def test_detailed_exitcode_knows_what_is_up_to_date(self, planned: Finished, changed: Finished) -> None:
         assert (planned.returncode, planned.stderr) == (0, "")
