@@ -96,3 +96,11 @@ def test_the_plan_says_that_its_graph_is_of_one_length(of_one_length: Build) -> 
 
 def test_the_student_reads_any_number_of_tokens_all_the_same(of_one_length: Build) -> None:
     assert logits(load_model(of_one_length.folder / "student"), token_ids(1, 11)).shape[1] == 11
+
+
+def test_a_tensor_that_the_code_makes_is_refused(foundry: Foundry) -> None:
+    """Neither the weight files nor the tables of the model have its value."""
+    with pytest.raises(
+        SpecInvalid, match=r"falcon cannot be traced .*makes a tensor of its own while it runs, transformer"
+    ):
+        foundry.plan(teacher(foundry, "falcon"), {FFN: 20})
