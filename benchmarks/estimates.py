@@ -3,7 +3,8 @@
     python benchmarks/estimates.py [--device cuda] [--only NAME]
 
 A teacher with random weights is compiled and its student trained by the commands' own functions. On CUDA the peak is the
-allocator's; on a CPU the storages that operations make are counted while they live (resident memory is too noisy).
+allocator's; on a CPU the storages that operations make are counted while they live (resident memory is too noisy), and
+tensors that a file was mapped for, which no operation makes.
 FLOPs are those of torch.utils.flop_counter. Attention is counted there as the whole square of positions, in the plan as
 the half that a causal mask leaves, so it is counted whole on both sides here.
 """
@@ -11,6 +12,7 @@ the half that a causal mask leaves, so it is counted whole on both sides here.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import os
 import shutil
@@ -91,14 +93,17 @@ def measuring(device: str, owner: Any, name: str, *, inside: bool = False) -> It
     the call itself makes."""
     found: list[Measured] = []
     counters = {
+        aten.addmm_: _added_product,
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     }
     original: Callable[..., Any] = getattr(owner, name)
-    living = Living()
     cuda = device.startswith("cuda")
+    living, before = Living(), real_tensors()
 
     def measured(*arguments: Any, **keywords: Any) -> Any:
+        if not inside:
+            living.count(tensor for pointer, tensor in real_tensors().items() if pointer not in before)
         living.peak = living.now
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -113,6 +118,17 @@ def measuring(device: str, owner: Any, name: str, *, inside: bool = False) -> It
 
     with mock.patch.object(owner, name, measured), nullcontext() if inside else living:
         yield found
+
+
+def real_tensors() -> dict[int, torch.Tensor]:
+    """Where their bytes begin -> the tensors that are in memory now, none of another device or of sizes alone."""
+    found = (one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter))
+    return {one.untyped_storage().data_ptr(): one for one in found if one.device.type == "cpu"}
+
+
+def _added_product(_: Any, left: Any, right: Any, *more: Any, **named: Any) -> int:
+    """A product that is added to what is there, in place: torch's counter passes it over. Sizes: [M, K], [K, N]."""
+    return int(2 * left[0] * left[1] * right[1])
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

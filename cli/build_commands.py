@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,9 @@ from minitron.specs import LoadedSpec, load_spec
 from minitron.specs.builds import MODEL, PLAN, STUDENT, VERIFICATION, build_of, read_document, result_of
 from minitron.specs.chain import chain
 from minitron.specs.errors import UsageError
+
+if TYPE_CHECKING:
+    from minitron.compiler import Plan
 
 
 def compile_command(
@@ -150,9 +153,12 @@ def _make(loaded: LoadedSpec, build: Path, device: str, threads: int | None, *, 
         say(f"compile: {build} is up to date with {loaded.path}, skipped")
     else:
         # Printed before the long work and not after it: a wrong width is seen while it costs nothing.
-        show_sections(plan_sections(content := _planned(loaded, build)), content)
+        from minitron.compiler import make_plan
+
+        plan = make_plan(loaded, build=build, weights=True)
+        show_sections(plan_sections(content := plan.to_json()), content)
         write("")
-        _compile(loaded, build, device, threads)
+        _compile(loaded, build, device, threads, plan)
     interrupts.check()
     if loaded.spec.distill is None:
         say("train: the spec has no `distill` block, skipped")
@@ -161,12 +167,6 @@ def _make(loaded: LoadedSpec, build: Path, device: str, threads: int | None, *, 
             _capture(build, device, threads)
         _train(build, device, threads)
     interrupts.check()
-
-
-def _planned(loaded: LoadedSpec, build: Path) -> Document:
-    from minitron.compiler import make_plan
-
-    return make_plan(loaded, build=build).to_json()
 
 
 def show(
@@ -200,11 +200,11 @@ def _write_report(build: Path, *, as_json: bool) -> None:
     write(document({"report": path}) if as_json else path)
 
 
-def _compile(loaded: LoadedSpec, build: Path, device: str, threads: int | None) -> None:
+def _compile(loaded: LoadedSpec, build: Path, device: str, threads: int | None, plan: Plan | None = None) -> None:
     from minitron.compiler import compile_spec
 
     use_threads(threads)
-    compile_spec(loaded, build, device=device, progress=progress_for(stderr_console()))
+    compile_spec(loaded, build, device=device, progress=progress_for(stderr_console()), plan=plan)
 
 
 def _capture(build: Path, device: str, threads: int | None) -> Document:

@@ -309,6 +309,11 @@ def block_size(sequences: int, length: int, hidden: int) -> int:
     return max(1, BLOCK_BYTES // (3 * 4 * sequences * length * hidden))
 
 
+def compared_batches(tokens: int, vocabulary: int) -> int:
+    """Batches whose logits wait, in fp32, to be compared with those that each dropped layer leads to."""
+    return max(1, BLOCK_BYTES // (4 * tokens * vocabulary))
+
+
 def removal_scores(
     captured: Captured,
     ends: Sequence[LayerEnds],
@@ -320,6 +325,7 @@ def removal_scores(
 ) -> Scores:
     """The harm of dropping each layer alone: the rise of the loss, or the mean squared error of the logits."""
     nodes = {node.name: node for node in captured.graph.nodes}
+    block = min(block, compared_batches(batches[0].numel(), captured.config.vocab_size))
     harm = np.zeros(len(ends), dtype=np.float64)
     with progress.task("rank layers", len(batches) * (len(ends) + 1), "batches") as task:
         for start in range(0, len(batches), block):

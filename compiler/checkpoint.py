@@ -43,10 +43,16 @@ class Checkpoint:
     commit: str | None = None
     remark: str = ""
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether the weights are on this machine."""
+        return bool(self.tensors) and all(file.is_file() for file in {info.file for info in self.tensors.values()})
+
 
 def open_checkpoint(model: str, revision: str | None, base: Path, *, weights: bool) -> Checkpoint:
-    """A folder (relative to `base`) or a Hub id. With `weights` the weight files are fetched too and must be there.
+    """A folder (relative to `base`) or a Hub id, of which the small files are fetched and the headers of the large ones.
 
+    With `weights` those of a folder must be there, and all small files of a model from the Hub: `fetch_weights` follows.
     UsageError where the model cannot be found or its configuration not be read; WorkError for broken weight files.
     """
     local = (base / model).expanduser()
@@ -56,11 +62,19 @@ def open_checkpoint(model: str, revision: str | None, base: Path, *, weights: bo
         raise UsageError(
             f"there is no folder {local}; write a folder relative to the spec, or a Hugging Face id (owner/name)"
         )
-    if weights:
-        found = snapshot(model, revision, [*SMALL_FILES, "*.safetensors"])
-    else:
-        found = snapshot(model, revision, SMALL_FILES, enough=["config.json"])
-    return read_checkpoint(model, found.folder, weights=weights, commit=found.commit)
+    found = snapshot(model, revision, SMALL_FILES, enough=[] if weights else ["config.json"])
+    return read_checkpoint(model, found.folder, weights=False, commit=found.commit)
+
+
+def fetch_weights(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with its weights on this machine: those of a model from the Hub are fetched, at its commit.
+
+    Errors as for `open_checkpoint`.
+    """
+    if checkpoint.commit is None:
+        return checkpoint
+    found = snapshot(checkpoint.name, checkpoint.commit, [*SMALL_FILES, "*.safetensors"])
+    return read_checkpoint(checkpoint.name, found.folder, weights=True, commit=checkpoint.commit)
 
 
 def read_checkpoint(name: str, folder: Path, *, weights: bool, commit: str | None = None) -> Checkpoint:

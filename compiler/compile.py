@@ -19,10 +19,10 @@ from minitron.compiler.card import model_card
 from minitron.compiler.config_keys import config_key
 from minitron.compiler.emit import student_weights, write_student
 from minitron.compiler.execute import Executor, Settings
-from minitron.compiler.inputs import observe, with_result
+from minitron.compiler.inputs import at_commit, observe, with_result
 from minitron.compiler.masking import masked_reference
 from minitron.compiler.narrowing import Narrowing
-from minitron.compiler.plan import Plan, make_plan, settled
+from minitron.compiler.plan import Plan, make_plan, settled, with_weights
 from minitron.compiler.program import build_program, save_program
 from minitron.compiler.rewrite import run_passes
 from minitron.compiler.rewrite.constants import changed_buffers, repair_scale
@@ -59,15 +59,23 @@ class Student:
 
 
 def compile_spec(
-    loaded: LoadedSpec, build: Path, *, device: str, progress: Progress, selection: Selection | None = None
+    loaded: LoadedSpec,
+    build: Path,
+    *,
+    device: str,
+    progress: Progress,
+    plan: Plan | None = None,
+    selection: Selection | None = None,
 ) -> Plan:
     """Compiles a spec into the build folder: scores, student, program, verification, training plan.
 
-    `selection` is taken instead of one by scores, for experiments. SpecInvalid and UsageError for a wrong spec, WorkError
-    where the work fails; a check of the student that does not pass is such a failure.
+    `plan` is that of `make_plan(loaded, build=build, weights=True)`, where it was made already. Everything that can be
+    wrong with the spec is known before weights are fetched. `selection` is taken instead of one by scores, for
+    experiments. SpecInvalid and UsageError for a wrong spec, WorkError where the work fails; a check of the student that
+    does not pass is such a failure.
     """
-    plan = make_plan(loaded, build=build, weights=True)
-    inputs = with_result(loaded, observe(loaded))
+    plan = with_weights(plan or make_plan(loaded, build=build, weights=True), progress)
+    inputs = with_result(loaded, observe(at_commit(loaded, plan.checkpoint.commit)))
     build.mkdir(parents=True, exist_ok=True)
     remove_leftovers(build)
     source = open_weights(plan.captured, plan.checkpoint)

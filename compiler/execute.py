@@ -79,8 +79,10 @@ class Executor:
         """
         taps = taps or {}
         environments: list[dict[Node, Any]] = [{self._input: ids.to(self._settings.device)} for ids in batches]
+        weights: dict[Node, torch.Tensor] = {}
         with torch.no_grad():
             for segment in self._segments:
+                weights.clear()  # before the next are read: those of two layers are never held together
                 if (
                     output is None
                     and taps
@@ -91,7 +93,7 @@ class Executor:
                         if advance is not None:
                             advance(number)
                     continue
-                weights = {node: self._weight(node) for node in segment.weights}
+                weights.update((node, self._weight(node)) for node in segment.weights)
                 for number, environment in enumerate(environments):
                     environments[number] = self._run_segment(segment, weights, environment, taps, skip or {}, number)
                     if output is not None and self._output in environments[number]:

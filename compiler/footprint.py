@@ -9,7 +9,7 @@ layers that were left out count as much as those of their kind that were run.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -62,10 +62,14 @@ class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for one in result if isinstance(result, list | tuple) else (result,):
+        self.count(result if isinstance(result, list | tuple) else (result,))
+        return result
+
+    def count(self, values: Iterable[Any]) -> None:
+        """Counts tensors among `values`, each while it lives, if it is not counted yet."""
+        for one in values:
             if isinstance(one, torch.Tensor):
                 self._count(one.untyped_storage())
-        return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = id(storage)

@@ -51,6 +51,11 @@ def observe(loaded: LoadedSpec, *, offline_will_do: bool = True) -> Inputs:
     return inputs
 
 
+def at_commit(loaded: LoadedSpec, commit: str | None) -> LoadedSpec:
+    """The spec with its teacher pinned to the commit that it was found at, wherever its branch points by now."""
+    return loaded if commit is None else loaded.pinned({**loaded.pins, "teacher.revision": commit})
+
+
 def with_result(loaded: LoadedSpec, inputs: Inputs) -> Inputs:
     """The inputs with what the spec above has come to, where the teacher is the result of one: trained anew, it is
     another teacher of the same shape."""

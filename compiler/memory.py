@@ -166,14 +166,43 @@ def logits_bytes(kind: str, sequences: int, work: LossWork, student: Shape, teac
     return models * chunk * vocabulary * FP32 + scratch + states + gradients
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What of scoring decides memory beside the layers, in elements: the embedding and the head, the largest tensor of a
+    layer. `element` is the bytes of one in the checkpoint, `tied` whether the embedding stays in memory because it is the
+    head, `logits` how many are held at a time where layers are ranked by them, else 0."""
+
+    embedding: int
+    head: int
+    largest: int
+    element: int
+    tied: bool
+    logits: int
+
+
 def calibration_memory(
-    teacher: Shape, embedding: int, sequences: int, length: int, batches: int, others: Footprint
+    teacher: Shape, reading: Reading, sequences: int, length: int, batches: int, others: Footprint
 ) -> Memory:
-    """Of scoring: the fp32 weights of one layer (or of the embedding), the residual stream and masks of a block of
-    `batches`, and one batch of `sequences` inside a layer, at its widest or where its mask is added in fp32."""
+    """Of scoring, which holds in fp32 what one segment of the graph reads (the embedding, a layer, the head): beside the
+    residual stream and masks of a block of `batches`, it reads the weights, in the checkpoint's number format one after
+    the other, or takes one batch of `sequences` through them, at its widest or where its mask is added in fp32."""
     tokens = sequences * length
-    weights = FP32 * max(teacher.layer, embedding)
+    copy = 0 if reading.element == FP32 else reading.element
+    kept = FP32 * reading.embedding if reading.tied else 0
     stream = batches * (tokens * teacher.hidden * FP32 + tokens * length)
     attention = tokens * (length * (1 + FP32) + 4 * teacher.hidden * FP32)  # queries, keys, values and what comes out
-    parts = {"weights": weights, "activations": stream, "transient": max(others.transient, attention)}
-    return Memory(parts, sum(parts.values()))
+    transient = max(others.transient, attention, reading.largest * copy)
+    head = 0 if reading.tied else FP32 * reading.head
+    weights = (FP32 * reading.embedding, kept + FP32 * teacher.layer, kept + head if reading.logits else 0)
+    together = (
+        weights[0] + reading.embedding * copy,
+        weights[1] + transient,
+        weights[2] + max(FP32 * reading.logits, 0 if reading.tied else reading.head * copy) if reading.logits else 0,
+    )
+    parts = {
+        "weights": max(weights),
+        "activations": stream,
+        "transient": transient,
+        "logits": FP32 * reading.logits,
+    }
+    return Memory(parts, stream + max(together))

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minitron.compiler import costs
-from minitron.compiler.calibrate import batch_size, block_size
+from minitron.compiler.calibrate import batch_size, block_size, compared_batches
 from minitron.compiler.footprint import Footprint, Work, footprint
 from minitron.compiler.memory import (
     EXACT_PARTS,
     Layout,
     LossWork,
     Memory,
+    Reading,
     Shape,
     calibration_memory,
     shape_of,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 CHUNK_ELEMENTS = 1 << 23  # logits that `minitron capture` holds at a time
 CONTEXT = 4096  # tokens before the one that is decoded, where no phase of the spec says how long sequences are
+LOGIT_COPIES = 3  # logits of a batch and the two that comparing them makes
 GUESSED_BYTES = 34  # a token, channel and layer, where a model cannot be run without data (arXiv 2205.05198, section 4)
 
 
@@ -225,16 +227,28 @@ class Reckoning:
         whole = teacher.flops_per_token + length * teacher.attention_flops_per_pair
         each = whole - 2 * self.teacher.hidden * self.teacher.vocabulary
         ranked = plan.targets.named_layers is None and plan.targets.layers < captured.layer_count
-        if ranked and plan.loaded.spec.importance.depth.metric != "block_influence":
+        metric = plan.loaded.spec.importance.depth.metric
+        compared = ranked and metric != "block_influence"
+        if compared:
             each += (captured.layer_count + 1) * whole
         sequences = min(data.samples, batch_size(length))
         batches = min(-(-data.samples // sequences), block_size(sequences, length, self.teacher.hidden))
-        embedding = captured.model.get_parameter(costs.embedding_name(captured)).numel()
+        waiting = min(batches, compared_batches(sequences * length, self.teacher.vocabulary))
+        embedding = costs.embedding_name(captured)
+        layers = (one for name, one in captured.model.named_parameters() if captured.layer_in_path(name) is not None)
+        reading = Reading(
+            captured.model.get_parameter(embedding).numel(),
+            self.teacher.vocabulary * self.teacher.hidden,
+            max(one.numel() for one in layers),
+            self._element,
+            embedding == plan.head.weight,
+            # Those of a block of the whole teacher, one batch of what a dropped layer leads to, and their difference.
+            (waiting + LOGIT_COPIES) * sequences * length * self.teacher.vocabulary if compared else 0,
+        )
         work = Work(1, length, torch.float32)
         memory = calibration_memory(
-            self.teacher, embedding, sequences, length, batches,
-            self.footprint("teacher", work).times(sequences),
-        )  # fmt: skip
+            self.teacher, reading, sequences, length, batches, self.footprint("teacher", work).times(sequences)
+        )
         return Phase("calibrate", tokens, tokens * each, memory)
 
     def _capturing(self, kind: str) -> Memory:

@@ -14,7 +14,7 @@ import torch
 from minitron.compiler import costs
 from minitron.compiler.axes import AxisTable, analyse
 from minitron.compiler.capture import FIXED_LENGTH, Captured, capture
-from minitron.compiler.checkpoint import Checkpoint, last_token
+from minitron.compiler.checkpoint import Checkpoint, fetch_weights, last_token
 from minitron.compiler.config_layers import lists_over_layers
 from minitron.compiler.fits import fits_json
 from minitron.compiler.head import Head, find_head
@@ -33,6 +33,7 @@ from minitron.specs.available import unavailable
 from minitron.specs.data_files import check_data
 from minitron.specs.errors import SpecError, SpecInvalid, UsageError, WorkError
 from minitron.specs.load import LoadedSpec
+from minitron.specs.progress import Progress
 
 FORMAT_VERSION = 1
 
@@ -141,7 +142,8 @@ def _axis(status: AxisStatus) -> dict[str, Any]:
 def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan:
     """Resolves a spec. SpecInvalid with everything that is wrong with it, each at its place.
 
-    Without `weights` the configuration and whatever weight headers are there suffice; with it the weights must be there.
+    Without `weights` the configuration and whatever weight headers are there suffice; with it the plan can be compiled: the
+    weights are there, or on the Hub, from where `with_weights` fetches them.
     """
     spec = loaded.spec
     errors = [loaded.error(path, message) for path, message in unavailable(spec)]
@@ -180,6 +182,21 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
         loaded, build, checkpoint, captured, table, roles, ends, head, targets, config, model, teacher_cost, student_cost,
         _remarks(checkpoint, captured),
     )  # fmt: skip
+
+
+def with_weights(plan: Plan, progress: Progress) -> Plan:
+    """The plan with its teacher's weights on this machine, fetched at the commit that was planned. SpecInvalid where they
+    are not to be had or contradict the configuration, WorkError where they are broken."""
+    if plan.checkpoint.commit is None:
+        return plan
+    if not plan.checkpoint.on_disk:
+        progress.message(f"fetching the weights of {plan.checkpoint.name}")
+    try:
+        checkpoint = fetch_weights(plan.checkpoint)
+        check_headers(plan.captured, checkpoint)
+    except UsageError as error:
+        raise SpecInvalid([plan.loaded.error("teacher.model", str(error))]) from None
+    return replace(plan, checkpoint=checkpoint, remarks=_remarks(checkpoint, plan.captured))
 
 
 def _student_of(upper: LoadedSpec, build: Path) -> Any:

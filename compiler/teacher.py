@@ -18,7 +18,7 @@ from minitron.specs.lockfile import changes, in_words
 
 
 def open_teacher(loaded: LoadedSpec, *, weights: bool, planned: Callable[[LoadedSpec, Path], Any]) -> Checkpoint:
-    """The teacher of a spec. With `weights` they must be there.
+    """The teacher of a spec. With `weights` they must be there, or on the Hub (see `open_checkpoint`).
 
     In a chain the teacher is the model of the spec above. Where that has not been run, a plan does with what it will be:
     `planned(spec above, its build folder)` gives the configuration of its student. SpecInvalid at the teacher's line.

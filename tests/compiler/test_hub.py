@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from minitron.compiler import make_plan
-from minitron.compiler.checkpoint import open_checkpoint
+from minitron.compiler import compile_spec, make_plan
+from minitron.compiler.checkpoint import fetch_weights, open_checkpoint
 from minitron.specs import load_spec
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError
+from minitron.specs.progress import Silent
 from tests.foundry import Foundry
 from tests.hub import MAIN, NEXT, Hub, put_in_cache, serving, use_cache
 
@@ -40,7 +41,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, teacher: Path) -> Itera
 
 
 def opened(base: Path, revision: str | None = None, *, weights: bool = False) -> Any:
-    return open_checkpoint(REPO, revision, base, weights=weights)
+    checkpoint = open_checkpoint(REPO, revision, base, weights=weights)
+    return fetch_weights(checkpoint) if weights else checkpoint
 
 
 # -- from the cache -----------------------------------------------------------------------------------------------------
@@ -121,6 +123,33 @@ def test_several_weight_files_are_inspected_by_their_index(hub: Hub, teacher: Pa
 def test_a_compile_fetches_the_weights(hub: Hub, tmp_path: Path) -> None:
     checkpoint = opened(tmp_path, weights=True)
     assert (checkpoint.folder / "model.safetensors").is_file() and checkpoint.tensors
+
+
+def test_weights_are_fetched_when_nothing_is_wrong_any_more(hub: Hub, foundry: Foundry, tmp_path: Path) -> None:
+    loaded = foundry.load(Path(REPO), {"intermediate_size": 9999})
+    with pytest.raises(SpecInvalid, match="9999 is not between"):
+        foundry.compile(loaded, tmp_path / "build")
+    assert "config.json" in hub.fetched() and "model.safetensors" not in hub.fetched()
+
+
+def test_the_weights_are_those_of_the_commit_that_was_planned(
+    hub: Hub, teacher: Path, foundry: Foundry, tmp_path: Path
+) -> None:
+    """The same bytes as from a folder, though the branch has moved to another model by then."""
+    loaded = foundry.load(Path(REPO), {"intermediate_size": 24})
+    with foundry.shortened(program=False):
+        plan = make_plan(loaded, build=tmp_path / "build", weights=True)
+        hub.repositories[REPO][0].update(main=NEXT, then=MAIN)
+        hub.asked.clear()
+        compile_spec(loaded, tmp_path / "build", device="cpu", progress=Silent(), plan=plan)
+    assert "model.safetensors" in hub.fetched()
+    document = json.loads((tmp_path / "build" / "plan.json").read_text())
+    assert document["teacher"]["commit"] == document["inputs"]["teacher"]["commit"] == MAIN and not document["remarks"]
+    other = foundry.build(teacher, {"intermediate_size": 24}, program=False)
+    student = Path("student") / "model.safetensors"
+    assert (tmp_path / "build" / student).read_bytes() == (other.folder / student).read_bytes()
+    assert document["selection"] == other.document("plan.json")["selection"]
+    assert document["fingerprint"] == other.document("plan.json")["fingerprint"]
 
 
 def test_a_plan_compares_headers_on_the_hub_with_the_configuration(
