@@ -124,13 +124,14 @@ class Executor:
                     values[node] = values[skip[node]]
                 continue
             args, kwargs = self._arguments[node]
-            values[node] = _call(node, _fill(args, values), _fill(kwargs, values))
-            if node.name in taps:
-                taps[node.name](values[node], number)
+            value = values[node] = _call(node, _fill(args, values), _fill(kwargs, values))
             for source in node.all_input_nodes:
                 remaining[source] -= 1
                 if not remaining[source] and source not in segment.live_after and source not in weights:
                     values.pop(source, None)
+            if node.name in taps:  # once what it was made of is gone: a tap takes memory of its own
+                taps[node.name](value, number)
+            del value
         keep = segment.live_after | {self._output}
         return {node: value for node, value in values.items() if node in keep}
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from minitron.compiler import memory
+from minitron.compiler import calibrate, memory
 from minitron.compiler.devices import Cluster, Device
 from minitron.compiler.fits import fits_json
 from minitron.compiler.footprint import Footprint, Living, Work, footprint
@@ -17,8 +17,10 @@ from minitron.compiler.memory import Layout, LossWork, Shape, logits_bytes, trai
 from minitron.compiler.outlook import Outlook
 from minitron.compiler.phases import Reckoning
 from minitron.compiler.plan import Plan
+from minitron.compiler.scores import WidthConfig
 from minitron.runtime.loss import distillation, products
-from tests.foundry import Foundry
+from minitron.specs.progress import Silent
+from tests.foundry import Foundry, executor, token_ids
 from tests.models import tiny_config
 
 STUDENT = Shape(parameters=1000, layer=300, outside=400, hidden=10, vocabulary=20)
@@ -99,6 +101,33 @@ class TestFootprint:
 
         assert run(training=True, recompute=True).kept < run(training=True).kept / 2
         assert run().kept == 0 < run().transient
+
+
+@pytest.mark.parametrize(
+    ("metric", "changes"),
+    [
+        ("block_influence", {"vocab_size": 16384}),  # the embedding is the largest thing, alone in memory
+        ("block_influence", {"vocab_size": 8192, "tie_word_embeddings": True}),  # it stays: it is the head
+        ("block_influence", {"hidden_size": 128, "intermediate_size": 1024, "head_dim": 32}),  # a layer is
+        ("logit_mse", {"vocab_size": 2048}),
+        ("loss", {"vocab_size": 2048}),
+    ],
+)
+def test_scoring_holds_what_the_plan_says(foundry: Foundry, metric: str, changes: dict[str, Any]) -> None:
+    samples = 4
+    data = foundry.calibration | {"samples": samples, "sequence_length": 128}
+    importance = {"data": data, "depth": {"metric": metric}}
+    teacher = foundry.teacher("llama", **changes)
+    plan = foundry.plan(teacher, {"num_hidden_layers": 2, "intermediate_size": 24}, importance=importance)
+    (phase,) = plan.phases()
+    living, run, ids = Living(), executor(plan), token_ids(samples, 128)
+    with living:
+        calibrate.calibrate(
+            plan.captured, plan.table, plan.roles, plan.ends, run, ids,
+            calibrate.CalibrationConfig(WidthConfig(), calibrate.DepthConfig(metric)),
+            need_layers=True, partial=plan.build / "partial.safetensors", key="k", progress=Silent(),
+        )  # fmt: skip
+    assert phase["peak_memory_bytes"] == pytest.approx(living.peak, rel=0.1)
 
 
 Planned = Callable[..., Plan]
