@@ -10,6 +10,7 @@ import typer
 from minitron.cli import builds, figures, interrupts, options
 from minitron.cli.build_sections import results_sections, training_section, verification_section
 from minitron.cli.device import pick_device, use_threads
+from minitron.cli.drafts import load_whole
 from minitron.cli.libraries import quiet_libraries
 from minitron.cli.lock_command import follow_lock
 from minitron.cli.plan_sections import plan_sections
@@ -18,7 +19,7 @@ from minitron.cli.ranks import first_process, only_process
 from minitron.cli.render import document, say, show_sections, stderr_console, write
 from minitron.cli.sections import Column, Document, Section
 from minitron.cli.spec_commands import Rendering, preview
-from minitron.specs import LoadedSpec, load_spec
+from minitron.specs import LoadedSpec
 from minitron.specs.builds import MODEL, PLAN, STUDENT, VERIFICATION, build_of, read_document, result_of
 from minitron.specs.chain import chain
 from minitron.specs.errors import UsageError
@@ -42,15 +43,15 @@ def compile_command(
     measured: options.Measured = None,
 ) -> None:
     """Score, select, rewrite, write the pruned student and its training plan, verify."""
-    loaded = load_spec(spec, overrides or ())
     if dry_run:
         rendering = Rendering(as_json, as_markdown, detailed_exitcode)
-        preview(loaded, output, rendering, locked=locked, device=device, mfu=mfu, measured=measured)
+        preview(spec, overrides or (), output, rendering, locked=locked, device=device, mfu=mfu, measured=measured)
         return
     if as_markdown or detailed_exitcode or mfu is not None or measured is not None:
         raise UsageError("--markdown, --detailed-exitcode, --mfu and --measured belong to the preview; add --dry-run")
-    build = output or build_of(loaded)
     only_process("compile")
+    loaded = load_whole(spec, overrides or ())
+    build = builds.build_folder(output, loaded)
     quiet_libraries()
     loaded = follow_lock(loaded, locked=locked)
     _compile(loaded, build, pick_device(device), threads)
@@ -121,8 +122,8 @@ def run(
     """Compile, capture where the spec asks for it, train and evaluate, and before that the specs that it takes its
     teacher from; what is there already is not done again."""
     only_process("run")
-    loaded = load_spec(spec, overrides or ())
-    build = output or build_of(loaded)
+    loaded = load_whole(spec, overrides or ())
+    build = builds.build_folder(output, loaded)
     quiet_libraries()
     chosen = pick_device(device)
     for upper in chain(loaded):

@@ -9,7 +9,8 @@ from pathlib import Path
 import yaml
 
 from minitron.cli.sections import Document
-from minitron.specs.builds import FINISHED, MODEL, PLAN, VERIFICATION, read_document
+from minitron.specs import LoadedSpec
+from minitron.specs.builds import FINISHED, MODEL, PLAN, VERIFICATION, build_of, read_document
 from minitron.specs.errors import UsageError
 
 RESULTS = "results.json"
@@ -31,6 +32,14 @@ def require_build(build: Path) -> Path:
             f"{build}: not a build folder, it has neither {PLAN} nor {TRAINING}; "
             f"give the folder that `minitron compile` has written"
         )
+    return build
+
+
+def build_folder(output: Path | None, loaded: LoadedSpec) -> Path:
+    """Where a spec is built: `output`, or builds/NAME beside it. UsageError where something else is there."""
+    build = output or build_of(loaded)
+    if build.exists() and not build.is_dir():
+        raise UsageError(f"{build}: a file, and the build needs a folder; name another with -o")
     return build
 
 

@@ -9,6 +9,7 @@ import typer
 
 from minitron.cli import builds, options
 from minitron.cli.diff import Side, diff_sections, difference
+from minitron.cli.drafts import load_whole
 from minitron.cli.lock_command import follow_lock
 from minitron.cli.render import show_sections
 from minitron.cli.sections import part
@@ -36,9 +37,8 @@ def _side(path: Path) -> Side:
         spec = part(plan, "spec").get("resolved")
         return Side(str(path), plan, spec, read_document(path / builds.RESULTS))
     from minitron.cli.libraries import quiet_libraries
-    from minitron.specs import load_spec
 
-    loaded = load_spec(path)
+    loaded = load_whole(path, ())
     quiet_libraries()
     from minitron.compiler import make_plan
 

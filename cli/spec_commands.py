@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,14 +10,15 @@ from typing import Annotated
 import typer
 
 from minitron.cli import options
+from minitron.cli.builds import build_folder
+from minitron.cli.drafts import load_whole
 from minitron.cli.failures import WRONG, errors_document, failure_of
 from minitron.cli.lock_command import follow_lock
 from minitron.cli.plan_sections import plan_sections
 from minitron.cli.render import document, say, show_sections, write
 from minitron.cli.sections import Document
-from minitron.specs import LoadedSpec, load_spec, unavailable
-from minitron.specs.builds import build_of
-from minitron.specs.errors import SpecError, UsageError
+from minitron.specs import load_spec, unavailable
+from minitron.specs.errors import SpecError, SpecInvalid, UsageError
 from minitron.specs.lockfile import LOCK_SUFFIX
 
 # What `plan --detailed-exitcode` ends with when there is something to compile.
@@ -106,9 +108,8 @@ def plan(
     measured: options.Measured = None,
 ) -> None:
     """Preview: check every width against the teacher and print what would be done and what it would cost."""
-    loaded = load_spec(spec, overrides or ())
     rendering = Rendering(as_json, as_markdown, detailed_exitcode)
-    preview(loaded, output, rendering, locked=locked, device=device, mfu=mfu, measured=measured)
+    preview(spec, overrides or (), output, rendering, locked=locked, device=device, mfu=mfu, measured=measured)
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ class Rendering:
 
 
 def preview(
-    loaded: LoadedSpec,
+    spec: Path,
+    overrides: Sequence[str],
     output: Path | None,
     rendering: Rendering,
     *,
@@ -138,11 +140,22 @@ def preview(
     quiet_libraries()
     from minitron.compiler import make_plan, read_outlook, why_stale
 
-    outlook = read_outlook(device, mfu, measured)
-
-    loaded = follow_lock(loaded, locked=locked)
-    build = output or build_of(loaded)
-    content = make_plan(loaded, build=build).to_json(outlook=outlook)
+    errors: list[SpecError] = []
+    plan, outlook = None, None
+    # All in one go: what is wrong with the call, with the spec, and with it for this teacher.
+    try:
+        outlook = read_outlook(device, mfu, measured)
+    except UsageError as error:
+        errors += failure_of(error).errors
+    try:
+        loaded = follow_lock(load_whole(spec, overrides), locked=locked)
+        build = build_folder(output, loaded)
+        plan = make_plan(loaded, build=build)
+    except UsageError as error:
+        errors += failure_of(error).errors
+    if plan is None or outlook is None:
+        raise SpecInvalid(errors)
+    content = plan.to_json(outlook=outlook)
     show_sections(plan_sections(content), content, as_json=rendering.as_json, as_markdown=rendering.as_markdown)
     if rendering.detailed_exitcode and (stale := why_stale(build, loaded)) is not None:
         say(f"{build} is {stale}")

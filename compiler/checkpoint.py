@@ -15,6 +15,7 @@ from minitron.specs.errors import UsageError, WorkError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+LONGEST_REASON = 300  # characters of a library's message that are passed on
 HEADER_LIMIT = 100_000_000  # the format's own bound on a header, in bytes
 
 
@@ -49,11 +50,19 @@ class Checkpoint:
         return bool(self.tensors) and all(file.is_file() for file in {info.file for info in self.tensors.values()})
 
 
+class BrokenWeights(WorkError):
+    """Weight files are damaged or missing; `checkpoint` is all else that there is."""
+
+    def __init__(self, message: str, checkpoint: Checkpoint) -> None:
+        super().__init__(message)
+        self.checkpoint = checkpoint
+
+
 def open_checkpoint(model: str, revision: str | None, base: Path, *, weights: bool) -> Checkpoint:
     """A folder (relative to `base`) or a Hub id, of which the small files are fetched and the headers of the large ones.
 
     With `weights` those of a folder must be there, and all small files of a model from the Hub: `fetch_weights` follows.
-    UsageError where the model cannot be found or its configuration not be read; WorkError for broken weight files.
+    UsageError where the model cannot be found or its configuration not be read; BrokenWeights for weight files.
     """
     local = (base / model).expanduser()
     if local.is_dir():
@@ -80,6 +89,15 @@ def fetch_weights(checkpoint: Checkpoint) -> Checkpoint:
 def read_checkpoint(name: str, folder: Path, *, weights: bool, commit: str | None = None) -> Checkpoint:
     """The checkpoint in a folder. Errors as for `open_checkpoint`."""
     config = _read_config(name, folder)
+    try:
+        tensors, remark = _inspect(name, folder, weights, commit)
+    except WorkError as error:
+        raise BrokenWeights(str(error), Checkpoint(name, folder, config, {}, commit)) from None
+    return Checkpoint(name, folder, config, tensors, commit, remark)
+
+
+def _inspect(name: str, folder: Path, weights: bool, commit: str | None) -> tuple[dict[str, TensorInfo], str]:
+    """The tensors, and why there are none."""
     # In the Hub's cache a part of the weight files is what a download that was not finished leaves.
     tensors = _read_headers(folder, parts_will_do=commit is not None and not weights)
     remark = ""
@@ -96,7 +114,7 @@ def read_checkpoint(name: str, folder: Path, *, weights: bool, commit: str | Non
         tensors, remark = _remote_headers(name, folder, commit)
     elif not tensors:
         remark = "no weight files are there: tensor names and shapes could not be compared with the configuration"
-    return Checkpoint(name, folder, config, tensors, commit, remark)
+    return tensors, remark
 
 
 def _read_config(model: str, folder: Path) -> Any:
@@ -124,16 +142,25 @@ def _read_config(model: str, folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # configuration classes raise anything; all of it is the file's fault
-        raise UsageError(f"{path} cannot be read by transformers: {str(error).strip().splitlines()[0]}") from None
+        raise UsageError(f"{path} cannot be read by transformers: {in_one_line(error)}") from None
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UsageError(
             f"{model} is a {config.model_type} model, which transformers does not know as a causal language model; "
             "name a decoder-only text model"
         )
-    if not isinstance(getattr(config, "num_hidden_layers", None), int):
+    layers = getattr(config, "num_hidden_layers", None)
+    if not isinstance(layers, int):
         raise UsageError(f"{path} has no num_hidden_layers; models of several towers are not supported")
+    if layers < 1:
+        raise UsageError(f"{path} says that the model has {layers} layers; copy the file again from its source")
     vars(config).pop("auto_map", None)  # names code that is not used, and that a student's folder would not have
     return config
+
+
+def in_one_line(error: Exception) -> str:
+    """What a library has to say, of which the second line often is the reason."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= LONGEST_REASON else words[: LONGEST_REASON - 3] + "..."
 
 
 def file_headers(folder: Path) -> dict[str, TensorInfo]:
@@ -165,7 +192,9 @@ def _weight_files(folder: Path) -> list[str] | None:
         return None
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return [str(Path(name)) for name in names]
+        if strange := next((name for name in names if not isinstance(name, str) or Path(name).name != name), None):
+            raise ValueError(f"{strange!r} is no name of a file beside it")
+        return names
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise WorkError(f"{index} is broken ({error}); copy the checkpoint again") from None
 

@@ -18,7 +18,8 @@ def fits_json(reckoning: Reckoning, outlook: Outlook) -> dict[str, Any]:
     """`fits` of a plan: {device, ok, nearest}; `nearest` is null where all fits, or where no change that is tried does.
 
     Changes are tried in this order, each alone with what stands in the spec: fewer sequences at a time, recomputation,
-    both, a sharded teacher, that and both, then more devices, first as the spec is, then with all of that.
+    both, a sharded teacher, that and both, then more devices, first as the spec is, then with all of that; where a global
+    batch cannot be shared by the devices, also fewer of them.
     """
     cluster = outlook.cluster
     found: dict[str, Any] = {"device": cluster.name, "ok": False, "nearest": None, "reason": None}
@@ -102,6 +103,14 @@ def _changes(reckoning: Reckoning, cluster: Cluster, layout: Layout) -> Iterator
             for more, changed in (*each(base), *sharded(base)):
                 yield words + more, devices, changed
         devices *= 2
+    if whole % cluster.count:
+        for devices in range(cluster.count - 1, 0, -1):
+            if whole % devices == 0:
+                base = replace(reckoning.layout(devices), recompute=layout.recompute)
+                words = [f"--device {Cluster(cluster.device, devices).name}"]
+                alone: list[str] = []
+                for more, changed in ((alone, base), *each(base), *sharded(base)):
+                    yield words + more, devices, changed
 
 
 def _size(value: int) -> str:

@@ -18,7 +18,7 @@ from minitron.specs.builds import FINISHED, PLAN, build_of, result_of
 from minitron.specs.chain import above
 from minitron.specs.data import STDLIB_PREFIX, Source
 from minitron.specs.data_files import data_files, data_sources, resolve, stdlib, unreadable
-from minitron.specs.errors import SpecInvalid, UsageError
+from minitron.specs.errors import SpecInvalid, UsageError, WorkError
 from minitron.specs.load import LoadedSpec
 from minitron.specs.lockfile import Inputs, source_parts
 
@@ -46,6 +46,9 @@ def observe(loaded: LoadedSpec, *, offline_will_do: bool = True) -> Inputs:
                 data[key] = _source(part, original, loaded.folder, offline_will_do)
             except UsageError as error:
                 raise SpecInvalid([loaded.error(path, str(error))]) from None
+    evaluate = loaded.spec.evaluate
+    if evaluate is not None and evaluate.data_dir is not None:
+        data["evaluate.data_dir"] = _folder(loaded, evaluate.data_dir)
     if data:
         inputs["data"] = data
     return inputs
@@ -105,7 +108,13 @@ def _teacher(loaded: LoadedSpec) -> tuple[Inputs, Path | None]:
         raise SpecInvalid([loaded.error("teacher.model", f"{folder} has no config.json", "name a Hugging Face model")])
     part["config"] = _file_hash(config)
     # Of a model on the Hub the commit says all of this, and the weights may not be here.
-    if local.is_dir() and (tensors := file_headers(folder)):
+    if not local.is_dir():
+        return part, folder
+    try:
+        tensors = file_headers(folder)
+    except WorkError as error:
+        raise SpecInvalid([loaded.error("teacher.model", str(error))]) from None
+    if tensors:
         headers = sorted((name, info.dtype, list(info.shape)) for name, info in tensors.items())
         part["tensors"] = _sha256([json.dumps(headers).encode()])
     return part, folder
@@ -154,6 +163,16 @@ def _source(source: Source, written: Source, folder: Path, offline_will_do: bool
         else:
             part[Path(os.path.relpath(entry, folder)).as_posix()] = _file_hash(Path(entry))
     return part
+
+
+def _folder(loaded: LoadedSpec, name: str) -> Inputs:
+    """All files in a folder that a spec names, as one."""
+    folder = loaded.folder / name
+    if not folder.is_dir():
+        hint = f"paths are relative to {loaded.folder.absolute()}"
+        raise SpecInvalid([loaded.error("evaluate.data_dir", f"there is no folder `{name}`", hint)])
+    files = sorted(one for one in folder.rglob("*") if one.is_file())
+    return {"folder": name, "files": str(len(files)), "all": _together(files, folder)}
 
 
 def _together(files: list[Path], folder: Path) -> str:

@@ -14,8 +14,9 @@ import torch
 from minitron.compiler import costs
 from minitron.compiler.axes import AxisTable, analyse
 from minitron.compiler.capture import FIXED_LENGTH, Captured, capture
-from minitron.compiler.checkpoint import Checkpoint, fetch_weights, last_token
+from minitron.compiler.checkpoint import BrokenWeights, Checkpoint, fetch_weights, last_token
 from minitron.compiler.config_layers import lists_over_layers
+from minitron.compiler.emit import tokenizer_files
 from minitron.compiler.fits import fits_json
 from minitron.compiler.head import Head, find_head
 from minitron.compiler.outlook import Outlook
@@ -23,6 +24,7 @@ from minitron.compiler.phases import Reckoning
 from minitron.compiler.rewrite.constants import check_scalars
 from minitron.compiler.rewrite.drop_layers import LayerEnds, layer_ends
 from minitron.compiler.roles import Roles, find_roles
+from minitron.compiler.samples import load_tokenizer
 from minitron.compiler.select import Selection, leading, narrowing_of, selection_json, wanted_heads
 from minitron.compiler.student_config import Key, fit, student_config
 from minitron.compiler.targets import LAYERS, AxisStatus, Targets, resolve_targets, teacher_widths
@@ -30,9 +32,11 @@ from minitron.compiler.teacher import open_teacher
 from minitron.compiler.training_plan import place_teacher
 from minitron.compiler.weights import check_headers, dtype_of, recipes, renumber
 from minitron.specs.available import unavailable
-from minitron.specs.data_files import check_data
+from minitron.specs.data_files import check_data, data_sources, resolve
+from minitron.specs.documents import check_readable
 from minitron.specs.errors import SpecError, SpecInvalid, UsageError, WorkError
 from minitron.specs.load import LoadedSpec
+from minitron.specs.lockfile import source_parts
 from minitron.specs.progress import Progress
 
 FORMAT_VERSION = 1
@@ -147,21 +151,31 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
     """
     spec = loaded.spec
     errors = [loaded.error(path, message) for path, message in unavailable(spec)]
-    errors += check_data(loaded)
+    errors += check_data(loaded) + _check_documents(loaded)
+    at = "teacher.model" if spec.teacher.spec is None else "teacher.spec"
     try:
         checkpoint = open_teacher(loaded, weights=weights, planned=_student_of)
+    except BrokenWeights as broken:
+        errors.append(loaded.error(at, str(broken)))
+        checkpoint = broken.checkpoint
+    except SpecInvalid as error:
+        raise SpecInvalid([*errors, *error.errors]) from None
+    except UsageError as error:
+        raise SpecInvalid([*errors, loaded.error(at, str(error))]) from None
+    errors += _check_tokenizer(loaded, checkpoint)
+    try:
         captured = capture(checkpoint.config, dtype_of(spec.teacher.dtype), _fixed_length(loaded))
         table = analyse(captured)
         roles = find_roles(captured, table)
         head = find_head(captured)
-        check_headers(captured, checkpoint)
-    except SpecInvalid as error:
-        raise SpecInvalid([*errors, *error.errors]) from None
     except UsageError as error:
-        at = "teacher.model" if spec.teacher.spec is None else "teacher.spec"
         raise SpecInvalid([*errors, loaded.error(at, str(error))]) from None
+    try:
+        check_headers(captured, checkpoint)
+    except UsageError as error:
+        errors.append(loaded.error(at, str(error)))
     targets, wrong = resolve_targets(spec.student, captured, roles, table, loaded.error)
-    errors += wrong + _check_lengths(loaded, captured) + _check_vocabulary(loaded, checkpoint)
+    errors += wrong + _check_lengths(loaded, captured)
     if targets is not None:
         errors += _check_pairs(loaded, captured.layer_count, targets.layers)
     if targets is None or errors:
@@ -229,15 +243,43 @@ def _check_lengths(loaded: LoadedSpec, captured: Captured) -> list[SpecError]:
     return errors
 
 
-def _check_vocabulary(loaded: LoadedSpec, checkpoint: Checkpoint) -> list[SpecError]:
-    """Text is turned into tokens that the teacher has."""
-    spec = loaded.spec
-    last, size = last_token(checkpoint.folder), int(checkpoint.config.vocab_size)
-    if last is None or last < size or (spec.importance.data is None and spec.distill is None):
+def _check_documents(loaded: LoadedSpec) -> list[SpecError]:
+    """There is text in the files, and it is as the spec says. What names no file is not said again."""
+    errors = []
+    for source_at, source in data_sources(loaded.spec):
+        for path, _, part in source_parts(source_at, source):
+            try:
+                check_readable(resolve(part, loaded.folder))
+            except SpecInvalid:
+                continue
+            except WorkError as error:
+                errors.append(loaded.error(path, str(error)))
+    return errors
+
+
+def _check_tokenizer(loaded: LoadedSpec, checkpoint: Checkpoint) -> list[SpecError]:
+    """Text is turned into tokens that the teacher has; nothing is said where there is no tokenizer to be looked at."""
+    sources = list(data_sources(loaded.spec))
+    if not sources or not any(tokenizer_files(checkpoint.folder)):
         return []
-    at = "teacher.model" if spec.teacher.spec is None else "teacher.spec"
-    message = f"its tokenizer knows tokens up to number {last}, and the model has a vocabulary of {size}"
-    return [loaded.error(at, message, "copy the tokenizer files that belong to this model")]
+    at = "teacher.model" if loaded.spec.teacher.spec is None else "teacher.spec"
+    try:
+        tokenizer = load_tokenizer(checkpoint.folder)
+    except UsageError as error:
+        return [loaded.error(at, str(error))]
+    errors = []
+    last, size = last_token(checkpoint.folder), int(checkpoint.config.vocab_size)
+    if last is not None and last >= size:
+        message = f"its tokenizer knows tokens up to number {last}, and the model has a vocabulary of {size}"
+        errors.append(loaded.error(at, message, "copy the tokenizer files that belong to this model"))
+    if not getattr(tokenizer, "chat_template", None):
+        errors += [
+            loaded.error(f"{path}.messages_field", "the teacher's tokenizer has no chat template", "name text_field")
+            for source_at, source in sources
+            for path, _, part in source_parts(source_at, source)
+            if part.messages_field is not None
+        ]
+    return errors
 
 
 def _check_pairs(loaded: LoadedSpec, teacher_layers: int, student_layers: int) -> list[SpecError]:
@@ -354,6 +396,8 @@ def _both_costs(
 def _remarks(checkpoint: Checkpoint, captured: Captured) -> tuple[str, ...]:
     """What the user should know and no axis says."""
     remarks = [checkpoint.remark] if checkpoint.remark else []
+    if checkpoint.folder.is_dir() and not any(tokenizer_files(checkpoint.folder)):
+        remarks.append("no tokenizer files are there: they could not be compared with the vocabulary")
     if captured.length is not None:
         remarks.append(
             f"the code of {captured.config.model_type} depends on the number of tokens: its graph is of {captured.length}, "

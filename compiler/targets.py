@@ -145,19 +145,19 @@ def resolve_targets(
         if key not in teacher:
             errors.append(error(path, f"the teacher ({captured.config.model_type}) has no {key}", "leave it out"))
             continue
-        width = _width(key, value, teacher[key], student.multiple_of)
-        if not 0 < width <= teacher[key]:
-            errors.append(
-                error(
-                    path, f"{width} is not between 1 and the teacher's {teacher[key]}", f"write at most {teacher[key]}"
-                )
-            )
-            continue
-        status, reason = status_of(key, captured, roles, table)
-        if width < teacher[key] and status == "refused":
-            errors.append(error(path, f"cannot be narrowed: {reason}", f"leave it out, or write {teacher[key]}"))
-            continue
-        wanted[key] = width
+        values = value if isinstance(value, tuple) else (value,)  # a search has several candidates
+        for index, one in enumerate(values):
+            here = f"{path}.{index}" if isinstance(value, tuple) else path
+            width = _width(key, one, teacher[key], student.multiple_of)
+            if not 0 < width <= teacher[key]:
+                message = f"{width} is not between 1 and the teacher's {teacher[key]}"
+                errors.append(error(here, message, f"write at most {teacher[key]}"))
+                continue
+            status, reason = status_of(key, captured, roles, table)
+            if width < teacher[key] and status == "refused":
+                errors.append(error(here, f"cannot be narrowed: {reason}", f"leave it out, or write {teacher[key]}"))
+            elif len(values) == 1:
+                wanted[key] = width
     shares = {key for key, value in student.targets() if isinstance(value, Share)}
     errors += _check_heads(wanted, teacher, shares, error)
     errors += _check_experts(wanted, roles, shares, error)

@@ -61,21 +61,24 @@ class LoadedWeights:
 def check_headers(captured: Captured, checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint can be streamed. UsageError where headers contradict the configuration."""
     parameters = stored_tensors(captured.model)
-    for name, parameter in parameters.items():
-        info = checkpoint.tensors.get(name)
-        if info is not None and info.shape != tuple(parameter.shape):
-            raise UsageError(
-                f"{checkpoint.folder}: config.json says that {name} is {list(parameter.shape)}, "
-                f"the weight file has {list(info.shape)}; one of the two files belongs to another model"
-            )
+    sizes = {name: tuple(parameter.shape) for name, parameter in parameters.items() if name in checkpoint.tensors}
+    other = [name for name, shape in sizes.items() if checkpoint.tensors[name].shape != shape]
+    if other:
+        more = f" (and so with {len(other) - 1} more)" if len(other) > 1 else ""
+        raise UsageError(
+            f"{checkpoint.folder}: config.json says that {other[0]} is {list(sizes[other[0]])}, "
+            f"the weight file has {list(checkpoint.tensors[other[0]].shape)}{more}; one of the two files belongs to "
+            "another model"
+        )
     missing = [name for name in parameters if name not in checkpoint.tensors]
     known = set(captured.canonical)
     whole = checkpoint.commit is None  # of a model from the Hub some files may not be on this machine
     if missing and whole and checkpoint.tensors and known.issuperset(checkpoint.tensors):
         # Nothing that transformers could make them of: where tensors have names of their own, it may convert them.
+        tensors = "tensor" if len(missing) == 1 else "tensors"
         raise UsageError(
-            f"{checkpoint.folder}: config.json describes {len(missing)} tensors that the weight files have not, the first is "
-            f"{missing[0]}; one of the two belongs to another model, or a file is missing"
+            f"{checkpoint.folder}: config.json describes {len(missing)} {tensors} that the weight files have not, the first "
+            f"is {missing[0]}; one of the two belongs to another model, or a file is missing"
         )
     return not missing
 

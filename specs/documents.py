@@ -36,6 +36,22 @@ def iter_documents(source: Source, *, limit: int | None = None) -> Iterator[Docu
     return itertools.islice(itertools.chain([first], documents), limit)
 
 
+def check_readable(source: Source) -> None:
+    """Reads resolved text or JSON lines as far as to see that there is a document. Errors as for `iter_documents`.
+
+    Of other kinds nothing is read: they need packages or a network.
+    """
+    if isinstance(source, DataSource) and source.blend is not None:
+        for part in source.blend:
+            check_readable(part)
+    elif source.text is not None:
+        # Line by line: a document may be larger than the memory.
+        if not any(line.strip() for file in data_files(source) for line in _lines(file)):
+            raise WorkError(f"there is no document in {_describe(source)}; name other data in the spec")
+    elif source.jsonl is not None:
+        next(iter_documents(source, limit=1))
+
+
 def _describe(source: Source) -> str:
     value = getattr(source, source.kind)
     shown = ", ".join(str(item) for item in value[:3]) if isinstance(value, tuple) else str(value)

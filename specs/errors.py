@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from minitron.specs.load import LoadedSpec
 
 
 class MinitronError(Exception):
@@ -44,9 +48,14 @@ class SpecError:
 
 
 class SpecInvalid(UsageError):
-    """All errors of one or more specs, in the order of their places."""
+    """All errors of one or more specs, in the order of their places.
 
-    def __init__(self, errors: Sequence[SpecError]) -> None:
+    `draft` is what is left of a spec when everything that was found wrong is taken out: so the rest can be held against
+    the teacher in the same go.
+    """
+
+    def __init__(self, errors: Sequence[SpecError], draft: LoadedSpec | None = None) -> None:
         assert errors, "SpecInvalid without an error"
         self.errors = sorted(errors, key=lambda e: (e.file, e.line, e.column, e.path))
+        self.draft = draft
         super().__init__("\n".join(str(e) for e in self.errors))

@@ -91,9 +91,10 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> LoadedSpec:
     written = {key: source.plain(entry.node) for key, entry in tree.entries.items()}
     values = {"name": path.stem} | {key: value for key, value in written.items() if value is not None}
     spec, wrong = _check(tree, values)
+    loaded = LoadedSpec(spec, path.absolute(), tuple(overrides), tree)
     if errors or wrong:
-        raise SpecInvalid([*errors, *wrong])
-    return LoadedSpec(spec, path.absolute(), tuple(overrides), tree)
+        raise SpecInvalid([*errors, *wrong], loaded)
+    return loaded
 
 
 def _read(path: Path) -> bytes:
@@ -129,23 +130,34 @@ def _check(tree: source.Mapping, values: dict[str, Any]) -> tuple[Spec, list[Spe
     """
     errors: list[SpecError] = []
     broken: list[shape.Path] = []
+    spec = _whole(tree, values, errors, broken)
+    apart: list[str] = []
+    for rule in RULES:
+        if not any(_touches(from_dotted(path), broken) for path in rule.reads):
+            problems = list(rule.check(spec))
+            errors += [
+                locate(tree, from_dotted(problem.path))[0].error(problem.path, problem.message, problem.hint)
+                for problem in problems
+            ]
+            # Widths that do not go together are each right and wrong: none of them is judged by itself.
+            apart += [path for path in rule.reads if problems and path.startswith("student.")]
+            apart += [problem.path for problem in problems]
+    for path in apart:
+        _take_out(values, from_dotted(path))
+    return (_whole(tree, values, [], broken) if apart else spec), errors
+
+
+def _whole(tree: source.Mapping, values: dict[str, Any], errors: list[SpecError], broken: list[shape.Path]) -> Spec:
+    """The spec of what is right in `values`, from which the rest is taken out; that is added to `errors` and `broken`."""
     while True:
         try:
-            spec = Spec.model_validate(values)
-            break
+            return Spec.model_validate(values)
         except ValidationError as error:
             found = translate(error.errors(include_url=False), tree, Spec)
         errors += [one.error for one in found if one.error is not None and not _touches(one.path, broken)]
         broken += [one.path for one in found]
         progress = [_take_out(values, one.path) for one in found]
         assert any(progress), f"no stand-in for one of {broken}"
-    for rule in RULES:
-        if not any(_touches(from_dotted(path), broken) for path in rule.reads):
-            errors += [
-                locate(tree, from_dotted(problem.path))[0].error(problem.path, problem.message, problem.hint)
-                for problem in rule.check(spec)
-            ]
-    return spec, errors
 
 
 def _touches(path: shape.Path, broken: list[shape.Path]) -> bool:

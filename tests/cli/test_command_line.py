@@ -228,6 +228,12 @@ def test_compile_writes_beside_the_spec_or_where_it_is_told(run: Run, spec: Path
     assert (spec.parent / "other" / "plan.json").exists()
 
 
+@pytest.mark.parametrize("command", ["plan", "compile", "run"])
+def test_a_file_is_no_place_for_a_build(run: Run, spec: Path, calls: list[str], command: str) -> None:
+    code, out, err = run(command, spec, "-o", spec)
+    assert (code, out, calls) == (2, "", []) and "the build needs a folder; name another with -o" in err
+
+
 def test_preview_options_need_a_dry_run(run: Run, spec: Path, calls: list[str]) -> None:
     assert run("compile", spec, "--markdown")[0] == 2
     assert calls == []

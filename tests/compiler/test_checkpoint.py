@@ -145,6 +145,11 @@ CONFIGURATIONS: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda f: change_config(f, quantization_config={"quant_method": "fp8", "fmt": "e4m3"}),
         r"the weights are quantized \(quantization_config\); name the checkpoint that they were made from",
     ),
+    "no layers": (lambda f: change_config(f, num_hidden_layers=0), "says that the model has 0 layers"),
+    "widths that do not divide": (
+        lambda f: change_config(f, num_attention_heads=5, head_dim=None),
+        r"The hidden size \(32\) is not a multiple of the number of attention heads \(5\)",
+    ),
     "no language model": (
         lambda f: change_config(f, model_type="vit", architectures=None),
         "does not know as a causal language model; name a decoder-only text model",
@@ -228,7 +233,9 @@ def test_a_shard_that_is_missing_is_named(sharded: Path) -> None:
         opened(sharded)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../other"}}']
+)
 def test_an_index_that_is_broken(sharded: Path, content: str) -> None:
     (sharded / INDEX).write_text(content)
     with pytest.raises(WorkError, match=rf"{INDEX} is broken \(.*\); copy the checkpoint again"):
@@ -239,8 +246,8 @@ def test_headers_that_contradict_the_configuration(folder: Path) -> None:
     change_config(folder, intermediate_size=48)
     checkpoint = opened(folder)
     words = (
-        r"config\.json says that model\.layers\.0\.mlp\.gate_proj\.weight is \[48, 32\], the weight file has \[40, 32\]; "
-        "one of the two files belongs to another model"
+        r"config\.json says that model\.layers\.0\.mlp\.gate_proj\.weight is \[48, 32\], the weight file has \[40, 32\] "
+        r"\(and so with 5 more\); one of the two files belongs to another model"
     )
     with pytest.raises(UsageError, match=words):
         check_headers(captured(checkpoint), checkpoint)
@@ -251,7 +258,7 @@ def test_a_tensor_that_no_file_holds_is_named(folder: Path) -> None:
     del weights["model.layers.1.mlp.down_proj.weight"]
     save_file(weights, folder / SINGLE, metadata={"format": "pt"})
     checkpoint = opened(folder)
-    words = r"1 tensors that the weight files have not, the first is model\.layers\.1\.mlp\.down_proj\.weight"
+    words = r"1 tensor that the weight files have not, the first is model\.layers\.1\.mlp\.down_proj\.weight"
     with pytest.raises(UsageError, match=words):
         open_weights(captured(checkpoint), checkpoint)
 
@@ -265,7 +272,7 @@ def test_a_file_that_changes_while_it_is_read(folder: Path) -> None:
 
 
 def test_what_is_wrong_with_a_teacher_is_shown_at_its_line(foundry: Foundry, folder: Path) -> None:
-    """The three kinds: a configuration, headers that contradict it, and weight files, which no line is to blame for."""
+    """The three kinds: a configuration, headers that contradict it, and weight files; and with the last two all else."""
     change_config(folder, intermediate_size=48)
     with pytest.raises(SpecInvalid, match=r"spec-\d+\.yaml:3:10: teacher\.model: .*belongs to another model"):
         foundry.plan(folder, {"hidden_size": 24})
@@ -274,8 +281,27 @@ def test_what_is_wrong_with_a_teacher_is_shown_at_its_line(foundry: Foundry, fol
         foundry.plan(folder, {"hidden_size": 24})
     cut(folder, -1)
     change_config(folder, model_type="llama")
-    with pytest.raises(WorkError, match="not a whole safetensors file"):
+    with pytest.raises(SpecInvalid) as caught:
+        foundry.plan(folder, {"hidden_size": 99})
+    teacher, width = caught.value.errors
+    assert teacher.path == "teacher.model" and "not a whole safetensors file" in teacher.message
+    assert width.path == "student.hidden_size"
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_noticed_by_the_plan(foundry: Foundry, folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(SpecInvalid, match=r":3:10: teacher\.model: .* has no tokenizer that transformers can load"):
         foundry.plan(folder, {"hidden_size": 24})
+
+
+def test_chat_data_needs_a_chat_template(foundry: Foundry, folder: Path, tmp_path: Path) -> None:
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text(json.dumps({"messages": [{"role": "user", "content": "a cat"}]}))
+    data = {"jsonl": [str(chat)], "messages_field": "messages", "samples": 1, "sequence_length": 8}
+    with pytest.raises(SpecInvalid) as caught:
+        foundry.plan(folder, {"hidden_size": 24}, importance={"data": data})
+    (error,) = caught.value.errors
+    assert error.path == "importance.data.messages_field" and "no chat template" in error.message
 
 
 def test_tied_teachers_need_no_second_copy(tmp_path: Path) -> None:

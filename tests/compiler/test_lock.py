@@ -33,6 +33,7 @@ importance:
   data: {text: [corpus/*.txt], document: line, samples: 4, sequence_length: 32}
 evaluate:
   held_out: {text: [valid.txt]}
+  data_dir: tasks
 """
 
 
@@ -44,6 +45,8 @@ def spec(tmp_path: Path, foundry: Foundry) -> Path:
     (tmp_path / "corpus" / "a.txt").write_text(text(60))
     (tmp_path / "corpus" / "b.txt").write_text(text(60, seed=1))
     (tmp_path / "valid.txt").write_text(text(9, seed=2))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "arc.jsonl").write_text("")
     path = tmp_path / "spec.yaml"
     path.write_text(SPEC)
     return path
@@ -125,6 +128,10 @@ def another_model(folder: Path) -> None:
     path.write_text(path.read_text().replace("model: teacher", "model: other"))
 
 
+def other_benchmarks(folder: Path) -> None:
+    (folder / "tasks" / "arc.jsonl").write_text("{}")
+
+
 def another_version(folder: Path) -> None:
     path = folder / "locked.lock.yaml"
     path.write_text(path.read_text().replace("transformers: ", "transformers: 4."))
@@ -138,6 +145,7 @@ def another_version(folder: Path) -> None:
         (a_file_less, "data importance.data corpus/b.txt", r"is locked at sha256:\w{12} and no longer used"),
         (another_tokenizer, "tokenizer tokenizer_config.json", r"is locked at sha256:\w{12} and is sha256:\w{12} now"),
         (another_configuration, "teacher config", r"is locked at sha256:\w{12} and is sha256:\w{12} now"),
+        (other_benchmarks, "data evaluate.data_dir all", r"is locked at sha256:\w{12} and is sha256:\w{12} now"),
         (another_model, "teacher model", "is locked at teacher and is other now"),
         (another_version, "versions transformers", r"is locked at 4\.[\d.]+ and is [\d.]+ now"),
     ],

@@ -183,6 +183,13 @@ class TestFits:
         assert "16 sequences of a global batch cannot be shared by 8 devices, 4 at a time" in found["reason"]
         assert found["nearest"].startswith("distill.micro_batch_size: 2")
 
+    def test_fewer_devices_where_no_more_of_them_could_share_a_batch(self, planned: Planned) -> None:
+        found = fits(planned(micro_batch_size=4), 10**12, count=3)
+        assert found["nearest"].startswith("--device cardx2 (")
+        assert fits(planned(micro_batch_size=4), 10**12, count=2)["ok"]
+        few = fits(planned(micro_batch_size=1, global_batch_size=4), 10**12, count=8)
+        assert few["nearest"].startswith("--device cardx4 (")
+
     def test_where_nothing_helps(self, planned: Planned) -> None:
         assert fits(planned(micro_batch_size=1), 1000)["nearest"] in (
             None, "a device with more memory for `calibrate`, or --device cpu for that command",

@@ -157,7 +157,8 @@ def test_the_configuration_alone_gives_the_same_plan_and_says_what_was_not_looke
         assert plan[key] == with_weights[key]
     assert with_weights["remarks"] == []
     assert plan["remarks"] == [
-        "no weight files are there: tensor names and shapes could not be compared with the configuration"
+        "no weight files are there: tensor names and shapes could not be compared with the configuration",
+        "no tokenizer files are there: they could not be compared with the vocabulary",
     ]
     assert not (tmp_path / "build").exists(), "a preview writes nothing"
 

@@ -55,6 +55,15 @@ def heads(groups: int, repeats: int) -> Analysed:
     return replace(model, roles=replace(model.roles, heads=sites))
 
 
+def test_every_candidate_of_a_search_is_held_against_the_teacher() -> None:
+    found, errors = resolved({HIDDEN: [16, 64], "intermediate_size": [8, 40], "num_hidden_layers": [1, 9]})
+    assert found is None
+    assert {(error.path, error.hint) for error in errors} == {
+        (f"student.{HIDDEN}.1", "write at most 32"),
+        ("student.num_hidden_layers.1", "write at most 2"),
+    }
+
+
 class TestWidths:
     def test_numbers_are_taken_as_they_are(self) -> None:
         found = targets({HIDDEN: 20, "intermediate_size": 17})

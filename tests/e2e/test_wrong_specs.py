@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,65 @@ def test_what_the_teacher_cannot(
     path, line = written(workshop, old, new)
     code = command_line(["plan", str(path)])
     check(code, *capfd.readouterr(), path, line, word)
+
+
+EVERYTHING = """\
+teacher:
+  model: broken
+  dtype: float32
+  colour: blue
+student:
+  hidden_size: 64
+  num_attention_heads: 3
+  num_key_value_heads: 2
+  head_dim: 6
+  num_experts: 2
+importance:
+  data: {text: [nowhere/*.txt], samples: 8, sequence_length: 4096}
+distill:
+  data: {jsonl: [rows.jsonl]}
+  tokens: 7
+  sequence_length: 32
+  global_batch_size: 8
+evaluate:
+  held_out: {text: [empty.txt]}
+  data_dir: nowhere
+"""
+EVERYWHERE = {
+    (2, "teacher.model", "is not a whole safetensors file"),
+    (2, "teacher.model", "its tokenizer knows tokens up to number"),
+    (4, "teacher.colour", "unknown key"),
+    (6, "student.hidden_size", "64 is not between 1 and the teacher's 32"),
+    (8, "student.num_key_value_heads", "cannot share 3 query heads"),
+    (9, "student.head_dim", "cannot be narrowed"),
+    (10, "student.num_experts", "has no num_experts"),
+    (12, "importance.data.text.0", "matches no file"),
+    (12, "importance.data.sequence_length", "more than the teacher's 128 positions"),
+    (14, "distill.data", "has no field `text`; did you mean `texts`?"),
+    (15, "distill.tokens", "less than one global batch"),
+    (19, "evaluate.held_out", "there is no document"),
+    (20, "evaluate.data_dir", "there is no folder"),
+    (0, "", "--device h300: not a device"),
+}
+
+
+def test_all_that_is_wrong_with_call_spec_data_and_teacher_comes_in_one_go(
+    capfd: pytest.CaptureFixture[str], workshop: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(workshop / "teacher", tmp_path / "broken")
+    config = json.loads((tmp_path / "broken" / "config.json").read_text())
+    (tmp_path / "broken" / "config.json").write_text(json.dumps(config | {"vocab_size": 8}))
+    weights = tmp_path / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (tmp_path / "rows.jsonl").write_text('{"texts": "a cat"}')
+    (tmp_path / "empty.txt").write_text("\n")
+    path = tmp_path / "wrong.yaml"
+    path.write_text(EVERYTHING)
+    assert command_line(["plan", str(path), "--device", "h300", "--json"]) == 2
+    errors = json.loads(capfd.readouterr().out)["errors"]
+    for line, where, words in EVERYWHERE:
+        assert any((one["line"], one["path"]) == (line, where) and words in one["message"] for one in errors), where
+    assert len(errors) == len(EVERYWHERE)
 
 
 def test_all_mistakes_come_at_once_and_in_order(minitron: Command, tmp_path: Path) -> None:
