@@ -221,6 +221,23 @@ def reload(folder: Path, tool: str) -> None:
 PRUNE = {"minitron": prune_with_minitron, "torch-pruning": prune_with_peer}
 
 
+def run_step(step: str, folder: Path, tool: str, attention: str = "sdpa") -> int:
+    """0, or 1 where it went wrong and error.json says how: what a tool does with a family is what is measured."""
+    (folder / tool).mkdir(exist_ok=True)
+    try:
+        if step == "reload":
+            reload(folder, tool)
+        else:
+            request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+            PRUNE[tool](folder, request, attention)
+    except Exception as error:
+        refused = type(error).__name__ in ("SpecInvalid", "UsageError")
+        document = {"error": first_line(error), "refused": refused, "step": step}
+        (folder / tool / "error.json").write_text(json.dumps(document), encoding="utf-8")
+        return 1
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="one step of benchmarks/zoo.py")
     parser.add_argument("step", choices=[*PRUNE, "reload"])
@@ -231,20 +248,7 @@ def main() -> int:
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    tool = args.tool or args.step
-    (args.folder / tool).mkdir(exist_ok=True)
-    try:
-        if args.step == "reload":
-            reload(args.folder, tool)
-        else:
-            request = json.loads((args.folder / "request.json").read_text(encoding="utf-8"))
-            PRUNE[tool](args.folder, request, args.attention)
-    except Exception as error:  # told, not raised: what a tool does with a family is what is measured
-        refused = type(error).__name__ in ("SpecInvalid", "UsageError")
-        document = {"error": first_line(error), "refused": refused, "step": args.step}
-        (args.folder / tool / "error.json").write_text(json.dumps(document), encoding="utf-8")
-        return 1
-    return 0
+    return run_step(args.step, args.folder, args.tool or args.step, args.attention)
 
 
 if __name__ == "__main__":

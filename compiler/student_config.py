@@ -131,8 +131,7 @@ def prove(captured: Captured, config: Any, shapes: Mapping[str, tuple[int, ...]]
     try:
         model = build_meta(config, captured.dtype, captured.attention)
     except Exception as error:  # a modelling file raises anything for widths that it cannot have
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"transformers cannot build {config.model_type} with these widths: {reason}") from None
+        raise _impossible(config, error) from None
     got = {name: tuple(value.shape) for name, value in stored_tensors(model).items()}
     wrong = [name for name in shapes if got.get(name) != shapes[name]] + [name for name in got if name not in shapes]
     if wrong:
@@ -142,7 +141,17 @@ def prove(captured: Captured, config: Any, shapes: Mapping[str, tuple[int, ...]]
             f"{_shape(got.get(name))} when it is loaded, and has to be {_shape(shapes.get(name))} "
             f"({len(wrong)} tensors differ)" + _why(captured)
         )
+    try:
+        config.validate()  # which loading the configuration does, and building a model of it does not
+    except Exception as error:
+        raise _impossible(config, error.__cause__ or error) from None
     return model
+
+
+def _impossible(config: Any, error: BaseException) -> UsageError:
+    words = str(error).strip()
+    reason = words.splitlines()[0] if words else type(error).__name__
+    return UsageError(f"transformers cannot build {config.model_type} with these widths: {reason}")
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

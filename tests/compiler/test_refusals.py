@@ -59,6 +59,16 @@ def test_widths_that_transformers_cannot_build() -> None:
         prove(teacher, config, {})  # type: ignore[arg-type]
 
 
+def test_widths_that_a_configuration_refuses_when_it_is_loaded(foundry: Foundry) -> None:
+    """Such a model can be built, and its weights saved; only the configuration's own check stands in the way."""
+    teacher = foundry.teacher("llama", num_hidden_layers=1)
+    with pytest.raises(
+        SpecInvalid, match=r"with these widths: The hidden size \(26\) is not a multiple of .* heads \(4\)"
+    ):
+        foundry.plan(teacher, {"hidden_size": 26})
+    foundry.plan(teacher, {"hidden_size": 26, "num_attention_heads": 2})
+
+
 def test_sequences_that_are_longer_than_the_teacher_knows(foundry: Foundry) -> None:
     """In calibration and in distillation, both at once."""
     data = {"text": [str(foundry.root / "corpus.txt")]}
