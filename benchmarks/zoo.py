@@ -197,7 +197,7 @@ def examine(family: str, tool: str, python: str, timeout: float) -> Row:
             expected = prepare(folder, family)["expected"]
             row = Row(family, *classify(expected, attempt(folder, tool, python, timeout, attention)))
             row = Row(family, row.verdict, row.detail.replace(f"{folder}/", ""))
-        if best is None or VERDICTS.index(row.verdict) < VERDICTS.index(best.verdict):
+        if best is None or VERDICTS.index(row.verdict) <= VERDICTS.index(best.verdict):
             best = row
         if best.verdict == AS_ASKED:
             break

@@ -12,14 +12,19 @@ from typing import Any
 
 # Numbers of layers, and not one entry a layer, even where there happen to be as many.
 NUMBERS = ("mlp_only_layers", "moe_layers")
+# One entry a layer, even where there are more entries than layers: modelling code does not read the rest.
+ENTRIES = ("layer_types", "no_rope_layers", "layers_block_type")
 
 
 def lists_over_layers(config: Any, count: int) -> dict[str, list[Any]]:
-    """The configuration's own lists with an entry for each of `count` layers, by key."""
+    """The configuration's own lists with an entry for each of `count` layers, by key; entries of no layer are left out."""
     return {
-        key: value
+        key: value[:count]
         for key, value in vars(config).items()
-        if isinstance(value, list) and len(value) == count and not key.startswith("_") and key not in NUMBERS
+        if isinstance(value, list)
+        and (len(value) == count or (key in ENTRIES and len(value) > count))
+        and not key.startswith("_")
+        and key not in NUMBERS
     }
 
 

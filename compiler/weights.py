@@ -85,7 +85,9 @@ def check_headers(captured: Captured, checkpoint: Checkpoint) -> bool:
 
 def open_weights(captured: Captured, checkpoint: Checkpoint) -> WeightSource:
     """Streams where names and shapes allow it, else loads the model through transformers."""
-    if check_headers(captured, checkpoint):
+    streamed = check_headers(captured, checkpoint)
+    _check_tied(captured, checkpoint)
+    if streamed:
         return StreamedWeights(checkpoint)
     from transformers import AutoModelForCausalLM
 
@@ -106,6 +108,18 @@ def open_weights(captured: Captured, checkpoint: Checkpoint) -> WeightSource:
             "missing, or one of the files belongs to another model"
         )
     return LoadedWeights({name: value.detach() for name, value in stored_tensors(model).items()})
+
+
+def _check_tied(captured: Captured, checkpoint: Checkpoint) -> None:
+    """UsageError where tensors that the configuration ties are different ones: transformers does not tie them then."""
+    both = {name: first for name, first in captured.canonical.items() if {name, first} <= checkpoint.tensors.keys()}
+    source = StreamedWeights(checkpoint)
+    for name, first in both.items():
+        if name != first and not torch.equal(source.get(name), source.get(first)):
+            raise UsageError(
+                f"{checkpoint.folder}: config.json says that {name} is {first}, and the weight files have two different "
+                'tensors; transformers keeps both, so write "tie_word_embeddings": false into config.json'
+            )
 
 
 def load_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
