@@ -73,7 +73,7 @@ class Captured:
     def length(self) -> int | None:
         """The one number of tokens that the graph is of, where the model's own code depends on it (a scan in chunks, a
         loop over positions); None where the graph is of any."""
-        return fixed_length(self.graph_module)
+        return fixed_length(self.graph)
 
     @property
     def graph(self) -> Graph:

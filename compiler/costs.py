@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from minitron.compiler.axes import AxisTable
+from minitron.compiler.cache import CacheLayer
 from minitron.compiler.capture import Captured
 from minitron.compiler.mixture import is_stack
 from minitron.compiler.roles import Roles
@@ -19,16 +20,25 @@ class ModelCosts:
     """All integers; bytes in the checkpoint's number format, FLOPs of one token's forward pass.
 
     `flops_per_token` counts two for every weight that a token meets; `attention_flops_per_pair` is what attention adds for
-    each earlier position that the token looks at.
+    each earlier position that the token looks at. `cache` has bytes for elements: what each layer keeps of a token.
     """
 
     parameters: int
     non_embedding_parameters: int
     active_parameters: int
     weight_bytes: int
-    kv_cache_bytes_per_token: int
+    cache: Sequence[CacheLayer]
     flops_per_token: int
     attention_flops_per_pair: int
+
+    @property
+    def kv_cache_bytes_per_token(self) -> int:
+        """While no window is full."""
+        return sum(layer.elements for layer in self.cache)
+
+    def kv_cache_bytes(self, tokens: int) -> int:
+        """Of a sequence of so many tokens."""
+        return sum(layer.of(tokens) for layer in self.cache)
 
     def forward_flops_per_token(self, length: int) -> int:
         """With attention, averaged over the positions of a sequence of `length`: a token sees half of it."""
@@ -69,8 +79,10 @@ def model_costs(
     embedding: str,
     head: str,
     bytes_per_weight: int,
+    cache: Sequence[CacheLayer] | None,
 ) -> ModelCosts:
-    """`stacked`: the parameters that stack the weights of experts; `attention`: one entry a layer that attends."""
+    """`stacked`: the parameters that stack the weights of experts; `attention`: one entry a layer that attends; `cache` in
+    elements, None where it is as wide as keys and values."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     sizes = {name: shape.numel() for name, shape in shapes.items()}
     total = sum(sizes.values())
@@ -82,11 +94,11 @@ def model_costs(
     non_embedding = total - sum(size for name, size in sizes.items() if name in ends)
     # An embedding is looked up, not multiplied; tied to the head it is both.
     multiplied = active - (sizes[embedding] if embedding != head else 0)
-    cache = sum(one.groups * (one.key_width + one.value_width) for one in attention)
+    if cache is None:
+        cache = [CacheLayer(one.groups * (one.key_width + one.value_width)) for one in attention]
+    kept = tuple(CacheLayer(layer.elements * bytes_per_weight, layer.window) for layer in cache)
     pairs = sum(2 * one.heads * (one.key_width + one.value_width) for one in attention)
-    return ModelCosts(
-        total, non_embedding, active, total * bytes_per_weight, cache * bytes_per_weight, 2 * multiplied, pairs
-    )
+    return ModelCosts(total, non_embedding, active, total * bytes_per_weight, kept, 2 * multiplied, pairs)
 
 
 def embedding_name(captured: Captured) -> str:

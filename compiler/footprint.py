@@ -92,7 +92,7 @@ def footprint(config: Any, attention: str, backbone: str, layer_path: str, count
     `backbone` is the sub-module that yields the hidden states.
     """
     few = _some_of_each_kind(config, count)
-    with quiet(), _no_packing(), FakeTensorMode(allow_non_fake_inputs=True):
+    with quiet(), no_packing(), FakeTensorMode(allow_non_fake_inputs=True):
         model = build_model(with_layers(config, count, few), work.weights, attention)
         model.train(work.training)
         if work.recompute:
@@ -113,9 +113,9 @@ def footprint(config: Any, attention: str, backbone: str, layer_path: str, count
 
 
 @contextmanager
-def _no_packing() -> Iterator[None]:
-    """Positions without data cannot be read, so transformers would provide for several documents in one sequence with a
-    mask that it leaves out where it can read that there is one."""
+def no_packing() -> Iterator[None]:
+    """For models that are run without data. Their positions cannot be read, so transformers would provide for several
+    documents in one sequence with a mask that it leaves out where it can read that there is one."""
     name = "find_packed_sequence_indices"
     original = getattr(masking_utils, name, None)
     setattr(masking_utils, name, lambda *_, **__: None)

@@ -38,9 +38,9 @@ def set_attribute(root: torch.nn.Module, target: str, value: torch.Tensor) -> No
         holder.register_buffer(name, value)
 
 
-def fixed_length(graph_module: GraphModule) -> int | None:
+def fixed_length(graph: Graph) -> int | None:
     """The one number of tokens that a captured graph is of; None where it is of any."""
-    length = next(node for node in graph_module.graph.nodes if node.op == "placeholder").meta["val"].shape[1]
+    length = next(node for node in graph.nodes if node.op == "placeholder").meta["val"].shape[1]
     return length if isinstance(length, int) else None
 
 

@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from minitron.compiler.axes import AxisTable, Contraction
 from minitron.compiler.dims import Atom, Dim
+from minitron.compiler.graph_module import fixed_length
 from minitron.compiler.positions import Offsets
 from minitron.compiler.rules import Dims
 from minitron.compiler.rules.registry import axis_index
@@ -59,7 +60,8 @@ def find_mixture(table: AxisTable, down: Contraction, experts: Dim) -> Mixture:
         ranked = table.space.flat(dims[axis])
         count = node.args[1] if len(node.args) > 1 else node.kwargs.get("k")
         picks[ranked] = max(picks.get(ranked, 1), count if isinstance(count, int) else 1)
-    rows = [one.rows.size.coefficient for one in table.sorted if set(table.space.flat(one.by)) == set(flat)]
+    tokens = fixed_length(next(iter(table.nodes)).graph) or 1
+    rows = [one.rows.size.coefficient // tokens for one in table.sorted if set(table.space.flat(one.by)) == set(flat)]
     ends = next((n for n in down.node.all_input_nodes if isinstance(table.meanings.get(n), Offsets)), None)
     grouped = len(flat) == 2
     return Mixture(

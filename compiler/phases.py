@@ -273,16 +273,18 @@ class Reckoning:
         spec = self.plan.loaded.spec
         length = spec.distill.sequence_length if spec.distill is not None else CONTEXT
         found: list[Cost] = []
+        scan = "" if self.plan.captured.length is None else ", without what its scan computes"
         for side, model in (("teacher", self.plan.teacher_costs), ("student", self.plan.student_costs)):
             decode = model.flops_per_token + length * model.attention_flops_per_pair
             found += [
                 Cost(f"{side}: weights", model.weight_bytes, "bytes", "exact"),
                 Cost(f"{side}: KV cache per token", model.kv_cache_bytes_per_token, "bytes", "exact"),
+                Cost(f"{side}: KV cache", model.kv_cache_bytes(length), "bytes", "exact", f"of {length} tokens"),
                 Cost(
                     f"{side}: prefill per token", model.forward_flops_per_token(length), "FLOPs", "estimated",
-                    f"of {length} tokens",
+                    f"of {length} tokens{scan}",
                 ),
-                Cost(f"{side}: decode per token", decode, "FLOPs", "estimated", f"after {length} tokens"),
+                Cost(f"{side}: decode per token", decode, "FLOPs", "estimated", f"after {length} tokens{scan}"),
             ]  # fmt: skip
         for phase in self.phases(outlook):
             found += self._phase_costs(phase, outlook)

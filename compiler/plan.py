@@ -13,6 +13,7 @@ import torch
 
 from minitron.compiler import costs
 from minitron.compiler.axes import AxisTable, analyse
+from minitron.compiler.cache import cache_layers
 from minitron.compiler.capture import FIXED_LENGTH, Captured, capture
 from minitron.compiler.checkpoint import BrokenWeights, Checkpoint, fetch_weights, last_token
 from minitron.compiler.config_layers import lists_over_layers
@@ -191,7 +192,7 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
         config, model = _prove(captured, table, roles, targets, layers)
     except UsageError as error:
         raise SpecInvalid([loaded.error("student", str(error))]) from None
-    teacher_cost, student_cost = _both_costs(captured, table, roles, targets, layers, head, model)
+    teacher_cost, student_cost = _both_costs(captured, table, roles, targets, layers, head, config, model)
     return Plan(
         loaded, build, checkpoint, captured, table, roles, ends, head, targets, config, model, teacher_cost, student_cost,
         _remarks(checkpoint, captured),
@@ -310,7 +311,7 @@ def settled(plan: Plan, selection: Selection) -> Plan:
     except UsageError as error:
         raise SpecInvalid([plan.loaded.error("student", str(error))]) from None
     teacher_costs, student_costs = _both_costs(
-        plan.captured, plan.table, plan.roles, plan.targets, layers, plan.head, model
+        plan.captured, plan.table, plan.roles, plan.targets, layers, plan.head, config, model
     )
     return replace(plan, config=config, model=model, teacher_costs=teacher_costs, student_costs=student_costs)
 
@@ -374,6 +375,7 @@ def _both_costs(
     targets: Targets,
     layers: Sequence[int],
     head: Head,
+    config: Any,
     model: torch.nn.Module,
 ) -> tuple[costs.ModelCosts, costs.ModelCosts]:
     stacked = costs.stacked_parameters(captured, table, roles)
@@ -381,7 +383,10 @@ def _both_costs(
     attention = costs.attention_counts(captured, roles, table)
     embedding = costs.embedding_name(captured)
     size = torch.empty(0, dtype=captured.dtype).element_size()
-    teacher = costs.model_costs(captured.model, stacked, chosen, list(attention.values()), embedding, head.weight, size)
+    teacher = costs.model_costs(
+        captured.model, stacked, chosen, list(attention.values()), embedding, head.weight, size,
+        cache_layers(captured.config, captured.attention),
+    )  # fmt: skip
     narrowed = []
     for layer in (layer for layer in layers if layer in attention):
         counts = attention[layer]
@@ -389,7 +394,9 @@ def _both_costs(
         narrowed.append(costs.HeadCounts(groups, groups * repeats, counts.key_width, counts.value_width))
     numbers = {old: new for new, old in enumerate(layers)}
     left = {renumber(captured, name, numbers) for name in stacked if captured.layer_in_path(name) in numbers}
-    student = costs.model_costs(model, left, chosen, narrowed, embedding, head.weight, size)
+    student = costs.model_costs(
+        model, left, chosen, narrowed, embedding, head.weight, size, cache_layers(config, captured.attention)
+    )
     return teacher, student
 
 

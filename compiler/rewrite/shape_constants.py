@@ -260,7 +260,7 @@ def shape_constants(dims_of: Mapping[str, Result], narrowing: Narrowing) -> Pass
         return PassResult(graph_module, changed > 0, f"rewrote the sizes of {changed} operators")
 
     def ensures(graph_module: GraphModule) -> None:
-        ids = torch.zeros(2, fixed_length(graph_module) or 3, dtype=torch.long, device="meta")
+        ids = torch.zeros(2, fixed_length(graph_module.graph) or 3, dtype=torch.long, device="meta")
         with torch.no_grad():
             _Shapes(graph_module, sizes).run(ids)
 

@@ -73,6 +73,21 @@ def test_the_cache_of_a_token_is_what_generation_holds(foundry: Foundry, family:
         assert said["kv_cache_bytes_per_token"] * 5 == held
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "mistral"])
+def test_the_cache_is_what_each_layer_keeps(foundry: Foundry, family: str) -> None:
+    """A latent vector instead of keys and values; of a sliding window only its last tokens, the newest beside them."""
+    costs = foundry.whole(family, num_hidden_layers=2).teacher_costs
+    model = load_model(foundry.teacher(family, num_hidden_layers=2))
+    for tokens in (3, 20):
+        with torch.no_grad():
+            cache = model(input_ids=token_ids(1, tokens), use_cache=True).past_key_values
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        full = [layer for layer in costs.cache if layer.window is not None and layer.window <= tokens]
+        assert costs.kv_cache_bytes(tokens) == held + sum(layer.elements for layer in full)
+        assert (full != []) == (family == "mistral" and tokens == 20)
+    assert costs.kv_cache_bytes(3) == 3 * costs.kv_cache_bytes_per_token
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_operations_are_those_that_torch_counts(foundry: Foundry, family: str) -> None:
     """Two for each weight that a token meets, and for each pair of positions what attention adds."""

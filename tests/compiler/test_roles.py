@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from minitron.compiler import capture as capture_module
+from minitron.compiler.axes import analyse
 from minitron.compiler.capture import capture
 from minitron.compiler.dims import Atom
 from minitron.compiler.narrowing import Dependent, Indices, Narrowing
@@ -180,6 +183,14 @@ class TestExperts:
         assert model.captured.layer_of(mixture.contribution) == 1
         width = model.roles.widths["intermediate_size"][1]
         assert width.parents == mixture.experts, "each expert may keep channels of its own"
+
+    def test_experts_are_picked_by_the_token_in_a_graph_of_one_length_too(self) -> None:
+        """Its rows are sorted all together, and are so many."""
+        any_length = analysed("mixtral").captured
+        model, graph_module = capture_module._export(any_length.config, torch.float32, any_length.attention, 8)
+        captured = replace(any_length, model=model, graph_module=graph_module)
+        mixture = find_roles(captured, analyse(captured)).mixtures[1]
+        assert captured.length == 8 and any_length.length is None and mixture.picked == 2
 
     def test_dense_layers_among_experts_keep_a_name_of_their_own(self) -> None:
         model = analysed("qwen3_moe")

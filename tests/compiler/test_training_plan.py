@@ -81,7 +81,7 @@ def written(
     path, target = folder / "spec.yaml", folder / build
     path.write_text(spec, encoding="utf-8")
     checkpoint = Checkpoint(teacher, folder / teacher, None, {}, commit)
-    costs = (ModelCosts(9, 9, 9, 18, 4, 1000, 10), ModelCosts(5, 5, 5, 10, 2, 500, 4))
+    costs = (ModelCosts(9, 9, 9, 18, (), 1000, 10), ModelCosts(5, 5, 5, 10, (), 500, 4))
     document = training_plan(load_spec(path), target, checkpoint, HEAD, OTHER, "model.layers", "f" * 64, *costs)
     target.mkdir(parents=True)
     (target / "training.yaml").write_text(render(document, path, target), encoding="utf-8")
