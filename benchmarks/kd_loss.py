@@ -2,13 +2,14 @@
 error.
 
     python benchmarks/kd_loss.py                      # vocabulary 131072, 1,024 tokens, hidden 256 / 384, fp32, CPU
-    python benchmarks/kd_loss.py --tokens 2048        # the memory hardly grows
+    python benchmarks/kd_loss.py --repetitions 0 --dtype bfloat16 --kl 0.02 0.001      # gradient errors alone
     python benchmarks/kd_loss.py --device cuda --tokens 8192 --hidden 4096 --teacher-hidden 5120 --dtype bfloat16
 
-Every measurement runs in a process of its own, the methods interleaved, and the medians are compared. Memory is
-what forward and backward add at their peak to the inputs (resident set on a CPU, allocator on CUDA), the gradients
-included. Time is that of the last of --passes forwards and backwards. The gradient error is the norm of the
-difference to fp64 autograd over the norm, on 32 tokens.
+Every measurement runs in a process of its own, the methods interleaved, and the medians are compared; ours is also
+measured with twice the tokens. Memory is what forward and backward add at their peak to the inputs (resident set on a
+CPU, allocator on CUDA), the gradients included. Time is that of the last of --passes forwards and backwards. The
+gradient error is the norm of the difference to fp64 autograd over the norm, on 32 tokens whose student and teacher are a
+KL of --kl apart; the fp64 inputs are those of --dtype, so that what is counted is the loss's own error.
 """
 
 from __future__ import annotations
@@ -73,17 +74,20 @@ def liger(compiled: bool) -> Method:
     return method
 
 
+TWICE = "minitron, 2x tokens"
+
 METHODS: dict[str, Callable[[], Method]] = {
     "naive": lambda: naive,
     "minitron": lambda: ours,
+    TWICE: lambda: ours,
     "liger": lambda: liger(compiled=True),
     "liger, not compiled": lambda: liger(compiled=False),
 }
 
 
-def make_inputs(args: argparse.Namespace, tokens: int, dtype: torch.dtype) -> Inputs:
-    """Hidden states and heads whose distributions are as sharp as a language model's, student and teacher a KL of
-    about 1 apart."""
+def make_inputs(args: argparse.Namespace, tokens: int, dtype: torch.dtype, apart: float = 1.0) -> Inputs:
+    """Hidden states and heads whose distributions are as sharp as a language model's. What only one of the models has
+    sets them apart, a KL of about 1; `apart` scales it."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -96,6 +100,8 @@ def make_inputs(args: argparse.Namespace, tokens: int, dtype: torch.dtype) -> In
     )
     student_TD, student_VD = normal(tokens, args.hidden), normal(args.vocabulary, args.hidden).mul_(0.15)
     student_TD[:, :shared], student_VD[:, :shared] = teacher_TE[:, :shared], teacher_VE[:, :shared]
+    for own in (student_TD, teacher_TE):
+        own[:, shared:].mul_(apart)
     student_TD, student_VD, teacher_TE, teacher_VE = (
         tensor.to(args.device, dtype) for tensor in (student_TD, student_VD, teacher_TE, teacher_VE)
     )
@@ -121,7 +127,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     dtype = getattr(torch, args.dtype)
     method = METHODS[args.only]()
     method(make_inputs(args, 8, dtype)).backward()  # libraries and thread pools
-    inputs = make_inputs(args, args.tokens, dtype)
+    inputs = make_inputs(args, 2 * args.tokens if args.only == TWICE else args.tokens, dtype)
     for _ in range(args.passes):  # the first passes compile
         inputs[0].grad = inputs[1].grad = None
         _reset_peak(args.device)
@@ -134,10 +140,23 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     return {"bytes": float(_peak(args.device) - before), "seconds": seconds}
 
 
-def gradient_error(args: argparse.Namespace, name: str) -> float:
+def divergence(inputs: Inputs) -> float:
+    """In nats a token, in fp64."""
+    with torch.no_grad():
+        return float(naive(tuple(tensor.double() for tensor in inputs)))  # type: ignore[arg-type]
+
+
+def inputs_apart(args: argparse.Namespace, dtype: torch.dtype, kl: float) -> Inputs:
+    """A few tokens whose student and teacher are `kl` apart: it grows with the square of what sets them apart, nearly."""
+    apart = 1.0
+    for _ in range(3):
+        apart *= (kl / divergence(make_inputs(args, ERROR_TOKENS, dtype, apart))) ** 0.5
+    return make_inputs(args, ERROR_TOKENS, dtype, apart)
+
+
+def gradient_error(name: str, inputs: Inputs) -> float:
     """Relative error of the gradients of student hidden states and head, the larger of the two."""
-    dtype = getattr(torch, args.dtype)
-    inputs = make_inputs(args, ERROR_TOKENS, dtype)
+    inputs[0].grad = inputs[1].grad = None
     METHODS[name]()(inputs).backward()
     exact: Inputs = tuple(tensor.detach().double() for tensor in inputs)  # type: ignore[assignment]
     exact[0].requires_grad_(), exact[1].requires_grad_()
@@ -158,7 +177,8 @@ def main() -> None:
     parser.add_argument("--teacher-hidden", type=int, default=384)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=5, help="0: gradient errors alone")
+    parser.add_argument("--kl", type=float, nargs="+", default=[1.0], help="nats between student and teacher")
     parser.add_argument(
         "--passes", type=int, default=2, help="forwards and backwards in each process; the last one counts"
     )
@@ -168,30 +188,47 @@ def main() -> None:
         print(json.dumps(measure(args)))
         return
 
-    names = ["naive", "minitron"]
+    names = ["naive", "minitron", TWICE]
     try:
         liger(compiled=False)
         names += ["liger", "liger, not compiled"]
     except ImportError:
         print("liger-kernel is not installed: compared with the naive loss alone")
+    about = f"vocabulary {args.vocabulary}, hidden {args.hidden} / {args.teacher_hidden}, {args.dtype}, {args.device}"
+    print(f"{about}, {torch.get_num_threads()} threads")
+    if args.repetitions:
+        compare(args, names)
+    errors(args, [name for name in names if name != TWICE])
+
+
+def compare(args: argparse.Namespace, names: list[str]) -> None:
+    """Memory and time of each, in processes of their own, one after the other in each round."""
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(args.repetitions):
         for name in names:
             command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
             figures[name].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    medians = {
+        name: {key: statistics.median(one[key] for one in of) for key in ("bytes", "seconds")}
+        for name, of in figures.items()
+    }
+    bases = [name for name in ("naive", "minitron", "liger") if name in names]
+    print(f"{args.tokens} tokens, medians of {args.repetitions} interleaved runs")
+    print(f"{'':22}{'peak MiB':>10}" + "".join(f"{f'/ {base}':>11}" for base in bases), end="")
+    print(f"{'seconds':>11}" + "".join(f"{f'/ {base}':>11}" for base in bases))
+    for name, one in medians.items():
+        memory = "".join(f"{one['bytes'] / medians[base]['bytes']:11.3f}" for base in bases)
+        seconds = "".join(f"{one['seconds'] / medians[base]['seconds']:11.3f}" for base in bases)
+        print(f"{name:22}{one['bytes'] / 2**20:10.0f}{memory}{one['seconds']:11.2f}{seconds}")
 
-    print(
-        f"vocabulary {args.vocabulary}, {args.tokens} tokens, hidden {args.hidden} / {args.teacher_hidden}, "
-        f"{args.dtype}, {args.device}, {torch.get_num_threads()} threads, medians of {args.repetitions}"
-    )
-    base = {key: statistics.median(f[key] for f in figures["naive"]) for key in ("bytes", "seconds")}
-    print(f"{'':22}{'peak MiB':>10}{'/ naive':>9}{'seconds':>10}{'/ naive':>9}{'gradient error':>17}")
-    for name in names:
-        memory, seconds = (statistics.median(f[key] for f in figures[name]) for key in ("bytes", "seconds"))
-        print(
-            f"{name:22}{memory / 2**20:10.0f}{memory / base['bytes']:9.3f}{seconds:10.2f}"
-            f"{seconds / base['seconds']:9.3f}{gradient_error(args, name):17.1e}"
-        )
+
+def errors(args: argparse.Namespace, names: list[str]) -> None:
+    """Gradient errors at each KL, on the same inputs for all methods."""
+    print(f"gradient error, {ERROR_TOKENS} tokens:" + "".join(f"{name:>22}" for name in names))
+    for kl in args.kl:
+        inputs = inputs_apart(args, getattr(torch, args.dtype), kl)
+        found = "".join(f"{gradient_error(name, inputs):22.1e}" for name in names)
+        print(f"{f'KL {divergence(inputs):.4f}':>26}{found}", flush=True)
 
 
 if __name__ == "__main__":
