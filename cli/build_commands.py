@@ -76,7 +76,8 @@ def capture(
         ("size on disk", figures.size(stored["bytes"])),
         ("folder", str(stored["folder"])),
     )
-    show_sections([Section("Teacher logits", (Column(""), Column("", right=True)), rows)], stored)
+    if first_process():
+        show_sections([Section("Teacher logits", (Column(""), Column("", right=True)), rows)], stored)
 
 
 def train(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from minitron.specs.errors import MinitronError, SpecError, SpecInvalid
 
@@ -22,6 +22,8 @@ class Failure:
 
     exit_code: int
     errors: tuple[SpecError, ...]
+    follows: bool = False
+    """Whether it may be but a consequence of how another process failed."""
 
     def lines(self) -> list[str]:
         """What is written to stderr: one line an error, those of a spec in the form that editors and CI can jump to."""
@@ -48,7 +50,8 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, MinitronError):
         return _failure(error.exit_code, str(error))
     if isinstance(error, KeyboardInterrupt):
-        return _failure(INTERRUPTED, "interrupted", "the same command, started again, goes on where it was")
+        hint = "the same command, started again, goes on where it was"
+        return replace(_failure(INTERRUPTED, "interrupted", hint), follows=True)
     if isinstance(error, OSError):
         return _failure(FAILED, *_os_words(error))
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -58,11 +61,12 @@ def failure_of(error: BaseException) -> Failure:
         refusal = _call_words(error)
         return _failure(WRONG, refusal) if refusal else Failure(WRONG, ())
     words = str(error).strip().splitlines()
-    return _failure(
+    unexpected = _failure(
         FAILED,
         f"unexpected {type(error).__name__}" + (f": {words[0]}" if words else ""),
         "run again with --debug to see where it comes from",
     )
+    return replace(unexpected, follows=True)
 
 
 def is_call_error(error: BaseException) -> bool:

@@ -1,4 +1,5 @@
-"""Interrupts that libraries swallow: a KeyboardInterrupt raised inside a callback from native code may be lost there.
+"""Interrupts: SIGTERM is one too, as schedulers send it. Libraries may swallow them: a KeyboardInterrupt raised inside a
+callback from native code may be lost there.
 
 The signal is remembered as well, so that long work can ask between its stages whether it should go on.
 """
@@ -12,10 +13,18 @@ _seen: list[int] = []
 
 
 def watch() -> None:
-    """Remembers SIGINT from now on, besides raising KeyboardInterrupt as Python does. Where the signal is ignored, as for
-    jobs in the background of a script, or somebody else's, it stays so."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
+    """Remembers SIGINT and SIGTERM from now on, and raises KeyboardInterrupt as Python does for the first. Where the signal
+    is ignored, as SIGINT for jobs in the background of a script, or somebody else's, it stays so."""
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) is usual:
+            signal.signal(number, _interrupt)
+
+
+def no_more() -> None:
+    """From here on nothing is left to interrupt: a signal that arrives twice must not disturb what is said at the end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is _interrupt:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -24,7 +33,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def asked_for() -> bool:
-    """Whether SIGINT has come."""
+    """Whether one of the signals has come."""
     return bool(_seen)
 
 

@@ -14,6 +14,7 @@ import typer
 from minitron import __version__
 from minitron.cli import build_commands, diff_command, interrupts, lock_command, spec_commands
 from minitron.cli.failures import DONE, FAILED, INTERRUPTED, failure_of
+from minitron.cli.ranks import says
 from minitron.cli.render import document, say, write
 
 app = typer.Typer(
@@ -86,6 +87,7 @@ def command_line(arguments: Sequence[str]) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
+        interrupts.no_more()
         # A library may have made another error of an interrupt.
         return _report(KeyboardInterrupt() if interrupts.asked_for() else error, as_json="--json" in arguments)
     if code == INTERRUPTED:
@@ -95,6 +97,8 @@ def command_line(arguments: Sequence[str]) -> int:
 
 def _report(error: BaseException, *, as_json: bool) -> int:
     failure = failure_of(error)
+    if not says(failure):
+        return failure.exit_code
     if as_json:
         write(document(failure.document()))
     else:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
+from minitron.cli.failures import Failure
 from minitron.specs.errors import UsageError
+
+_PATIENCE = timedelta(seconds=5)
 
 
 def first_process() -> bool:
@@ -20,3 +24,30 @@ def only_process(command: str) -> None:
             f"`{command}` works in one process, and torchrun started {size}; compile without torchrun, then "
             "`torchrun ... -m minitron.cli train BUILD`"
         )
+
+
+def says(failure: Failure) -> bool:
+    """Whether this process tells the user how it failed. What all processes see, a mistake in a file or a loss that is no
+    number, is said once, by whichever of them is the first; what only one sees, by that one. What follows from the
+    failure of another process, a connection that it closed or the end that torchrun puts to the rest, is not said at
+    all.
+
+    They agree through the store that torchrun keeps for them. Where that cannot be reached each speaks for itself.
+    """
+    attempt = "/".join(os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "MASTER_ADDR" not in os.environ:
+        return True
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=_PATIENCE)
+        in_words = f"minitron/failed/{attempt}"
+        if failure.follows and store.add(in_words, 0):
+            return False
+        first = store.add(f"minitron/said/{attempt}/{failure.lines()}", 1) == 1
+        if not failure.follows:
+            store.add(in_words, 1)
+    except (RuntimeError, ValueError, KeyError, OSError):
+        return True
+    return bool(first)

@@ -39,11 +39,15 @@ from minitron.specs.atomic import atomic_path, remove_leftovers, write_text
 from minitron.specs.data_files import content_hash, resolve
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError
 from minitron.specs.load import LoadedSpec
+from minitron.specs.locks import only_one
 from minitron.specs.progress import Progress
 
 Buffers = Mapping[str, torch.Tensor]
 # What graphs are run in, whatever the checkpoint's number format is: scores and comparisons are not rounded.
 RUN_DTYPE = torch.float32
+
+LOCK = ".lock"
+"""File in the build folder that a compile holds while it writes there."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,19 @@ def compile_spec(
 
     `plan` is that of `make_plan(loaded, build=build, weights=True)`, where it was made already. Everything that can be
     wrong with the spec is known before weights are fetched. `selection` is taken instead of one by scores, for
-    experiments. SpecInvalid and UsageError for a wrong spec, WorkError where the work fails; a check of the student that
-    does not pass is such a failure.
+    experiments. SpecInvalid and UsageError for a wrong spec, and where another process is compiling into the folder;
+    WorkError where the work fails; a check of the student that does not pass is such a failure.
     """
-    plan = with_weights(plan or make_plan(loaded, build=build, weights=True), progress)
+    plan = plan or make_plan(loaded, build=build, weights=True)
+    with only_one(build, "compiling", name=LOCK):
+        return _compile(loaded, with_weights(plan, progress), build, device, progress, selection)
+
+
+def _compile(
+    loaded: LoadedSpec, plan: Plan, build: Path, device: str, progress: Progress, selection: Selection | None
+) -> Plan:
+    """What is made in the build folder, which nobody else writes to in the meantime."""
     inputs = with_result(loaded, observe(at_commit(loaded, plan.checkpoint.commit)))
-    build.mkdir(parents=True, exist_ok=True)
     remove_leftovers(build)
     source = open_weights(plan.captured, plan.checkpoint)
     buffers = _run_buffers(plan, plan.captured.config)

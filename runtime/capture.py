@@ -11,23 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitron.runtime.data import Corpus, data_hash, open_corpus
-from minitron.runtime.disk import only_one
+from minitron.runtime.data import Batch, Corpus, Data, data_hash, open_corpus
 from minitron.runtime.interrupt import interrupts
 from minitron.runtime.loss.divergence import log_softmax_
 from minitron.runtime.loss.products import project
 from minitron.runtime.loss.sampled import count, draw
-from minitron.runtime.models import DTYPES, LanguageModel, check_teacher, load_model, model_folder
+from minitron.runtime.models import LanguageModel, check_teacher, model_folder
 from minitron.runtime.order import mix
 from minitron.runtime.plan import LoadedPlan, TrainingPlan, read_plan, resume_identity
 from minitron.runtime.sampled_teacher import samples_identity, samples_needed
+from minitron.runtime.setup import load_teacher
 from minitron.runtime.teacher_logits import (
     FOLDER,
     Index,
     Shard,
     begin,
     has_shard,
-    read_index,
     shard_path,
     write_index,
     write_shard,
@@ -37,6 +36,7 @@ from minitron.runtime.train import corrected
 from minitron.runtime.world import World, join_world
 from minitron.specs.blocks.distill import SampledLogits
 from minitron.specs.errors import UsageError
+from minitron.specs.locks import only_one
 from minitron.specs.progress import Progress, Silent
 
 _CHUNK_ELEMENTS = 1 << 23
@@ -50,7 +50,8 @@ def capture(build: Path, *, device: str | None, progress: Progress) -> dict[str,
     """Stores what training.yaml asks for in BUILD/teacher_logits and returns {samples, tokens, bytes, folder}. Goes on
     where a killed capture was, adds to one that was for fewer tokens, and does nothing where all is there.
 
-    With several ranks each makes its share of the shards. UsageError and WorkError as for training.
+    With several ranks each makes its share of the shards; the teacher is whole on each or sharded, as `layout` says.
+    UsageError and WorkError as for training.
     """
     loaded = read_plan(build)
     plan = loaded.training()
@@ -63,21 +64,18 @@ def capture(build: Path, *, device: str | None, progress: Progress) -> dict[str,
     with (
         interrupts() as interrupt,
         join_world(device) as world,
-        only_one(loaded.folder / plan.work, "training or capturing", world.leads),
+        only_one(loaded.folder / plan.work, "training or capturing", active=world.leads),
     ):
         progress = progress if world.leads else Silent()
         encoder = TextEncoder.load(loaded.folder / plan.tokenizer)
-        training = resume_identity(plan, data_hash(loaded.data("data", plan.data), encoder, plan.tokens))
-        loaded = corrected(loaded, world, encoder, interrupt, progress)
+        data = world.from_leader(lambda: Data.read(loaded.data("data", plan.data)))
+        training = resume_identity(plan, data_hash(data, encoder, plan.tokens))
+        loaded = corrected(loaded, data, world, encoder, interrupt, progress)
         identity = samples_identity(training, model_folder(loaded, "teacher", loaded.training().teacher))
         samples = samples_needed(plan)
-        with world.leader_first():
-            if world.leads:
-                begin(folder, identity, samples, plan.sequence_length, progress)
-        index = read_index(folder)
-        assert index is not None, "the leader has just written it"
+        index = world.from_leader(lambda: begin(folder, identity, samples, plan.sequence_length, progress))
         if index.samples < samples or not _complete(folder, index, samples):
-            _make(loaded, index, samples, world, encoder, progress)
+            _make(loaded, data, index, samples, world, encoder, progress)
             world.wait()
             if world.leads:
                 index = replace(index, samples=max(samples, index.samples), bytes=_bytes(folder))
@@ -97,17 +95,18 @@ def _bytes(folder: Path) -> int:
 
 
 def _make(
-    loaded: LoadedPlan, index: Index, samples: int, world: World, encoder: TextEncoder, progress: Progress
+    loaded: LoadedPlan, data: Data, index: Index, samples: int, world: World, encoder: TextEncoder, progress: Progress
 ) -> None:
     """The shards of the first `samples` global samples that are not there, this rank's share of them."""
     plan, folder = loaded.training(), loaded.folder / FOLDER
     cache = loaded.folder / plan.work / "data"
-    with world.leader_first():
-        corpus = open_corpus(
-            loaded.data("data", plan.data), encoder, cache,
+    corpus = world.leader_first(
+        lambda: open_corpus(
+            data, encoder, cache,
             length=plan.sequence_length, tokens=plan.tokens, seed=plan.seed, progress=progress,
-        )  # fmt: skip
-    teacher = load_model(loaded, "teacher", plan.teacher, DTYPES[plan.teacher.dtype], world.device)
+        )
+    )  # fmt: skip
+    teacher = load_teacher(loaded, plan, world)
     check_teacher(loaded, teacher, encoder.tokenizer)
     shards = math.ceil(samples / index.shard_samples)
     mine = [
@@ -116,15 +115,25 @@ def _make(
     ]
     missing = [one for one in mine if not has_shard(folder, one.start // index.shard_samples, index.key, len(one))]
     done = sum(map(len, mine)) - sum(map(len, missing))
-    length = plan.sequence_length
+    length, micro = plan.sequence_length, plan.micro_batch_size
+    forwards = sum(-(-len(one) // micro) for one in missing)
     with progress.task("capture", sum(map(len, mine)) * length, "tokens", done=done * length) as task:
         for one in missing:
             drawn = []
-            for start in range(one.start, one.stop, plan.micro_batch_size):
-                part = range(start, min(start + plan.micro_batch_size, one.stop))
+            for start in range(one.start, one.stop, micro):
+                part = range(start, min(start + micro, one.stop))
                 drawn.append(sample_teacher(teacher, corpus, part, plan, world.device))
                 task.advance(len(part) * length)
             write_shard(folder, one.start // index.shard_samples, _joined(drawn), index.key)
+    if teacher.root is not None:  # ranks that have less to do help the others to gather its layers
+        for _ in range(world.most(forwards) - forwards):
+            _hidden_states(teacher, corpus.batch([0]).to(world.device))
+
+
+@torch.no_grad()
+def _hidden_states(teacher: LanguageModel, batch: Batch) -> Tensor:
+    """[T, width] of the tokens that are predicted."""
+    return teacher.gathered(lambda: batch.pick(teacher.hidden_states(batch.input_ids_BL)))
 
 
 @torch.no_grad()
@@ -146,8 +155,8 @@ def sample_teacher(
         ]
     ).to(device)
     batch = batch.to(device)
-    hidden_TE = batch.pick(teacher.hidden_states(batch.input_ids_BL))
-    vocabulary, head = teacher.head.vocabulary, teacher.head
+    hidden_TE = _hidden_states(teacher, batch)
+    vocabulary, head = teacher.head.vocabulary, teacher.head  # stays gathered: see `shard_teacher`
     chunk = max(1, min(hidden_TE.shape[0], _CHUNK_ELEMENTS // vocabulary))
     logits_CV, q_CV = (torch.empty(chunk, vocabulary, device=device) for _ in range(2))
     entropy_T = torch.empty(hidden_TE.shape[0], device=device, dtype=torch.float64)

@@ -16,6 +16,7 @@ that a damaged file would be trained on; and with one dimension of sharding the 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import zlib
@@ -123,7 +124,7 @@ class Checkpoints:
                 loss = json.loads((folder / "state.json").read_text(encoding="utf-8"))["held_out_loss"]
             except (OSError, ValueError, KeyError, TypeError):
                 continue
-            if loss is not None:
+            if loss is not None and math.isfinite(loss):
                 losses[folder] = loss
         return min(losses, key=losses.__getitem__, default=None)
 

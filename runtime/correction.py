@@ -140,6 +140,10 @@ def with_corrected_teacher(loaded: LoadedPlan, correction: Correction) -> Loaded
     return replace(loaded, plan=plan.model_copy(update={"teacher": teacher}))
 
 
+WEIGHTS = "teacher.weights"
+"""Key, in what a training remembers, of the weights that the teacher had (before it was corrected)."""
+
+
 def weights_digest(folder: Path) -> str:
     """Tells the weights of two models apart without reading all of them: the headers, and pieces from all over the
     files. What training changes, it changes everywhere."""

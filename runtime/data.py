@@ -22,6 +22,7 @@ from torch import Tensor
 from minitron.runtime.order import blend_place, blend_quotas, mix, shuffled
 from minitron.runtime.tokens import TextEncoder, TokenArray, stream_key, token_stream
 from minitron.specs.data import BlendPart, DataSource, Source
+from minitron.specs.documents import content_hash
 from minitron.specs.errors import WorkError
 from minitron.specs.progress import Progress
 
@@ -121,6 +122,19 @@ class Corpus:
         )
 
 
+@dataclass(frozen=True)
+class Data:
+    """A resolved source, and of each of its parts a hash of what decides its documents: all files are read for it, so it is
+    made once and not by every rank."""
+
+    source: DataSource
+    contents: tuple[str, ...]
+
+    @classmethod
+    def read(cls, source: DataSource) -> Data:
+        return cls(source, tuple(content_hash(part) for part in _parts(source)))
+
+
 def _parts(data: DataSource) -> tuple[Source, ...]:
     return data.blend if data.blend is not None else (data,)
 
@@ -136,33 +150,40 @@ def _limits(data: DataSource, tokens: int) -> list[int | None]:
     ]
 
 
-def data_hash(data: DataSource, encoder: TextEncoder, tokens: int) -> str:
-    """Of everything that decides the samples of a resolved source, whatever folder it lies in."""
-    weights = [part.weight if isinstance(part, BlendPart) else 1.0 for part in _parts(data)]
-    limits = _limits(data, tokens)
-    keys = [stream_key(part, encoder, limit) for part, limit in zip(_parts(data), limits, strict=True)]
+def data_hash(data: Data, encoder: TextEncoder, tokens: int) -> str:
+    """Of everything that decides the samples of a source, whatever folder it lies in."""
+    weights = [part.weight if isinstance(part, BlendPart) else 1.0 for part in _parts(data.source)]
+    limits = _limits(data.source, tokens)
+    keys = [stream_key(content, encoder, limit) for content, limit in zip(data.contents, limits, strict=True)]
     return hashlib.sha256(repr((weights, keys)).encode()).hexdigest()
 
 
 def open_corpus(
-    data: DataSource, encoder: TextEncoder, cache: Path, *, length: int, tokens: int, seed: int, progress: Progress
+    data: Data, encoder: TextEncoder, cache: Path, *, length: int, tokens: int, seed: int, progress: Progress
 ) -> Corpus:
-    """The samples of a resolved source, tokenized on the first call. WorkError where there is nothing to predict."""
-    parts = _parts(data)
+    """The samples of a source, tokenized on the first call. WorkError where there is nothing to predict."""
+    parts = _parts(data.source)
     windows = []
-    for part, limit in zip(parts, _limits(data, tokens), strict=True):
-        stream = token_stream(part, encoder, cache, progress, limit=limit)
+    for part, content, limit in zip(parts, data.contents, _limits(data.source, tokens), strict=True):
+        stream = token_stream(part, content, encoder, cache, progress, limit=limit)
         windows.append(_windows(stream, length, encoder))
     weights = [part.weight for part in parts if isinstance(part, BlendPart)]
     return Corpus(tuple(windows), tuple(blend_quotas(weights)) if weights else (1,), seed)
 
 
 def open_held_out(
-    data: DataSource, encoder: TextEncoder, cache: Path, *, length: int, max_tokens: int, progress: Progress
+    data: DataSource,
+    content: str,
+    encoder: TextEncoder,
+    cache: Path,
+    *,
+    length: int,
+    max_tokens: int,
+    progress: Progress,
 ) -> Windows:
-    """The first `max_tokens` tokens of a resolved source, in order."""
+    """The first `max_tokens` tokens of a resolved source, in order; `content` is its hash."""
     limit = max_tokens + (encoder.bos is None)
-    return _windows(token_stream(data, encoder, cache, progress, limit=limit), length, encoder)
+    return _windows(token_stream(data, content, encoder, cache, progress, limit=limit), length, encoder)
 
 
 def _windows(stream: TokenArray, length: int, encoder: TextEncoder) -> Windows:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from minitron.runtime.correction import RECORD
-from minitron.runtime.data import Windows, open_held_out
+from minitron.runtime.data import Windows
 from minitron.runtime.disk import writing
 from minitron.runtime.generate import continue_greedily, tokens_per_second
 from minitron.runtime.held_out import HeldOut, held_out
 from minitron.runtime.interrupt import interrupts
 from minitron.runtime.models import DTYPES, LanguageModel, model_folder, open_model, readable, weight_bytes
 from minitron.runtime.plan import LoadedPlan, ModelPlan, TrainingPlan, read_plan
+from minitron.runtime.setup import held_out_windows
 from minitron.runtime.suite import check_suite, run_suite
 from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.world import World, join_world
@@ -45,8 +46,9 @@ def evaluate(build: Path, *, device: str | None, progress: Progress) -> dict[str
     with interrupts(), join_world(device) as world:
         progress = progress if world.leads else Silent()
         encoder = TextEncoder.load(loaded.folder / plan.tokenizer)
-        with world.leader_first():
-            windows = _held_out_windows(loaded, encoder, progress)
+        windows = held_out_windows(
+            loaded, _length(loaded), world, encoder, loaded.folder / plan.work / "data", progress
+        )
         prompt = _prompt(plan.evaluate.prompt, encoder, windows)
         there = list(_models(loaded))
         measured: dict[str, Any] = {}
@@ -87,17 +89,12 @@ def _models(loaded: LoadedPlan) -> Iterator[tuple[str, Path, ModelPlan]]:
         yield "distilled", loaded.folder / plan.output, plan.student
 
 
-def _held_out_windows(loaded: LoadedPlan, encoder: TextEncoder, progress: Progress) -> Windows | None:
+def _length(loaded: LoadedPlan) -> int:
+    """Of a sequence of held-out text."""
     plan = loaded.plan
-    if plan.held_out is None:
-        return None
     if isinstance(plan, TrainingPlan):
-        length = plan.sequence_length
-    else:
-        length = min(_LENGTH, readable(model_folder(loaded, "student", plan.student)) or _LENGTH)
-    data, most = loaded.data("held_out.data", plan.held_out.data), plan.held_out.max_tokens
-    cache = loaded.folder / plan.work / "data"
-    return open_held_out(data, encoder, cache, length=length, max_tokens=most, progress=progress)
+        return plan.sequence_length
+    return min(_LENGTH, readable(model_folder(loaded, "student", plan.student)) or _LENGTH)
 
 
 def _prompt(text: str | None, encoder: TextEncoder, windows: Windows | None) -> list[int] | None:

@@ -21,6 +21,7 @@ def sum_and_clip(parameters: Sequence[torch.nn.Parameter], most: float | None, w
 
     A norm that is not finite is returned and nothing is scaled.
     """
+    _fill_up(parameters, world)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
     for gradient in whole:
@@ -38,6 +39,16 @@ def sum_and_clip(parameters: Sequence[torch.nn.Parameter], most: float | None, w
                 if together:
                     torch._foreach_mul_(together, scale)
     return float(norm)
+
+
+def _fill_up(parameters: Sequence[torch.nn.Parameter], world: World) -> None:
+    """Zeros where another rank has a gradient and this one has none: its tokens may all have gone past an expert."""
+    whole = [one for one in parameters if one.requires_grad and not isinstance(one, DTensor)]
+    if world.size == 1 or not whole:
+        return
+    for parameter, somewhere in zip(whole, world.any_of(*(one.grad is not None for one in whole)), strict=True):
+        if somewhere and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from minitron.runtime.data import Batch, Windows
 from minitron.runtime.loss import negative_log_likelihood
 from minitron.runtime.models import LanguageModel
 from minitron.runtime.world import World
+from minitron.specs.errors import WorkError
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class HeldOut:
 def held_out(
     model: LanguageModel, windows: Windows, world: World, *, batch_size: int, compute_dtype: torch.dtype = torch.float32
 ) -> HeldOut:
-    """Every token of the windows predicted once, the ranks sharing the work; no [tokens x vocabulary] at any time."""
+    """Every token of the windows predicted once, the ranks sharing the work; no [tokens x vocabulary] at any time.
+    WorkError where there is no token to predict."""
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     mine = range(world.rank, len(windows), world.size)
     most = -(-len(windows) // world.size)
@@ -47,6 +49,8 @@ def held_out(
                 sums += figures
     model.rest()
     loss, tokens = world.sum(sums).tolist()
+    if not tokens:
+        raise WorkError("the held-out text has no token to predict; name more of it")
     return HeldOut(loss / tokens, int(tokens))
 
 

@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+_ECHO_SECONDS = 5.0
+"""One request may arrive as several signals: Ctrl-C goes to all processes of a terminal and torchrun passes it on to its
+own, and so do Slurm and torchrun with SIGTERM."""
 
 
 class Interrupt:
     """Set while a checkpoint can be written first (`deferred`); otherwise the signal raises KeyboardInterrupt at
     once."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.requested = False
         self.deferred = False
+        self._clock = clock
+        self._first: float | None = None
 
     def on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        if not self.deferred or self.requested:
+        now = self._clock()
+        self._first = now if self._first is None else self._first
+        if not self.deferred or now - self._first >= _ECHO_SECONDS:
             raise KeyboardInterrupt
         self.requested = True
 
     @contextmanager
     def deferring(self) -> Iterator[None]:
-        """The first signal in here is only noted, for the loop to act on between two steps; the second one raises."""
+        """The first signal in here is only noted, for the loop to act on between two steps; another one, seconds later,
+        raises."""
         self.deferred = True
         try:
             yield
@@ -34,13 +44,17 @@ class Interrupt:
 
 @contextmanager
 def interrupts() -> Iterator[Interrupt]:
-    """Takes SIGINT and SIGTERM over until it ends. Outside the main thread, where Python allows no handlers, it
-    does nothing."""
+    """Takes SIGINT and SIGTERM over until it ends, where they are not ignored, as Ctrl-C is in the background of a script.
+    Outside the main thread, where Python allows no handlers, it does nothing."""
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
         yield interrupt
         return
-    before = {number: signal.signal(number, interrupt.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, interrupt.on_signal)
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         yield interrupt
     finally:

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minitron.runtime.correction import weights_digest
+from minitron.runtime.correction import WEIGHTS, weights_digest
 from minitron.runtime.plan import LoadedPlan, TrainingPlan
 from minitron.runtime.teacher_logits import FOLDER, StoredLogits, changes, read_index
 from minitron.specs.blocks.distill import SampledLogits
 from minitron.specs.errors import UsageError
 
-_WEIGHTS = "teacher.weights"
 _KEPT = (
     "data", "seed", "sequence_length", "teacher_logits.sampled", "loss.logits.temperature",
     "teacher.dtype", "teacher.head.", "teacher_correction.",
@@ -24,7 +23,7 @@ def samples_identity(training: Mapping[str, Any], teacher: Path | None) -> dict[
     teacher's weights, where it is at hand. Not in it: how many tokens are trained on, and in which batches. A longer
     training has the same samples and more."""
     kept = {key: value for key, value in training.items() if key.startswith(_KEPT)}
-    return kept if teacher is None else kept | {_WEIGHTS: weights_digest(teacher)}
+    return kept if teacher is None else kept | {WEIGHTS: weights_digest(teacher)}
 
 
 def stored_logits(loaded: LoadedPlan, training: Mapping[str, Any]) -> StoredLogits:
@@ -41,7 +40,7 @@ def stored_logits(loaded: LoadedPlan, training: Mapping[str, Any]) -> StoredLogi
             f"{loaded.folder} has no stored teacher logits, and `teacher_logits: {{sampled: ...}}` trains from them; {again}"
         )
     wanted = samples_identity(training, _teacher_at_hand(loaded, plan))
-    stored = {key: value for key, value in index.identity.items() if key != _WEIGHTS or key in wanted}
+    stored = {key: value for key, value in index.identity.items() if key != WEIGHTS or key in wanted}
     if different := changes(stored, wanted):
         message = f"the stored samples in {folder} were drawn with other settings ({', '.join(different)})"
         raise loaded.invalid("teacher_logits", message, f"bring these back, or {again}")

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from minitron.runtime.checkpoint import Checkpoints, TrainerState
-from minitron.runtime.disk import explain
 from minitron.runtime.pieces import Piece
 from minitron.runtime.world import World
+from minitron.specs.atomic import explain
 from minitron.specs.errors import WorkError
 
 Identity = Mapping[str, object]

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from minitron.runtime.checkpoint import Checkpoints, TrainerState, load
-from minitron.runtime.data import Corpus, Windows, open_corpus, open_held_out
+from minitron.runtime.correction import WEIGHTS
+from minitron.runtime.data import Corpus, Data, Windows, open_corpus, open_held_out
 from minitron.runtime.hidden_states import HiddenStates, prepare_hidden_states
 from minitron.runtime.loss import DistillationLoss
 from minitron.runtime.models import DTYPES, LanguageModel, check_vocabularies, load_model
@@ -22,6 +23,8 @@ from minitron.runtime.sharding import compile_layers, shard_student, shard_teach
 from minitron.runtime.teacher_logits import StoredLogits
 from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.world import World
+from minitron.specs.data import DataSource
+from minitron.specs.documents import content_hash
 from minitron.specs.errors import SpecInvalid
 from minitron.specs.progress import Progress, Silent
 
@@ -70,13 +73,14 @@ class Run:
 def prepare(
     loaded: LoadedPlan,
     plan: TrainingPlan,
+    data: Data,
     world: World,
     encoder: TextEncoder,
     identity: dict[str, Any],
     cache: Path,
     progress: Progress,
 ) -> Run:
-    """Opens data and models; `cache` is the folder of tokenized data.
+    """Opens data and models; `data` is what the plan names as `data`, `cache` the folder of tokenized data.
 
     SpecInvalid with the place where the plan does not fit them; WorkError for broken
     files."""
@@ -88,13 +92,12 @@ def prepare(
     work = loaded.folder / plan.work
     sampled = plan.teacher_logits != "online" and plan.loss.logits.weight != 0
     stored = stored_logits(loaded, identity) if sampled else None
-    with world.leader_first():
-        corpus, windows = _open_data(loaded, plan, encoder, cache, progress if world.leads else Silent())
+    corpus, windows = _open_data(loaded, plan, data, world, encoder, cache, progress if world.leads else Silent())
     logits, hidden, teacher = plan.loss.logits, plan.loss.hidden_states, None
     if hidden is not None and hidden.weight == 0:
         hidden = None
-    if hidden is not None or (logits.weight and stored is None):
-        teacher = _load_teacher(loaded, plan, world)
+    if needs_teacher(plan):
+        teacher = load_teacher(loaded, plan, world)
     student = _load_student(loaded, plan, world)
     check_vocabularies(loaded, teacher, student, encoder.tokenizer)
     if student.positions is not None and plan.sequence_length > student.positions:
@@ -133,11 +136,18 @@ def prepare(
     )
 
 
+def needs_teacher(plan: TrainingPlan) -> bool:
+    """Whether a term of the loss is computed from the teacher itself."""
+    hidden = plan.loss.hidden_states
+    logits = plan.loss.logits.weight != 0 and plan.teacher_logits == "online"
+    return logits or (hidden is not None and hidden.weight != 0)
+
+
 def _compute_dtype(plan: TrainingPlan, world: World) -> torch.dtype:
     return DTYPES[getattr(plan.compute_dtype, world.device.type)]
 
 
-def _load_teacher(loaded: LoadedPlan, plan: TrainingPlan, world: World) -> LanguageModel:
+def load_teacher(loaded: LoadedPlan, plan: TrainingPlan, world: World) -> LanguageModel:
     """The teacher, frozen, whole on this rank or spread over all."""
 
     def spread(model: LanguageModel) -> LanguageModel:
@@ -179,15 +189,38 @@ def recompute(module: Any) -> None:
 
 
 def _open_data(
-    loaded: LoadedPlan, plan: TrainingPlan, encoder: TextEncoder, cache: Path, progress: Progress
+    loaded: LoadedPlan,
+    plan: TrainingPlan,
+    data: Data,
+    world: World,
+    encoder: TextEncoder,
+    cache: Path,
+    progress: Progress,
 ) -> tuple[Corpus, Windows | None]:
     length = plan.sequence_length
-    data = loaded.data("data", plan.data)
-    corpus = open_corpus(data, encoder, cache, length=length, tokens=plan.tokens, seed=plan.seed, progress=progress)
-    if plan.held_out is None:
-        return corpus, None
-    data, most = loaded.data("held_out.data", plan.held_out.data), plan.held_out.max_tokens
-    return corpus, open_held_out(data, encoder, cache, length=length, max_tokens=most, progress=progress)
+    corpus = world.leader_first(
+        lambda: open_corpus(data, encoder, cache, length=length, tokens=plan.tokens, seed=plan.seed, progress=progress)
+    )
+    return corpus, held_out_windows(loaded, length, world, encoder, cache, progress)
+
+
+def held_out_windows(
+    loaded: LoadedPlan, length: int, world: World, encoder: TextEncoder, cache: Path, progress: Progress
+) -> Windows | None:
+    """The plan's held-out text in sequences of `length`; None where it has none. SpecInvalid and WorkError as for data."""
+    if (of := loaded.plan.held_out) is None:
+        return None
+
+    def read() -> tuple[DataSource, str]:
+        source = loaded.data("held_out.data", of.data)
+        return source, content_hash(source)
+
+    source, content = world.from_leader(read)
+    return world.leader_first(
+        lambda: open_held_out(
+            source, content, encoder, cache, length=length, max_tokens=of.max_tokens, progress=progress
+        )
+    )
 
 
 def resume(loaded: LoadedPlan, run: Run, progress: Progress) -> TrainerState:
@@ -202,18 +235,21 @@ def resume(loaded: LoadedPlan, run: Run, progress: Progress) -> TrainerState:
 
 
 def require_same_training(loaded: LoadedPlan, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """SpecInvalid with every value that decides the result and is not what it was when this training began."""
+    """SpecInvalid with every value that decides the result and is not what it was when this training began. Weights of a
+    teacher count where they are known of both."""
     begin_again = f"or delete {loaded.folder / loaded.plan.work} to train from the beginning"
-    changed = {"data": "the training data or its tokenizer", "fingerprint": "the pruned student"}
+    changed = {
+        "data": "the training data or its tokenizer", "fingerprint": "the pruned student", WEIGHTS: "the teacher"
+    }  # fmt: skip
     errors = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
-        if old == new:
+        if old == new or (key == WEIGHTS and None in (old, new)):
             continue
         if key in changed:
             message, remedy = f"{changed[key]} changed since this training began", "bring back what was there"
         else:
             message, remedy = f"was {old} when this training began and is now {new}", f"write {old} again"
-        errors.append(loaded.error(key, message, f"{remedy}, {begin_again}"))
+        errors.append(loaded.error("teacher.model" if key == WEIGHTS else key, message, f"{remedy}, {begin_again}"))
     if errors:
         raise SpecInvalid(errors)

@@ -88,6 +88,8 @@ def _shard(model: LanguageModel, world: World, dtype: torch.dtype | None, **poli
         unit.set_gradient_divide_factor(1.0)
         # A plain sum: dividing by 1 through the communication library is not implemented by all of them.
         unit.set_force_sum_reduction_for_comms(True)
+        # Ranks need not use the same parameters: a rank's tokens may all go past an expert.
+        unit.set_reduce_scatter_unused_params(True)
     return replace(model, root=root)
 
 

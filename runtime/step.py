@@ -117,12 +117,16 @@ def _student_loss(
 
 
 def _not_finite(run: Run, state: TrainerState, batch: Batch, what: str) -> WorkError:
-    """Keeps what was computed on, for whoever looks for the reason."""
-    rank = f"-rank-{run.world.rank}" if run.world.size > 1 else ""
-    path = run.work / f"not-finite-step-{state.step + 1}{rank}.safetensors"
-    with writing(str(path)), atomic_path(path) as temporary:
-        save_file({"input_ids": batch.input_ids_BL, "labels": batch.labels_BL}, temporary)
+    """Keeps what was computed on, for whoever looks for the reason: each rank its part. All ranks say the same."""
+    name, ranks = f"not-finite-step-{state.step + 1}", run.world.size > 1
+    path = run.work / (f"{name}-rank-{run.world.rank}.safetensors" if ranks else f"{name}.safetensors")
+    saved = f"the batch was saved as {run.work / name}{'-rank-*' if ranks else ''}.safetensors"
+    try:
+        with writing(str(path)), atomic_path(path) as temporary:
+            save_file({"input_ids": batch.input_ids_BL, "labels": batch.labels_BL}, temporary)
+    except WorkError as error:
+        saved = f"the batch could not be saved ({error})"
     return WorkError(
-        f"the {what} at step {state.step + 1}: the last checkpoint was kept and the batch was saved as {path}. "
+        f"the {what} at step {state.step + 1}: the last checkpoint was kept and {saved}. "
         f"Often the learning rate is too high: lower `optimizer.lr`, delete {run.work / 'checkpoints'} and train again"
     )

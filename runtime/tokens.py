@@ -15,7 +15,7 @@ from minitron.runtime.disk import writing
 from minitron.runtime.models import Tokenizer, load_tokenizer
 from minitron.specs.atomic import atomic_folder
 from minitron.specs.data import Source
-from minitron.specs.documents import Document, content_hash, data_files, iter_documents
+from minitron.specs.documents import Document, data_files, iter_documents
 from minitron.specs.errors import WorkError
 from minitron.specs.progress import Progress
 
@@ -85,20 +85,22 @@ class TextEncoder:
             ) from None
 
 
-def stream_key(source: Source, encoder: TextEncoder, limit: int | None) -> str:
-    """Names the stream of a source: the same for the same contents, tokenizer and limit, wherever they lie."""
-    parts = [str(_LAYOUT), content_hash(source), encoder.fingerprint, str(limit)]
+def stream_key(content: str, encoder: TextEncoder, limit: int | None) -> str:
+    """Names the stream of a source: the same for the same contents (`content_hash`), tokenizer and limit, wherever they
+    lie."""
+    parts = [str(_LAYOUT), content, encoder.fingerprint, str(limit)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
 def token_stream(
-    source: Source, encoder: TextEncoder, cache: Path, progress: Progress, *, limit: int | None = None
+    source: Source, content: str, encoder: TextEncoder, cache: Path, progress: Progress, *, limit: int | None = None
 ) -> TokenArray:
-    """All tokens of a resolved source (at most `limit`), one after the other, read-only and memory-mapped.
+    """All tokens of a resolved source (at most `limit`), one after the other, read-only and memory-mapped. `content` is
+    the source's hash.
 
-    The first call writes them to `cache`, every later one finds them there.
+    The first call writes them to `cache`, every later one finds them there, without a look at the source.
     """
-    folder = cache / stream_key(source, encoder, limit)
+    folder = cache / stream_key(content, encoder, limit)
     wide = len(encoder.tokenizer) > 1 << 16
     if not folder.is_dir():
         with writing(str(folder)), atomic_folder(folder) as temporary:

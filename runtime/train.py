@@ -15,9 +15,16 @@ from typing import Any
 import torch
 
 from minitron.runtime.checkpoint import TrainerState
-from minitron.runtime.correction import Correction, correction_of, record, with_corrected_teacher
-from minitron.runtime.data import data_hash
-from minitron.runtime.disk import only_one, writing
+from minitron.runtime.correction import (
+    WEIGHTS,
+    Correction,
+    correction_of,
+    record,
+    weights_digest,
+    with_corrected_teacher,
+)
+from minitron.runtime.data import Data, data_hash
+from minitron.runtime.disk import writing
 from minitron.runtime.held_out import HeldOut, held_out
 from minitron.runtime.hidden_states import remove_projection
 from minitron.runtime.interrupt import Interrupt, interrupts
@@ -25,14 +32,15 @@ from minitron.runtime.metrics import MetricsLog, read_metrics
 from minitron.runtime.models import DTYPES, model_folder
 from minitron.runtime.output import Weights, whole_weights, write_model
 from minitron.runtime.pieces import model_pieces, optimizer_pieces
-from minitron.runtime.plan import LoadedPlan, read_plan, resume_identity
-from minitron.runtime.setup import Run, prepare, require_same_training, resume
+from minitron.runtime.plan import LoadedPlan, TrainingPlan, read_plan, resume_identity
+from minitron.runtime.setup import Run, needs_teacher, prepare, require_same_training, resume
 from minitron.runtime.step import train_step
 from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.utilisation import peak_flops, peak_memory, utilisation
 from minitron.runtime.world import World, join_world
 from minitron.specs.atomic import remove_leftovers, write_text
 from minitron.specs.errors import UsageError, WorkError
+from minitron.specs.locks import only_one
 from minitron.specs.progress import Progress, Silent
 
 FINISHED = "finished.json"
@@ -52,13 +60,14 @@ def train(build: Path, *, device: str | None, progress: Progress) -> None:
     loaded = read_plan(build)
     plan = loaded.training()
     work, output = loaded.folder / plan.work, loaded.folder / plan.output
-    with interrupts() as interrupt, join_world(device) as world, only_one(work, "training", world.leads):
+    with interrupts() as interrupt, join_world(device) as world, only_one(work, "training", active=world.leads):
         progress = progress if world.leads else Silent()
         _require_one_folder(work, world)
         if world.leads:
             _remove_leftovers(work, output)
         encoder = TextEncoder.load(loaded.folder / plan.tokenizer)
-        identity = resume_identity(plan, data_hash(loaded.data("data", plan.data), encoder, plan.tokens))
+        data = world.from_leader(lambda: Data.read(loaded.data("data", plan.data)))
+        identity = resume_identity(plan, data_hash(data, encoder, plan.tokens))
         if (work / FINISHED).is_file() and output.is_dir():
             require_same_training(
                 loaded, json.loads((work / FINISHED).read_text(encoding="utf-8"))["identity"], identity
@@ -68,8 +77,9 @@ def train(build: Path, *, device: str | None, progress: Progress) -> None:
         if plan.teacher_correction is not None and (before := _identity_of_newest(work / "checkpoints")) is not None:
             require_same_training(loaded, before, identity)  # before a teacher is corrected for nothing
         if plan.teacher_logits == "online":  # else it was corrected, if it was, before it was captured
-            loaded = corrected(loaded, world, encoder, interrupt, progress)
-        run = prepare(loaded, loaded.training(), world, encoder, identity, work / "data", progress)
+            loaded = corrected(loaded, data, world, encoder, interrupt, progress)
+        identity |= _teacher_weights(loaded, plan)
+        run = prepare(loaded, loaded.training(), data, world, encoder, identity, work / "data", progress)
         state = resume(loaded, run, progress)
         with interrupt.deferring():
             _learn(run, state, interrupt, progress)
@@ -82,20 +92,18 @@ def train(build: Path, *, device: str | None, progress: Progress) -> None:
 
 
 def corrected(
-    loaded: LoadedPlan, world: World, encoder: TextEncoder, interrupt: Interrupt, progress: Progress
+    loaded: LoadedPlan, data: Data, world: World, encoder: TextEncoder, interrupt: Interrupt, progress: Progress
 ) -> LoadedPlan:
     """The plan with the corrected teacher as its teacher, which is trained first where it is not there yet; the plan
     itself where it asks for no correction. Goes on, is interrupted and fails as `train` does."""
     plan = loaded.training()
-    correction = correction_of(loaded, data_hash(loaded.data("data", plan.data), encoder, plan.tokens))
+    correction = correction_of(loaded, data_hash(data, encoder, plan.tokens))
     if correction is None:
         return loaded
     if not correction.done():
-        with world.leader_first():
-            if world.leads:
-                correction.begin(progress)
+        world.from_leader(lambda: correction.begin(progress))
         cache = loaded.folder / plan.work / "data"
-        run = prepare(correction.loaded, correction.plan, world, encoder, correction.identity, cache, progress)
+        run = prepare(correction.loaded, correction.plan, data, world, encoder, correction.identity, cache, progress)
         state = resume(correction.loaded, run, progress)
         if state.step == 0 and run.held_out is not None:
             before = _measure_held_out(run).loss
@@ -121,6 +129,14 @@ def _finish_correction(correction: Correction, run: Run, weights: Weights, progr
     write_model(run.student, weights, correction.source, correction.output, plan.name, [], files)
     measured = "" if before is None or after is None else f": held-out loss {before:.4f} before, {after:.4f} after"
     progress.message(f"corrected the teacher{measured}")
+
+
+def _teacher_weights(loaded: LoadedPlan, plan: TrainingPlan) -> dict[str, str]:
+    """Which teacher a training learns from beside it: `layout` and folders may change on the way, the teacher may not.
+    (Stored samples know theirs themselves, and so does a corrected teacher.)"""
+    if plan.teacher_logits != "online" or plan.teacher_correction is not None or not needs_teacher(plan):
+        return {}
+    return {WEIGHTS: weights_digest(model_folder(loaded, "teacher", plan.teacher))}
 
 
 def _identity_of_newest(checkpoints: Path) -> dict[str, Any] | None:

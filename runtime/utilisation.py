@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 
 import torch
@@ -21,10 +22,12 @@ PEAKS = (
     ("L40", 181e12),
     ("L4", 121e12),
     ("A40", 150e12),
+    ("A30", 165e12),
+    ("A10G", 70e12),
     ("A10", 125e12),
 )
-"""Part of a device's name -> floating-point operations a second in bf16, dense, as its maker states them. The first that
-fits counts: longer names stand before those that they begin with."""
+"""Words of a device's name -> floating-point operations a second in bf16, dense, as its maker states them. The first that
+fits counts: the board before the chip. Whole words: an RTX A4000 is no A40."""
 
 
 def peak_flops(device: torch.device, compute_dtype: torch.dtype) -> float | None:
@@ -36,7 +39,8 @@ def peak_flops(device: torch.device, compute_dtype: torch.dtype) -> float | None
 
 def peak_of(name: str) -> float | None:
     """Of the device with this name."""
-    return next((peak for part, peak in PEAKS if part in name), None)
+    words = f" {re.sub('[^A-Za-z0-9]+', ' ', name)} "
+    return next((peak for part, peak in PEAKS if f" {part} " in words), None)
 
 
 def utilisation(

@@ -7,11 +7,11 @@ global count of valid tokens before it is summed needs no other treatment.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,9 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from minitron.runtime.devices import pick_device
-from minitron.specs.errors import UsageError
+from minitron.specs.errors import MinitronError, UsageError
+
+T = TypeVar("T")
 
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """Beside a GPU the CPU has a backend too: weights that rest in host memory are reduced there."""
@@ -66,20 +68,43 @@ class World:
         counts = self.sum(torch.tensor([float(flag) for flag in flags], device=self.device))
         return tuple(bool(count) for count in counts.tolist())
 
+    def most(self, count: int) -> int:
+        """The largest of all ranks' counts."""
+        if self.size == 1:
+            return count
+        value = torch.tensor(count, device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return int(value)
+
     def mesh(self) -> DeviceMesh:
         """All ranks in a row, to spread tensors over. A world of one can have one too."""
         if not dist.is_initialized():
             dist.init_process_group(_BACKENDS[self.device.type], store=HashStore(), rank=0, world_size=1)
         return init_device_mesh(self.device.type, (self.size,))
 
-    @contextmanager
-    def leader_first(self) -> Iterator[None]:
-        """The leader runs the body alone, then all others run it and find what it left on the disk."""
-        if not self.leads:
-            self.wait()
-        yield
+    def from_leader(self, work: Callable[[], T]) -> T:
+        """What `work` yields, which the leader alone does. An error of ours is raised on all ranks."""
+        outcome: list[Any] = [None, None]
         if self.leads:
-            self.wait()
+            try:
+                outcome[0] = work()
+            except MinitronError as error:
+                if self.size == 1:
+                    raise
+                outcome[1] = error
+        if self.size > 1:
+            dist.broadcast_object_list(outcome, src=0, group=self.waiting)
+        if outcome[1] is not None:
+            raise outcome[1]
+        result: T = outcome[0]
+        return result
+
+    def leader_first(self, work: Callable[[], T]) -> T:
+        """What `work` yields: the leader does it alone, then all others do it and find what it left on the disk. An error
+        of the leader is raised on all ranks."""
+        done: list[T] = []
+        self.from_leader(lambda: done.append(work()))
+        return done[0] if self.leads else work()
 
     def wait(self) -> None:
         """Until all ranks are here."""
@@ -104,6 +129,10 @@ def join_world(device: str | None) -> Iterator[World]:
         return
     if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
         raise UsageError("WORLD_SIZE is set without RANK and MASTER_ADDR; start with torchrun, or unset WORLD_SIZE")
+    if device is not None and ":" in device and int(os.environ.get("LOCAL_WORLD_SIZE", size)) > 1:
+        raise UsageError(
+            f"--device {device} is one device for several processes; write cuda: each takes one of its own"
+        )
     dist.init_process_group(_BACKENDS[chosen.type])
     waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)
     dist.barrier(
@@ -111,5 +140,10 @@ def join_world(device: str | None) -> Iterator[World]:
     )  # all are connected now: a rank that refuses the plan at once is not one that another cannot reach
     try:
         yield World(dist.get_rank(), size, chosen, waiting)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # With a GPU, leaving in order waits for what the other ranks have not sent and may never send: the end of this
+        # process, which is near, takes the connections down.
+        if chosen.type == "cpu":
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -13,6 +14,14 @@ from minitron.specs.errors import MinitronError
 
 # How libraries written in Rust, such as safetensors, quote an error of the operating system in one of their own.
 _QUOTED = re.compile(r"\(os error (\d+)\)")
+
+
+def explain(error: Exception) -> tuple[str, str]:
+    """What went wrong and what to do, for an error of writing; safetensors raises its own kind with the system's
+    words."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        return "the disk is full", "make room"
+    return str(error), "see that it can be written to"
 
 
 def sync_folder(folder: Path) -> None:

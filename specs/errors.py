@@ -59,3 +59,7 @@ class SpecInvalid(UsageError):
         self.errors = sorted(errors, key=lambda e: (e.file, e.line, e.column, e.path))
         self.draft = draft
         super().__init__("\n".join(str(e) for e in self.errors))
+
+    def __reduce__(self) -> tuple[type[SpecInvalid], tuple[list[SpecError]]]:
+        """So that one process can hand it to another."""
+        return SpecInvalid, (self.errors,)

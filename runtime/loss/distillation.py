@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minitron.runtime.loss.divergence import DIVERGENCES, DivergenceName, log_softmax_
 from minitron.runtime.loss.head import Head
-from minitron.runtime.loss.products import accumulate_outer, project, project_back
+from minitron.runtime.loss.products import accumulate_outer, project, project_back, scale_
 from minitron.runtime.loss.sampled import SampledTargets, cross_entropy_
 
 _BUFFER_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
@@ -179,9 +179,7 @@ class _ChunkedLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the gradients of a distillation loss can be taken once; compute the loss again")
-        # The training loop calls backward on the loss itself: then no multiplied copy is needed either.
-        if not bool(upstream == 1):
-            gradients = tuple(None if g is None else g * upstream.to(g.dtype) for g in gradients)
+        scale_(gradients, upstream)
         return (*gradients, None, None, None, None, None, None, None, None)
 
 

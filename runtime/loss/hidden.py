@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from minitron.runtime.loss.products import accumulate_outer, project, project_back
+from minitron.runtime.loss.products import accumulate_outer, project, project_back, scale_
 
 DistanceName = Literal["cosine", "mse"]
 
@@ -126,8 +126,7 @@ class _ChunkedDistance(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the gradients of a hidden-state loss can be taken once; compute the loss again")
-        if not bool(upstream == 1):
-            gradients = tuple(None if g is None else g * upstream.to(g.dtype) for g in gradients)
+        scale_(gradients, upstream)
         return gradients[0], None, None, None, None, None, None, None, *gradients[1:]
 
 

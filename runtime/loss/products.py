@@ -1,4 +1,4 @@
-"""The three matrix products of a language-model head, always with fp32 results.
+"""The three matrix products of a language-model head, always with fp32 results, and the chain rule's factor.
 
 A bf16 result would round logits of 20 to steps of 1/8 and with them every probability by up to 6%: near
 convergence, where student and teacher differ by less, nothing of the gradient is left. So the products come out in
@@ -8,7 +8,7 @@ upcast a block of the vocabulary at a time so that no second copy of the head st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -58,3 +58,13 @@ def accumulate_outer(grad_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor, out_
     for block in _blocks(weight_VD.shape[0]):
         grad_CB = grad_CV[:, block].to(weight_VD.dtype)
         out_VD[block].add_(torch.mm(grad_CB.t(), hidden_CD, out_dtype=torch.float32))
+
+
+def scale_(gradients: Iterable[Tensor | None], upstream: Tensor) -> None:
+    """Multiplies in place by what comes from above. A training calls backward on the loss itself, where that is 1 and on a
+    CPU nothing is done; on CUDA a pass over them costs less than to wait for the device and look."""
+    if upstream.device.type == "cpu" and bool(upstream == 1):
+        return
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.mul_(upstream)

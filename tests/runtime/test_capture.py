@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from minitron.runtime import capture, train
-from minitron.runtime.data import data_hash, open_corpus
+from minitron.runtime.data import Data, data_hash, open_corpus
 from minitron.runtime.models import load_model
 from minitron.runtime.plan import read_plan
 from minitron.runtime.teacher_logits import StoredLogits, read_index, read_shard, shard_path
@@ -75,7 +75,7 @@ def test_samples_are_those_of_the_teacher(captured: Path) -> None:
     plan = loaded.training()
     encoder = TextEncoder.load(captured / plan.tokenizer)
     corpus = open_corpus(
-        loaded.data("data", plan.data), encoder, captured / "train" / "data",
+        Data.read(loaded.data("data", plan.data)), encoder, captured / "train" / "data",
         length=16, tokens=plan.tokens, seed=0, progress=Silent(),
     )  # fmt: skip
     index = read_index(captured / "teacher_logits")
@@ -267,7 +267,7 @@ def test_data_hash_is_what_names_the_data(captured: Path) -> None:
     encoder = TextEncoder.load(captured / plan.tokenizer)
     index = read_index(captured / "teacher_logits")
     assert index is not None
-    assert index.identity["data"] == data_hash(loaded.data("data", plan.data), encoder, plan.tokens)
+    assert index.identity["data"] == data_hash(Data.read(loaded.data("data", plan.data)), encoder, plan.tokens)
 
 
 def test_training_is_refused_while_it_is_captured(build: Path) -> None:

@@ -287,6 +287,35 @@ def test_the_products_of_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error(got, want) < 0.005
 
 
+def test_torch_has_the_products_of_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same path with torch's own products, on tensors without data: operands, their number formats and where results
+    go are checked as on CUDA."""
+    monkeypatch.setattr(products, "_on_tensor_cores", lambda weight: weight.dtype == torch.bfloat16)
+    monkeypatch.setattr(products, "VOCABULARY_BLOCK", 64)
+    hidden = torch.empty(6, 8, device="meta")
+    weight = torch.empty(150, 8, device="meta", dtype=torch.bfloat16)
+    logits, gradient, outer = (torch.empty(shape, device="meta") for shape in ((6, 150), (6, 8), (150, 8)))
+    with OutDtypes() as seen:
+        products.project(hidden, weight, logits)
+        products.project_back(logits, weight, gradient)
+        products.accumulate_outer(logits, hidden, weight, outer)
+    assert seen.formats == [(torch.bfloat16, torch.bfloat16, torch.float32)] * 5  # 1, 1 and a block of 64, 64 and 22
+
+
+class OutDtypes(TorchDispatchMode):
+    """Number formats of all products: left, right, result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.formats: list[tuple[torch.dtype, torch.dtype, torch.dtype]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket == torch.ops.aten.mm:
+            self.formats.append((args[0].dtype, args[1].dtype, result.dtype))
+        return result
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.005)])
 def test_on_cuda(dtype: torch.dtype, tolerance: float) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from minitron.runtime.data import data_hash, open_corpus
+from minitron.runtime.data import Data, data_hash, open_corpus
 from minitron.runtime.models import load_tokenizer
 from minitron.runtime.tokens import TextEncoder, token_stream
 from minitron.specs.data import DataSource
+from minitron.specs.documents import content_hash
 from minitron.specs.errors import WorkError
 from minitron.specs.progress import Silent
 from tests.runtime import tiny
@@ -31,9 +32,14 @@ def source(folder: Path, content: str, **more: Any) -> DataSource:
     return DataSource(text=(str(file),), **more)
 
 
+def read(folder: Path, content: str) -> Data:
+    return Data.read(source(folder, content))
+
+
 def test_documents_stand_between_bos_and_eos(tokenizer: Path, tmp_path: Path) -> None:
     encoder = TextEncoder.load(tokenizer)
-    stream = token_stream(source(tmp_path, "the cat\n\nsat on", document="line"), encoder, tmp_path / "c", Silent())
+    data = source(tmp_path, "the cat\n\nsat on", document="line")
+    stream = token_stream(data, content_hash(data), encoder, tmp_path / "c", Silent())
     words = [encoder.tokenizer(text, add_special_tokens=False).input_ids for text in ("the cat", "sat on")]
     assert stream.tolist() == [0, *words[0], 1, 0, *words[1], 1]
 
@@ -41,15 +47,16 @@ def test_documents_stand_between_bos_and_eos(tokenizer: Path, tmp_path: Path) ->
 def test_a_tokenizer_that_puts_no_bos_gets_none(tmp_path: Path) -> None:
     tiny.save_tokenizer(tmp_path / "t", bos=False)
     encoder = TextEncoder.load(tmp_path / "t")
-    stream = token_stream(source(tmp_path, "the cat"), encoder, tmp_path / "c", Silent())
+    data = source(tmp_path, "the cat")
+    stream = token_stream(data, content_hash(data), encoder, tmp_path / "c", Silent())
     assert encoder.bos is None and 0 not in stream and stream[-1] == 1
 
 
 def test_the_second_time_nothing_is_tokenized(tokenizer: Path, tmp_path: Path) -> None:
     encoder, progress, cache = TextEncoder.load(tokenizer), Messages(), tmp_path / "cache"
     data = source(tmp_path, "the cat sat")
-    first = token_stream(data, encoder, cache, progress)
-    second = token_stream(data, encoder, cache, progress)
+    first = token_stream(data, content_hash(data), encoder, cache, progress)
+    second = token_stream(data, content_hash(data), encoder, cache, progress)
     assert progress.texts == [f"tokenized 1 documents: {len(first)} tokens"]
     assert first.tolist() == second.tolist()
     assert first.filename is not None, "it is mapped, not read"
@@ -58,26 +65,29 @@ def test_the_second_time_nothing_is_tokenized(tokenizer: Path, tmp_path: Path) -
 def test_other_words_another_tokenizer_or_another_folder(tokenizer: Path, tmp_path: Path) -> None:
     encoder = TextEncoder.load(tokenizer)
     (tmp_path / "moved").mkdir()
-    here = data_hash(source(tmp_path, "the cat sat"), encoder, 100)
-    assert here == data_hash(source(tmp_path / "moved", "the cat sat"), encoder, 100)
-    assert here != data_hash(source(tmp_path, "the cat sat."), encoder, 100)
+    here = data_hash(read(tmp_path, "the cat sat"), encoder, 100)
+    assert here == data_hash(read(tmp_path / "moved", "the cat sat"), encoder, 100)
+    assert here != data_hash(read(tmp_path, "the cat sat."), encoder, 100)
     tiny.save_tokenizer(tmp_path / "other", bos=True, vocabulary=280)
-    assert here != data_hash(source(tmp_path, "the cat sat"), TextEncoder.load(tmp_path / "other"), 100)
+    assert here != data_hash(read(tmp_path, "the cat sat"), TextEncoder.load(tmp_path / "other"), 100)
 
 
 def test_a_limit_cuts_the_stream(tokenizer: Path, tmp_path: Path) -> None:
     encoder = TextEncoder.load(tokenizer)
     data = source(tmp_path, tiny.text(50, seed=0), document="line")
-    whole = token_stream(data, encoder, tmp_path / "c", Silent())
-    assert token_stream(data, encoder, tmp_path / "c", Silent(), limit=33).tolist() == whole[:33].tolist()
+    whole = token_stream(data, content_hash(data), encoder, tmp_path / "c", Silent())
+    assert (
+        token_stream(data, content_hash(data), encoder, tmp_path / "c", Silent(), limit=33).tolist()
+        == whole[:33].tolist()
+    )
 
 
 def test_many_documents_come_through_in_order(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = TextEncoder.load(tokenizer)
     data = source(tmp_path, tiny.text(50, seed=0), document="line")
-    whole = token_stream(data, encoder, tmp_path / "one", Silent()).tolist()
+    whole = token_stream(data, content_hash(data), encoder, tmp_path / "one", Silent()).tolist()
     monkeypatch.setattr("minitron.runtime.tokens._BATCH_CHARACTERS", 100)
-    assert token_stream(data, encoder, tmp_path / "two", Silent()).tolist() == whole
+    assert token_stream(data, content_hash(data), encoder, tmp_path / "two", Silent()).tolist() == whole
     assert whole.count(0) == whole.count(1) == 50
 
 
@@ -88,7 +98,7 @@ def test_chat_messages_are_rendered_with_the_template(tokenizer: Path, tmp_path:
     rows = [{"chat": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]}]
     (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     data = DataSource(jsonl=(str(tmp_path / "chat.jsonl"),), messages_field="chat")
-    stream = token_stream(data, encoder, tmp_path / "c", Silent()).tolist()
+    stream = token_stream(data, content_hash(data), encoder, tmp_path / "c", Silent()).tolist()
     assert encoder.tokenizer.decode(stream) == "<s>user: the cat</s><s>assistant: sat</s>"
 
 
@@ -96,22 +106,22 @@ def test_chat_messages_without_a_template(tokenizer: Path, tmp_path: Path) -> No
     (tmp_path / "chat.jsonl").write_text('{"chat": [{"role": "user", "content": "the cat"}]}', encoding="utf-8")
     data = DataSource(jsonl=(str(tmp_path / "chat.jsonl"),), messages_field="chat")
     with pytest.raises(WorkError, match=r"no chat template; add chat_template\.jinja"):
-        token_stream(data, TextEncoder.load(tokenizer), tmp_path / "c", Silent())
+        token_stream(data, content_hash(data), TextEncoder.load(tokenizer), tmp_path / "c", Silent())
 
 
 def test_too_little_text(tokenizer: Path, tmp_path: Path) -> None:
     encoder = TextEncoder(load_tokenizer(tokenizer), "", bos=None, eos=None)
     with pytest.raises(WorkError, match="has 1 tokens, too few to predict one from another; name more data"):
-        open_corpus(source(tmp_path, "a"), encoder, tmp_path / "c", length=8, tokens=8, seed=0, progress=Silent())
+        open_corpus(read(tmp_path, "a"), encoder, tmp_path / "c", length=8, tokens=8, seed=0, progress=Silent())
 
 
 def test_a_cache_that_was_cut_short(tokenizer: Path, tmp_path: Path) -> None:
     encoder, cache, data = TextEncoder.load(tokenizer), tmp_path / "cache", source(tmp_path, "the cat sat")
-    token_stream(data, encoder, cache, Silent())
+    token_stream(data, content_hash(data), encoder, cache, Silent())
     file = next(cache.glob("*/tokens.bin"))
     file.write_bytes(file.read_bytes()[:4])
     with pytest.raises(WorkError, match=r"has 2 of .* tokens; delete that folder"):
-        token_stream(data, encoder, cache, Silent())
+        token_stream(data, content_hash(data), encoder, cache, Silent())
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron.cli.main import command_line
 from minitron.runtime import checkpoint, train
-from minitron.runtime.disk import only_one
 from minitron.runtime.metrics import read_metrics
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError
+from minitron.specs.locks import only_one
 from minitron.specs.progress import Progress, Silent
 from tests.runtime import tiny
 from tests.runtime.listening import AtStep, Messages

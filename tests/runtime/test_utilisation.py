@@ -22,6 +22,7 @@ def test_devices_by_the_names_that_their_driver_gives() -> None:
     assert peak_of("NVIDIA H100 80GB HBM3") == peak_of("NVIDIA H200") == 989e12
     assert peak_of("NVIDIA H100 PCIe") == 756e12
     assert peak_of("NVIDIA A100-SXM4-40GB") == 312e12
+    assert peak_of("NVIDIA A10G") == 70e12 and peak_of("NVIDIA RTX A4000") is None
     assert peak_of("NVIDIA L40S") == 362e12 and peak_of("NVIDIA L40") == 181e12 and peak_of("NVIDIA L4") == 121e12
 
 
