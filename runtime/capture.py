@@ -117,6 +117,7 @@ def _make(
     done = sum(map(len, mine)) - sum(map(len, missing))
     length, micro = plan.sequence_length, plan.micro_batch_size
     forwards = sum(-(-len(one) // micro) for one in missing)
+    most = world.most(forwards)
     with progress.task("capture", sum(map(len, mine)) * length, "tokens", done=done * length) as task:
         for one in missing:
             drawn = []
@@ -126,7 +127,7 @@ def _make(
                 task.advance(len(part) * length)
             write_shard(folder, one.start // index.shard_samples, _joined(drawn), index.key)
     if teacher.root is not None:  # ranks that have less to do help the others to gather its layers
-        for _ in range(world.most(forwards) - forwards):
+        for _ in range(most - forwards):
             _hidden_states(teacher, corpus.batch([0]).to(world.device))
 
 

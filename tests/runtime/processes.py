@@ -164,6 +164,16 @@ def full_disk_at_second_checkpoint() -> None:
     checkpoint.save_file = save_file
 
 
+def without_data() -> None:
+    """Keeps this process from looking at data files."""
+    from minitron.runtime import data, setup, tokens
+
+    def fail(*_args: Any, **_more: Any) -> Any:
+        raise AssertionError("this process should not look at the data")
+
+    data.content_hash = setup.content_hash = tokens.iter_documents = fail
+
+
 def _rank(rank: int, size: int, port: int, build: Path, pipe: Connection, work: Any, before: Before) -> None:
     os.environ |= {
         "RANK": str(rank),

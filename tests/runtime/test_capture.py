@@ -130,6 +130,16 @@ def test_two_ranks_share_the_shards(captured: Path, build: Path) -> None:
     assert files(build) == files(captured)
 
 
+def test_a_teacher_that_is_spread_over_the_ranks(captured: Path, build: Path) -> None:
+    """3 ranks and 6 shards, one of which is there: one rank has less to do and still helps to gather."""
+    tiny.write_plan(build, **SAMPLED, layout__teacher="sharded")
+    (build / "teacher_logits").mkdir()
+    for name in ("index.json", "shard-00000001.safetensors"):
+        shutil.copy(captured / "teacher_logits" / name, build / "teacher_logits")
+    assert processes.capture_on_ranks(build, 3) == ["done"] * 3
+    assert files(build) == files(captured)
+
+
 def test_a_longer_training_adds_to_it(ready: Path, captured: Path) -> None:
     store(ready, tokens=64 * 20)
     assert {name: files(ready)[name] for name in files(captured) if name != "index.json"} == {

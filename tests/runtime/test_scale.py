@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from minitron.runtime import train
+from minitron.runtime.gradients import sum_and_clip
 from minitron.runtime.metrics import read_metrics
+from minitron.runtime.world import World
 from minitron.specs.progress import Silent
 from tests.runtime import processes, tiny
 from tests.runtime.processes import train_on_ranks
@@ -120,10 +122,38 @@ def test_a_loss_that_is_no_number_stops_all_and_each_keeps_its_batch(build: Path
     tensors = load_file(file)
     tensors["lm_head.weight"][5] = torch.nan
     save_file(tensors, file, {"format": "pt"})
-    for rank, word in enumerate(train_on_ranks(build, 2)):
-        saved = build / "train" / f"not-finite-step-1-rank-{rank}.safetensors"
-        assert word is not None and "the loss is nan at step 1: the last checkpoint was kept and the batch was" in word
-        assert str(saved) in word and load_file(saved)["input_ids"].shape == (2, 16)
+    output, _ = (process := torchrun(build, 2)).communicate(timeout=120)
+    saved = build / "train" / "not-finite-step-1-rank-*.safetensors"
+    said = f"error: the loss is nan at step 1: the last checkpoint was kept and the batch was saved as {saved}"
+    assert process.returncode == 1 and output.count(said) == 1, output
+    assert [load_file(part)["input_ids"].shape for part in saved.parent.glob(saved.name)] == [(2, 16)] * 2
+
+
+def test_one_rank_reads_the_data_for_all(build: Path) -> None:
+    assert train_on_ranks(build, 2, processes.without_data, on=[1]) == ["done", "done"]
+
+
+def test_data_that_is_not_there_is_missed_by_all(build: Path) -> None:
+    tiny.write_plan(build, **PLAN, data={"text": ["../gone.txt"]})
+    first, second = train_on_ranks(build, 2)
+    assert first == second and "data.text.0: there is no file `../gone.txt`" in str(first)
+
+
+def test_an_expert_that_one_rank_does_not_use() -> None:
+    """Its gradient there is 0 and not none: else the ranks would sum different things."""
+    used, unused, nowhere = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    used.grad = torch.ones(2)
+
+    class Two(World):
+        def any_of(self, *flags: bool) -> tuple[bool, ...]:
+            return (flags[0], True, flags[2])
+
+        def sum(self, value: torch.Tensor) -> torch.Tensor:
+            return value.mul_(2)
+
+    sum_and_clip([used, unused, nowhere], None, Two(0, 2, torch.device("cpu")))
+    assert unused.grad is not None and unused.grad.tolist() == [0, 0] and nowhere.grad is None
+    assert used.grad.tolist() == [2, 2]
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -164,11 +194,12 @@ def torchrun(build: Path, size: int) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", *command, "train", str(build), "--device", "cpu", "--threads", "1"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     )  # fmt: skip
 
 
 def test_terminated_under_torchrun_and_gone_on_with_other_numbers(trained: dict[int, Path], build: Path) -> None:
-    """2 ranks, SIGTERM in the middle, 4 ranks, SIGTERM again, and 1 that ends it."""
+    """2 ranks, SIGTERM in the middle, 4 ranks, Ctrl-C, which reaches torchrun and each of them, and 1 that ends it."""
     metrics, checkpoints = build / "train" / "metrics.jsonl", build / "train" / "checkpoints"
     tiny.write_plan(build, **PLAN | {"checkpoint": {"every_tokens": 10**9}})
     for size in (2, 4):
@@ -176,11 +207,15 @@ def test_terminated_under_torchrun_and_gone_on_with_other_numbers(trained: dict[
         process = torchrun(build, size)
         while len(read_metrics(metrics)) <= before and process.poll() is None:
             time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
+        if size == 2:
+            process.send_signal(signal.SIGTERM)
+        else:
+            os.killpg(process.pid, signal.SIGINT)
         output, _ = process.communicate(timeout=120)
         done = len(read_metrics(metrics))
         assert before < done < STEPS, output
         assert f"interrupted after step {done}" in output
+        assert output.count("interrupted; the same command, started again, goes on where it was") == 1, output
         assert (checkpoints / f"step-{done:08d}").is_dir()
     output, _ = (process := torchrun(build, 1)).communicate(timeout=120)
     assert process.returncode == 0 and f"going on from step {done} of {STEPS}" in output
