@@ -46,9 +46,6 @@ Buffers = Mapping[str, torch.Tensor]
 # What graphs are run in, whatever the checkpoint's number format is: scores and comparisons are not rounded.
 RUN_DTYPE = torch.float32
 
-LOCK = ".lock"
-"""File in the build folder that a compile holds while it writes there."""
-
 
 @dataclass(frozen=True)
 class Student:
@@ -79,7 +76,7 @@ def compile_spec(
     WorkError where the work fails; a check of the student that does not pass is such a failure.
     """
     plan = plan or make_plan(loaded, build=build, weights=True)
-    with only_one(build, "compiling", name=LOCK):
+    with only_one(build, "compiling"):
         return _compile(loaded, with_weights(plan, progress), build, device, progress, selection)
 
 

@@ -32,7 +32,7 @@ from minitron.runtime.teacher_logits import (
     write_shard,
 )
 from minitron.runtime.tokens import TextEncoder
-from minitron.runtime.train import corrected
+from minitron.runtime.train import LOCK, corrected
 from minitron.runtime.world import World, join_world
 from minitron.specs.blocks.distill import SampledLogits
 from minitron.specs.errors import UsageError
@@ -64,7 +64,7 @@ def capture(build: Path, *, device: str | None, progress: Progress) -> dict[str,
     with (
         interrupts() as interrupt,
         join_world(device) as world,
-        only_one(loaded.folder / plan.work, "training or capturing", active=world.leads),
+        only_one(loaded.folder / plan.work, "training or capturing", active=world.leads, file=LOCK),
     ):
         progress = progress if world.leads else Silent()
         encoder = TextEncoder.load(loaded.folder / plan.tokenizer)

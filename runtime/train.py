@@ -45,6 +45,7 @@ from minitron.specs.progress import Progress, Silent
 
 FINISHED = "finished.json"
 METRICS = "metrics.jsonl"
+LOCK = "lock"
 SHOWN = ("loss", "held_out_loss", "lr", "mfu", "memory_bytes")
 """What a user sees while it runs, beside tokens, their rate and the time left."""
 
@@ -60,7 +61,11 @@ def train(build: Path, *, device: str | None, progress: Progress) -> None:
     loaded = read_plan(build)
     plan = loaded.training()
     work, output = loaded.folder / plan.work, loaded.folder / plan.output
-    with interrupts() as interrupt, join_world(device) as world, only_one(work, "training", active=world.leads):
+    with (
+        interrupts() as interrupt,
+        join_world(device) as world,
+        only_one(work, "training", active=world.leads, file=LOCK),
+    ):
         progress = progress if world.leads else Silent()
         _require_one_folder(work, world)
         if world.leads:
@@ -152,7 +157,7 @@ def _identity_of_newest(checkpoints: Path) -> dict[str, Any] | None:
 def _require_one_folder(work: Path, world: World) -> None:
     """UsageError where some rank does not see what the leader writes: its part of a checkpoint would be lost."""
     world.wait()
-    if world.any(not (work / "lock").is_file()):
+    if world.any(not (work / LOCK).is_file()):
         raise UsageError(
             f"{work} is not the same folder on all machines; put the build on a file system that they share"
         )

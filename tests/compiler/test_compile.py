@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from minitron.compiler import compile_spec
 from minitron.compiler.select import Selection
 from minitron.specs.errors import UsageError
+from minitron.specs.locks import only_one
 from minitron.specs.progress import Silent
 from tests.foundry import Build, Foundry, load_model, logits, teacher_model, token_ids
 from tests.models import text
@@ -264,3 +266,12 @@ def test_files_may_be_read_by_whoever_the_umask_allows(foundry: Foundry, tmp_pat
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "build").rglob("*")}
     assert modes.pop("student") == 0o755
     assert set(modes.values()) == {0o644}, modes
+
+
+def test_two_at_once_in_one_folder_are_refused(foundry: Foundry) -> None:
+    build = foundry.build(foundry.teacher("llama"), FFN, importance=None, program=False)
+    with (
+        only_one(build.folder, "compiling"),
+        pytest.raises(UsageError, match=r"another process is compiling in .*stop it"),
+    ):
+        compile_spec(build.plan.loaded, build.folder, device="cpu", progress=Silent())

@@ -193,7 +193,8 @@ def test_the_best_one_is_kept_as_well(tmp_path: Path) -> None:
         best = {1: 1, 2: 2, 3: 2, 4: 2}.get(step, 5)
         assert {folder.name for folder in checkpoints.names()} == {f"step-{n:08d}" for n in (best, step)}
     save(checkpoints, 7, loss=1.0)
-    assert [folder.name for folder in checkpoints.names()] == ["step-00000007"]
+    save(checkpoints, 8, loss=float("nan"))
+    assert [folder.name for folder in checkpoints.names()] == ["step-00000008", "step-00000007"]
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

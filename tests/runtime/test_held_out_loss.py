@@ -15,6 +15,7 @@ from minitron.runtime.loss import Head, likelihood, negative_log_likelihood
 from minitron.runtime.models import LanguageModel
 from minitron.runtime.plan import HeadPlan
 from minitron.runtime.world import World
+from minitron.specs.errors import WorkError
 from tests.runtime import tiny
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -73,6 +74,12 @@ def test_training_goes_on_in_training_mode() -> None:
     model.module.train()
     held_out(model, Windows(STREAM, 16, None), ALONE, batch_size=1)
     assert model.module.training
+
+
+def test_text_without_a_token_to_predict() -> None:
+    nothing = Windows(np.zeros(4, np.uint16), 16, 0)  # BOS alone, which is never predicted
+    with pytest.raises(WorkError, match="no token to predict; name more of it"):
+        held_out(language_model(tiny.llama()), nothing, ALONE, batch_size=1)
 
 
 def test_a_hopeless_model_has_no_overflow() -> None:

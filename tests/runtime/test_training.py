@@ -266,6 +266,17 @@ def test_another_plan_is_not_the_same_training(build: Path, steps: int, changes:
         run(build, **changes)
 
 
+def test_another_teacher_is_not_the_same_training_and_another_place_is(build: Path) -> None:
+    interrupted(build, 3)
+    (build.parent / "teacher").rename(build.parent / "moved")
+    assert len(run(build, teacher__model="../moved", tokens=768)) == 12
+    shutil.rmtree(build / "train")
+    interrupted(build, 3)
+    tiny.save_model(tiny.llama(24), build.parent / "moved", seed=5)
+    with pytest.raises(SpecInvalid, match=r"teacher\.model: the teacher changed since this training began; bring back"):
+        run(build)
+
+
 def test_a_machine_may_change_on_the_way(build: Path) -> None:
     interrupted(build, 3)
     lines = run(build, micro_batch_size=4, gradient_checkpointing=True, checkpoint={"every_tokens": 64, "keep_last": 1})
@@ -409,7 +420,7 @@ def test_a_damaged_checkpoint_is_passed_over(build: Path, tmp_path: Path) -> Non
 
 def test_two_at_once_are_refused(build: Path) -> None:
     with (
-        only_one(build / "train", "training", active=True),
+        only_one(build / "train", "training", file="lock"),
         pytest.raises(UsageError, match=r"another process is training in .*; wait for it or stop it first"),
     ):
         run(build)
