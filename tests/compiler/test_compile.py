@@ -268,10 +268,9 @@ def test_files_may_be_read_by_whoever_the_umask_allows(foundry: Foundry, tmp_pat
     assert set(modes.values()) == {0o644}, modes
 
 
-def test_two_at_once_in_one_folder_are_refused(foundry: Foundry) -> None:
-    build = foundry.build(foundry.teacher("llama"), FFN, importance=None, program=False)
-    with (
-        only_one(build.folder, "compiling"),
-        pytest.raises(UsageError, match=r"another process is compiling in .*stop it"),
-    ):
-        compile_spec(build.plan.loaded, build.folder, device="cpu", progress=Silent())
+def test_two_at_once_in_one_folder_are_refused(foundry: Foundry, tmp_path: Path) -> None:
+    loaded = foundry.load(foundry.teacher("llama"), {"layers": {"drop": [1]}}, importance=None)
+    refused = pytest.raises(UsageError, match=r"another process is compiling in .*; wait for it or stop it first")
+    with only_one(tmp_path, "compiling"), refused:
+        compile_spec(loaded, tmp_path, device="cpu", progress=Silent())
+    assert not list(tmp_path.iterdir())
