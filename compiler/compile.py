@@ -23,7 +23,7 @@ from minitron.compiler.inputs import at_commit, observe, with_result
 from minitron.compiler.masking import masked_reference
 from minitron.compiler.narrowing import Narrowing
 from minitron.compiler.plan import Plan, make_plan, settled, with_weights
-from minitron.compiler.program import build_program, save_program
+from minitron.compiler.program import build_program, holds_custom, save_program
 from minitron.compiler.rewrite import run_passes
 from minitron.compiler.rewrite.constants import changed_buffers, repair_scale
 from minitron.compiler.rewrite.drop_layers import drop_layers
@@ -284,7 +284,10 @@ def validate(
             verify.compare("permutation", mixed, whole, "teacher with its narrowed axes permuted against itself")
         )
         task.advance(1)
-        checks.append(verify.check_program(build, model, ids, wanted, plan.dtype, streamed=source.streamed))
+        custom = holds_custom(student.graph_module)
+        checks.append(
+            verify.check_program(build, model, ids, wanted, plan.dtype, streamed=source.streamed, custom=custom)
+        )
         task.advance(1)
         checks.append(verify.check_head(model, plan.head, ids, wanted))
         task.advance(1)

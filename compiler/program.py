@@ -90,6 +90,11 @@ with torch.no_grad():
 """
 
 
+def holds_custom(graph_module: GraphModule) -> bool:
+    """Whether the graph holds operators that transformers registers."""
+    return any(getattr(node.target, "namespace", None) == "transformers" for node in graph_module.graph.nodes)
+
+
 def run_program(program: Path, shards: Sequence[Path], ids: torch.Tensor, *, custom: bool = False) -> torch.Tensor:
     """Logits of `student.pt2` on weight files, from a process that knows torch and safetensors only.
 

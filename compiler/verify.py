@@ -140,22 +140,31 @@ def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def check_program(
-    build: Path, model: Any, ids: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, *, streamed: bool
+    build: Path,
+    model: Any,
+    ids: torch.Tensor,
+    wanted: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    streamed: bool,
+    custom: bool,
 ) -> Check:
-    """student.pt2 in its own number format, on the files of student/.
+    """student.pt2 in its own number format, on the files of student/. `custom`: as for `run_program`.
 
     Where transformers converts a checkpoint while loading it, the files have other names than the model's parameters:
     then the loaded model's own are written out for the comparison.
     """
     try:
         if streamed:
-            got = run_program(build / "student.pt2", sorted((build / "student").glob("*.safetensors")), ids)
+            got = run_program(
+                build / "student.pt2", sorted((build / "student").glob("*.safetensors")), ids, custom=custom
+            )
         else:
             with tempfile.TemporaryDirectory(dir=build, prefix=".weights.", suffix=".tmp") as folder:
                 path = Path(folder) / "weights.safetensors"
                 weights = {name: value.detach().to(dtype).contiguous() for name, value in stored_tensors(model).items()}
                 save_file(weights, path)
-                got = run_program(build / "student.pt2", [path], ids, custom=True)
+                got = run_program(build / "student.pt2", [path], ids, custom=custom)
     except WorkError as error:
         return broken("program", error)
     if dtype == torch.float32:

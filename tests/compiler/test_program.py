@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minitron.compiler.program import run_program
+from minitron.compiler.program import holds_custom, run_program
 from minitron.specs.errors import WorkError
 from tests.foundry import Build, Foundry, load_model, logits, token_ids
 
@@ -128,3 +128,11 @@ def test_weights_of_another_model_are_a_sentence(foundry: Foundry, ran: Ran) -> 
 def test_a_program_that_is_not_there_is_a_sentence(foundry: Foundry, tmp_path: Path) -> None:
     with foundry.shortened(), pytest.raises(WorkError, match=r"nowhere\.pt2 does not run: .*nowhere\.pt2"):
         run_program(tmp_path / "nowhere.pt2", [], token_ids())
+
+
+def test_operators_of_transformers_are_registered_where_a_graph_holds_them(foundry: Foundry) -> None:
+    """Experts hold one, whether their files are named as the model's parameters are or not."""
+    for family, custom in (("gpt_oss", True), ("mixtral", True), ("llama", False)):
+        assert holds_custom(foundry.whole(family, num_hidden_layers=2).captured.graph_module) == custom
+    build = foundry.build(foundry.teacher("gpt_oss", num_hidden_layers=2), {"intermediate_size": 24})
+    assert build.checks["program"]["passed"] and build.checks["program"]["exact"]
