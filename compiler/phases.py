@@ -18,6 +18,8 @@ from minitron.compiler.calibrate import batch_size, block_size, compared_batches
 from minitron.compiler.footprint import Footprint, Work, footprint
 from minitron.compiler.memory import (
     EXACT_PARTS,
+    FP32,
+    GATHERED_LAYERS,
     Layout,
     LossWork,
     Memory,
@@ -211,7 +213,7 @@ class Reckoning:
         tokens = spec.distill.tokens
         if not isinstance(spec.distill.teacher_logits, str):
             disk = costs.sampled_logits_bytes(tokens, spec.distill.teacher_logits.sampled, self.teacher.vocabulary)
-            phases.append(Phase("capture", tokens, tokens * forward, self._capturing(kind), disk))
+            phases.append(Phase("capture", tokens, tokens * forward, self._capturing(kind, layout), disk))
         disk = self._checkpoints(self.student) + plan.student_costs.weight_bytes
         phases.append(Phase("distill", tokens, tokens * self.token_flops(), self.training(kind, layout), disk))
         return phases
@@ -251,14 +253,20 @@ class Reckoning:
         )
         return Phase("calibrate", tokens, tokens * each, memory)
 
-    def _capturing(self, kind: str) -> Memory:
-        """Of storing the teacher's samples: the teacher, one sequence in it, and a chunk of logits in fp64."""
-        element = self._element if kind == "cuda" else 4
+    def _capturing(self, kind: str, layout: Layout) -> Memory:
+        """Of storing the teacher's samples: the teacher, a micro batch in it, a chunk of logits and of probabilities, and
+        these in fp64 with their sums."""
+        element = self._element if kind == "cuda" else FP32
+        held, gathered = self.teacher.parameters * element, 0
+        if layout.shards_teacher:
+            held = -(-held // layout.devices)
+            gathered = (self.teacher.outside + GATHERED_LAYERS * self.teacher.layer) * element
         work = Work(1, self.distill.sequence_length, self.plan.dtype if kind == "cuda" else torch.float32)
         parts = {
-            "teacher": self.teacher.parameters * element,
-            "transient": self.footprint("teacher", work).transient,
-            "logits": CHUNK_ELEMENTS * (4 + 8),
+            "teacher": held,
+            "gathered": gathered,
+            "transient": self.footprint("teacher", work).times(layout.micro_batch).transient,
+            "logits": CHUNK_ELEMENTS * 2 * (FP32 + 8),
         }
         return Memory(parts, sum(parts.values()))
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from minitron.compiler.costs import ModelCosts
+from minitron.compiler.devices import REFERENCE, Cluster
+from minitron.compiler.outlook import Outlook
 from minitron.compiler.plan import Plan
 from minitron.compiler.training_plan import training_plan
 from tests.foundry import Foundry
@@ -82,6 +84,9 @@ def test_the_training_plan_resolves_the_correction(planned: Planned, tmp_path: P
     assert document["teacher"]["layers"] == document["student"]["layers"] == "layers"
 
 
+SPREAD = {"teacher_logits": {"sampled": 12}, "layout": {"teacher": "sharded"}}
+
+
 def test_a_capture_says_what_it_stores_and_spares_the_distillation_its_teacher(planned: Planned) -> None:
     online, sampled = phases(planned({})), phases(planned({"teacher_logits": {"sampled": 12}}))
     assert list(sampled) == ["calibrate", "capture", "distill"]
@@ -89,6 +94,9 @@ def test_a_capture_says_what_it_stores_and_spares_the_distillation_its_teacher(p
     assert capture["tokens"] == TOKENS
     assert capture["disk_bytes"] == TOKENS * (12 * (2 + 1) + 1)  # ids of 2 bytes, counts of 1, and how many there are
     assert capture["flops"] + sampled["distill"]["flops"] == online["distill"]["flops"]
+    two = {phase["name"]: phase["memory_bytes"] for phase in planned(SPREAD).phases(Outlook(Cluster(REFERENCE, 2)))}
+    assert two["capture"]["teacher"] == -(-capture["memory_bytes"]["teacher"] // 2)
+    assert two["capture"]["gathered"] > capture["memory_bytes"]["gathered"] == 0
     teacher = planned({}).teacher_costs
     spared = online["distill"]["peak_memory_bytes"] - sampled["distill"]["peak_memory_bytes"]
     assert spared >= teacher.weight_bytes == online["distill"]["memory_bytes"]["teacher"]

@@ -4,7 +4,7 @@ numbers come out of the plan, not out of the recipe."""
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import pytest
 from minitron.compiler import make_plan
 from minitron.compiler import plan as plan_module
 from minitron.compiler.costs import ModelCosts
+from minitron.compiler.memory import Memory
+from minitron.compiler.plan import Plan
 from minitron.compiler.targets import AxisStatus
 from minitron.specs import load_spec, recipe_names, recipe_text
 from tests.output import conforms
@@ -49,6 +51,8 @@ class Planned:
     statuses: tuple[AxisStatus, ...]
     remarks: tuple[str, ...]
     document: dict[str, Any] | None
+    memory: tuple[Memory, ...]
+    """Of distilling on 8 H100, activations kept and recomputed."""
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +90,14 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Planned]:
             found[loaded.spec.name] = Planned(
                 plan.teacher_costs, plan.student_costs, plan.captured.config, plan.config,
                 tuple(plan.targets.statuses), plan.remarks, plan.to_json() if loaded.spec.name == WHOLE else None,
+                distilling(plan) if loaded.spec.name == WHOLE else (),
             )  # fmt: skip
     return found
+
+
+def distilling(plan: Plan) -> tuple[Memory, ...]:
+    layout = plan.reckoning.layout(8)
+    return tuple(plan.reckoning.training("cuda", replace(layout, recompute=again)) for again in (False, True))
 
 
 def first_teacher(path: Path) -> str:
@@ -116,6 +126,17 @@ def test_the_document_says_the_same(plans: dict[str, Planned]) -> None:
     phases = {phase["name"]: phase["tokens"] for phase in document["phases"]}
     # 127 billion tokens of teacher correction, 380 billion of distillation, as published.
     assert (phases["teacher_correction"], phases["distill"]) == (127 * 10**9, 380 * 10**9)
+
+
+def test_the_page_on_scaling_quotes_the_plan(plans: dict[str, Planned]) -> None:
+    lines = (ROOT / "docs" / "scaling.md").read_text().splitlines()
+    kept, recomputed = plans[WHOLE].memory
+    quoted = {cells[1].strip(): cells[3:5] for line in lines if len(cells := line.split("|")) == 6}
+    for part in (*kept.parts, "peak"):
+        sizes = [memory.peak if part == "peak" else memory.parts[part] for memory in (kept, recomputed)]
+        assert [float(cell) for cell in quoted[part]] == [round(size / 1e9, 1) for size in sizes], part
+    rule = kept.parts["activations"] / (8192 * 4096 * 40)
+    assert f"Activations are {rule:.0f} bytes a token, channel and layer here" in "\n".join(lines)
 
 
 def test_what_the_recipes_leave_alone_stays(plans: dict[str, Planned]) -> None:
