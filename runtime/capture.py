@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from minitron.runtime.teacher_logits import (
 from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.train import LOCK, corrected
 from minitron.runtime.world import World, join_world
+from minitron.specs.atomic import remove_leftovers
 from minitron.specs.blocks.distill import SampledLogits
 from minitron.specs.errors import UsageError
 from minitron.specs.locks import only_one
@@ -67,6 +69,8 @@ def capture(build: Path, *, device: str | None, progress: Progress) -> dict[str,
         only_one(loaded.folder / plan.work, "training or capturing", active=world.leads, file=LOCK),
     ):
         progress = progress if world.leads else Silent()
+        if world.leads:
+            remove_leftovers(loaded.folder / plan.work / "data")
         encoder = TextEncoder.load(loaded.folder / plan.tokenizer)
         data = world.from_leader(lambda: Data.read(loaded.data("data", plan.data)))
         training = resume_identity(plan, data_hash(data, encoder, plan.tokens))
@@ -77,10 +81,8 @@ def capture(build: Path, *, device: str | None, progress: Progress) -> dict[str,
         if index.samples < samples or not _complete(folder, index, samples):
             _make(loaded, data, index, samples, world, encoder, progress)
             world.wait()
-            if world.leads:
-                index = replace(index, samples=max(samples, index.samples), bytes=_bytes(folder))
-                write_index(folder, index)
-            world.wait()
+            index = replace(index, samples=max(samples, index.samples), bytes=_bytes(folder))
+            world.from_leader(partial(write_index, folder, index))
     done = {"samples": index.samples, "tokens": index.samples * plan.sequence_length, "bytes": _bytes(folder)}
     progress.message(f"teacher logits of {done['samples']} sequences: {folder}")
     return done | {"folder": str(folder)}

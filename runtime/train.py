@@ -7,7 +7,7 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,10 +90,8 @@ def train(build: Path, *, device: str | None, progress: Progress) -> None:
             _learn(run, state, interrupt, progress)
         remove_projection(run.student)
         weights = whole_weights(run.student, DTYPES[plan.student.dtype], world)
-        if world.leads:
-            _finish(loaded, run, weights)
-            progress.message(f"trained: {output}")
-        world.wait()
+        world.from_leader(lambda: _finish(loaded, run, weights))
+        progress.message(f"trained: {output}")
 
 
 def corrected(
@@ -112,14 +110,11 @@ def corrected(
         state = resume(correction.loaded, run, progress)
         if state.step == 0 and run.held_out is not None:
             before = _measure_held_out(run).loss
-            if world.leads:
-                correction.remember(before)
+            world.from_leader(lambda: correction.remember(before))
         with interrupt.deferring():
             _learn(run, state, interrupt, progress, "correct teacher")
         weights = whole_weights(run.student, DTYPES[run.plan.student.dtype], world)
-        if world.leads:
-            _finish_correction(correction, run, weights, progress)
-        world.wait()
+        world.from_leader(lambda: _finish_correction(correction, run, weights, progress))
         # Hooks and modules hold each other: without this the memory of this training is still taken in the next.
         del run, weights
         gc.collect()
@@ -200,10 +195,14 @@ def _learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progre
             if run.held_out is not None and (last or _crosses(before, state, measure_every)):
                 result = _measure_held_out(run)
                 line |= {"held_out_loss": result.loss, "held_out_perplexity": result.perplexity}
-            if metrics is not None:
-                metrics.write(line)
+            broken = _write(metrics, line)
             task.advance(plan.step_tokens, **{key: line[key] for key in SHOWN if key in line})
-            stop, writing, failed = world.any_of(interrupt.requested, *run.saver.status())
+            stop, writing, failed, unwritten = world.any_of(
+                interrupt.requested, *run.saver.status(), broken is not None
+            )
+            if unwritten:
+                run.saver.finish()
+                world.from_leader(lambda error=broken: _complain(error))  # type: ignore[misc]
             run.saver.settle(writing=writing, failed=failed)
             if last or stop or _crosses(before, state, plan.checkpoint.every_tokens):
                 _save(run, state, metrics, line.get("held_out_loss"))
@@ -212,6 +211,22 @@ def _learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progre
             if stop and not last:
                 progress.message(f"interrupted after step {state.step}; train again to go on from there")
                 raise KeyboardInterrupt
+
+
+def _write(metrics: MetricsLog | None, line: Mapping[str, float]) -> WorkError | None:
+    """A line of the metrics, on the rank that writes them. What went wrong is for all ranks to stop for, and not for this one
+    alone, which the others would wait for."""
+    try:
+        if metrics is not None:
+            metrics.write(line)
+    except WorkError as error:
+        return error
+    return None
+
+
+def _complain(error: WorkError | None) -> None:
+    if error is not None:
+        raise error
 
 
 def _measure_held_out(run: Run) -> HeldOut:
@@ -233,12 +248,17 @@ def _crosses(before: TrainerState, after: TrainerState, every: int | None) -> bo
 @contextmanager
 def _metrics(run: Run, state: TrainerState, progress: Progress) -> Iterator[MetricsLog | None]:
     """The log, on the rank that writes."""
-    if not run.world.leads:
+    opened: list[MetricsLog] = []
+
+    def open_log() -> None:
+        with writing(str(run.work / METRICS)):
+            opened.append(MetricsLog(run.work, state.step, progress))
+
+    run.world.from_leader(open_log)
+    if not opened:
         yield None
         return
-    with writing(str(run.work / METRICS)):
-        log = MetricsLog(run.work, state.step, progress)
-    with log:
+    with opened[0] as log:
         yield log
 
 

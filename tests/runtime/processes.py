@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from minitron.specs.errors import MinitronError
+from minitron.specs.errors import MinitronError, WorkError
 from minitron.specs.progress import Silent
 
 Before = Callable[[], None] | None
@@ -162,6 +162,20 @@ def full_disk_at_second_checkpoint() -> None:
         real(tensors, path, *more)
 
     checkpoint.save_file = save_file
+
+
+def full_disk_for_metrics() -> None:
+    """Makes this process find its disk full when it writes its tenth line of metrics."""
+    from minitron.runtime.metrics import MetricsLog
+
+    real = MetricsLog.write
+
+    def write(log: MetricsLog, figures: Any) -> None:
+        if figures["step"] == 10:
+            raise WorkError("metrics.jsonl could not be written: the disk is full; make room and run the command again")
+        real(log, figures)
+
+    MetricsLog.write = write  # type: ignore[method-assign]
 
 
 def without_data() -> None:

@@ -117,6 +117,14 @@ def test_a_full_disk_on_one_rank_stops_all(trained: dict[int, Path], build: Path
     assert curve(build) == pytest.approx(curve(trained[1]), rel=SAME)
 
 
+def test_a_full_disk_of_the_first_rank_stops_all_with_one_reason(trained: dict[int, Path], build: Path) -> None:
+    first, second = train_on_ranks(build, 2, processes.full_disk_for_metrics)
+    assert first == second and "WorkError: metrics.jsonl could not be written: the disk is full" in str(first)
+    assert [path.name for path in (build / "train" / "checkpoints").iterdir()] == ["step-00000008"]
+    assert train_on_ranks(build, 2) == ["done"] * 2
+    assert curve(build) == curve(trained[2])
+
+
 def test_a_loss_that_is_no_number_stops_all_and_each_keeps_its_batch(build: Path) -> None:
     file = build / "student" / "model.safetensors"
     tensors = load_file(file)
