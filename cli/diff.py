@@ -124,7 +124,10 @@ def _phases(left: Document, right: Document) -> Section:
 
 def _compared(plan: Document) -> Document:
     """What of a plan is compared: the models and the phases, not where the spec lies or which indices were kept."""
-    phases = {str(one.get("name")): {k: v for k, v in one.items() if k != "name"} for one in entries(plan, "phases")}
+    phases = {
+        str(one.get("name")): {k: v for k, v in one.items() if k not in ("name", "does")}
+        for one in entries(plan, "phases")
+    }
     return {"teacher": plan.get("teacher"), "student": plan.get("student"), "phases": phases}
 
 

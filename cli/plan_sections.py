@@ -12,7 +12,11 @@ from minitron.cli.sections import Column, Document, Section, entries, part
 def plan_sections(plan: Document) -> list[Section]:
     """All sections of a plan (`plan --json`, plan.json), in the order in which they are always shown."""
     sections = [_models(plan), _axes(plan)]
-    sections += [one for one in (_phases(plan), _costs(plan), selection_section(plan), _fits(plan)) if one is not None]
+    sections += [
+        one
+        for one in (_phases(plan), _devices(plan), _costs(plan), selection_section(plan), _fits(plan))
+        if one is not None
+    ]
     return sections
 
 
@@ -135,7 +139,29 @@ def _phases(plan: Document) -> Section | None:
         for one in phases
     )
     devices = dict.fromkeys(str(one["device"]) for one in phases if one.get("device"))
-    return Section("Phases", columns, rows, tuple(f"device-hours of {device}" for device in devices))
+    notes = [f"{one.get('name', '')}: {one['does']}" for one in phases if one.get("does")]
+    notes += [f"device-hours of {device}" for device in devices]
+    return Section("Phases", columns, rows, tuple(notes))
+
+
+def _devices(plan: Document) -> Section | None:
+    """What all phases together take on other devices."""
+    rows = tuple(
+        (
+            str(one.get("device", "")),
+            figures.size(one.get("memory_bytes")),
+            figures.hours(one.get("device_hours")),
+            figures.hours(one.get("days")),
+        )
+        for one in entries(plan, "devices")
+    )
+    columns = (
+        Column("devices"),
+        Column("memory of one", right=True),
+        Column("device-hours", right=True),
+        Column("days", right=True),
+    )
+    return Section("Devices", columns, rows, ("all phases, at the same share of each device's peak",)) if rows else None
 
 
 def _costs(plan: Document) -> Section | None:

@@ -24,6 +24,9 @@ from minitron.compiler.footprint import Footprint
 
 FP32 = 4
 MOMENTS = 2  # of AdamW
+# The residual stream, a layer's input and its norm's output: modules that call each other hold them through the layer; of a
+# graph the first is in its stream, and the others are let go of when they are read for the last time.
+HELD_BY_MODULES = 3
 GATHERED_LAYERS = 2  # FSDP gathers the next layer while one computes
 
 # What runtime/loss/distillation.py and products.py allocate; a test compares these with theirs.
@@ -170,7 +173,8 @@ def logits_bytes(kind: str, sequences: int, work: LossWork, student: Shape, teac
 class Reading:
     """What of scoring decides memory beside the layers, in elements: the embedding and the head, the largest tensor of a
     layer. `element` is the bytes of one in the checkpoint, `tied` whether the embedding stays in memory because it is the
-    head, `logits` how many are held at a time where layers are ranked by them, else 0."""
+    head, `logits` how many are held at a time where layers are ranked by them, else 0, `attention` the queries, keys and values
+    of a token in one layer with what comes out."""
 
     embedding: int
     head: int
@@ -178,6 +182,7 @@ class Reading:
     element: int
     tied: bool
     logits: int
+    attention: int
 
 
 def calibration_memory(
@@ -190,8 +195,9 @@ def calibration_memory(
     copy = 0 if reading.element == FP32 else reading.element
     kept = FP32 * reading.embedding if reading.tied else 0
     stream = batches * (tokens * teacher.hidden * FP32 + tokens * length)
-    attention = tokens * (length * (1 + FP32) + 4 * teacher.hidden * FP32)  # queries, keys, values and what comes out
-    transient = max(others.transient, attention, reading.largest * copy)
+    attention = tokens * (length * (1 + FP32) + reading.attention * FP32)
+    inside = others.transient - HELD_BY_MODULES * tokens * teacher.hidden * FP32
+    transient = max(inside, attention, reading.largest * copy)
     head = 0 if reading.tied else FP32 * reading.head
     weights = (FP32 * reading.embedding, kept + FP32 * teacher.layer, kept + head if reading.logits else 0)
     together = (

@@ -7,7 +7,7 @@ student's layers once more where activations are recomputed. What elementwise op
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import torch
 
 from minitron.compiler import costs
 from minitron.compiler.calibrate import batch_size, block_size, compared_batches
+from minitron.compiler.devices import DEVICES, Cluster
 from minitron.compiler.footprint import Footprint, Work, footprint
 from minitron.compiler.memory import (
     EXACT_PARTS,
@@ -44,9 +45,11 @@ GUESSED_BYTES = 34  # a token, channel and layer, where a model cannot be run wi
 
 @dataclass(frozen=True)
 class Phase:
-    """One line of the plan. `flops` of the whole phase, `disk` what it leaves there; `memory` is that of one device."""
+    """One line of the plan. `does` says what for; `flops` of the whole phase, `disk` what it leaves there; `memory` is that
+    of one device."""
 
     name: str
+    does: str
     tokens: int
     flops: int
     memory: Memory
@@ -55,6 +58,7 @@ class Phase:
     def to_json(self, outlook: Outlook) -> dict[str, Any]:
         return {
             "name": self.name,
+            "does": self.does,
             "tokens": self.tokens,
             "flops": self.flops,
             "peak_memory_bytes": self.memory.peak,
@@ -207,16 +211,42 @@ class Reckoning:
         if spec.teacher_correction is not None:
             tokens = spec.teacher_correction.tokens
             memory = self.training(kind, layout, correction=True)
-            phases.append(
-                Phase("teacher_correction", tokens, tokens * 3 * forward, memory, self._checkpoints(self.teacher))
-            )
+            does = f"fine-tunes the teacher on the data that it will teach with: {self._steps(tokens)}"
+            disk = self._checkpoints(self.teacher)
+            phases.append(Phase("teacher_correction", does, tokens, tokens * 3 * forward, memory, disk))
         tokens = spec.distill.tokens
         if not isinstance(spec.distill.teacher_logits, str):
-            disk = costs.sampled_logits_bytes(tokens, spec.distill.teacher_logits.sampled, self.teacher.vocabulary)
-            phases.append(Phase("capture", tokens, tokens * forward, self._capturing(kind, layout), disk))
+            draws = spec.distill.teacher_logits.sampled
+            disk = costs.sampled_logits_bytes(tokens, draws, self.teacher.vocabulary)
+            does = f"stores {draws} samples of the teacher's distribution for each token"
+            phases.append(Phase("capture", does, tokens, tokens * forward, self._capturing(kind, layout), disk))
         disk = self._checkpoints(self.student) + plan.student_costs.weight_bytes
-        phases.append(Phase("distill", tokens, tokens * self.token_flops(), self.training(kind, layout), disk))
+        source = "stored samples of the teacher" if self.sampled else "the teacher, which runs beside it"
+        does = f"trains the student from {source}: {self._steps(tokens)}"
+        phases.append(Phase("distill", does, tokens, tokens * self.token_flops(), self.training(kind, layout), disk))
         return phases
+
+    def _steps(self, tokens: int) -> str:
+        batch, length = self.distill.global_batch_size, self.distill.sequence_length
+        return f"{tokens // (batch * length)} steps of {batch} sequences of {length} tokens"
+
+    def devices(self, outlook: Outlook) -> list[dict[str, Any]]:
+        """All phases together on as many devices of each kind as `outlook` has."""
+        flops = sum(phase.flops for phase in self.phases(outlook))
+        named = outlook.cluster.device
+        kinds = [*DEVICES.values(), *([] if named.name in DEVICES else [named])]
+        found = []
+        for device in kinds:
+            there = replace(outlook, cluster=Cluster(device, outlook.cluster.count))
+            found.append(
+                {
+                    "device": there.cluster.name,
+                    "memory_bytes": device.memory_bytes,
+                    "device_hours": round(there.hours(flops), 6),
+                    "days": round(there.seconds(flops) / 86400, 6),
+                }
+            )
+        return found
 
     def _calibrate(self) -> Phase:
         """Scores need no logits, unless layers are ranked by the harm of dropping each."""
@@ -237,6 +267,7 @@ class Reckoning:
         batches = min(-(-data.samples // sequences), block_size(sequences, length, self.teacher.hidden))
         waiting = min(batches, compared_batches(sequences * length, self.teacher.vocabulary))
         embedding = costs.embedding_name(captured)
+        attention = costs.attention_counts(captured, plan.roles, plan.table).values()
         layers = (one for name, one in captured.model.named_parameters() if captured.layer_in_path(name) is not None)
         reading = Reading(
             captured.model.get_parameter(embedding).numel(),
@@ -246,12 +277,16 @@ class Reckoning:
             embedding == plan.head.weight,
             # Those of a block of the whole teacher, one batch of what a dropped layer leads to, and their difference.
             (waiting + LOGIT_COPIES) * sequences * length * self.teacher.vocabulary if compared else 0,
+            max(((one.heads + one.groups) * (one.key_width + one.value_width) for one in attention), default=0),
         )
         work = Work(1, length, torch.float32)
         memory = calibration_memory(
             self.teacher, reading, sequences, length, batches, self.footprint("teacher", work).times(sequences)
         )
-        return Phase("calibrate", tokens, tokens * each, memory)
+        does = f"scores every axis by the activations of {data.samples} samples of {length} tokens, layer by layer"
+        if compared:
+            does += ", and every layer by the harm of dropping it"
+        return Phase("calibrate", does, tokens, tokens * each, memory)
 
     def _capturing(self, kind: str, layout: Layout) -> Memory:
         """Of storing the teacher's samples: the teacher, a micro batch in it, a chunk of logits and of probabilities, and

@@ -94,6 +94,7 @@ class Plan:
             "axes": [_axis(status) for status in self.targets.statuses],
             "phases": self.phases(outlook),
             "costs": [cost.to_json() for cost in self.reckoning.all_costs(outlook)],
+            "devices": self.reckoning.devices(outlook),
             "remarks": list(self.remarks),
         }
         if outlook.named:

@@ -11,7 +11,7 @@ import pytest
 
 from minitron.compiler.costs import ModelCosts
 from minitron.compiler.devices import REFERENCE, Cluster
-from minitron.compiler.outlook import Outlook
+from minitron.compiler.outlook import Outlook, read_outlook
 from minitron.compiler.plan import Plan
 from minitron.compiler.training_plan import training_plan
 from tests.foundry import Foundry
@@ -52,6 +52,31 @@ def test_the_correction_of_the_teacher_stands_before_the_distillation(planned: P
     assert each % 3 == 0 and found["distill"]["flops"] // TOKENS > each // 3
     # Weights, gradients and two moments in fp32, and no second model beside.
     assert correction["peak_memory_bytes"] >= 16 * plan.teacher_costs.parameters
+
+
+def test_every_phase_says_what_it_does(planned: Planned) -> None:
+    plan = planned({"teacher_logits": {"sampled": 3}}, teacher_correction={"tokens": 6400})
+    does = {name: phase["does"] for name, phase in phases(plan).items()}
+    assert list(does) == ["calibrate", "teacher_correction", "capture", "distill"]
+    assert "6 samples of 48 tokens" in does["calibrate"]
+    assert "3 samples of the teacher's distribution" in does["capture"]
+    assert does["distill"] == (
+        "trains the student from stored samples of the teacher: 500 steps of 4 sequences of 32 tokens"
+    )
+    assert does["teacher_correction"].endswith(": 50 steps of 4 sequences of 32 tokens")
+
+
+def test_hours_on_every_kind_of_device(planned: Planned) -> None:
+    outlook = read_outlook("h200x8", 0.5, None)
+    document = planned({"tokens": "100000B"}).to_json(outlook=outlook)
+    found = {one["device"]: one for one in document["devices"]}
+    assert list(found) == ["a100-40x8", "a100-80x8", "h100x8", "h200x8", "b200x8"]
+    whole = sum(phase["device_hours"] for phase in document["phases"])
+    assert found["h200x8"]["device_hours"] == pytest.approx(whole, rel=1e-3)
+    assert found["a100-80x8"]["device_hours"] == pytest.approx(whole * 989 / 312, rel=1e-3)
+    assert found["h200x8"]["days"] == pytest.approx(whole / 8 / 24, rel=1e-3)
+    this = planned({}).to_json(outlook=read_outlook("cpu", None, None))["devices"][-1]
+    assert this["device"] == "this" and this["memory_bytes"] > 0, "this machine, where it was named"
 
 
 def resolved(plan: Plan, folder: Path, teacher_costs: ModelCosts | None = None) -> dict[str, Any]:
