@@ -125,24 +125,28 @@ def _check_tied(captured: Captured, checkpoint: Checkpoint) -> None:
 def load_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The tables that a model on the meta device computes for itself (rotary frequencies, embedding scales), by name.
 
-    Uses the hook by which transformers restores them after loading, so they are what a loaded model has.
+    Uses the hook by which transformers restores them after loading, so they are what a loaded model has. The hook is called
+    on every module, not only on those that hold a table: some fill those of the modules below them.
     """
-    buffers: dict[str, torch.Tensor] = {}
-    for path, module in model.named_modules():
-        stored = module._non_persistent_buffers_set
-        own = {name: buffer for name, buffer in module._buffers.items() if buffer is not None and name in stored}
-        if not own:
-            continue
-        for name, buffer in own.items():
-            module._buffers[name] = torch.full_like(buffer, 0, device="cpu")
-        with torch.no_grad():
-            model._init_weights(module)  # type: ignore[operator]
-        for name in own:
-            value = module._buffers[name]
-            assert value is not None
-            buffers[f"{path}.{name}" if path else name] = value
-            module._buffers[name] = own[name]
-    return buffers
+    places = [
+        (f"{path}.{name}" if path else name, module, name)
+        for path, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name in module._non_persistent_buffers_set
+    ]
+    empty = {full: module._buffers[name] for full, module, name in places}
+    for full, module, name in places:
+        module._buffers[name] = torch.full_like(empty[full], 0, device="cpu")
+    for value in stored_tensors(model).values():
+        value._is_hf_initialized = True  # type: ignore[attr-defined]
+    with torch.no_grad():
+        model.initialize_weights()  # type: ignore[operator]
+    for module in model.modules():
+        module.__dict__.pop("_is_hf_initialized", None)  # else a second call does nothing
+    filled = {full: module._buffers[name] for full, module, name in places}
+    for full, module, name in places:
+        module._buffers[name] = empty[full]
+    return {full: value for full, value in filled.items() if value is not None}
 
 
 @dataclass(frozen=True)
