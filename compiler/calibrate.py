@@ -22,7 +22,8 @@ from minitron.compiler.capture import Captured
 from minitron.compiler.execute import Executor, Tap
 from minitron.compiler.mixture import Mixture
 from minitron.compiler.rewrite.drop_layers import LayerEnds
-from minitron.compiler.roles import NUM_EXPERTS, Roles
+from minitron.compiler.roles import NUM_EXPERTS, Roles, Width
+from minitron.compiler.scan_heads import SCAN_HEAD_DIM, SCAN_HEADS
 from minitron.compiler.scores import (
     Accumulator,
     Contributions,
@@ -94,7 +95,7 @@ class _Taps:
             for layer, width in layers.items():
                 for reader in width.readers[:1]:
                     mixture = roles.mixtures.get(layer)
-                    if mixture is not None and width.parents == mixture.experts:
+                    if mixture is not None and width.parents and width.parents == mixture.experts:
                         self._accumulate_by_expert(table, reader.value, mixture, f"{name}.{layer}")
                     else:
                         self._accumulate(reader.value, f"{name}.{layer}")
@@ -220,11 +221,7 @@ class _Taps:
                 channels = self.accumulators[key].result().reshape(site.groups, site.repeats, -1)
                 heads[layer] = channels.norm(dim=-1).numpy()  # L2 over the width of a head
         widths = {
-            name: {
-                layer: self.accumulators[f"{name}.{layer}"].result().numpy()
-                for layer, width in layers.items()
-                if width.readers
-            }
+            name: {layer: self._width_scores(name, layer, width) for layer, width in layers.items() if width.readers}
             for name, layers in self.roles.widths.items()
             if any(width.readers for width in layers.values())
         }
@@ -237,6 +234,12 @@ class _Taps:
         if self._config.depth.metric == "block_influence":
             layers = (self.influence["turned"] / self.influence["tokens"]).float().numpy()
         return ScoreTable(hidden, heads, widths, layers)
+
+    def _width_scores(self, name: str, layer: int, width: Width) -> Scores:
+        score = self.accumulators[f"{name}.{layer}"].result()
+        if name in (SCAN_HEADS, SCAN_HEAD_DIM):
+            score = self.roles.scans[layer].scores(name, score, apart=bool(width.parents))
+        return score.numpy()
 
 
 def experts_first(table: AxisTable, node: Node, mixture: Mixture, value: torch.Tensor) -> torch.Tensor:

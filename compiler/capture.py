@@ -219,6 +219,8 @@ def capture(config: Any, dtype: torch.dtype = torch.float32, otherwise: int = FI
                 made = _export_once(config, dtype, attention, length) or _export(config, dtype, attention, length)
             except Exception as error:  # whatever a modelling file or export raises decides only whether we can go on
                 reasons.append(f"with {attention} attention: {_first_line(error)}")
+                if _of_one_length(error):
+                    break  # and so it is with any attention
                 continue
             model, graph_module = made
             path, count = find_layers(model, config)
@@ -250,7 +252,9 @@ def _export_once(
         captured = Captured(graph_module, small, few.config, attention, dtype, {}, path, len(few.layers))
         model = build_meta(config, dtype, attention)
         return model, repeat_layers(graph_module, model, captured.layer_of, WRAPPER, path, few.stands_in)
-    except Exception:  # a configuration of few layers may be none that its model takes: all of them are exported then
+    except Exception as error:  # a configuration of few layers may be none that its model takes: all are exported then
+        if _of_one_length(error):
+            raise
         return None
 
 
@@ -292,6 +296,11 @@ def _accounts(
         path = path or find_layers(fake, config)[0]
         sample = torch.zeros(SAMPLE[0], length, dtype=torch.long)
         return accounts(fake, path, _Logits(fake), sample), path
+
+
+def _of_one_length(error: Exception) -> bool:
+    """Whether export says that the code does other things for other numbers of tokens."""
+    return "(sequence)" in _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from minitron.compiler.scan_heads import SCAN_HEAD_DIM, SCAN_HEADS
+
 SHARED = "shared_expert_intermediate_size"
 
 # Keys that a width is known by in the configurations of models that do not use the standard one.
@@ -11,6 +13,8 @@ OTHER_KEYS = {
     "intermediate_size": ("ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "moe_intermediate_size"),
     "num_experts": ("num_local_experts", "n_routed_experts", "moe_num_experts"),
     SHARED: ("shared_intermediate_size",),
+    SCAN_HEADS: ("mamba_n_heads", "n_mamba_heads", "linear_num_value_heads", "num_heads"),
+    SCAN_HEAD_DIM: ("mamba_d_head", "mamba_headdim", "linear_value_head_dim", "head_dim"),
 }
 
 

@@ -169,6 +169,14 @@ class Space:
                 for part in atom.parts:
                     yield from self.leaves(part)
 
+    def ways(self, dim: Dim) -> Iterator[set[Atom]]:
+        """The sets of leaves that are multiplied with each other, one set for every way through the concatenations."""
+        result: list[set[Atom]] = [set()]
+        for atom in self.flat(dim):
+            each = [{atom}] if atom.parts is None else [way for part in atom.parts for way in self.ways(part)]
+            result = [have | way for have in result for way in each]
+        yield from result
+
     def describe(self, dim: Dim) -> str:
         """For people: x is a product, + a concatenation, ! a pin."""
         words = []

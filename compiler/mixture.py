@@ -5,6 +5,7 @@ Everything is read off around the product that takes the experts' channels back 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,7 +13,6 @@ from torch.fx import Node
 
 from minitron.compiler.axes import AxisTable, Contraction
 from minitron.compiler.dims import Atom, Dim
-from minitron.compiler.graph_module import fixed_length
 from minitron.compiler.positions import Offsets
 from minitron.compiler.rules import Dims
 from minitron.compiler.rules.registry import axis_index
@@ -50,8 +50,11 @@ def is_stack(dims: Dims) -> bool:
     return len(dims) == 3 and all(dims)
 
 
-def find_mixture(table: AxisTable, down: Contraction, experts: Dim) -> Mixture:
-    """`down` contracts the experts' channels, `experts` is the stacked dimension of its weight."""
+def find_mixture(table: AxisTable, down: Contraction, experts: Dim, length: int | None) -> Mixture:
+    """`down` contracts the experts' channels, `experts` is the stacked dimension of its weight.
+
+    `length` is the number of tokens where the graph is of one number: then rows are so many times those of a token.
+    """
     flat = table.space.flat(experts)
     picks: dict[Dim, int] = {}
     for node in _rankings(table, flat):
@@ -60,8 +63,9 @@ def find_mixture(table: AxisTable, down: Contraction, experts: Dim) -> Mixture:
         ranked = table.space.flat(dims[axis])
         count = node.args[1] if len(node.args) > 1 else node.kwargs.get("k")
         picks[ranked] = max(picks.get(ranked, 1), count if isinstance(count, int) else 1)
-    tokens = fixed_length(next(iter(table.nodes)).graph) or 1
-    rows = [one.rows.size.coefficient // tokens for one in table.sorted if set(table.space.flat(one.by)) == set(flat)]
+    rows = [
+        one.rows.size.coefficient // (length or 1) for one in table.sorted if set(table.space.flat(one.by)) == set(flat)
+    ]
     ends = next((n for n in down.node.all_input_nodes if isinstance(table.meanings.get(n), Offsets)), None)
     grouped = len(flat) == 2
     return Mixture(
@@ -103,18 +107,30 @@ def lists_may_differ(table: AxisTable, leaf: Atom, owners: Dim) -> bool:
     """Whether what is kept of `leaf` may differ with the index of `owners`: the channels of each expert, say.
 
     That is so where no value ever holds those of two owners at once: every value and weight that has the leaf also has the
-    owners, or rows that are sorted by them, once; and where the leaf is contracted with weights only.
+    owners, or rows that are sorted by them, once, and of a weight they stand in one dimension; and where the leaf is
+    contracted with weights only.
     """
     space = table.space
     atoms = set(owners)
     rows = {space.find(one.rows) for one in table.sorted if set(space.flat(one.by)) == atoms}
 
-    def owned(dims: Dims) -> bool:
+    def owned(dims: Dims, *, together: bool) -> bool:
         if not any(leaf in space.leaves(dim) for dim in dims):
             return True
-        flat = [set(space.flat(dim)) for dim in dims]
-        return sum(atoms <= one or bool(rows & one) for one in flat) == 1
+        for ways in itertools.product(*(space.ways(dim) for dim in dims)):
+            if not any(leaf in way for way in ways):
+                continue
+            sorted_rows = sum(bool(rows & way) for way in ways)
+            times = [sum(atom in way for way in ways) for atom in atoms]
+            whole = not together or any(atoms <= way for way in ways)
+            if sorted_rows + max(times) != 1 or not (sorted_rows or (min(times) == 1 and whole)):
+                return False
+        return True
 
     results = [one for node in table.nodes for one in table.results(node)]
     contracted = (c for c in table.contractions if leaf in space.leaves(c.dim))
-    return all(c.weight is not None for c in contracted) and all(map(owned, [*table.parameters.values(), *results]))
+    return (
+        all(c.weight is not None for c in contracted)
+        and all(owned(dims, together=True) for dims in table.parameters.values())
+        and all(owned(dims, together=False) for dims in results)
+    )

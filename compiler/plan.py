@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from minitron.compiler.roles import Roles, find_roles
 from minitron.compiler.samples import load_tokenizer
 from minitron.compiler.select import Selection, leading, narrowing_of, selection_json, wanted_heads
 from minitron.compiler.student_config import Key, fit, student_config
-from minitron.compiler.targets import LAYERS, AxisStatus, Targets, resolve_targets, teacher_widths
+from minitron.compiler.targets import LAYERS, AxisStatus, Targets, following, resolve_targets, teacher_widths
 from minitron.compiler.teacher import open_teacher
 from minitron.compiler.training_plan import place_teacher
 from minitron.compiler.weights import check_headers, dtype_of, recipes, renumber
@@ -190,7 +191,7 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
             raise SpecInvalid([loaded.error("student", f"no layer can be dropped: {error}")]) from None
     try:
         layers = leading(targets, roles).layers
-        config, model = _prove(captured, table, roles, targets, layers)
+        targets, config, model = _proved(captured, table, roles, targets, layers)
     except UsageError as error:
         raise SpecInvalid([loaded.error("student", str(error))]) from None
     teacher_cost, student_cost = _both_costs(captured, table, roles, targets, layers, head, config, model)
@@ -315,6 +316,20 @@ def settled(plan: Plan, selection: Selection) -> Plan:
         plan.captured, plan.table, plan.roles, plan.targets, layers, plan.head, config, model
     )
     return replace(plan, config=config, model=model, teacher_costs=teacher_costs, student_costs=student_costs)
+
+
+def _proved(
+    captured: Captured, table: AxisTable, roles: Roles, targets: Targets, layers: Sequence[int]
+) -> tuple[Targets, Any, torch.nn.Module]:
+    """The targets as asked for, or with what has to follow them, and the student that these describe."""
+    try:
+        return targets, *_prove(captured, table, roles, targets, layers)
+    except UsageError:
+        followed = following(targets, teacher_widths(captured, roles, table))
+        if followed is not None:
+            with contextlib.suppress(UsageError):
+                return followed, *_prove(captured, table, roles, followed, layers)
+        raise
 
 
 def _prove(

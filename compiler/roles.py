@@ -8,6 +8,10 @@ intermediate_size       what a projection back into the residual stream contract
                         of stacked expert weights it is moe_intermediate_size where the config has that key, or where
                         other layers have no experts
 num_experts             the stacked dimension of expert weights
+mamba_num_heads         the heads of a state-space or linear-attention mixer (`scan_heads`)
+mamba_head_dim          the width of one of those
+convolved_channels      what a mixer convolves position by position and takes back, where feed-forward layers stand beside
+                        it: no spec can name it, and it follows hidden_size where the configuration has it so
 num_hidden_layers       the list of layers; no axis of a tensor
 vocab_size              the rows of the embedding; never narrowed
 """
@@ -19,11 +23,20 @@ from dataclasses import dataclass, field
 
 from minitron.compiler.axes import AxisTable, Contraction
 from minitron.compiler.capture import Captured
-from minitron.compiler.dims import Atom, Dim, Space
+from minitron.compiler.dims import Atom, Dim
 from minitron.compiler.mixture import Mixture, find_mixture, is_stack, lists_may_differ
+from minitron.compiler.scan_heads import (
+    SCAN_HEAD_DIM,
+    SCAN_HEADS,
+    Scan,
+    channels_apart,
+    find_scans,
+    heads_apart,
+)
 from minitron.specs.errors import UsageError
 
 NUM_EXPERTS = "num_experts"
+CONVOLVED = "convolved_channels"
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,7 @@ class Roles:
     widths: dict[str, dict[int, Width]]
     refusals: dict[str, str] = field(default_factory=dict)
     mixtures: dict[int, Mixture] = field(default_factory=dict)
+    scans: dict[int, Scan] = field(default_factory=dict)
 
 
 def find_roles(captured: Captured, table: AxisTable) -> Roles:
@@ -75,7 +89,12 @@ def find_roles(captured: Captured, table: AxisTable) -> Roles:
     for site in heads.values():
         taken |= {atom for atom in (site.group, site.repeat) if atom is not None}
         taken |= set(table.space.leaves(site.value))
+    scans = find_scans(captured, table, hidden.leaf, taken)
     widths: dict[str, dict[int, Width]] = {}
+    for layer, scan in scans.items():
+        for name, width in _scan_widths(table, scan):
+            widths.setdefault(name, {})[layer] = width
+            taken.add(width.leaf)
     refusals: dict[str, str] = {}
     mixtures: dict[int, Mixture] = {}
     for name, layer, width in _widths(captured, table, hidden.leaf, taken, mixtures):
@@ -83,7 +102,14 @@ def find_roles(captured: Captured, table: AxisTable) -> Roles:
         if layer in of_layer and of_layer[layer].leaf is not width.leaf:
             refusals[name] = f"layer {layer} has more than one axis of this kind"
         of_layer[layer] = width
-    return Roles(hidden, heads, widths, refusals, mixtures)
+    return Roles(hidden, heads, widths, refusals, mixtures, scans)
+
+
+def _scan_widths(table: AxisTable, scan: Scan) -> Iterator[tuple[str, Width]]:
+    owners = scan.heads[:-1] if heads_apart(table, scan) else ()
+    yield SCAN_HEADS, Width(scan.heads[-1], (scan.reader,), owners, scan.groups)
+    owners = scan.heads if channels_apart(table, scan) else ()
+    yield SCAN_HEAD_DIM, Width(scan.channel, (scan.reader,), owners)
 
 
 def _hidden(captured: Captured, table: AxisTable) -> Width:
@@ -130,18 +156,9 @@ def _paths_with(table: AxisTable, values: set[Atom]) -> Iterator[set[Atom]]:
     """Of every parameter that holds the width of a value: the atoms that stand in one product with it."""
     for dims in table.parameters.values():
         for dim in dims:
-            for path in paths(table.space, dim):
+            for path in table.space.ways(dim):
                 if path & values:
                     yield path
-
-
-def paths(space: Space, dim: Dim) -> Iterator[set[Atom]]:
-    """The sets of leaves that are multiplied with each other, one set for every way through the concatenations."""
-    result: list[set[Atom]] = [set()]
-    for atom in space.flat(dim):
-        ways = [{atom}] if atom.parts is None else [way for part in atom.parts for way in paths(space, part)]
-        result = [have | way for have in result for way in ways]
-    yield from result
 
 
 def _widths(
@@ -153,6 +170,7 @@ def _widths(
     """
     space = table.space
     seen: set[Atom] = set()
+    convolved = _convolved(captured, table, hidden)
     for contraction in table.contractions:
         if contraction.weight is None:
             continue
@@ -165,17 +183,34 @@ def _widths(
             continue
         seen.add(leaves[0])
         readers = tuple(c for c in table.contractions if list(space.leaves(c.dim)) == leaves and c.weight is not None)
-        name = _width_name(captured, is_stack(dims), layer, table)
+        name = CONVOLVED if leaves[0] in convolved else _width_name(captured, is_stack(dims), layer, table)
         experts = space.flat(dims[0]) if is_stack(dims) else ()
         if not experts or len(experts) > 2 or any(atom.parts is not None or atom in taken for atom in experts):
             yield name, layer, Width(leaves[0], readers)
             continue
-        mixtures[layer] = find_mixture(table, contraction, experts)
+        mixtures[layer] = find_mixture(table, contraction, experts, captured.length)
         apart = lists_may_differ(table, leaves[0], experts)
         yield name, layer, Width(leaves[0], readers, experts if apart else ())
         if experts[-1] not in seen and (len(experts) == 1 or lists_may_differ(table, experts[-1], experts[:-1])):
             seen.add(experts[-1])
             yield NUM_EXPERTS, layer, Width(experts[-1], (), experts[:-1], mixtures[layer].groups)
+
+
+def _convolved(captured: Captured, table: AxisTable, hidden: Atom) -> set[Atom]:
+    """Leaves with a filter for each index, [C, 1, K], in models that have other widths too; else it is their only width."""
+    space = table.space
+    filters = {
+        leaf for dims in table.parameters.values() if len(dims) == 3 and not dims[1] for leaf in space.leaves(dims[0])
+    }
+    back = {
+        leaf
+        for one in table.contractions
+        if one.weight is not None
+        and captured.layer_in_path(one.weight) is not None
+        and any(list(space.leaves(dim)) == [hidden] for dim in table.parameters[one.weight])
+        for leaf in space.leaves(one.dim)
+    }
+    return filters if back - filters - {hidden} else set()
 
 
 def _width_name(captured: Captured, stacked: bool, layer: int, table: AxisTable) -> str:

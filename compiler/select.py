@@ -1,7 +1,8 @@
 """Selection: from scores to index lists.
 
     hidden     one list for the network
-    widths     one list a layer; of experts' channels, one for each expert (no other expert depends on them)
+    widths     one list a layer; of experts' channels, one for each expert (no other expert depends on them), and so with
+               the heads of a scan in each group, and the channels of each of those heads
     groups     one list a layer: the key-value groups with the highest scores (a group's score: L2 over its query heads)
     heads      one list for each kept group: the query heads with the highest scores in that group
     layers     those that the spec names, or the highest-scored ones, or all but one run of neighbours
@@ -21,6 +22,7 @@ import numpy.typing as npt
 from minitron.compiler.axes import AxisTable
 from minitron.compiler.narrowing import Dependent, Indices, Narrowing
 from minitron.compiler.roles import NUM_EXPERTS, Heads, Roles
+from minitron.compiler.scan_heads import SCAN_HEAD_DIM, SCAN_HEADS
 from minitron.compiler.scores import ScoreTable
 from minitron.compiler.targets import GROUPS, HEADS, HIDDEN, LAYERS, Targets
 
@@ -170,7 +172,7 @@ def narrowing_of(selection: Selection, roles: Roles, table: AxisTable) -> Narrow
 def selection_json(selection: Selection, roles: Roles) -> dict[str, list[list[int]]]:
     """`selection` of the plan: axis -> one list of kept indices, or one for each kept layer.
 
-    Channels that differ from expert to expert: one list for each kept expert of each kept layer.
+    Channels that differ from expert to expert, or from head to head of a scan: one list for each that is kept.
     """
     result: dict[str, list[list[int]]] = {LAYERS: [list(selection.layers)]}
     if selection.hidden is not None:
@@ -192,16 +194,17 @@ def selection_json(selection: Selection, roles: Roles) -> dict[str, list[list[in
 
 
 def _width_lists(name: str, layer: int, indices: Indices, selection: Selection, roles: Roles) -> list[list[int]]:
-    """The lists of one layer: one, or one for each expert that is kept."""
+    """The lists of one layer: one, or one for each expert or head that is kept."""
     width = roles.widths[name][layer]
     if indices.ndim == 1:
         return [indices.tolist()]
     if width.together > 1:  # numbers in all groups
         each: list[int] = [g * width.leaf.size.coefficient + int(i) for g, row in enumerate(indices) for i in row]
         return [each]
+    owner = SCAN_HEADS if name == SCAN_HEAD_DIM else NUM_EXPERTS
     kept = (
-        _width_lists(NUM_EXPERTS, layer, selection.widths[NUM_EXPERTS][layer], selection, roles)[0]
-        if (layer in selection.widths.get(NUM_EXPERTS, {}))
+        _width_lists(owner, layer, selection.widths[owner][layer], selection, roles)[0]
+        if (layer in selection.widths.get(owner, {}))
         else range(len(indices))
     )
-    return [indices[expert].tolist() for expert in kept]
+    return [indices[one].tolist() for one in kept]

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from minitron.compiler.capture import Captured, build_meta, stored_tensors
 from minitron.compiler.config_keys import OTHER_KEYS, SHARED, config_key
 from minitron.compiler.config_layers import with_layers
+from minitron.compiler.scan_heads import SCAN_HEAD_DIM, SCAN_HEADS
 from minitron.compiler.shared_experts import find_tie
 from minitron.compiler.targets import GROUPS, HEAD_DIM, HEADS, HIDDEN
 from minitron.specs.errors import UsageError
@@ -87,7 +88,21 @@ def fit(
     unnamed = [name for name in widths if not _has_key(captured.config, name, teacher_widths)]
     if unnamed:
         raise UsageError(f"{captured.config.model_type} has no configuration key for {unnamed[0]}")
-    raise first
+    raise UsageError(str(first) + _mixer_tie(widths, teacher_widths))
+
+
+def _mixer_tie(widths: Mapping[str, int], teacher: Mapping[str, int]) -> str:
+    """What to do where a mixer's channels are always so many times hidden_size, and were not narrowed along."""
+    if SCAN_HEADS not in teacher:
+        return ""
+    student = {**teacher, **widths}
+    times, rest = divmod(teacher[SCAN_HEADS] * teacher[SCAN_HEAD_DIM], teacher[HIDDEN])
+    if rest or student[SCAN_HEADS] * student[SCAN_HEAD_DIM] == times * student[HIDDEN]:
+        return ""
+    heads, uneven = divmod(times * student[HIDDEN], student[SCAN_HEAD_DIM])
+    return f"; {SCAN_HEADS} x {SCAN_HEAD_DIM} is {times} x {HIDDEN} in this model: narrow them in that proportion" + (
+        f", {HIDDEN} {student[HIDDEN]} with {heads} heads of {student[SCAN_HEAD_DIM]}" if heads and not uneven else ""
+    )
 
 
 def _has_key(config: Any, name: str, teacher_widths: Mapping[str, int]) -> bool:
@@ -99,19 +114,32 @@ def _has_key(config: Any, name: str, teacher_widths: Mapping[str, int]) -> bool:
 
 
 def _guesses(config: Any, widths: Mapping[str, int], teacher_widths: Mapping[str, int]) -> Iterator[dict[Key, int]]:
-    """Nothing, then one, two and three keys that have a narrowed width's value in the teacher."""
+    """Nothing, then one, two and three keys that have in the teacher the value of a narrowed width, or of one that it makes."""
+    pairs = [(teacher_widths[name], width) for name, width in widths.items()]
+    pairs += _made_of(widths, teacher_widths)
     own = {config_key(config, name, teacher_widths[name]) for name in widths}
     found: dict[Key, int] = {}
     parts = {"": config} | {name: part for name, part in vars(config).items() if isinstance(part, PreTrainedConfig)}
     for part, holder in parts.items():
         for key, value in vars(holder).items():
-            if key.startswith("_") or key in own or type(value) is not int or value < 2:
+            if key.startswith("_") or key in own or type(value) is not int or value < 1:
                 continue
-            for name, width in widths.items():
-                if value == teacher_widths[name]:
-                    found.setdefault((part, key), width)
+            for old, new in pairs:
+                if value == old and value != new:
+                    found.setdefault((part, key), new)
     for count in range(4):
         yield from map(dict, itertools.islice(itertools.combinations(found.items(), count), MOST_GUESSES))
+
+
+def _made_of(widths: Mapping[str, int], teacher: Mapping[str, int]) -> Iterator[tuple[int, int]]:
+    """What a mixer's heads make together, in the teacher and in the student: all channels, and these against hidden_size."""
+    if SCAN_HEADS not in teacher:
+        return
+    student = {**teacher, **widths}
+    old, new = (side[SCAN_HEADS] * side[SCAN_HEAD_DIM] for side in (teacher, student))
+    yield old, new
+    if old % teacher[HIDDEN] == 0 and new % student[HIDDEN] == 0:
+        yield old // teacher[HIDDEN], new // student[HIDDEN]
 
 
 def head_width(config: Any) -> int | None:
@@ -139,7 +167,7 @@ def prove(captured: Captured, config: Any, shapes: Mapping[str, tuple[int, ...]]
         raise UsageError(
             f"the configuration of {config.model_type} cannot express these widths: {name} would be "
             f"{_shape(got.get(name))} when it is loaded, and has to be {_shape(shapes.get(name))} "
-            f"({len(wrong)} tensors differ)" + _why(captured)
+            f"({len(wrong)} tensors differ)" + _why(captured, wrong)
         )
     try:
         config.validate()  # which loading the configuration does, and building a model of it does not
@@ -158,10 +186,11 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else str(list(shape))
 
 
-def _why(captured: Captured) -> str:
+def _why(captured: Captured, wrong: Sequence[str]) -> str:
+    """What a configuration ties together where it cannot say the widths; the tensors that differ tell which of it."""
     config = captured.config
     undeclared = getattr(config, HEAD_DIM, None) is None or derives_head_dim(config)
-    if undeclared and head_width(config) is not None:
+    if undeclared and head_width(config) is not None and any("attn" in name or "attention" in name for name in wrong):
         return (
             "; this model's head width is always hidden_size / num_attention_heads, "
             f"{config.hidden_size} / {config.num_attention_heads}: narrow both in that proportion"

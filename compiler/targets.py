@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from minitron.compiler.axes import AxisTable
@@ -11,7 +11,8 @@ from minitron.compiler.capture import Captured
 from minitron.compiler.config_keys import SHARED
 from minitron.compiler.dims import Atom
 from minitron.compiler.masking import CHOICES
-from minitron.compiler.roles import NUM_EXPERTS, Heads, Roles
+from minitron.compiler.roles import CONVOLVED, NUM_EXPERTS, Heads, Roles
+from minitron.compiler.scan_heads import SCAN_HEADS
 from minitron.compiler.shared_experts import find_tie
 from minitron.specs.blocks.student import Student
 from minitron.specs.errors import SpecError
@@ -21,7 +22,7 @@ HIDDEN, HEADS, GROUPS, LAYERS = "hidden_size", "num_attention_heads", "num_key_v
 HEAD_DIM = "head_dim"
 
 # Counted, not measured: a share of these is rounded to a whole number and not to a multiple.
-COUNTS = {HEADS, GROUPS, LAYERS, "num_experts", "mamba_num_heads"}
+COUNTS = {HEADS, GROUPS, LAYERS, NUM_EXPERTS, SCAN_HEADS}
 
 # torch.nn.functional.grouped_mm: "strides should be multiple of 16 bytes", on processors and on graphics cards.
 GROUPED_ROW_BYTES = 16
@@ -121,13 +122,11 @@ def leaves_of(name: str, roles: Roles, table: AxisTable) -> list[Atom]:
 
 def _head_leaves(site: Heads, table: AxisTable) -> set[Atom]:
     """The width of a value, and whatever else stands in one product with the heads: the width of queries and keys."""
-    from minitron.compiler.roles import paths
-
     own = {atom for atom in (site.group, site.repeat) if atom is not None}
     result = set(table.space.leaves(site.value))
     for dims in table.parameters.values():
         for dim in dims:
-            for path in paths(table.space, dim):
+            for path in table.space.ways(dim):
                 if own and own <= path:
                     result |= path - own
     return result
@@ -161,6 +160,7 @@ def resolve_targets(
     shares = {key for key, value in student.targets() if isinstance(value, Share)}
     errors += _check_heads(wanted, teacher, shares, error)
     errors += _check_experts(wanted, roles, shares, error)
+    errors += _check_scan_heads(wanted, roles, shares, error)
     errors += _check_rows(wanted, teacher, captured, roles, error)
     errors += _check_shared(wanted, teacher, captured, shares, error)
     layers, named = _layers(student, captured.layer_count, wanted, error, errors)
@@ -177,6 +177,21 @@ def resolve_targets(
         for name in teacher
     )
     return Targets(widths, layers, named, statuses), []
+
+
+def following(targets: Targets, teacher: Mapping[str, int]) -> Targets | None:
+    """The targets with what no spec can name in proportion to hidden_size; None where there is nothing of that kind."""
+    hidden = targets.widths.get(HIDDEN)
+    if hidden is None or CONVOLVED not in teacher or CONVOLVED in targets.widths:
+        return None
+    width, rest = divmod(teacher[CONVOLVED] * hidden, teacher[HIDDEN])
+    if rest or not width:
+        return None
+    statuses = tuple(
+        replace(one, student=width, reason=f"follows hidden_size: {one.reason}") if one.axis == CONVOLVED else one
+        for one in targets.statuses
+    )
+    return replace(targets, widths={**targets.widths, CONVOLVED: width}, statuses=statuses)
 
 
 def _width(key: str, value: Any, teacher: int, multiple_of: int | None) -> int:
@@ -245,6 +260,23 @@ def _check_experts(wanted: dict[str, int], roles: Roles, shares: Collection[str]
     return []
 
 
+def _check_scan_heads(
+    wanted: dict[str, int], roles: Roles, shares: Collection[str], error: MakeError
+) -> list[SpecError]:
+    """As many heads stay in each group. A share is rounded down to a number that divides into the groups."""
+    groups = max((scan.groups for scan in roles.scans.values()), default=1)
+    if SCAN_HEADS not in wanted or groups == 1:
+        return []
+    if SCAN_HEADS in shares:
+        wanted[SCAN_HEADS] = max(1, wanted[SCAN_HEADS] // groups) * groups
+    count = wanted[SCAN_HEADS]
+    if count % groups == 0:
+        return []
+    near = sorted({max(1, count // groups) * groups, (count // groups + 1) * groups})
+    message = f"{count} heads do not divide into the {groups} groups that share their keys and queries"
+    return [error(f"student.{SCAN_HEADS}", message, f"write {' or '.join(map(str, near))}")]
+
+
 def _check_rows(
     wanted: dict[str, int], teacher: Mapping[str, int], captured: Captured, roles: Roles, error: MakeError
 ) -> list[SpecError]:
@@ -253,7 +285,10 @@ def _check_rows(
         return []
     unit = GROUPED_ROW_BYTES // captured.dtype.itemsize
     stacked = {
-        name for name, layers in roles.widths.items() for width in layers.values() if width.readers and width.parents
+        name
+        for name, layers in roles.widths.items()
+        for layer, width in layers.items()
+        if width.readers and layer in roles.mixtures and width.parents == roles.mixtures[layer].experts
     }
     return [
         error(

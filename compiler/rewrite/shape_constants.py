@@ -138,6 +138,8 @@ def _repeat_interleave(s: _Sizes, node: Node) -> None:
     axis = axis_index(_arg(node, 2, 0), len(s.dims(node)))
     before, after = s.dims(node.args[0])[axis], s.dims(node)[axis]
     node.update_arg(1, s.narrowing.count(after) // s.narrowing.count(before))
+    if isinstance(node.kwargs.get("output_size"), int):
+        node.update_kwarg("output_size", s.narrowing.count(after))
 
 
 def _repeat(s: _Sizes, node: Node) -> None:

@@ -1,0 +1,79 @@
+"""The heads of state-space and linear-attention layers, as the graph shows them.
+
+Such a mixer takes a product of heads and their channels back into the residual stream, and it has a number for each head:
+its decay, say. Where heads share what they read and write (the groups of Mamba 2, arXiv 2405.21060, section 7.1; the key
+heads of a gated delta net) they are (group, head within it), and a narrowed model keeps as many in each group, so that
+every head stays with its own (Nemotron-H compression, arXiv 2504.11409, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+from minitron.compiler.axes import AxisTable, Contraction
+from minitron.compiler.capture import Captured
+from minitron.compiler.dims import Atom, Dim
+from minitron.compiler.mixture import lists_may_differ
+
+SCAN_HEADS, SCAN_HEAD_DIM = "mamba_num_heads", "mamba_head_dim"
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The heads of one mixer.
+
+    heads    (group, head within it), or one atom where all heads share, or every head has its own
+    channel  the width of a head
+    reader   takes [.., heads, channel] back into the residual stream; what it reads scores both
+    """
+
+    heads: Dim
+    channel: Atom
+    reader: Contraction
+
+    @property
+    def groups(self) -> int:
+        return self.heads[0].size.coefficient if len(self.heads) == 2 else 1
+
+    def scores(self, name: str, channels: torch.Tensor, *, apart: bool) -> torch.Tensor:
+        """From scores of all channels [groups * heads * width]: of heads [groups, heads], of channels [all heads, width].
+
+        L2 over what an index stands for. Not `apart`: one list for all groups, or heads.
+        """
+        each = channels.reshape(self.groups, -1, self.channel.size.coefficient)
+        found = each.norm(dim=-1) if name == SCAN_HEADS else each.flatten(0, 1)
+        return found if apart and found.shape[0] > 1 else found.norm(dim=0)
+
+
+def find_scans(captured: Captured, table: AxisTable, hidden: Atom, taken: Collection[Atom]) -> dict[int, Scan]:
+    """The mixers by layer; of a layer with several kinds, the first."""
+    space = table.space
+    vectors: dict[int | None, set[Dim]] = {}
+    for name, dims in table.parameters.items():
+        if len(dims) == 1:
+            vectors.setdefault(captured.layer_in_path(name), set()).add(space.flat(dims[0]))
+    scans: dict[int, Scan] = {}
+    for contraction in table.contractions:
+        layer = captured.layer_in_path(contraction.weight) if contraction.weight is not None else None
+        if contraction.weight is None or layer is None or layer in scans:
+            continue
+        *heads, channel = space.flat(contraction.dim) or (None,)
+        back = any(list(space.leaves(dim)) == [hidden] for dim in table.parameters[contraction.weight])
+        atoms = [atom for atom in (*heads, channel) if atom is not None]
+        simple = all(atom.parts is None and atom not in taken for atom in atoms)
+        if channel is not None and back and simple and 1 <= len(heads) <= 2 and tuple(heads) in vectors.get(layer, ()):
+            scans[layer] = Scan(tuple(heads), channel, contraction)
+    return scans
+
+
+def heads_apart(table: AxisTable, scan: Scan) -> bool:
+    """Whether what is kept of the heads may differ from group to group."""
+    return len(scan.heads) == 2 and lists_may_differ(table, scan.heads[1], scan.heads[:1])
+
+
+def channels_apart(table: AxisTable, scan: Scan) -> bool:
+    """Whether what is kept of a head's channels may differ from head to head."""
+    return lists_may_differ(table, scan.channel, scan.heads)
