@@ -99,9 +99,9 @@ def _mixer_tie(widths: Mapping[str, int], teacher: Mapping[str, int]) -> str:
     times, rest = divmod(teacher[SCAN_HEADS] * teacher[SCAN_HEAD_DIM], teacher[HIDDEN])
     if rest or student[SCAN_HEADS] * student[SCAN_HEAD_DIM] == times * student[HIDDEN]:
         return ""
-    heads, uneven = divmod(times * student[HIDDEN], student[SCAN_HEAD_DIM])
-    return f"; {SCAN_HEADS} x {SCAN_HEAD_DIM} is {times} x {HIDDEN} in this model: narrow them in that proportion" + (
-        f", {HIDDEN} {student[HIDDEN]} with {heads} heads of {student[SCAN_HEAD_DIM]}" if heads and not uneven else ""
+    return (
+        f"; {SCAN_HEADS} x {SCAN_HEAD_DIM} is {times} x {HIDDEN} in this model, and has to be a whole number of times "
+        f"{HIDDEN} in the student too: narrow them together"
     )
 
 

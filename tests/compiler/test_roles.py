@@ -210,10 +210,18 @@ class TestExperts:
         assert is_stack(analysed("mixtral").table.parameters["model.layers.0.mlp.experts.down_proj"])
         assert "shared_expert_intermediate_size" not in model.roles.widths
 
-    def test_two_widths_of_one_kind_in_a_layer_are_refused(self) -> None:
+    def test_what_a_layer_convolves_is_an_axis_of_its_own(self) -> None:
         """The convolution of a hybrid writes into the residual stream as a feed-forward layer does."""
-        kind, reason = status(analysed("lfm2"), "intermediate_size")
-        assert kind == "refused" and reason == "layer 0 has more than one axis of this kind"
+        widths = analysed("lfm2").roles.widths
+        assert set(widths) == {"convolved_channels", "intermediate_size"}
+        assert set(widths["convolved_channels"]) == {0} and set(widths["intermediate_size"]) == {0, 1}
+
+    def test_two_widths_of_one_kind_in_a_layer_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Two layers that are taken for one have two feed-forward layers."""
+        model = analysed("llama")
+        monkeypatch.setattr(type(model.captured), "layer_in_path", lambda self, path: 0 if ".layers." in path else None)
+        roles = find_roles(model.captured, model.table)
+        assert roles.refusals == {"intermediate_size": "layer 0 has more than one axis of this kind"}
 
 
 def test_an_embedding_that_is_cut_is_no_residual_stream() -> None:

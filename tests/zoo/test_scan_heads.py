@@ -14,7 +14,7 @@ from tests.models import save_teacher
 from tests.zoo.configs import config_of
 
 STUDENTS: dict[str, dict[str, int]] = {
-    "bamba": {HIDDEN: 16, SCAN_HEADS: 2},  # the configuration has the mixer's channels at 2 x hidden_size
+    "bamba": {HIDDEN: 16, SCAN_HEADS: 2},  # the configuration has the mixer's channels as so many times hidden_size
     "nemotron_h": {HIDDEN: 24, SCAN_HEADS: 2, SCAN_HEAD_DIM: 12},  # and here they are free
 }
 
@@ -69,8 +69,7 @@ def test_a_dropped_head_is_missed(foundry: Foundry) -> None:
     [
         ("nemotron_h", {SCAN_HEADS: 3}, "3 heads do not divide into the 2 groups .* write 2 or 4"),
         ("nemotron_h", {SCAN_HEADS: 5}, "5 is not between 1 and the teacher's 4"),
-        ("bamba", {HIDDEN: 16}, "mamba_num_heads x mamba_head_dim is 2 x hidden_size .* 16 with 2 heads of 16"),
-        ("bamba", {SCAN_HEADS: 2}, "narrow them in that proportion"),
+        ("bamba", {HIDDEN: 24}, "mamba_num_heads x mamba_head_dim is 2 x hidden_size .* narrow them together"),
     ],
 )
 def test_what_a_configuration_cannot_say_is_refused(
@@ -79,6 +78,11 @@ def test_what_a_configuration_cannot_say_is_refused(
 
     with pytest.raises(SpecInvalid, match=message):
         foundry.plan(teacher(foundry, family), student)
+
+
+def test_a_key_that_says_how_many_times_is_found_by_the_shapes(foundry: Foundry) -> None:
+    """Half of hidden_size, all channels of the mixers: these are four times as many then."""
+    assert foundry.plan(teacher(foundry, "bamba"), {HIDDEN: 16}).config.mamba_expand == 4
 
 
 def test_a_share_is_rounded_down_to_whole_groups(foundry: Foundry) -> None:
