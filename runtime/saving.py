@@ -116,9 +116,10 @@ class Saver:
         there = checkpoints.names()
         kept = f"the last good one, {there[0]}, was kept" if there else "there is none before it"
         reason, remedy = explain(save.error)
+        then = "train again: it goes on from there" if there else "train again"
         return WorkError(
             f"the checkpoint of step {save.state.step} could not be written to {checkpoints.folder}: {reason}; {kept}. "
-            f"{remedy[0].upper()}{remedy[1:]} and train again: it goes on from there"
+            f"{remedy[0].upper()}{remedy[1:]} and {then}"
         )
 
     def _copy(self, pieces: Pieces) -> Pieces:
