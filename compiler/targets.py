@@ -150,7 +150,8 @@ def resolve_targets(
             width = _width(key, one, teacher[key], student.multiple_of)
             if not 0 < width <= teacher[key]:
                 message = f"{width} is not between 1 and the teacher's {teacher[key]}"
-                errors.append(error(here, message, f"write at most {teacher[key]}"))
+                hint = f"write at most {teacher[key]}" if width > 0 else "write a larger share, or a number"
+                errors.append(error(here, message, hint))
                 continue
             status, reason = status_of(key, captured, roles, table)
             if width < teacher[key] and status == "refused":

@@ -65,6 +65,11 @@ def test_every_candidate_of_a_search_is_held_against_the_teacher() -> None:
 
 
 class TestWidths:
+    def test_a_share_of_which_nothing_is_left(self) -> None:
+        assert refusal({HIDDEN: "0.1%"}).endswith(
+            "0 is not between 1 and the teacher's 32; write a larger share, or a number"
+        )
+
     def test_numbers_are_taken_as_they_are(self) -> None:
         found = targets({HIDDEN: 20, "intermediate_size": 17})
         assert dict(found.widths) == {HIDDEN: 20, "intermediate_size": 17}
