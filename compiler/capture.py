@@ -6,7 +6,9 @@ keep the names that they have in the model's state dict.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import logging
 import re
 import warnings
@@ -337,7 +339,8 @@ def _export(config: Any, dtype: torch.dtype, attention: str, length: int | None)
     """
     batch = torch.export.Dim("batch", min=1, max=LONGEST)
     sequence = torch.export.Dim("sequence", min=1, max=LONGEST) if length is None else torch.export.Dim.STATIC
-    with quiet(), torch.no_grad():
+    # Export prints the graph so far to the standard error where the code decides by the values of tensors.
+    with quiet(), torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
         with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
             fake = build_model(config, dtype, attention)
             sample = torch.zeros(SAMPLE[0], length or SAMPLE[1], dtype=torch.long)
@@ -354,6 +357,9 @@ def _export(config: Any, dtype: torch.dtype, attention: str, length: int | None)
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             # Its only use is to catch a retrace with other number formats; it would pin the device.
             module.graph.erase_node(node)
+        elif node.target is torch.ops.aten.view.default:
+            # Export's fake tensors may lie in memory as those of another kernel do, where a view needs no copy.
+            node.target = torch.ops.aten.reshape.default
         elif _hands_on(node):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)

@@ -24,7 +24,7 @@ from minitron.compiler.head import Head, find_head
 from minitron.compiler.outlook import Outlook
 from minitron.compiler.phases import Reckoning
 from minitron.compiler.rewrite.constants import check_scalars
-from minitron.compiler.rewrite.drop_layers import LayerEnds, layer_ends
+from minitron.compiler.rewrite.drop_layers import LayerEnds, adds_to_its_entry, layer_ends
 from minitron.compiler.roles import Roles, find_roles
 from minitron.compiler.samples import load_tokenizer
 from minitron.compiler.select import Selection, leading, narrowing_of, selection_json, wanted_heads
@@ -189,6 +189,7 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
     except UsageError as error:
         if targets.layers != captured.layer_count:
             raise SpecInvalid([loaded.error("student", f"no layer can be dropped: {error}")]) from None
+    targets = _told_of_layers(captured, ends, targets)
     try:
         layers = leading(targets, roles).layers
         targets, config, model = _proved(captured, table, roles, targets, layers)
@@ -214,6 +215,18 @@ def with_weights(plan: Plan, progress: Progress) -> Plan:
     except UsageError as error:
         raise SpecInvalid([plan.loaded.error("teacher.model", str(error))]) from None
     return replace(plan, checkpoint=checkpoint, remarks=_remarks(checkpoint, plan.captured))
+
+
+def _told_of_layers(captured: Captured, ends: Sequence[LayerEnds], targets: Targets) -> Targets:
+    """The targets, where a layer does more to the residual stream than to add to it: passing by is no masking then."""
+    scaled = next((i for i, end in enumerate(ends) if not adds_to_its_entry(captured, end)), None)
+    if scaled is None:
+        return targets
+    reason = f"a dropped layer is passed by, and layer {scaled} does more to the residual stream than to add to it"
+    statuses = tuple(
+        replace(one, status="approximate", reason=reason) if one.axis == LAYERS else one for one in targets.statuses
+    )
+    return replace(targets, statuses=statuses)
 
 
 def _student_of(upper: LoadedSpec, build: Path) -> Any:
@@ -325,8 +338,7 @@ def _proved(
     try:
         return targets, *_prove(captured, table, roles, targets, layers)
     except UsageError:
-        followed = following(targets, teacher_widths(captured, roles, table))
-        if followed is not None:
+        for followed in following(targets, teacher_widths(captured, roles, table)):
             with contextlib.suppress(UsageError):
                 return followed, *_prove(captured, table, roles, followed, layers)
         raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from minitron.specs.units import Share, default_multiple
 
 HIDDEN, HEADS, GROUPS, LAYERS = "hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers"
 HEAD_DIM = "head_dim"
+FEED_FORWARD = ("intermediate_size", "moe_intermediate_size", SHARED)
 
 # Counted, not measured: a share of these is rounded to a whole number and not to a multiple.
 COUNTS = {HEADS, GROUPS, LAYERS, NUM_EXPERTS, SCAN_HEADS}
@@ -180,19 +181,36 @@ def resolve_targets(
     return Targets(widths, layers, named, statuses), []
 
 
-def following(targets: Targets, teacher: Mapping[str, int]) -> Targets | None:
-    """The targets with what no spec can name in proportion to hidden_size; None where there is nothing of that kind."""
+def following(targets: Targets, teacher: Mapping[str, int]) -> Iterator[Targets]:
+    """The targets with axes that follow others, where the configuration may have one key for both; the shapes decide.
+
+    What a mixer convolves follows hidden_size in proportion; widths of feed-forward layers and of experts that are the same
+    in the teacher follow one another. One kind at a time first, then all that there are.
+    """
+    found: list[tuple[str, str, int]] = []
     hidden = targets.widths.get(HIDDEN)
-    if hidden is None or CONVOLVED not in teacher or CONVOLVED in targets.widths:
-        return None
-    width, rest = divmod(teacher[CONVOLVED] * hidden, teacher[HIDDEN])
-    if rest or not width:
-        return None
-    statuses = tuple(
-        replace(one, student=width, reason=f"follows hidden_size: {one.reason}") if one.axis == CONVOLVED else one
-        for one in targets.statuses
-    )
-    return replace(targets, widths={**targets.widths, CONVOLVED: width}, statuses=statuses)
+    if hidden is not None and CONVOLVED in teacher:
+        width, rest = divmod(teacher[CONVOLVED] * hidden, teacher[HIDDEN])
+        if width and not rest:
+            found.append((CONVOLVED, HIDDEN, width))
+    for leader in FEED_FORWARD:
+        if leader in targets.widths:
+            found += [
+                (name, leader, targets.widths[leader])
+                for name in FEED_FORWARD
+                if name not in targets.widths and teacher.get(name) == teacher[leader]
+            ]
+    for chosen in ([[one] for one in found] if len(found) > 1 else []) + ([found] if found else []):
+        widths = dict(targets.widths)
+        statuses = list(targets.statuses)
+        for name, leader, width in chosen:
+            widths[name] = width
+            statuses = [
+                replace(one, student=width, reason=f"follows {leader}: {one.reason}") if one.axis == name else one
+                for one in statuses
+            ]
+        if all(status.status != "refused" for status in statuses if status.axis in widths):
+            yield replace(targets, widths=widths, statuses=tuple(statuses))
 
 
 def _width(key: str, value: Any, teacher: int, multiple_of: int | None) -> int:

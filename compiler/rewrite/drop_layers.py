@@ -65,6 +65,26 @@ def layer_ends(captured: Captured) -> list[LayerEnds]:
     return ends
 
 
+# What they yield is what they are given, or zero where that is zero.
+HANDED_ON = {*MAY_SHARE, "dropout", "clone", "_to_copy", "alias", "detach", "view", "add", "add_"}
+
+
+def adds_to_its_entry(captured: Captured, end: LayerEnds) -> bool:
+    """Whether a layer only adds to the residual stream: then passing it by is the same as having all its weights at zero."""
+    nodes = {node.name: node for node in captured.graph.nodes}
+    entry, left, seen = nodes[end.entry], [nodes[end.leave]], set[Node]()
+    while left:
+        node = left.pop()
+        if node is entry:
+            return True
+        name = getattr(node.target, "_opname", "")
+        if node in seen or name not in HANDED_ON or node.kwargs.get("alpha", 1) != 1:
+            continue
+        seen.add(node)
+        left += node.all_input_nodes if name.startswith("add") else [node.args[0]]
+    return False
+
+
 def _is_tensor(node: Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 

@@ -79,7 +79,7 @@ def test_a_size_that_still_runs_but_is_wrong_is_noticed(plan: Plan) -> None:
     """A view that swaps two sizes is no error to torch."""
 
     def swap(graph_module: GraphModule) -> None:
-        node = next(n for n in graph_module.graph.nodes if n.target is aten.view.default and len(n.args[1]) == 4)
+        node = next(n for n in graph_module.graph.nodes if n.target is aten.reshape.default and len(n.args[1]) == 4)
         sizes = list(node.args[1])
         assert sizes[2:] == [-1, 8]
         node.update_arg(1, [*sizes[:2], 8, -1])

@@ -104,3 +104,25 @@ def test_a_tensor_that_the_code_makes_is_refused(foundry: Foundry) -> None:
         SpecInvalid, match=r"falcon cannot be traced .*makes a tensor of its own while it runs, transformer"
     ):
         foundry.plan(teacher(foundry, "falcon"), {FFN: 20})
+
+
+def test_a_layer_that_scales_the_residual_stream_is_passed_by_all_the_same(foundry: Foundry) -> None:
+    """With all its weights at zero it would end the stream, so that masking is not what dropping it is."""
+    made = foundry.build(teacher(foundry, "doge"), {LAYERS: 2}, program=False)
+    assert all(check["passed"] for check in made.checks.values())
+    check = made.checks["masked"]
+    assert not check["exact"] and "more to the residual stream than to add to it" in check["detail"]
+
+
+def test_one_key_for_feed_forward_layers_and_experts_narrows_both(foundry: Foundry) -> None:
+    made = foundry.build(teacher(foundry, "cohere2_moe"), {FFN: 20}, program=False)
+    assert all(check["passed"] for check in made.checks.values())
+    axes = {one["axis"]: one for one in made.document("plan.json")["axes"]}
+    assert axes["moe_intermediate_size"]["student"] == 20
+    assert axes["moe_intermediate_size"]["reason"].startswith("follows intermediate_size")
+
+
+def test_a_view_that_needs_a_copy_with_another_kernel(foundry: Foundry) -> None:
+    """The graph is traced with tensors that lie in memory as another kernel's do."""
+    made = foundry.build(teacher(foundry, "afmoe"), {FFN: 20, "moe_intermediate_size": 16}, program=False)
+    assert all(check["passed"] for check in made.checks.values())
