@@ -311,11 +311,16 @@ def analyse(captured: Captured) -> AxisTable:
 
 
 def _softmax_attention(t: Tracer) -> list[AttentionSite]:
-    """Attention written out: a softmax over the (symbolic) key positions whose result is contracted with the values."""
+    """Attention written out: a softmax over the key positions whose result is contracted with the values.
+
+    Positions are symbols, or as many as the graph's tokens where it is of one number of them: [.., queries, keys] then.
+    """
     activations = {c.value: c for c in t.contractions if c.weight is None}
     sites = []
     for node, axis in t.softmaxes:
-        if not size_of(t.dims(node)[axis]).symbols:
+        sizes = [size_of(dim) for dim in t.dims(node)]
+        square = len(sizes) == 4 and sizes[2] == sizes[3] and sizes[3].coefficient == t.captured.length
+        if not (sizes[axis].symbols or square):
             continue
         reader = node
         while reader not in activations and len(reader.users) == 1:

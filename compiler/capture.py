@@ -12,7 +12,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from minitron.compiler.alike import Accounts, accounts
 from minitron.compiler.config_layers import lists_over_layers, with_layers
 from minitron.compiler.graph_module import empty_meta, fixed_length, rebuild
+from minitron.compiler.lifted import inline
 from minitron.compiler.repeat import repeat_layers
 from minitron.specs.errors import UsageError
 
@@ -323,14 +324,6 @@ def _hands_on(node: Node) -> bool:
     return (old.dtype, old.device, old.layout) == (new.dtype, new.device, new.layout)
 
 
-def _check_tensors(module: GraphModule, known: Collection[str]) -> None:
-    """UsageError for a tensor that the model's code makes on its way: neither its files nor its tables have the value."""
-    for node in module.graph.nodes:
-        name = strip_wrapper(str(node.target))
-        if node.op == "get_attr" and node.users and name not in known:
-            raise UsageError(f"its code makes a tensor of its own while it runs, {name}")
-
-
 def _export(config: Any, dtype: torch.dtype, attention: str, length: int | None) -> tuple[torch.nn.Module, GraphModule]:
     """The model on the meta device, and its graph: of `length` tokens, or of any number.
 
@@ -363,5 +356,5 @@ def _export(config: Any, dtype: torch.dtype, attention: str, length: int | None)
         elif _hands_on(node):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
-    _check_tensors(module, {*names, *(name for name, _ in fake.named_buffers(remove_duplicate=False))})
+    inline(module, {*names, *(name for name, _ in fake.named_buffers(remove_duplicate=False))}, WRAPPER)
     return build_meta(config, dtype, attention), rebuild(module, canonical, empty_meta)
