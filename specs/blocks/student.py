@@ -59,10 +59,10 @@ class Student(Block):
     """Width of the shared expert's feed-forward layer."""
 
     mamba_num_heads: Width | None = None
-    """Number of Mamba heads."""
+    """Number of heads of a mixer that scans (Mamba 2, gated delta net), the same in each of its groups."""
 
     mamba_head_dim: Width | None = None
-    """Width of one Mamba head."""
+    """Width of one of those heads."""
 
     layers: Layers | None = None
     """Names the layers outright, instead of `num_hidden_layers`: `{drop: [16, 17]}` or `{keep: [...]}`."""
