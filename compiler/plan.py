@@ -16,17 +16,17 @@ from minitron.compiler import costs
 from minitron.compiler.axes import AxisTable, analyse
 from minitron.compiler.cache import cache_layers
 from minitron.compiler.capture import FIXED_LENGTH, Captured, capture
-from minitron.compiler.checkpoint import BrokenWeights, Checkpoint, fetch_weights, last_token
+from minitron.compiler.checkpoint import BrokenWeights, Checkpoint, fetch_weights
 from minitron.compiler.config_layers import lists_over_layers
 from minitron.compiler.emit import tokenizer_files
 from minitron.compiler.fits import fits_json
 from minitron.compiler.head import Head, find_head
 from minitron.compiler.outlook import Outlook
 from minitron.compiler.phases import Reckoning
+from minitron.compiler.plan_checks import check_documents, check_lengths, check_pairs, check_tokenizer
 from minitron.compiler.rewrite.constants import check_scalars
 from minitron.compiler.rewrite.drop_layers import LayerEnds, adds_to_its_entry, layer_ends
 from minitron.compiler.roles import Roles, find_roles
-from minitron.compiler.samples import load_tokenizer
 from minitron.compiler.select import Selection, leading, narrowing_of, selection_json, wanted_heads
 from minitron.compiler.student_config import Key, fit, student_config
 from minitron.compiler.targets import LAYERS, AxisStatus, Targets, following, resolve_targets, teacher_widths
@@ -34,11 +34,9 @@ from minitron.compiler.teacher import open_teacher
 from minitron.compiler.training_plan import place_teacher
 from minitron.compiler.weights import check_headers, dtype_of, recipes, renumber
 from minitron.specs.available import unavailable
-from minitron.specs.data_files import check_data, data_sources, resolve
-from minitron.specs.documents import check_readable
-from minitron.specs.errors import SpecError, SpecInvalid, UsageError, WorkError
+from minitron.specs.data_files import check_data
+from minitron.specs.errors import SpecInvalid, UsageError, WorkError
 from minitron.specs.load import LoadedSpec
-from minitron.specs.lockfile import source_parts
 from minitron.specs.progress import Progress
 
 FORMAT_VERSION = 1
@@ -154,7 +152,7 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
     """
     spec = loaded.spec
     errors = [loaded.error(path, message) for path, message in unavailable(spec)]
-    errors += check_data(loaded) + _check_documents(loaded)
+    errors += check_data(loaded) + check_documents(loaded)
     at = "teacher.model" if spec.teacher.spec is None else "teacher.spec"
     try:
         checkpoint = open_teacher(loaded, weights=weights, planned=_student_of)
@@ -165,7 +163,7 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
         raise SpecInvalid([*errors, *error.errors]) from None
     except UsageError as error:
         raise SpecInvalid([*errors, loaded.error(at, str(error))]) from None
-    errors += _check_tokenizer(loaded, checkpoint)
+    errors += check_tokenizer(loaded, checkpoint)
     try:
         captured = capture(checkpoint.config, dtype_of(spec.teacher.dtype), _fixed_length(loaded))
         table = analyse(captured)
@@ -178,9 +176,9 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
     except UsageError as error:
         errors.append(loaded.error(at, str(error)))
     targets, wrong = resolve_targets(spec.student, captured, roles, table, loaded.error)
-    errors += wrong + _check_lengths(loaded, captured)
+    errors += wrong + check_lengths(loaded, captured)
     if targets is not None:
-        errors += _check_pairs(loaded, captured.layer_count, targets.layers)
+        errors += check_pairs(loaded, captured.layer_count, targets.layers)
     if targets is None or errors:
         raise SpecInvalid(errors)
     ends: tuple[LayerEnds, ...] = ()
@@ -219,7 +217,8 @@ def with_weights(plan: Plan, progress: Progress) -> Plan:
 
 def _told_of_layers(captured: Captured, ends: Sequence[LayerEnds], targets: Targets) -> Targets:
     """The targets, where a layer does more to the residual stream than to add to it: passing by is no masking then."""
-    scaled = next((i for i, end in enumerate(ends) if not adds_to_its_entry(captured, end)), None)
+    nodes = {node.name: node for node in captured.graph.nodes}
+    scaled = next((i for i, end in enumerate(ends) if not adds_to_its_entry(nodes, end)), None)
     if scaled is None:
         return targets
     reason = f"a dropped layer is passed by, and layer {scaled} does more to the residual stream than to add to it"
@@ -238,82 +237,6 @@ def _fixed_length(loaded: LoadedSpec) -> int:
     """Tokens that a graph is captured for which cannot be of any number: no more than a calibration sample has."""
     data = loaded.spec.importance.data
     return FIXED_LENGTH if data is None else min(FIXED_LENGTH, data.sequence_length)
-
-
-def _check_lengths(loaded: LoadedSpec, captured: Captured) -> list[SpecError]:
-    longest = getattr(captured.config, "max_position_embeddings", None)
-    errors = []
-    spec = loaded.spec
-    for path, block in (
-        ("importance.data.sequence_length", spec.importance.data),
-        ("distill.sequence_length", spec.distill),
-    ):
-        if block is not None and isinstance(longest, int) and block.sequence_length > longest:
-            errors.append(
-                loaded.error(
-                    path,
-                    f"{block.sequence_length} is more than the teacher's {longest} positions",
-                    f"write at most {longest}",
-                )
-            )
-    return errors
-
-
-def _check_documents(loaded: LoadedSpec) -> list[SpecError]:
-    """There is text in the files, and it is as the spec says. What names no file is not said again."""
-    errors = []
-    for source_at, source in data_sources(loaded.spec):
-        for path, _, part in source_parts(source_at, source):
-            try:
-                check_readable(resolve(part, loaded.folder))
-            except SpecInvalid:
-                continue
-            except WorkError as error:
-                errors.append(loaded.error(path, str(error)))
-    return errors
-
-
-def _check_tokenizer(loaded: LoadedSpec, checkpoint: Checkpoint) -> list[SpecError]:
-    """Text is turned into tokens that the teacher has; nothing is said where there is no tokenizer to be looked at."""
-    sources = list(data_sources(loaded.spec))
-    if not sources or not any(tokenizer_files(checkpoint.folder)):
-        return []
-    at = "teacher.model" if loaded.spec.teacher.spec is None else "teacher.spec"
-    try:
-        tokenizer = load_tokenizer(checkpoint.folder)
-    except UsageError as error:
-        return [loaded.error(at, str(error))]
-    errors = []
-    last, size = last_token(checkpoint.folder), int(checkpoint.config.vocab_size)
-    if last is not None and last >= size:
-        message = f"its tokenizer knows tokens up to number {last}, and the model has a vocabulary of {size}"
-        errors.append(loaded.error(at, message, "copy the tokenizer files that belong to this model"))
-    if not getattr(tokenizer, "chat_template", None):
-        errors += [
-            loaded.error(f"{path}.messages_field", "the teacher's tokenizer has no chat template", "name text_field")
-            for source_at, source in sources
-            for path, _, part in source_parts(source_at, source)
-            if part.messages_field is not None
-        ]
-    return errors
-
-
-def _check_pairs(loaded: LoadedSpec, teacher_layers: int, student_layers: int) -> list[SpecError]:
-    """The layers whose hidden states are compared are there."""
-    distill = loaded.spec.distill
-    hidden = distill.loss.hidden_states if distill is not None else None
-    if hidden is None or isinstance(hidden.pairs, str):
-        return []
-    return [
-        loaded.error(
-            f"distill.loss.hidden_states.pairs.{index}.{side}",
-            f"the {name} has {count} layers, and no layer {pair[side]}",
-            f"write at most {count - 1}: layers are counted from 0, in each model's own numbering",
-        )
-        for index, pair in enumerate(hidden.pairs)
-        for side, (name, count) in enumerate((("teacher", teacher_layers), ("student", student_layers)))
-        if pair[side] >= count
-    ]
 
 
 def settled(plan: Plan, selection: Selection) -> Plan:

@@ -10,7 +10,7 @@ A layer must read one value of the residual stream and yield one, else it is ref
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,9 +69,11 @@ def layer_ends(captured: Captured) -> list[LayerEnds]:
 HANDED_ON = {*MAY_SHARE, "dropout", "clone", "_to_copy", "alias", "detach", "view", "add", "add_"}
 
 
-def adds_to_its_entry(captured: Captured, end: LayerEnds) -> bool:
-    """Whether a layer only adds to the residual stream: then passing it by is the same as having all its weights at zero."""
-    nodes = {node.name: node for node in captured.graph.nodes}
+def adds_to_its_entry(nodes: Mapping[str, Node], end: LayerEnds) -> bool:
+    """Whether a layer only adds to the residual stream: then passing it by is the same as having all its weights at zero.
+
+    `nodes` are those of the graph by name.
+    """
     entry, left, seen = nodes[end.entry], [nodes[end.leave]], set[Node]()
     while left:
         node = left.pop()
@@ -81,7 +83,7 @@ def adds_to_its_entry(captured: Captured, end: LayerEnds) -> bool:
         if node in seen or name not in HANDED_ON or node.kwargs.get("alpha", 1) != 1:
             continue
         seen.add(node)
-        left += node.all_input_nodes if name.startswith("add") else [node.args[0]]
+        left += node.all_input_nodes if name.startswith("add") else node.all_input_nodes[:1]
     return False
 
 

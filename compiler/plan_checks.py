@@ -1,0 +1,90 @@
+"""What of a spec can be held against its teacher and its data before anything is narrowed."""
+
+from __future__ import annotations
+
+from minitron.compiler.capture import Captured
+from minitron.compiler.checkpoint import Checkpoint, last_token
+from minitron.compiler.emit import tokenizer_files
+from minitron.compiler.samples import load_tokenizer
+from minitron.specs.data_files import data_sources, resolve
+from minitron.specs.documents import check_readable
+from minitron.specs.errors import SpecError, SpecInvalid, UsageError, WorkError
+from minitron.specs.load import LoadedSpec
+from minitron.specs.lockfile import source_parts
+
+
+def check_lengths(loaded: LoadedSpec, captured: Captured) -> list[SpecError]:
+    """No sequence is longer than the teacher's positions."""
+    longest = getattr(captured.config, "max_position_embeddings", None)
+    errors = []
+    spec = loaded.spec
+    for path, block in (
+        ("importance.data.sequence_length", spec.importance.data),
+        ("distill.sequence_length", spec.distill),
+    ):
+        if block is not None and isinstance(longest, int) and block.sequence_length > longest:
+            errors.append(
+                loaded.error(
+                    path,
+                    f"{block.sequence_length} is more than the teacher's {longest} positions",
+                    f"write at most {longest}",
+                )
+            )
+    return errors
+
+
+def check_documents(loaded: LoadedSpec) -> list[SpecError]:
+    """There is text in the files, and it is as the spec says. What names no file is not said again."""
+    errors = []
+    for source_at, source in data_sources(loaded.spec):
+        for path, _, part in source_parts(source_at, source):
+            try:
+                check_readable(resolve(part, loaded.folder))
+            except SpecInvalid:
+                continue
+            except WorkError as error:
+                errors.append(loaded.error(path, str(error)))
+    return errors
+
+
+def check_tokenizer(loaded: LoadedSpec, checkpoint: Checkpoint) -> list[SpecError]:
+    """Text is turned into tokens that the teacher has; nothing is said where there is no tokenizer to be looked at."""
+    sources = list(data_sources(loaded.spec))
+    if not sources or not any(tokenizer_files(checkpoint.folder)):
+        return []
+    at = "teacher.model" if loaded.spec.teacher.spec is None else "teacher.spec"
+    try:
+        tokenizer = load_tokenizer(checkpoint.folder)
+    except UsageError as error:
+        return [loaded.error(at, str(error))]
+    errors = []
+    last, size = last_token(checkpoint.folder), int(checkpoint.config.vocab_size)
+    if last is not None and last >= size:
+        message = f"its tokenizer knows tokens up to number {last}, and the model has a vocabulary of {size}"
+        errors.append(loaded.error(at, message, "copy the tokenizer files that belong to this model"))
+    if not getattr(tokenizer, "chat_template", None):
+        errors += [
+            loaded.error(f"{path}.messages_field", "the teacher's tokenizer has no chat template", "name text_field")
+            for source_at, source in sources
+            for path, _, part in source_parts(source_at, source)
+            if part.messages_field is not None
+        ]
+    return errors
+
+
+def check_pairs(loaded: LoadedSpec, teacher_layers: int, student_layers: int) -> list[SpecError]:
+    """The layers whose hidden states are compared are there."""
+    distill = loaded.spec.distill
+    hidden = distill.loss.hidden_states if distill is not None else None
+    if hidden is None or isinstance(hidden.pairs, str):
+        return []
+    return [
+        loaded.error(
+            f"distill.loss.hidden_states.pairs.{index}.{side}",
+            f"the {name} has {count} layers, and no layer {pair[side]}",
+            f"write at most {count - 1}: layers are counted from 0, in each model's own numbering",
+        )
+        for index, pair in enumerate(hidden.pairs)
+        for side, (name, count) in enumerate((("teacher", teacher_layers), ("student", student_layers)))
+        if pair[side] >= count
+    ]
