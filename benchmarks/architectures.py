@@ -112,7 +112,9 @@ def examine(family: str) -> Row:
                     row.cells[axis], _ = "with hidden" if axis != HIDDEN else "with heads", row.notes.pop(axis, None)
                 done |= both
         if done:
-            row.together = "passed" if attempt(done, program=True) is None else "fails"
+            outcome = attempt(done, program=True)
+            # What each axis can be alone, a configuration may not be able to say of all: that is refused, with its reason.
+            row.together = {None: "passed", "fails": "fails"}.get(outcome, "refused")
     return row
 
 
