@@ -95,7 +95,7 @@ class _Taps:
             for layer, width in layers.items():
                 for reader in width.readers[:1]:
                     mixture = roles.mixtures.get(layer)
-                    if mixture is not None and width.parents and width.parents == mixture.experts:
+                    if mixture is not None and width.parents == mixture.experts:
                         self._accumulate_by_expert(table, reader.value, mixture, f"{name}.{layer}")
                     else:
                         self._accumulate(reader.value, f"{name}.{layer}")

@@ -35,6 +35,8 @@ WRAPPER = "causal_lm"
 LONGEST = 1 << 20
 SAMPLE = (2, 7)  # batch and sequence of the input that is traced
 FIXED_LENGTH = 128  # tokens that a graph is of which cannot be of any number
+# Of an error of export: the code does other things for other numbers of tokens, which is the dimension of this name.
+OF_ONE_LENGTH = "(sequence)"
 LEAST_LAYERS = 4  # a model of fewer is captured whole: finding out which layers are alike would take as long
 RESHAPES = {"view", "reshape", "flatten", "to", "alias", "contiguous", "clone"}
 PASS_THROUGH = {"transpose", "t", "to", "permute", "contiguous", "alias", "numpy_T", "mT", "_to_copy", "detach"}
@@ -222,14 +224,14 @@ def capture(config: Any, dtype: torch.dtype = torch.float32, otherwise: int = FI
                 made = _export_once(config, dtype, attention, length) or _export(config, dtype, attention, length)
             except Exception as error:  # whatever a modelling file or export raises decides only whether we can go on
                 reasons.append(f"with {attention} attention: {_first_line(error)}")
-                if _of_one_length(error):
+                if OF_ONE_LENGTH in reasons[-1]:
                     break  # and so it is with any attention
                 continue
             model, graph_module = made
             path, count = find_layers(model, config)
             names = canonical_names(model)
             return Captured(graph_module, model, config, attention, dtype, names, path, count)
-        if not any("(sequence)" in reason for reason in reasons):
+        if OF_ONE_LENGTH not in reasons[-1]:
             break
     raise UsageError(
         f"{getattr(config, 'model_type', 'this model')} cannot be traced to a graph; " + "; ".join(reasons)
@@ -256,7 +258,7 @@ def _export_once(
         model = build_meta(config, dtype, attention)
         return model, repeat_layers(graph_module, model, captured.layer_of, WRAPPER, path, few.stands_in)
     except Exception as error:  # a configuration of few layers may be none that its model takes: all are exported then
-        if _of_one_length(error):
+        if OF_ONE_LENGTH in _first_line(error):
             raise
         return None
 
@@ -299,11 +301,6 @@ def _accounts(
         path = path or find_layers(fake, config)[0]
         sample = torch.zeros(SAMPLE[0], length, dtype=torch.long)
         return accounts(fake, path, _Logits(fake), sample), path
-
-
-def _of_one_length(error: Exception) -> bool:
-    """Whether export says that the code does other things for other numbers of tokens."""
-    return "(sequence)" in _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +28,15 @@ from minitron.compiler.rewrite.drop_layers import LayerEnds, adds_to_its_entry, 
 from minitron.compiler.roles import Roles, find_roles
 from minitron.compiler.select import Selection, leading, narrowing_of, selection_json, wanted_heads
 from minitron.compiler.student_config import Key, fit, student_config
-from minitron.compiler.targets import LAYERS, AxisStatus, Targets, following, resolve_targets, teacher_widths
+from minitron.compiler.targets import (
+    LAYERS,
+    AxisStatus,
+    Targets,
+    check_rows,
+    following,
+    resolve_targets,
+    teacher_widths,
+)
 from minitron.compiler.teacher import open_teacher
 from minitron.compiler.training_plan import place_teacher
 from minitron.compiler.weights import check_headers, dtype_of, recipes, renumber
@@ -190,7 +197,7 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
     targets = _told_of_layers(captured, ends, targets)
     try:
         layers = leading(targets, roles).layers
-        targets, config, model = _proved(captured, table, roles, targets, layers)
+        targets, config, model = _proved(loaded, captured, table, roles, targets, layers)
     except UsageError as error:
         raise SpecInvalid([loaded.error("student", str(error))]) from None
     teacher_cost, student_cost = _both_costs(captured, table, roles, targets, layers, head, config, model)
@@ -255,16 +262,22 @@ def settled(plan: Plan, selection: Selection) -> Plan:
 
 
 def _proved(
-    captured: Captured, table: AxisTable, roles: Roles, targets: Targets, layers: Sequence[int]
+    loaded: LoadedSpec, captured: Captured, table: AxisTable, roles: Roles, targets: Targets, layers: Sequence[int]
 ) -> tuple[Targets, Any, torch.nn.Module]:
     """The targets as asked for, or with what has to follow them, and the student that these describe."""
     try:
         return targets, *_prove(captured, table, roles, targets, layers)
-    except UsageError:
-        for followed in following(targets, teacher_widths(captured, roles, table)):
-            with contextlib.suppress(UsageError):
-                return followed, *_prove(captured, table, roles, followed, layers)
-        raise
+    except UsageError as error:
+        widths, first = teacher_widths(captured, roles, table), error
+    for followed in following(targets, widths):
+        try:
+            config, model = _prove(captured, table, roles, followed, layers)
+        except UsageError:
+            continue
+        if wrong := check_rows(followed.widths, widths, captured, roles, loaded.error):
+            raise SpecInvalid(wrong)
+        return followed, config, model
+    raise first
 
 
 def _prove(

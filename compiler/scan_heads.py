@@ -1,9 +1,9 @@
 """The heads of state-space and linear-attention layers, as the graph shows them.
 
 Such a mixer takes a product of heads and their channels back into the residual stream, and it has a number for each head:
-its decay, say. Where heads share what they read and write (the groups of Mamba 2, arXiv 2405.21060, section 7.1; the key
-heads of a gated delta net) they are (group, head within it), and a narrowed model keeps as many in each group, so that
-every head stays with its own (Nemotron-H compression, arXiv 2504.11409, section 3.1).
+its decay, say. Where heads share what they read and write (as of arXiv 2405.21060; keys and queries of linear attention)
+they are (group, head within it), and a narrowed model keeps as many in each group, so that every head stays with its own:
+group-aware pruning, arXiv 2504.11409.
 """
 
 from __future__ import annotations

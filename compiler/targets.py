@@ -163,7 +163,7 @@ def resolve_targets(
     errors += _check_heads(wanted, teacher, shares, error)
     errors += _check_experts(wanted, roles, shares, error)
     errors += _check_scan_heads(wanted, roles, shares, error)
-    errors += _check_rows(wanted, teacher, captured, roles, error)
+    errors += check_rows(wanted, teacher, captured, roles, error)
     errors += _check_shared(wanted, teacher, captured, shares, error)
     layers, named = _layers(student, captured.layer_count, wanted, error, errors)
     if errors:
@@ -296,8 +296,8 @@ def _check_scan_heads(
     return [error(f"student.{SCAN_HEADS}", message, f"write {' or '.join(map(str, near))}")]
 
 
-def _check_rows(
-    wanted: dict[str, int], teacher: Mapping[str, int], captured: Captured, roles: Roles, error: MakeError
+def check_rows(
+    wanted: Mapping[str, int], teacher: Mapping[str, int], captured: Captured, roles: Roles, error: MakeError
 ) -> list[SpecError]:
     """Torch multiplies the sorted rows of experts only where rows of all operands take whole units of so many bytes."""
     if not any(mixture.ends is not None for mixture in roles.mixtures.values()):

@@ -126,6 +126,14 @@ def test_one_key_for_feed_forward_layers_and_experts_narrows_both(foundry: Found
     assert axes["moe_intermediate_size"]["reason"].startswith("follows intermediate_size")
 
 
+def test_what_follows_must_be_possible_as_well(foundry: Foundry) -> None:
+    """Torch multiplies the rows of experts only in whole units, whoever asked for their width."""
+    with pytest.raises(
+        SpecInvalid, match=r"rows of 18 channels are none that torch can multiply .* write a multiple of 4"
+    ):
+        foundry.plan(teacher(foundry, "cohere2_moe"), {FFN: 18})
+
+
 def test_a_view_that_needs_a_copy_with_another_kernel(foundry: Foundry) -> None:
     """The graph is traced with tensors that lie in memory as another kernel's do."""
     made = foundry.build(teacher(foundry, "afmoe"), {FFN: 20, "moe_intermediate_size": 16}, program=False)
