@@ -67,7 +67,7 @@ def prune_with_minitron(folder: Path, request: dict[str, Any], attention: str) -
     from minitron.compiler import compile_spec
     from minitron.compiler.capture import build_meta
     from minitron.compiler.emit import student_weights
-    from minitron.compiler.execute import Executor, Settings
+    from minitron.compiler.graph.executor import Executor, Settings
     from minitron.compiler.scores import ScoreTable
     from minitron.compiler.select import select
     from minitron.compiler.weights import load_buffers, open_weights

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from minitron.compiler.capture import Captured, strip_wrapper
+from minitron.compiler.capture import Captured
 from minitron.compiler.dims import Atom, Dim, Note, Pin, Size, Space, size_of
+from minitron.compiler.graph.aten import op_name
+from minitron.compiler.graph.names import strip_wrapper
 from minitron.compiler.positions import Meaning, Offsets, Positions, Sorted
 from minitron.compiler.rules import POSITIONS, RULES, Dims, Result, experts
 
@@ -285,13 +287,6 @@ def each(result: Result) -> list[Dims]:
 
 # What these read of a tensor is its shape.
 SIZES_ONLY = {torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default, torch.ops.aten.sym_stride.int}
-
-
-def op_name(node: Node) -> str:
-    """`linear` for aten.linear.default."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.split("::")[-1]
-    return getattr(node.target, "__name__", str(node.target))
 
 
 def analyse(captured: Captured) -> AxisTable:

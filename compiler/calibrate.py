@@ -19,7 +19,8 @@ from torch.fx import Node
 
 from minitron.compiler.axes import AxisTable
 from minitron.compiler.capture import Captured
-from minitron.compiler.execute import Executor, Tap
+from minitron.compiler.graph.aten import MOVES
+from minitron.compiler.graph.executor import Executor, Tap
 from minitron.compiler.mixture import Mixture
 from minitron.compiler.rewrite.drop_layers import LayerEnds
 from minitron.compiler.roles import NUM_EXPERTS, Roles, Width
@@ -37,20 +38,9 @@ from minitron.specs.atomic import atomic_path
 from minitron.specs.progress import Progress
 
 BATCH_TOKENS = 4096  # tokens that go through the graph at a time
+
+
 BLOCK_BYTES = 1 << 30  # residual stream that is held between two layers
-MOVES = {
-    "view",
-    "reshape",
-    "contiguous",
-    "to",
-    "alias",
-    "type_as",
-    "clone",
-    "_to_copy",
-    "transpose",
-    "permute",
-    "flatten",
-}
 
 
 @dataclass(frozen=True)

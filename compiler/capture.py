@@ -25,21 +25,28 @@ from transformers.utils import logging as transformers_logging
 
 from minitron.compiler.alike import Accounts, accounts
 from minitron.compiler.config_layers import lists_over_layers, with_layers
-from minitron.compiler.graph_module import empty_meta, fixed_length, rebuild
+from minitron.compiler.graph.aten import PASS_THROUGH, RESHAPES
+from minitron.compiler.graph.graph_module import empty_meta, fixed_length, rebuild
+from minitron.compiler.graph.names import WRAPPER, strip_wrapper
 from minitron.compiler.lifted import inline
 from minitron.compiler.repeat import repeat_layers
 from minitron.specs.errors import UsageError
 
-WRAPPER = "causal_lm"
 # Export wants an upper bound for symbolic sizes; nothing of ours depends on it.
 LONGEST = 1 << 20
+
+
 SAMPLE = (2, 7)  # batch and sequence of the input that is traced
+
+
 FIXED_LENGTH = 128  # tokens that a graph is of which cannot be of any number
+
+
 # Of an error of export: the code does other things for other numbers of tokens, which is the dimension of this name.
 OF_ONE_LENGTH = "(sequence)"
+
+
 LEAST_LAYERS = 4  # a model of fewer is captured whole: finding out which layers are alike would take as long
-RESHAPES = {"view", "reshape", "flatten", "to", "alias", "contiguous", "clone"}
-PASS_THROUGH = {"transpose", "t", "to", "permute", "contiguous", "alias", "numpy_T", "mT", "_to_copy", "detach"}
 
 
 class _Logits(torch.nn.Module):
@@ -131,11 +138,6 @@ class Captured:
         if not isinstance(node, Node) or node.op != "get_attr":
             return None
         return self.canonical.get(strip_wrapper(str(node.target)))
-
-
-def strip_wrapper(path: str) -> str:
-    """A path as the model itself names it."""
-    return "" if path == WRAPPER else path.removeprefix(WRAPPER + ".")
 
 
 @contextmanager

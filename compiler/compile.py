@@ -18,7 +18,8 @@ from minitron.compiler.capture import Captured, build_meta, stored_tensors
 from minitron.compiler.card import model_card
 from minitron.compiler.config_keys import config_key
 from minitron.compiler.emit import student_weights, write_student
-from minitron.compiler.execute import Executor, Settings
+from minitron.compiler.graph.executor import Executor, Settings
+from minitron.compiler.graph.names import Fetch
 from minitron.compiler.inputs import at_commit, observe, with_result
 from minitron.compiler.masking import masked_reference
 from minitron.compiler.narrowing import Narrowing
@@ -34,7 +35,7 @@ from minitron.compiler.scores import ScoreTable, WidthConfig
 from minitron.compiler.select import Selection, narrowing_of, select
 from minitron.compiler.targets import LAYERS
 from minitron.compiler.training_plan import render, training_plan
-from minitron.compiler.weights import Fetch, Recipe, WeightSource, load_buffers, open_weights, recipes
+from minitron.compiler.weights import Recipe, WeightSource, load_buffers, open_weights, recipes
 from minitron.specs.atomic import atomic_path, remove_leftovers, write_text
 from minitron.specs.data_files import content_hash, resolve
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError

@@ -9,9 +9,8 @@ import torch
 from torch.fx import Node
 
 from minitron.compiler.capture import Captured
+from minitron.compiler.graph.aten import NEUTRAL
 from minitron.specs.errors import UsageError
-
-NEUTRAL = {"to", "_to_copy", "alias", "type_as", "contiguous", "clone", "slice", "float", "dropout"}
 
 
 @dataclass(frozen=True)

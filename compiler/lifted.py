@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
-from minitron.compiler.graph_module import attribute
+from minitron.compiler.graph.graph_module import attribute
 from minitron.specs.errors import UsageError
 
 aten = torch.ops.aten

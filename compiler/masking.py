@@ -19,10 +19,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from minitron.compiler.axes import AxisTable
 from minitron.compiler.dims import size_of
-from minitron.compiler.graph_module import rebuild
+from minitron.compiler.graph.aten import axis_index
+from minitron.compiler.graph.graph_module import rebuild
 from minitron.compiler.narrowing import Narrowing
 from minitron.compiler.rules import Dims
-from minitron.compiler.rules.registry import axis_index
 
 aten = torch.ops.aten
 # Notes of these kinds are of operators that choose; and the operators.

@@ -13,9 +13,9 @@ from torch.fx import Node
 
 from minitron.compiler.axes import AxisTable, Contraction
 from minitron.compiler.dims import Atom, Dim
+from minitron.compiler.graph.aten import axis_index
 from minitron.compiler.positions import Offsets
 from minitron.compiler.rules import Dims
-from minitron.compiler.rules.registry import axis_index
 
 
 @dataclass(frozen=True)

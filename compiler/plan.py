@@ -19,6 +19,7 @@ from minitron.compiler.checkpoint import BrokenWeights, Checkpoint, fetch_weight
 from minitron.compiler.config_layers import lists_over_layers
 from minitron.compiler.emit import tokenizer_files
 from minitron.compiler.fits import fits_json
+from minitron.compiler.graph.names import dtype_of
 from minitron.compiler.head import Head, find_head
 from minitron.compiler.outlook import Outlook
 from minitron.compiler.phases import Reckoning
@@ -39,7 +40,7 @@ from minitron.compiler.targets import (
 )
 from minitron.compiler.teacher import open_teacher
 from minitron.compiler.training_plan import place_teacher
-from minitron.compiler.weights import check_headers, dtype_of, recipes, renumber
+from minitron.compiler.weights import check_headers, recipes, renumber
 from minitron.specs.available import unavailable
 from minitron.specs.data_files import check_data
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError

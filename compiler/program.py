@@ -15,8 +15,9 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from minitron.compiler.capture import LONGEST, quiet, strip_wrapper
-from minitron.compiler.graph_module import fixed_length, rebuild
+from minitron.compiler.capture import LONGEST, quiet
+from minitron.compiler.graph.graph_module import fixed_length, rebuild
+from minitron.compiler.graph.names import strip_wrapper
 from minitron.specs.atomic import atomic_path
 from minitron.specs.errors import WorkError
 

@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from minitron.compiler.graph_module import set_attribute
+from minitron.compiler.graph.graph_module import set_attribute
 
 
 class CannotRepeatError(Exception):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,8 +14,6 @@ from minitron.compiler.checkpoint import Checkpoint
 from minitron.compiler.narrowing import Indices, Narrowing
 from minitron.compiler.rules import Dims
 from minitron.specs.errors import UsageError, WorkError
-
-Fetch = Callable[[str], torch.Tensor]
 
 
 class WeightSource(Protocol):
@@ -241,10 +239,3 @@ def renumber(captured: Captured, name: str, numbers: Mapping[int, int]) -> str:
         return name
     prefix = f"{captured.layer_path}.{layer}."
     return f"{captured.layer_path}.{numbers[layer]}.{name.removeprefix(prefix)}"
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """`bfloat16` -> torch.bfloat16"""
-    value: Any = getattr(torch, name)
-    assert isinstance(value, torch.dtype)
-    return value

@@ -23,9 +23,10 @@ from minitron.compiler import compile as compile_module
 from minitron.compiler import plan as plan_module
 from minitron.compiler import program as program_module
 from minitron.compiler.capture import build_meta, quiet
-from minitron.compiler.execute import Executor, Settings
+from minitron.compiler.graph.executor import Executor, Settings
+from minitron.compiler.graph.names import Fetch
 from minitron.compiler.select import Selection
-from minitron.compiler.weights import Fetch, load_buffers, open_weights
+from minitron.compiler.weights import load_buffers, open_weights
 from minitron.specs import LoadedSpec, load_spec
 from minitron.specs.progress import Progress, Silent
 from tests import models

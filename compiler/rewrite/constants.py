@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from minitron.compiler.capture import PASS_THROUGH, Captured, strip_wrapper
+from minitron.compiler.capture import Captured
+from minitron.compiler.graph.aten import PASS_THROUGH
+from minitron.compiler.graph.names import strip_wrapper
 from minitron.compiler.weights import Recipe, renumber
 from minitron.specs.errors import UsageError
 

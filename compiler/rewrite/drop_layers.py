@@ -16,13 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from minitron.compiler.capture import WRAPPER, Captured
-from minitron.compiler.graph_module import attribute
+from minitron.compiler.capture import Captured
+from minitron.compiler.graph.aten import MAY_SHARE
+from minitron.compiler.graph.graph_module import attribute
+from minitron.compiler.graph.names import WRAPPER
 from minitron.compiler.rewrite.passes import Pass, PassResult
 from minitron.specs.errors import UsageError
-
-# They copy only where they must, which their schemas do not say.
-MAY_SHARE = {"reshape", "contiguous", "to", "flatten", "type_as", "reshape_as"}
 
 
 @dataclass(frozen=True)

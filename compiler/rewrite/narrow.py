@@ -12,8 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch.fx import GraphModule
 
-from minitron.compiler.capture import Captured, strip_wrapper
-from minitron.compiler.graph_module import attribute, set_attribute
+from minitron.compiler.capture import Captured
+from minitron.compiler.graph.graph_module import attribute, set_attribute
+from minitron.compiler.graph.names import strip_wrapper
 from minitron.compiler.narrowing import Narrowing
 from minitron.compiler.rewrite.passes import Pass, PassResult
 from minitron.compiler.rules import Dims, Result

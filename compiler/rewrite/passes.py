@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
-from minitron.compiler.graph_module import rebuild
+from minitron.compiler.graph.graph_module import rebuild
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minitron.compiler.dims import Dim, Size, size_of
+from minitron.compiler.graph.aten import axis_index
 from minitron.compiler.positions import Counts, Positions
-from minitron.compiler.rules.registry import Dims, Result, axis_index, rule
+from minitron.compiler.rules.registry import Dims, Result, rule
 
 if TYPE_CHECKING:
     from minitron.compiler.axes import Tracer

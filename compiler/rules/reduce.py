@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minitron.compiler.dims import Dim, size_of
+from minitron.compiler.graph.aten import axis_index
 from minitron.compiler.positions import AS_NUMBERS, Counts, Offsets, Positions, Sorted
-from minitron.compiler.rules.registry import Dims, Result, axis_index, rule
+from minitron.compiler.rules.registry import Dims, Result, rule
 
 if TYPE_CHECKING:
     from minitron.compiler.axes import Tracer

@@ -17,11 +17,18 @@ from minitron.compiler.dims import Dim
 if TYPE_CHECKING:
     from minitron.compiler.axes import Tracer
 
+
 Dims = list[Dim]
+
+
 Result = Dims | list[Dims]
+
+
 Rule = Callable[["Tracer", torch.fx.Node], Result]
 
+
 RULES: dict[Any, Rule] = {}
+
 
 # How an operator treats an operand whose values are positions (see `compiler.positions`):
 #     same   the result holds the same values, in whatever order and shape
@@ -29,6 +36,8 @@ RULES: dict[Any, Rule] = {}
 #     own    its rule knows
 # All other operators read numbers.
 Treatment = Literal["same", "some", "own"]
+
+
 POSITIONS: dict[Any, Treatment] = {}
 
 
@@ -49,8 +58,3 @@ def rule(*targets: Any, positions: Treatment | None = None) -> Callable[[Rule], 
         return function
 
     return register
-
-
-def axis_index(dim: int, rank: int) -> int:
-    """A dimension number as counted from the front."""
-    return dim % rank if rank else 0

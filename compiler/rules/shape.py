@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from minitron.compiler.dims import size_of
-from minitron.compiler.rules.registry import Dims, Result, axis_index, rule
+from minitron.compiler.graph.aten import axis_index
+from minitron.compiler.rules.registry import Dims, Result, rule
 
 if TYPE_CHECKING:
     from minitron.compiler.axes import Tracer

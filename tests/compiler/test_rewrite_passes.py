@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule
 
 from minitron.compiler import Plan
-from minitron.compiler.graph_module import attribute, set_attribute
+from minitron.compiler.graph.graph_module import attribute, set_attribute
 from minitron.compiler.rewrite import Pass, PassFailed, PassResult, run_passes
 from minitron.compiler.rewrite.drop_layers import drop_layers
 from minitron.compiler.rewrite.narrow import narrow_parameters

@@ -23,9 +23,10 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from minitron.compiler.axes import AxisTable, analyse
-from minitron.compiler.capture import Captured, canonical_names, quiet, strip_wrapper
+from minitron.compiler.capture import Captured, canonical_names, quiet
 from minitron.compiler.dims import Atom, Dim, Size, Space
-from minitron.compiler.graph_module import rebuild, set_attribute
+from minitron.compiler.graph.graph_module import rebuild, set_attribute
+from minitron.compiler.graph.names import strip_wrapper
 from minitron.compiler.narrowing import Indices, Narrowing
 from minitron.compiler.rewrite.shape_constants import shape_constants
 from minitron.compiler.rules import Dims

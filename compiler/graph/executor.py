@@ -16,8 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
-from minitron.compiler.capture import strip_wrapper
-from minitron.compiler.weights import Fetch
+from minitron.compiler.graph.names import Fetch, strip_wrapper
 
 Tap = Callable[[torch.Tensor, int], None]
 """Called with a value and the number of its batch."""

@@ -1,0 +1,25 @@
+"""The names of parameters and dtypes, as the model, its wrapper in the graph and the spec write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+WRAPPER = "causal_lm"
+
+
+def strip_wrapper(path: str) -> str:
+    """A path as the model itself names it."""
+    return "" if path == WRAPPER else path.removeprefix(WRAPPER + ".")
+
+
+Fetch = Callable[[str], torch.Tensor]
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """`bfloat16` -> torch.bfloat16"""
+    value: Any = getattr(torch, name)
+    assert isinstance(value, torch.dtype)
+    return value
