@@ -13,7 +13,7 @@ def lock(spec: options.SpecFile, overrides: options.Overrides = None, as_json: o
     from minitron.cli.libraries import quiet_libraries
 
     quiet_libraries()
-    from minitron.compiler.lock import is_locked, renew
+    from minitron.compiler.teacher.lock import is_locked, renew
     from minitron.specs.chain import chain
     from minitron.specs.lockfile import lock_path
 

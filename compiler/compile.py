@@ -20,7 +20,6 @@ from minitron.compiler.config_keys import config_key
 from minitron.compiler.emit import student_weights, write_student
 from minitron.compiler.graph.executor import Executor, Settings
 from minitron.compiler.graph.names import Fetch
-from minitron.compiler.inputs import at_commit, observe, with_result
 from minitron.compiler.masking import masked_reference
 from minitron.compiler.narrowing import Narrowing
 from minitron.compiler.plan import Plan, make_plan, settled, with_weights
@@ -30,10 +29,12 @@ from minitron.compiler.rewrite.constants import changed_buffers, repair_scale
 from minitron.compiler.rewrite.drop_layers import drop_layers
 from minitron.compiler.rewrite.narrow import narrow_parameters
 from minitron.compiler.rewrite.shape_constants import shape_constants
-from minitron.compiler.samples import SampleConfig, calibration_samples, load_tokenizer
+from minitron.compiler.samples import SampleConfig, calibration_samples
 from minitron.compiler.scores import ScoreTable, WidthConfig
 from minitron.compiler.select import Selection, narrowing_of, select
 from minitron.compiler.targets import LAYERS
+from minitron.compiler.teacher.provenance import at_commit, observe, with_result
+from minitron.compiler.teacher.tokenizer import load_tokenizer
 from minitron.compiler.training_plan import render, training_plan
 from minitron.compiler.weights import Recipe, WeightSource, load_buffers, open_weights, recipes
 from minitron.specs.atomic import atomic_path, remove_leftovers, write_text

@@ -5,21 +5,19 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minitron.compiler.capture import quiet, stored_tensors
+from minitron.compiler.teacher.tokenizer import tokenizer_files
 from minitron.compiler.weights import Recipe, WeightSource
 from minitron.specs.atomic import atomic_folder
 
 SHARD_BYTES = 2 << 30  # what is held in memory at a time, besides the tensor that is being made
-TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
-    "chat_template*", "additional_chat_templates",
-)  # fmt: skip
+
 
 Make = Callable[[str], torch.Tensor]
 
@@ -130,13 +128,3 @@ def _copy_others(source: Path, folder: Path) -> None:
     generation = source / "generation_config.json"
     if generation.is_file():  # in place of the one that transformers makes up where it writes the model
         shutil.copyfile(generation, folder / generation.name)
-
-
-def tokenizer_files(folder: Path) -> Iterator[Path]:
-    """The files of a checkpoint that make up its tokenizer."""
-    seen: set[Path] = set()
-    for pattern in TOKENIZER_FILES:
-        for path in sorted(folder.glob(pattern)):
-            if path not in seen:
-                seen.add(path)
-                yield path

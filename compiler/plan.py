@@ -15,9 +15,7 @@ from minitron.compiler import costs
 from minitron.compiler.axes import AxisTable, analyse
 from minitron.compiler.cache import cache_layers
 from minitron.compiler.capture import FIXED_LENGTH, Captured, capture
-from minitron.compiler.checkpoint import BrokenWeights, Checkpoint, fetch_weights
 from minitron.compiler.config_layers import lists_over_layers
-from minitron.compiler.emit import tokenizer_files
 from minitron.compiler.fits import fits_json
 from minitron.compiler.graph.names import dtype_of
 from minitron.compiler.head import Head, find_head
@@ -38,7 +36,9 @@ from minitron.compiler.targets import (
     resolve_targets,
     teacher_widths,
 )
-from minitron.compiler.teacher import open_teacher
+from minitron.compiler.teacher.checkpoint import BrokenWeights, Checkpoint, fetch_weights
+from minitron.compiler.teacher.open_teacher import open_teacher
+from minitron.compiler.teacher.tokenizer import tokenizer_files
 from minitron.compiler.training_plan import place_teacher
 from minitron.compiler.weights import check_headers, recipes, renumber
 from minitron.specs.available import unavailable

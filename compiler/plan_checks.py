@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from minitron.compiler.capture import Captured
-from minitron.compiler.checkpoint import Checkpoint, last_token
-from minitron.compiler.emit import tokenizer_files
-from minitron.compiler.samples import load_tokenizer
+from minitron.compiler.teacher.checkpoint import Checkpoint
+from minitron.compiler.teacher.tokenizer import last_token, load_tokenizer, tokenizer_files
 from minitron.specs.data_files import data_sources, resolve
 from minitron.specs.documents import check_readable
 from minitron.specs.errors import SpecError, SpecInvalid, UsageError, WorkError

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ from minitron.specs.documents import DataSource, Document, iter_documents
 from minitron.specs.errors import UsageError, WorkError
 
 POOL = 8  # sequences read for each one used, so that the samples come from all over the data
+
+
 POOL_TOKENS = 20_000_000  # and at most so many tokens, since they are held in memory
 
 
@@ -22,19 +23,6 @@ class SampleConfig:
 
     samples: int
     sequence_length: int
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint folder. UsageError where there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(
-            f"{folder} has no tokenizer that transformers can load ({reason}); copy its files there"
-        ) from None
 
 
 def calibration_samples(source: DataSource, tokenizer: Any, vocab_size: int, config: SampleConfig) -> torch.Tensor:

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from minitron.compiler.checkpoint import Checkpoint
 from minitron.compiler.costs import ModelCosts
 from minitron.compiler.head import Head
+from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.specs.data import DataSource
 from minitron.specs.data_files import resolve
 from minitron.specs.load import LoadedSpec

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from minitron.compiler.capture import Captured, quiet, stored_tensors
-from minitron.compiler.checkpoint import Checkpoint
 from minitron.compiler.narrowing import Indices, Narrowing
 from minitron.compiler.rules import Dims
+from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.specs.errors import UsageError, WorkError
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from minitron.compiler import Plan, make_plan, why_not_finished, why_stale
-from minitron.compiler.lock import renew
+from minitron.compiler.teacher.lock import renew
 from minitron.specs import LoadedSpec, load_spec
 from minitron.specs.builds import FINISHED, build_of, result_of
 from minitron.specs.chain import chain

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from minitron.compiler.capture import build_meta, canonical_names, quiet
-from minitron.compiler.checkpoint import INDEX, SINGLE, Checkpoint, last_token, open_checkpoint
 from minitron.compiler.plan import make_plan
+from minitron.compiler.teacher.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
+from minitron.compiler.teacher.tokenizer import last_token
 from minitron.compiler.weights import StreamedWeights, check_headers, open_weights
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError
 from tests import models

@@ -21,9 +21,10 @@ from transformers import AutoTokenizer
 
 from minitron.compiler import Plan, compile, emit
 from minitron.compiler.card import model_card
-from minitron.compiler.emit import Make, student_weights, tokenizer_files, write_student
+from minitron.compiler.emit import Make, student_weights, write_student
 from minitron.compiler.program import build_program, save_program
 from minitron.compiler.select import leading
+from minitron.compiler.teacher.tokenizer import tokenizer_files
 from minitron.compiler.weights import WeightSource, load_buffers, open_weights
 from minitron.specs.errors import WorkError
 from tests.foundry import Foundry, load_model, logits, token_ids

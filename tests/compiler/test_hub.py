@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from minitron.compiler import compile_spec, make_plan
-from minitron.compiler.checkpoint import fetch_weights, open_checkpoint
+from minitron.compiler.teacher.checkpoint import fetch_weights, open_checkpoint
 from minitron.specs import load_spec
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError
 from minitron.specs.progress import Silent

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from minitron.compiler import apply_lock, make_plan
-from minitron.compiler import inputs as inputs_module
-from minitron.compiler.lock import is_locked, renew
-from minitron.compiler.teacher import open_teacher
+from minitron.compiler.teacher import provenance as inputs_module
+from minitron.compiler.teacher.lock import is_locked, renew
+from minitron.compiler.teacher.open_teacher import open_teacher
 from minitron.specs import LoadedSpec, load_spec
 from minitron.specs.errors import SpecInvalid, UsageError
 from minitron.specs.lockfile import lock_path, pins, read_lock

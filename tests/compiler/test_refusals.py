@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from minitron.compiler import plan
 from minitron.compiler.capture import build_meta, canonical_names, capture, find_layers
-from minitron.compiler.checkpoint import open_checkpoint
 from minitron.compiler.head import find_head
 from minitron.compiler.plan import read_plan
 from minitron.compiler.student_config import prove
+from minitron.compiler.teacher.checkpoint import open_checkpoint
 from minitron.compiler.verify import load_student
 from minitron.compiler.weights import LoadedWeights, open_weights
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError

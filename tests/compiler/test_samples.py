@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from minitron.compiler.samples import SampleConfig, calibration_samples, load_tokenizer
+from minitron.compiler.samples import SampleConfig, calibration_samples
+from minitron.compiler.teacher.tokenizer import load_tokenizer
 from minitron.specs.data import DataSource
 from minitron.specs.errors import UsageError, WorkError
 from tests.models import VOCABULARY, save_tokenizer, text

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from minitron.compiler.samples import SampleConfig, calibration_samples, load_tokenizer
+from minitron.compiler.samples import SampleConfig, calibration_samples
 from minitron.compiler.targets import GROUPS, HEADS, HIDDEN, LAYERS
+from minitron.compiler.teacher.tokenizer import load_tokenizer
 from minitron.specs.data_files import resolve
 from minitron.specs.errors import SpecInvalid
 from tests.foundry import Build, Foundry, load_model

@@ -11,9 +11,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from minitron.compiler.checkpoint import SMALL_FILES, file_headers
-from minitron.compiler.emit import tokenizer_files
-from minitron.compiler.hub import WrongRevision, commit_of, is_commit, snapshot
+from minitron.compiler.teacher.checkpoint import SMALL_FILES, file_headers
+from minitron.compiler.teacher.hub import WrongRevision, commit_of, is_commit, snapshot
+from minitron.compiler.teacher.tokenizer import tokenizer_files
 from minitron.specs.builds import FINISHED, PLAN, build_of, result_of
 from minitron.specs.chain import above
 from minitron.specs.data import STDLIB_PREFIX, Source

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 from minitron import __version__
-from minitron.compiler.inputs import observe
+from minitron.compiler.teacher.provenance import observe
 from minitron.specs.atomic import write_text
 from minitron.specs.errors import MinitronError, SpecError, SpecInvalid, UsageError
 from minitron.specs.load import LoadedSpec

@@ -9,13 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron.compiler.hub import snapshot
+from minitron.compiler.teacher.hub import snapshot
 from minitron.specs.errors import UsageError, WorkError
 
 INDEX = "model.safetensors.index.json"
+
+
 SINGLE = "model.safetensors"
+
+
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+
+
 LONGEST_REASON = 300  # characters of a library's message that are passed on
+
+
 HEADER_LIMIT = 100_000_000  # the format's own bound on a header, in bytes
 
 
@@ -219,17 +227,6 @@ def _remote_headers(model: str, folder: Path, commit: str) -> tuple[dict[str, Te
             f"the headers of {model}'s weight files are not to be had ({reason}): tensor names and shapes could not be "
             "compared with the configuration"
         )
-
-
-def last_token(folder: Path) -> int | None:
-    """The highest token number of the tokenizer in a folder; None where tokenizer.json is not there or is none."""
-    try:
-        document = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        vocabulary = document["model"]["vocab"]
-        numbers = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
-        return int(max([*numbers, *(token["id"] for token in document.get("added_tokens") or ())]))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

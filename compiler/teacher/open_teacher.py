@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minitron.compiler.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
-from minitron.compiler.hub import WrongRevision
-from minitron.compiler.inputs import observe, with_result
+from minitron.compiler.teacher.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
+from minitron.compiler.teacher.hub import WrongRevision
+from minitron.compiler.teacher.provenance import observe, with_result
 from minitron.specs.builds import FINISHED, PLAN, VERIFICATION, build_of, read_document, result_of
 from minitron.specs.chain import chain
 from minitron.specs.errors import MinitronError, SpecInvalid
