@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from minitron.compiler.capture import Captured
+from minitron.compiler.capture.capture import Captured
 from minitron.compiler.dims import Atom, Dim, Note, Pin, Size, Space, size_of
 from minitron.compiler.graph.aten import op_name
 from minitron.compiler.graph.names import strip_wrapper

@@ -18,7 +18,7 @@ import torch
 from torch.fx import Node
 
 from minitron.compiler.axes import AxisTable
-from minitron.compiler.capture import Captured
+from minitron.compiler.capture.capture import Captured
 from minitron.compiler.graph.aten import MOVES
 from minitron.compiler.graph.executor import Executor, Tap
 from minitron.compiler.mixture import Mixture

@@ -14,7 +14,8 @@ from torch.fx import GraphModule
 
 from minitron.compiler import verify
 from minitron.compiler.calibrate import CalibrationConfig, DepthConfig, calibrate
-from minitron.compiler.capture import Captured, build_meta, stored_tensors
+from minitron.compiler.capture.capture import Captured
+from minitron.compiler.capture.models import build_meta, stored_tensors
 from minitron.compiler.card import model_card
 from minitron.compiler.config_keys import config_key
 from minitron.compiler.emit import student_weights, write_student

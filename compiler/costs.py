@@ -10,7 +10,7 @@ import torch
 
 from minitron.compiler.axes import AxisTable
 from minitron.compiler.cache import CacheLayer
-from minitron.compiler.capture import Captured
+from minitron.compiler.capture.capture import Captured
 from minitron.compiler.mixture import is_stack
 from minitron.compiler.roles import Roles
 

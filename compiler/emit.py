@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minitron.compiler.capture import quiet, stored_tensors
+from minitron.compiler.capture.models import quiet, stored_tensors
 from minitron.compiler.teacher.tokenizer import tokenizer_files
 from minitron.compiler.weights import Recipe, WeightSource
 from minitron.specs.atomic import atomic_folder

@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
-from minitron.compiler.capture import build_model, quiet
-from minitron.compiler.config_layers import lists_over_layers, with_layers
+from minitron.compiler.capture.layer_config import lists_over_layers, with_layers
+from minitron.compiler.capture.models import build_model, quiet
 
 EACH = 2  # layers of each kind that are run: one more than one, so that what two layers hold together is seen
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from minitron.compiler.capture import Captured
+from minitron.compiler.capture.capture import Captured
 from minitron.compiler.graph.aten import NEUTRAL
 from minitron.specs.errors import UsageError
 

@@ -14,8 +14,8 @@ import torch
 from minitron.compiler import costs
 from minitron.compiler.axes import AxisTable, analyse
 from minitron.compiler.cache import cache_layers
-from minitron.compiler.capture import FIXED_LENGTH, Captured, capture
-from minitron.compiler.config_layers import lists_over_layers
+from minitron.compiler.capture.capture import FIXED_LENGTH, Captured, capture
+from minitron.compiler.capture.layer_config import lists_over_layers
 from minitron.compiler.fits import fits_json
 from minitron.compiler.graph.names import dtype_of
 from minitron.compiler.head import Head, find_head

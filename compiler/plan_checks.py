@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minitron.compiler.capture import Captured
+from minitron.compiler.capture.capture import Captured
 from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.compiler.teacher.tokenizer import last_token, load_tokenizer, tokenizer_files
 from minitron.specs.data_files import data_sources, resolve

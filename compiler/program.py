@@ -15,7 +15,8 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from minitron.compiler.capture import LONGEST, quiet
+from minitron.compiler.capture.capture import LONGEST
+from minitron.compiler.capture.models import quiet
 from minitron.compiler.graph.graph_module import fixed_length, rebuild
 from minitron.compiler.graph.names import strip_wrapper
 from minitron.specs.atomic import atomic_path

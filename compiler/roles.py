@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from minitron.compiler.axes import AxisTable, Contraction
-from minitron.compiler.capture import Captured
+from minitron.compiler.capture.capture import Captured
 from minitron.compiler.dims import Atom, Dim
 from minitron.compiler.mixture import Mixture, find_mixture, is_stack, lists_may_differ
 from minitron.compiler.scan_heads import (

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from minitron.compiler.axes import AxisTable, Contraction
-from minitron.compiler.capture import Captured
+from minitron.compiler.capture.capture import Captured
 from minitron.compiler.dims import Atom, Dim
 from minitron.compiler.mixture import lists_may_differ
 

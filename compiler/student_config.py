@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from minitron.compiler.capture import Captured, build_meta, stored_tensors
+from minitron.compiler.capture.capture import Captured
+from minitron.compiler.capture.layer_config import with_layers
+from minitron.compiler.capture.models import build_meta, stored_tensors
 from minitron.compiler.config_keys import OTHER_KEYS, SHARED, config_key
-from minitron.compiler.config_layers import with_layers
 from minitron.compiler.scan_heads import SCAN_HEAD_DIM, SCAN_HEADS
 from minitron.compiler.shared_experts import find_tie
 from minitron.compiler.targets import GROUPS, HEAD_DIM, HEADS, HIDDEN

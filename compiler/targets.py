@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from minitron.compiler.axes import AxisTable
-from minitron.compiler.capture import Captured
+from minitron.compiler.capture.capture import Captured
 from minitron.compiler.config_keys import SHARED
 from minitron.compiler.dims import Atom
 from minitron.compiler.masking import CHOICES

@@ -9,7 +9,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from minitron.compiler.capture import Captured, quiet, stored_tensors
+from minitron.compiler.capture.capture import Captured
+from minitron.compiler.capture.models import quiet, stored_tensors
 from minitron.compiler.narrowing import Indices, Narrowing
 from minitron.compiler.rules import Dims
 from minitron.compiler.teacher.checkpoint import Checkpoint

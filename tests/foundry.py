@@ -22,7 +22,7 @@ from minitron.compiler import Plan, compile_spec, make_plan, verify
 from minitron.compiler import compile as compile_module
 from minitron.compiler import plan as plan_module
 from minitron.compiler import program as program_module
-from minitron.compiler.capture import build_meta, quiet
+from minitron.compiler.capture.models import build_meta, quiet
 from minitron.compiler.graph.executor import Executor, Settings
 from minitron.compiler.graph.names import Fetch
 from minitron.compiler.select import Selection

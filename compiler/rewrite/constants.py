@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from minitron.compiler.capture import Captured
+from minitron.compiler.capture.capture import Captured
 from minitron.compiler.graph.aten import PASS_THROUGH
 from minitron.compiler.graph.names import strip_wrapper
 from minitron.compiler.weights import Recipe, renumber

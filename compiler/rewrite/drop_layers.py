@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from minitron.compiler.capture import Captured
+from minitron.compiler.capture.capture import Captured
 from minitron.compiler.graph.aten import MAY_SHARE
 from minitron.compiler.graph.graph_module import attribute
 from minitron.compiler.graph.names import WRAPPER

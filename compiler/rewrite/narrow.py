@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch.fx import GraphModule
 
-from minitron.compiler.capture import Captured
+from minitron.compiler.capture.capture import Captured
 from minitron.compiler.graph.graph_module import attribute, set_attribute
 from minitron.compiler.graph.names import strip_wrapper
 from minitron.compiler.narrowing import Narrowing

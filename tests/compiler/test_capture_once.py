@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from minitron.compiler import capture as capture_module
 from minitron.compiler import plan as plan_module
-from minitron.compiler.alike import Accounts, accounts
 from minitron.compiler.axes import AxisTable, analyse
-from minitron.compiler.capture import Captured, capture
+from minitron.compiler.capture import capture as capture_module
+from minitron.compiler.capture.capture import Captured, capture
+from minitron.compiler.capture.layer_kinds import Accounts, accounts
 from minitron.compiler.plan import make_plan
 from minitron.compiler.roles import Roles, find_roles
 from tests.compiler.families import config

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from minitron.compiler import Plan, compile
-from minitron.compiler.capture import capture
+from minitron.compiler.capture.capture import capture
 from minitron.compiler.rewrite import constants
 from minitron.compiler.weights import Recipe, load_buffers
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError

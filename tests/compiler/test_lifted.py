@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from minitron.compiler.lifted import inline
+from minitron.compiler.capture.inline_constants import inline
 from minitron.specs.errors import UsageError
 
 

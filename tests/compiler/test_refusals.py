@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minitron.compiler import plan
-from minitron.compiler.capture import build_meta, canonical_names, capture, find_layers
+from minitron.compiler.capture.capture import capture
+from minitron.compiler.capture.models import build_meta, canonical_names, find_layers
 from minitron.compiler.head import find_head
 from minitron.compiler.plan import read_plan
 from minitron.compiler.student_config import prove

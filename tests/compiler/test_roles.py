@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from minitron.compiler import capture as capture_module
 from minitron.compiler.axes import analyse
-from minitron.compiler.capture import capture
+from minitron.compiler.capture import capture as capture_module
+from minitron.compiler.capture.capture import capture
 from minitron.compiler.dims import Atom
 from minitron.compiler.narrowing import Dependent, Indices, Narrowing
 from minitron.compiler.roles import find_roles, is_stack

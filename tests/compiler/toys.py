@@ -23,7 +23,8 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from minitron.compiler.axes import AxisTable, analyse
-from minitron.compiler.capture import Captured, canonical_names, quiet
+from minitron.compiler.capture.capture import Captured
+from minitron.compiler.capture.models import canonical_names, quiet
 from minitron.compiler.dims import Atom, Dim, Size, Space
 from minitron.compiler.graph.graph_module import rebuild, set_attribute
 from minitron.compiler.graph.names import strip_wrapper

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitron.compiler import compile
-from minitron.compiler.capture import build_meta, quiet
+from minitron.compiler.capture.models import build_meta, quiet
 from minitron.compiler.scores import ScoreTable
 from minitron.compiler.select import select, selection_json
 from minitron.compiler.targets import GROUPS, HEAD_DIM, HEADS, HIDDEN, LAYERS

@@ -7,13 +7,8 @@ keep the names that they have in the model's state dict.
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
-import logging
 import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +16,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from transformers.utils import logging as transformers_logging
 
-from minitron.compiler.alike import Accounts, accounts
-from minitron.compiler.config_layers import lists_over_layers, with_layers
+from minitron.compiler.capture.inline_constants import inline
+from minitron.compiler.capture.layer_config import lists_over_layers, with_layers
+from minitron.compiler.capture.layer_kinds import Accounts, accounts
+from minitron.compiler.capture.models import build_meta, build_model, canonical_names, find_layers, quiet
+from minitron.compiler.capture.replicate_layers import repeat_layers
 from minitron.compiler.graph.aten import PASS_THROUGH, RESHAPES
 from minitron.compiler.graph.graph_module import empty_meta, fixed_length, rebuild
 from minitron.compiler.graph.names import WRAPPER, strip_wrapper
-from minitron.compiler.lifted import inline
-from minitron.compiler.repeat import repeat_layers
 from minitron.specs.errors import UsageError
 
 # Export wants an upper bound for symbolic sizes; nothing of ours depends on it.
@@ -138,80 +133,6 @@ class Captured:
         if not isinstance(node, Node) or node.op != "get_attr":
             return None
         return self.canonical.get(strip_wrapper(str(node.target)))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silences the notices of export and model construction: they name nothing that a user could act on.
-
-    What fake tensors log as an error is raised as well, and whoever tries something with them decides what it means.
-    """
-    names = ("transformers", "torch.export", "torch._export", "torch.fx", "torch._subclasses.fake_tensor")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    bars = transformers_logging.is_progress_bar_enabled()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        transformers_logging.disable_progress_bar()
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL if logger.name == names[-1] else logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-            if bars:
-                transformers_logging.enable_progress_bar()
-
-
-def build_meta(config: Any, dtype: torch.dtype, attention: str) -> torch.nn.Module:
-    """The model of a configuration on the meta device: shapes and names, no bytes."""
-    with quiet(), torch.device("meta"):
-        return build_model(config, dtype, attention)
-
-
-def build_model(config: Any, dtype: torch.dtype, attention: str) -> torch.nn.Module:
-    """The model of a configuration on whatever device is the default, in eval mode."""
-    from transformers import AutoModelForCausalLM
-
-    model: torch.nn.Module = AutoModelForCausalLM.from_config(
-        copy.deepcopy(config), dtype=dtype, attn_implementation=attention, trust_remote_code=False
-    )
-    return model.eval()
-
-
-def canonical_names(model: torch.nn.Module) -> dict[str, str]:
-    """Every name of every parameter -> its first name, which tied parameters share.
-
-    A buffer that checkpoints hold, such as a router's correction, is a parameter here: it is learnt, not computed.
-    """
-    first: dict[int, str] = {}
-    return {name: first.setdefault(id(value), name) for name, value in _stored(model)}
-
-
-def stored_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All that a checkpoint of a model holds, under its canonical names."""
-    names = canonical_names(model)
-    return {name: value for name, value in _stored(model) if names[name] == name}
-
-
-def _stored(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    for path, module in model.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield (f"{path}.{name}" if path else name), buffer
-
-
-def find_layers(model: torch.nn.Module, config: Any) -> tuple[str, int]:
-    """The outermost module list that is as long as the configuration says that the model has layers."""
-    count = int(config.num_hidden_layers)
-    for path, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return path, count
-    raise UsageError(
-        f"{config.model_type}: no list of {count} layers in the model; minitron narrows models whose layers stand in one list"
-    )
 
 
 def capture(config: Any, dtype: torch.dtype = torch.float32, otherwise: int = FIXED_LENGTH) -> Captured:

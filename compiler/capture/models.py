@@ -1,0 +1,89 @@
+"""Hugging Face models on the meta device: building them, and what a checkpoint of one holds."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from minitron.specs.errors import UsageError
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences the notices of export and model construction: they name nothing that a user could act on.
+
+    What fake tensors log as an error is raised as well, and whoever tries something with them decides what it means.
+    """
+    names = ("transformers", "torch.export", "torch._export", "torch.fx", "torch._subclasses.fake_tensor")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    bars = transformers_logging.is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers_logging.disable_progress_bar()
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL if logger.name == names[-1] else logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+            if bars:
+                transformers_logging.enable_progress_bar()
+
+
+def build_meta(config: Any, dtype: torch.dtype, attention: str) -> torch.nn.Module:
+    """The model of a configuration on the meta device: shapes and names, no bytes."""
+    with quiet(), torch.device("meta"):
+        return build_model(config, dtype, attention)
+
+
+def build_model(config: Any, dtype: torch.dtype, attention: str) -> torch.nn.Module:
+    """The model of a configuration on whatever device is the default, in eval mode."""
+    from transformers import AutoModelForCausalLM
+
+    model: torch.nn.Module = AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), dtype=dtype, attn_implementation=attention, trust_remote_code=False
+    )
+    return model.eval()
+
+
+def canonical_names(model: torch.nn.Module) -> dict[str, str]:
+    """Every name of every parameter -> its first name, which tied parameters share.
+
+    A buffer that checkpoints hold, such as a router's correction, is a parameter here: it is learnt, not computed.
+    """
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(value), name) for name, value in _stored(model)}
+
+
+def stored_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All that a checkpoint of a model holds, under its canonical names."""
+    names = canonical_names(model)
+    return {name: value for name, value in _stored(model) if names[name] == name}
+
+
+def _stored(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield (f"{path}.{name}" if path else name), buffer
+
+
+def find_layers(model: torch.nn.Module, config: Any) -> tuple[str, int]:
+    """The outermost module list that is as long as the configuration says that the model has layers."""
+    count = int(config.num_hidden_layers)
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return path, count
+    raise UsageError(
+        f"{config.model_type}: no list of {count} layers in the model; minitron narrows models whose layers stand in one list"
+    )
