@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from minitron.compiler.axes import AxisTable
+from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.graph.aten import MOVES
 from minitron.compiler.graph.executor import Executor, Tap

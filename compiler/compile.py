@@ -13,6 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from minitron.compiler import verify
+from minitron.compiler.axes.narrowing import Narrowing
 from minitron.compiler.calibrate import CalibrationConfig, DepthConfig, calibrate
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.capture.models import build_meta, stored_tensors
@@ -22,7 +23,6 @@ from minitron.compiler.emit import student_weights, write_student
 from minitron.compiler.graph.executor import Executor, Settings
 from minitron.compiler.graph.names import Fetch
 from minitron.compiler.masking import masked_reference
-from minitron.compiler.narrowing import Narrowing
 from minitron.compiler.plan import Plan, make_plan, settled, with_weights
 from minitron.compiler.program import build_program, holds_custom, save_program
 from minitron.compiler.rewrite import run_passes

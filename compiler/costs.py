@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from minitron.compiler.axes import AxisTable
+from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.cache import CacheLayer
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.mixture import is_stack

@@ -17,16 +17,15 @@ import numpy.typing as npt
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from minitron.compiler.axes import AxisTable
-from minitron.compiler.dims import size_of
+from minitron.compiler.axes.dims import Dims, size_of
+from minitron.compiler.axes.narrowing import Narrowing
+from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.graph.aten import axis_index
 from minitron.compiler.graph.graph_module import rebuild
-from minitron.compiler.narrowing import Narrowing
-from minitron.compiler.rules import Dims
 
 aten = torch.ops.aten
-# Notes of these kinds are of operators that choose; and the operators.
-CHOICES = ("softmax", "topk", "max", "amax", "logsumexp")
+
+
 CHOOSING = {
     aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten.topk.default, aten.max.dim, aten.max.default,
     aten.argmax.default, aten.amax.default, aten.logsumexp.default,

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from minitron.compiler.axes import AxisTable, Contraction
-from minitron.compiler.dims import Atom, Dim
+from minitron.compiler.axes.dims import Atom, Dim, Dims
+from minitron.compiler.axes.index_meaning import Offsets
+from minitron.compiler.axes.table import AxisTable, Contraction
 from minitron.compiler.graph.aten import axis_index
-from minitron.compiler.positions import Offsets
-from minitron.compiler.rules import Dims
 
 
 @dataclass(frozen=True)

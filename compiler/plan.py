@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from minitron.compiler import costs
-from minitron.compiler.axes import AxisTable, analyse
+from minitron.compiler.axes.analysis import analyse
+from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.cache import cache_layers
 from minitron.compiler.capture.capture import FIXED_LENGTH, Captured, capture
 from minitron.compiler.capture.layer_config import lists_over_layers

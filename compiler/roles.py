@@ -21,9 +21,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from minitron.compiler.axes import AxisTable, Contraction
+from minitron.compiler.axes.dims import Atom, Dim
+from minitron.compiler.axes.table import AxisTable, Contraction
 from minitron.compiler.capture.capture import Captured
-from minitron.compiler.dims import Atom, Dim
 from minitron.compiler.mixture import Mixture, find_mixture, is_stack, lists_may_differ
 from minitron.compiler.scan_heads import (
     SCAN_HEAD_DIM,

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from minitron.compiler.axes import AxisTable, Contraction
+from minitron.compiler.axes.dims import Atom, Dim
+from minitron.compiler.axes.table import AxisTable, Contraction
 from minitron.compiler.capture.capture import Captured
-from minitron.compiler.dims import Atom, Dim
 from minitron.compiler.mixture import lists_may_differ
 
 SCAN_HEADS, SCAN_HEAD_DIM = "mamba_num_heads", "mamba_head_dim"

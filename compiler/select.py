@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from minitron.compiler.axes import AxisTable
-from minitron.compiler.narrowing import Dependent, Indices, Narrowing
+from minitron.compiler.axes.narrowing import Dependent, Indices, Narrowing
+from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.roles import NUM_EXPERTS, Heads, Roles
 from minitron.compiler.scan_heads import SCAN_HEAD_DIM, SCAN_HEADS
 from minitron.compiler.scores import ScoreTable

@@ -6,11 +6,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minitron.compiler.axes import AxisTable
+from minitron.compiler.axes.dims import Atom
+from minitron.compiler.axes.notes import CHOICES
+from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.config_keys import SHARED
-from minitron.compiler.dims import Atom
-from minitron.compiler.masking import CHOICES
 from minitron.compiler.roles import CONVOLVED, NUM_EXPERTS, Heads, Roles
 from minitron.compiler.scan_heads import SCAN_HEADS
 from minitron.compiler.shared_experts import find_tie

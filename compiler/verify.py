@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from minitron.compiler.axes.narrowing import Dependent, Indices, Narrowing
 from minitron.compiler.capture.models import quiet, stored_tensors
 from minitron.compiler.head import Head
-from minitron.compiler.narrowing import Dependent, Indices, Narrowing
 from minitron.compiler.program import run_program
 from minitron.specs.errors import WorkError
 

@@ -9,10 +9,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from minitron.compiler.axes.dims import Dims
+from minitron.compiler.axes.narrowing import Indices, Narrowing
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.capture.models import quiet, stored_tensors
-from minitron.compiler.narrowing import Indices, Narrowing
-from minitron.compiler.rules import Dims
 from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.specs.errors import UsageError, WorkError
 

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 import torch
 from torch.fx import GraphModule
 
+from minitron.compiler.axes.dims import Dims, Result
+from minitron.compiler.axes.narrowing import Narrowing
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.graph.graph_module import attribute, set_attribute
 from minitron.compiler.graph.names import strip_wrapper
-from minitron.compiler.narrowing import Narrowing
 from minitron.compiler.rewrite.passes import Pass, PassResult
-from minitron.compiler.rules import Dims, Result
 
 
 def narrow_parameters(captured: Captured, dims_of: Mapping[str, Result], narrowing: Narrowing) -> Pass:

@@ -21,13 +21,12 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_aggregate
 
-from minitron.compiler.dims import Dim, size_of
+from minitron.compiler.axes.dims import Dim, Dims, Result, size_of
+from minitron.compiler.axes.narrowing import Narrowing
+from minitron.compiler.axes.rules.shape import axis_bound
 from minitron.compiler.graph.aten import axis_index
 from minitron.compiler.graph.graph_module import fixed_length
-from minitron.compiler.narrowing import Narrowing
 from minitron.compiler.rewrite.passes import Pass, PassResult
-from minitron.compiler.rules import Dims, Result
-from minitron.compiler.rules.shape import axis_bound
 from minitron.specs.errors import UsageError
 
 aten = torch.ops.aten

@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from minitron.compiler.axes import AxisTable, analyse
+from minitron.compiler.axes.analysis import analyse
+from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.capture.capture import Captured, capture
 from minitron.compiler.roles import Roles, find_roles
 from tests.models import COMMON, FAMILIES

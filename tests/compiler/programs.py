@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
 
-from minitron.compiler.dims import Dim, Size, Space, size_of
+from minitron.compiler.axes.dims import Dim, Size, Space, size_of
 
 Positions = Callable[[Dim], list[int]]
 LARGEST = 96

@@ -12,7 +12,8 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from minitron.compiler import plan as plan_module
-from minitron.compiler.axes import AxisTable, analyse
+from minitron.compiler.axes.analysis import analyse
+from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.capture import capture as capture_module
 from minitron.compiler.capture.capture import Captured, capture
 from minitron.compiler.capture.layer_kinds import Accounts, accounts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minitron.compiler.dims import Dim, Note, Size, Space, size_of
+from minitron.compiler.axes.dims import Dim, Note, Size, Space, size_of
 
 
 @pytest.fixture

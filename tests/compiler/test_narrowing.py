@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minitron.compiler.dims import Atom, Dim, Size, Space
-from minitron.compiler.narrowing import Dependent, Indices, Narrowing
+from minitron.compiler.axes.dims import Atom, Dim, Size, Space
+from minitron.compiler.axes.narrowing import Dependent, Indices, Narrowing
 from tests.compiler.programs import Program, number, product, programs
 from tests.compiler.toys import kept_positions
 

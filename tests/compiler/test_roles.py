@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from minitron.compiler.axes import analyse
+from minitron.compiler.axes.analysis import analyse
+from minitron.compiler.axes.dims import Atom
+from minitron.compiler.axes.narrowing import Dependent, Indices, Narrowing
 from minitron.compiler.capture import capture as capture_module
 from minitron.compiler.capture.capture import capture
-from minitron.compiler.dims import Atom
-from minitron.compiler.narrowing import Dependent, Indices, Narrowing
 from minitron.compiler.roles import find_roles, is_stack
 from minitron.compiler.targets import GROUPS, HEAD_DIM, HEADS, HIDDEN, LAYERS, leaves_of, status_of, teacher_widths
 from tests.compiler.families import EVERY, Analysed, analysed, config
@@ -239,7 +239,7 @@ def test_an_embedding_that_is_cut_is_no_residual_stream() -> None:
 
 
 def _sizes(*values: int) -> list[Any]:
-    from minitron.compiler.dims import Size
+    from minitron.compiler.axes.dims import Size
 
     return [Size(value) for value in values]
 

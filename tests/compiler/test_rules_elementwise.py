@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minitron.compiler.rules import RULES, elementwise
+from minitron.compiler.axes.rules import RULES, elementwise
 from tests.compiler.toys import TOKENS, Toy, Traced, check, matters, trace
 
 X = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1))

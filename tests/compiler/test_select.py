@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitron.compiler.narrowing import Dependent
+from minitron.compiler.axes.narrowing import Dependent
 from minitron.compiler.scores import ScoreTable
 from minitron.compiler.select import (
     Selection,

@@ -7,7 +7,7 @@ An axis that the analysis leaves free is one that can be permuted and narrowed. 
     masking     where the analysis has no note of a leaf, dropping indices is the same as setting them to zero
 
 What an index of a leaf is in a tensor is worked out here anew, by arithmetic on whole index arrays, and not by
-`compiler.narrowing`, which the tests hold against it.
+`compiler.axes.narrowing`, which the tests hold against it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import numpy as np
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
-from minitron.compiler.axes import AxisTable, analyse
+from minitron.compiler.axes.analysis import analyse
+from minitron.compiler.axes.dims import Atom, Dim, Dims, Size, Space
+from minitron.compiler.axes.narrowing import Indices, Narrowing
+from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.capture.models import canonical_names, quiet
-from minitron.compiler.dims import Atom, Dim, Size, Space
 from minitron.compiler.graph.graph_module import rebuild, set_attribute
 from minitron.compiler.graph.names import strip_wrapper
-from minitron.compiler.narrowing import Indices, Narrowing
 from minitron.compiler.rewrite.shape_constants import shape_constants
-from minitron.compiler.rules import Dims
 
 Lists = Mapping[Atom, Indices]
 BATCH, SEQUENCE = (torch.export.Dim(name, min=1, max=1 << 20) for name in ("batch", "sequence"))

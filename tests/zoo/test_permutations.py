@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from minitron.compiler import Plan
-from minitron.compiler.dims import Atom
-from minitron.compiler.narrowing import Dependent, Indices, Narrowing
+from minitron.compiler.axes.dims import Atom
+from minitron.compiler.axes.narrowing import Dependent, Indices, Narrowing
 from minitron.compiler.targets import GROUPS, HEADS, HIDDEN
 from minitron.compiler.weights import recipes
 from tests.foundry import Foundry, logits, teacher_model, token_ids

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
-from minitron.compiler.dims import size_of
+from minitron.compiler.axes.dims import Dims, Result, size_of
+from minitron.compiler.axes.rules.registry import rule
+from minitron.compiler.axes.tracer import Tracer
 from minitron.compiler.graph.aten import axis_index
-from minitron.compiler.rules.registry import Dims, Result, rule
-
-if TYPE_CHECKING:
-    from minitron.compiler.axes import Tracer
 
 aten = torch.ops.aten
 

@@ -109,6 +109,10 @@ class Atom:
 
 Dim = tuple[Atom, ...]
 
+# The dimensions of one value, and those of a node: one value or several.
+Dims = list[Dim]
+Result = Dims | list[Dims]
+
 
 def size_of(dim: Iterable[Atom]) -> Size:
     result = ONE

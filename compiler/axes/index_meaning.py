@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from minitron.compiler.dims import Atom, Dim
+from minitron.compiler.axes.dims import Atom, Dim
 
 AS_NUMBERS = "positions along it are numbers that the model goes on with"
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from minitron.compiler.positions import Positions
-from minitron.compiler.rules.registry import Dims, rule
-
-if TYPE_CHECKING:
-    from minitron.compiler.axes import Tracer
+from minitron.compiler.axes.dims import Dims
+from minitron.compiler.axes.index_meaning import Positions
+from minitron.compiler.axes.rules.registry import rule
+from minitron.compiler.axes.tracer import Tracer
 
 aten = torch.ops.aten
 COUNTED = "counted off by arange"

@@ -1,69 +1,19 @@
-"""The dimension analysis: walks the captured graph once and says which axes belong together.
-
-Every node gets one `Dim` per dimension from the rule of its operator (`rules/`). Parameters start with fresh dimensions;
-buffers are computed by the model's own code when it is loaded, so they are pinned, and with them whatever they touch.
-"""
+"""What op rules see of the walk: the space of atoms, and the node that they are asked about."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from minitron.compiler.axes.dims import Atom, Dim, Dims, Note, Result, Size, Space
+from minitron.compiler.axes.index_meaning import Meaning, Offsets, Positions, Sorted
+from minitron.compiler.axes.table import Contraction, each
 from minitron.compiler.capture.capture import Captured
-from minitron.compiler.dims import Atom, Dim, Note, Pin, Size, Space, size_of
 from minitron.compiler.graph.aten import op_name
-from minitron.compiler.graph.names import strip_wrapper
-from minitron.compiler.positions import Meaning, Offsets, Positions, Sorted
-from minitron.compiler.rules import POSITIONS, RULES, Dims, Result, experts
-
-
-@dataclass(frozen=True)
-class Contraction:
-    """`value[.., k]` meets `weight[.., k]` at `node`; `dim` is the axis k. `weight` is None between two activations."""
-
-    node: Node
-    value: Node
-    weight: str | None
-    dim: Dim
-
-
-@dataclass(frozen=True)
-class AttentionSite:
-    """One attention: `heads` are its query heads (slow: key-value groups, fast: repeats), `value` the width of a value."""
-
-    node: Node
-    heads: Dim
-    value: Dim
-
-
-@dataclass(frozen=True)
-class AxisTable:
-    """What the analysis found. `parameters`: canonical parameter name -> dimensions; `nodes`: the same for every value.
-
-    `meanings` and `sorted` are of `compiler.positions`: what integers stand for, and rows in the order of an axis.
-    """
-
-    space: Space
-    parameters: dict[str, Dims]
-    nodes: dict[Node, Result]
-    contractions: list[Contraction]
-    attentions: list[AttentionSite]
-    unknown: dict[str, list[str]]
-    meanings: dict[Any, Meaning] = field(default_factory=dict)
-    sorted: list[Sorted] = field(default_factory=list)
-
-    def dims(self, node: Node) -> Dims:
-        """The dimensions of a single tensor."""
-        return self.nodes[node]  # type: ignore[return-value]
-
-    def results(self, node: Node) -> list[Dims]:
-        """The dimensions of each result."""
-        return each(self.nodes[node])
 
 
 class Tracer:
@@ -180,7 +130,7 @@ class Tracer:
                 self.space.pin(dim, reason, place)
         return results[0] if self.is_single(node) else results
 
-    # -- what integers stand for (see `compiler.positions`) -----------------------------------------------------------------
+    # -- what integers stand for (see `index_meaning`) ---------------------------------------------------------------
 
     def positions(self, operand: Any) -> Positions | None:
         """The axis that the values of an operand are positions along, for rules that treat them so."""
@@ -229,117 +179,3 @@ class Tracer:
             alone = atom.size.symbols and (atom.size.coefficient == 1 or atom in rows)
             result += self.space.fresh(atom.size) if alone else (atom,)
         return tuple(result)
-
-    # -- the walk -----------------------------------------------------------------------------------------------------
-
-    def visit(self, node: Node) -> None:
-        value = node.meta.get("val")
-        if node.op == "get_attr":
-            if isinstance(value, torch.Tensor):  # or it is a sub-graph, whose operator has no rule
-                self.nodes[node] = self._attribute(node)
-        elif node.op == "placeholder":
-            self.nodes[node] = [self.space.fresh(size) for size in self.sizes(node)]
-            self.ordered += self.dims(node)
-        elif node.op == "output":
-            self.read_as_numbers(node)
-        elif node.target is operator.getitem:
-            source, position = node.args
-            self.nodes[node] = self.nodes[source][position]  # type: ignore[index,assignment]
-            if (source, position) in self.meanings:
-                self.means(node, self.meanings[source, position])
-        elif node.op == "call_function" and (isinstance(value, torch.Tensor | list | tuple) or value is None):
-            rule: Callable[[Tracer, Node], Result] | None = RULES.get(node.target)
-            self.nodes[node] = rule(self, node) if rule is not None else self.opaque(node)
-            treatment = POSITIONS.get(node.target)
-            if treatment is None:
-                self.read_as_numbers(node)
-            elif treatment != "own":
-                self.carry(node, treatment)
-            self._check(node)
-        elif node.op == "call_function" and node.target not in SIZES_ONLY:
-            self.read_as_numbers(node)
-
-    def _check(self, node: Node) -> None:
-        """A rule that returns dimensions of a wrong size would make everything after it wrong."""
-        if self.is_single(node):
-            got = [size_of(dim) for dim in self.dims(node)]
-            assert got == self.sizes(node), f"the rule of {self.place(node)} gives {got} for {self.sizes(node)}"
-
-    def _attribute(self, node: Node) -> Dims:
-        sizes = self.sizes(node)
-        name = self.captured.parameter_behind(node)
-        if name is None:
-            dims = [self.space.fresh(size) for size in sizes]
-            for dim in dims:
-                self.space.pin(
-                    dim, "a table that the model computes for itself when it is loaded", strip_wrapper(str(node.target))
-                )
-            return dims
-        if name not in self.parameters:
-            self.parameters[name] = [self.space.fresh(size) for size in sizes]
-        return self.parameters[name]
-
-
-def each(result: Result) -> list[Dims]:
-    """One list of dimensions, or several: a `Dim` is a tuple, a list of them a list."""
-    return result if result and isinstance(result[0], list) else [result]  # type: ignore[list-item]
-
-
-# What these read of a tensor is its shape.
-SIZES_ONLY = {torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default, torch.ops.aten.sym_stride.int}
-
-
-def analyse(captured: Captured) -> AxisTable:
-    """Runs the analysis over a captured teacher."""
-    experts.register()
-    tracer = Tracer(captured)
-    for node in captured.graph.nodes:
-        tracer.visit(node)
-    attentions = [AttentionSite(node, heads, value) for node, heads, value in tracer.attentions]
-    attentions += _softmax_attention(tracer)
-    tracer.space.settle()
-    _hold_what_rows_depend_on(tracer)
-    return AxisTable(
-        tracer.space, tracer.parameters, tracer.nodes, tracer.contractions, attentions, dict(tracer.unknown),
-        tracer.meanings, tracer.sorted,
-    )  # fmt: skip
-
-
-def _softmax_attention(t: Tracer) -> list[AttentionSite]:
-    """Attention written out: a softmax over the key positions whose result is contracted with the values.
-
-    Positions are symbols, or as many as the graph's tokens where it is of one number of them: [.., queries, keys] then.
-    """
-    activations = {c.value: c for c in t.contractions if c.weight is None}
-    sites = []
-    for node, axis in t.softmaxes:
-        sizes = [size_of(dim) for dim in t.dims(node)]
-        square = len(sizes) == 4 and sizes[2] == sizes[3] and sizes[3].coefficient == t.captured.length
-        if not (sizes[axis].symbols or square):
-            continue
-        reader = node
-        while reader not in activations and len(reader.users) == 1:
-            reader = next(iter(reader.users))
-        if reader in activations:
-            product = activations[reader].node
-            sites.append(AttentionSite(product, t.dims(node)[1], t.dims(product)[-1]))
-    return sites
-
-
-def _hold_what_rows_depend_on(t: Tracer) -> None:
-    """Rows that were put in the order of an axis, and whose order turned out to matter, hold the numbering of that axis.
-
-    That axis may itself be one of rows, so this goes on until nothing is left to hold.
-    """
-    ordered = {leaf for dim in t.ordered for leaf in t.space.leaves(dim)}
-    roots = [t.space.find(one.rows) for one in t.sorted]
-    left = list(zip(roots, t.sorted, strict=True))
-    while held := [
-        (root, one)
-        for root, one in left
-        if root.factors is not None or root.parts is not None or root in ordered or root.pins or roots.count(root) > 1
-    ]:
-        left = [pair for pair in left if pair not in held]
-        for _, one in held:
-            for leaf in t.space.leaves(one.by):
-                leaf.pins.add(Pin("rows that are sorted by it are read in their order", one.place))

@@ -8,29 +8,20 @@ decorator. An operator without a rule pins everything that it touches.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
-from minitron.compiler.dims import Dim
+from minitron.compiler.axes.dims import Result
+from minitron.compiler.axes.tracer import Tracer
 
-if TYPE_CHECKING:
-    from minitron.compiler.axes import Tracer
-
-
-Dims = list[Dim]
-
-
-Result = Dims | list[Dims]
-
-
-Rule = Callable[["Tracer", torch.fx.Node], Result]
+Rule = Callable[[Tracer, torch.fx.Node], Result]
 
 
 RULES: dict[Any, Rule] = {}
 
 
-# How an operator treats an operand whose values are positions (see `compiler.positions`):
+# How an operator treats an operand whose values are positions (see `compiler.axes.index_meaning`):
 #     same   the result holds the same values, in whatever order and shape
 #     some   it holds some of them, or some of them several times
 #     own    its rule knows

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from minitron.compiler.dims import Dim, Size, size_of
+from minitron.compiler.axes.dims import Dim, Dims, Result, Size, size_of
+from minitron.compiler.axes.index_meaning import Counts, Positions
+from minitron.compiler.axes.rules.registry import rule
+from minitron.compiler.axes.tracer import Tracer
 from minitron.compiler.graph.aten import axis_index
-from minitron.compiler.positions import Counts, Positions
-from minitron.compiler.rules.registry import Dims, Result, rule
-
-if TYPE_CHECKING:
-    from minitron.compiler.axes import Tracer
 
 aten = torch.ops.aten
 COMPUTED = "indexed by computed positions"

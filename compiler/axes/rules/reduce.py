@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from minitron.compiler.dims import Dim, size_of
+from minitron.compiler.axes.dims import Dim, Dims, Result, size_of
+from minitron.compiler.axes.index_meaning import AS_NUMBERS, Counts, Offsets, Positions, Sorted
+from minitron.compiler.axes.rules.registry import rule
+from minitron.compiler.axes.tracer import Tracer
 from minitron.compiler.graph.aten import axis_index
-from minitron.compiler.positions import AS_NUMBERS, Counts, Offsets, Positions, Sorted
-from minitron.compiler.rules.registry import Dims, Result, rule
-
-if TYPE_CHECKING:
-    from minitron.compiler.axes import Tracer
 
 aten = torch.ops.aten
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from minitron.compiler.dims import Atom, Dim, Size, Space, size_of
+from minitron.compiler.axes.dims import Atom, Dim, Size, Space, size_of
 
 Indices = npt.NDArray[np.int64]
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from minitron.compiler.positions import Offsets
-from minitron.compiler.rules.registry import POSITIONS, RULES, Result
-
-if TYPE_CHECKING:
-    from minitron.compiler.axes import Tracer
+from minitron.compiler.axes.dims import Result
+from minitron.compiler.axes.index_meaning import Offsets
+from minitron.compiler.axes.rules.registry import POSITIONS, RULES
+from minitron.compiler.axes.tracer import Tracer
 
 
 def grouped_mm(t: Tracer, node: torch.fx.Node) -> Result:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from minitron.compiler.dims import Dim, size_of
-from minitron.compiler.rules.registry import Dims, Result, rule
-
-if TYPE_CHECKING:
-    from minitron.compiler.axes import Tracer
+from minitron.compiler.axes.dims import Dim, Dims, Result, size_of
+from minitron.compiler.axes.rules.registry import rule
+from minitron.compiler.axes.tracer import Tracer
 
 aten = torch.ops.aten
 
