@@ -21,10 +21,10 @@ from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.graph.aten import MOVES
 from minitron.compiler.graph.executor import Executor, Tap
-from minitron.compiler.mixture import Mixture
-from minitron.compiler.rewrite.drop_layers import LayerEnds
-from minitron.compiler.roles import NUM_EXPERTS, Roles, Width
-from minitron.compiler.scan_heads import SCAN_HEAD_DIM, SCAN_HEADS
+from minitron.compiler.roles.experts import Mixture
+from minitron.compiler.roles.names import NUM_EXPERTS, SCAN_HEAD_DIM, SCAN_HEADS
+from minitron.compiler.roles.residual_stream import LayerEnds
+from minitron.compiler.roles.roles import Roles, Width
 from minitron.compiler.scores import (
     Accumulator,
     Contributions,

@@ -30,10 +30,10 @@ from minitron.compiler.rewrite.constants import changed_buffers, repair_scale
 from minitron.compiler.rewrite.drop_layers import drop_layers
 from minitron.compiler.rewrite.narrow import narrow_parameters
 from minitron.compiler.rewrite.shape_constants import shape_constants
+from minitron.compiler.roles.names import LAYERS
 from minitron.compiler.samples import SampleConfig, calibration_samples
 from minitron.compiler.scores import ScoreTable, WidthConfig
 from minitron.compiler.select import Selection, narrowing_of, select
-from minitron.compiler.targets import LAYERS
 from minitron.compiler.teacher.provenance import at_commit, observe, with_result
 from minitron.compiler.teacher.tokenizer import load_tokenizer
 from minitron.compiler.training_plan import render, training_plan
@@ -333,7 +333,7 @@ def _run_buffers(plan: Plan, config: Any) -> Buffers:
 
 def _config_widths(plan: Plan) -> dict[str, int]:
     """Configuration key -> width, for everything that was asked for."""
-    from minitron.compiler.targets import teacher_widths
+    from minitron.compiler.roles.widths import teacher_widths
 
     old = teacher_widths(plan.captured, plan.roles, plan.table)
     keys = {name: config_key(plan.captured.config, name, old[name]) for name in plan.targets.widths}

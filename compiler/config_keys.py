@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from minitron.compiler.scan_heads import SCAN_HEAD_DIM, SCAN_HEADS
-
-SHARED = "shared_expert_intermediate_size"
+from minitron.compiler.roles.names import SCAN_HEAD_DIM, SCAN_HEADS, SHARED
 
 # Keys that a width is known by in the configurations of models that do not use the standard one.
 OTHER_KEYS = {

@@ -11,8 +11,8 @@ import torch
 from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.cache import CacheLayer
 from minitron.compiler.capture.capture import Captured
-from minitron.compiler.mixture import is_stack
-from minitron.compiler.roles import Roles
+from minitron.compiler.roles.experts import is_stack
+from minitron.compiler.roles.roles import Roles
 
 
 @dataclass(frozen=True)

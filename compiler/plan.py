@@ -19,24 +19,18 @@ from minitron.compiler.capture.capture import FIXED_LENGTH, Captured, capture
 from minitron.compiler.capture.layer_config import lists_over_layers
 from minitron.compiler.fits import fits_json
 from minitron.compiler.graph.names import dtype_of
-from minitron.compiler.head import Head, find_head
 from minitron.compiler.outlook import Outlook
 from minitron.compiler.phases import Reckoning
 from minitron.compiler.plan_checks import check_documents, check_lengths, check_pairs, check_tokenizer
 from minitron.compiler.rewrite.constants import check_scalars
-from minitron.compiler.rewrite.drop_layers import LayerEnds, adds_to_its_entry, layer_ends
-from minitron.compiler.roles import Roles, find_roles
+from minitron.compiler.roles.lm_head import Head, find_head
+from minitron.compiler.roles.names import LAYERS
+from minitron.compiler.roles.residual_stream import LayerEnds, adds_to_its_entry, layer_ends
+from minitron.compiler.roles.roles import Roles, find_roles
+from minitron.compiler.roles.widths import teacher_widths
 from minitron.compiler.select import Selection, leading, narrowing_of, selection_json, wanted_heads
 from minitron.compiler.student_config import Key, fit, student_config
-from minitron.compiler.targets import (
-    LAYERS,
-    AxisStatus,
-    Targets,
-    check_rows,
-    following,
-    resolve_targets,
-    teacher_widths,
-)
+from minitron.compiler.targets import AxisStatus, Targets, check_rows, following, resolve_targets
 from minitron.compiler.teacher.checkpoint import BrokenWeights, Checkpoint, fetch_weights
 from minitron.compiler.teacher.open_teacher import open_teacher
 from minitron.compiler.teacher.tokenizer import tokenizer_files

@@ -21,10 +21,10 @@ import numpy.typing as npt
 
 from minitron.compiler.axes.narrowing import Dependent, Indices, Narrowing
 from minitron.compiler.axes.table import AxisTable
-from minitron.compiler.roles import NUM_EXPERTS, Heads, Roles
-from minitron.compiler.scan_heads import SCAN_HEAD_DIM, SCAN_HEADS
+from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN, LAYERS, NUM_EXPERTS, SCAN_HEAD_DIM, SCAN_HEADS
+from minitron.compiler.roles.roles import Heads, Roles
 from minitron.compiler.scores import ScoreTable
-from minitron.compiler.targets import GROUPS, HEADS, HIDDEN, LAYERS, Targets
+from minitron.compiler.targets import Targets
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minitron.compiler.config_keys import SHARED, config_key
+from minitron.compiler.config_keys import config_key
+from minitron.compiler.roles.names import SHARED
 
 UNITS = ("moe_intermediate_size", "intermediate_size")
 # Keys that say how many experts' widths the shared one has.

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minitron.compiler.axes.dims import Atom
 from minitron.compiler.axes.notes import CHOICES
 from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.capture.capture import Captured
-from minitron.compiler.config_keys import SHARED
-from minitron.compiler.roles import CONVOLVED, NUM_EXPERTS, Heads, Roles
-from minitron.compiler.scan_heads import SCAN_HEADS
+from minitron.compiler.roles.names import (
+    CONVOLVED,
+    COUNTS,
+    FEED_FORWARD,
+    GROUPS,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    NUM_EXPERTS,
+    SCAN_HEADS,
+    SHARED,
+)
+from minitron.compiler.roles.roles import Roles
+from minitron.compiler.roles.widths import leaves_of, teacher_widths, uniform
 from minitron.compiler.shared_experts import find_tie
 from minitron.specs.blocks.student import Student
 from minitron.specs.errors import SpecError
 from minitron.specs.units import Share, default_multiple
 
-HIDDEN, HEADS, GROUPS, LAYERS = "hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers"
-HEAD_DIM = "head_dim"
-FEED_FORWARD = ("intermediate_size", "moe_intermediate_size", SHARED)
-
-# Counted, not measured: a share of these is rounded to a whole number and not to a multiple.
-COUNTS = {HEADS, GROUPS, LAYERS, NUM_EXPERTS, SCAN_HEADS}
-
 # torch.nn.functional.grouped_mm: "strides should be multiple of 16 bytes", on processors and on graphics cards.
 GROUPED_ROW_BYTES = 16
+
 
 MakeError = Callable[[str, str, str], SpecError]
 
@@ -50,28 +55,6 @@ class Targets:
     layers: int
     named_layers: tuple[int, ...] | None
     statuses: tuple[AxisStatus, ...]
-
-
-def teacher_widths(captured: Captured, roles: Roles, table: AxisTable) -> dict[str, int]:
-    """Every axis of the teacher by name. An axis that differs from layer to layer has its largest width here."""
-    widths = {HIDDEN: roles.hidden.size}
-    for name, layers in roles.widths.items():
-        widths[name] = max(width.size for width in layers.values())
-    if roles.heads:
-        sites = list(roles.heads.values())
-        widths[HEADS] = max(site.groups * site.repeats for site in sites)
-        widths[GROUPS] = max(site.groups for site in sites)
-        head = next(iter(sites))
-        size = 1
-        for atom in table.space.flat(head.value):
-            size *= atom.size.coefficient
-        widths[HEAD_DIM] = size
-    widths[LAYERS] = captured.layer_count
-    return widths
-
-
-def uniform(values: Iterable[Any]) -> bool:
-    return len(set(values)) <= 1
 
 
 def status_of(name: str, captured: Captured, roles: Roles, table: AxisTable) -> tuple[str, str]:
@@ -106,33 +89,6 @@ def status_of(name: str, captured: Captured, roles: Roles, table: AxisTable) -> 
     return "exact", "equal to masking"
 
 
-def leaves_of(name: str, roles: Roles, table: AxisTable) -> list[Atom]:
-    """The leaves that an axis name stands for, over all layers."""
-    if name == HIDDEN:
-        return [roles.hidden.leaf]
-    if name == GROUPS:
-        return [site.group for site in roles.heads.values() if site.group is not None]
-    if name == HEADS:
-        return [site.repeat or site.group for site in roles.heads.values() if (site.repeat or site.group) is not None]  # type: ignore[misc]
-    if name == HEAD_DIM:
-        return sorted(
-            {leaf for site in roles.heads.values() for leaf in _head_leaves(site, table)}, key=lambda a: a.number
-        )
-    return [width.leaf for width in roles.widths.get(name, {}).values()]
-
-
-def _head_leaves(site: Heads, table: AxisTable) -> set[Atom]:
-    """The width of a value, and whatever else stands in one product with the heads: the width of queries and keys."""
-    own = {atom for atom in (site.group, site.repeat) if atom is not None}
-    result = set(table.space.leaves(site.value))
-    for dims in table.parameters.values():
-        for dim in dims:
-            for path in table.space.ways(dim):
-                if own and own <= path:
-                    result |= path - own
-    return result
-
-
 def resolve_targets(
     student: Student, captured: Captured, roles: Roles, table: AxisTable, error: MakeError
 ) -> tuple[Targets | None, list[SpecError]]:
@@ -160,11 +116,11 @@ def resolve_targets(
             elif len(values) == 1:
                 wanted[key] = width
     shares = {key for key, value in student.targets() if isinstance(value, Share)}
-    errors += _check_heads(wanted, teacher, shares, error)
-    errors += _check_experts(wanted, roles, shares, error)
-    errors += _check_scan_heads(wanted, roles, shares, error)
+    errors += check_heads(wanted, teacher, shares, error)
+    errors += check_experts(wanted, roles, shares, error)
+    errors += check_scan_heads(wanted, roles, shares, error)
     errors += check_rows(wanted, teacher, captured, roles, error)
-    errors += _check_shared(wanted, teacher, captured, shares, error)
+    errors += check_shared(wanted, teacher, captured, shares, error)
     layers, named = _layers(student, captured.layer_count, wanted, error, errors)
     if errors:
         return None, errors
@@ -220,7 +176,7 @@ def _width(key: str, value: Any, teacher: int, multiple_of: int | None) -> int:
     return value.of(teacher, 1 if key in COUNTS else multiple_of or default_multiple(teacher))
 
 
-def _check_heads(
+def check_heads(
     wanted: dict[str, int], teacher: Mapping[str, int], shares: Collection[str], error: MakeError
 ) -> list[SpecError]:
     """Fills in what follows (a dropped group takes its query heads along) and checks that heads divide into groups.
@@ -257,7 +213,7 @@ def _check_heads(
     return [error(path, message, f"write {' or '.join(map(str, near))}, or change {GROUPS}")]
 
 
-def _check_experts(wanted: dict[str, int], roles: Roles, shares: Collection[str], error: MakeError) -> list[SpecError]:
+def check_experts(wanted: dict[str, int], roles: Roles, shares: Collection[str], error: MakeError) -> list[SpecError]:
     """The router must find as many experts as it picks. A share is rounded down to a number that divides into its groups."""
     if NUM_EXPERTS not in wanted or not roles.mixtures:
         return []
@@ -279,7 +235,7 @@ def _check_experts(wanted: dict[str, int], roles: Roles, shares: Collection[str]
     return []
 
 
-def _check_scan_heads(
+def check_scan_heads(
     wanted: dict[str, int], roles: Roles, shares: Collection[str], error: MakeError
 ) -> list[SpecError]:
     """As many heads stay in each group. A share is rounded down to a number that divides into the groups."""
@@ -326,7 +282,7 @@ def _multiples(width: int, unit: int, most: int) -> list[int]:
     return [n for n in (width // unit * unit, (width // unit + 1) * unit) if 0 < n <= most]
 
 
-def _check_shared(
+def check_shared(
     wanted: dict[str, int], teacher: Mapping[str, int], captured: Captured, shares: Collection[str], error: MakeError
 ) -> list[SpecError]:
     """Where the shared expert's width is so many times that of a routed one, it follows it, or their number changes."""

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from minitron.compiler.costs import ModelCosts
-from minitron.compiler.head import Head
+from minitron.compiler.roles.lm_head import Head
 from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.specs.data import DataSource
 from minitron.specs.data_files import resolve

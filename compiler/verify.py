@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 
 from minitron.compiler.axes.narrowing import Dependent, Indices, Narrowing
 from minitron.compiler.capture.models import quiet, stored_tensors
-from minitron.compiler.head import Head
 from minitron.compiler.program import run_program
+from minitron.compiler.roles.lm_head import Head
 from minitron.specs.errors import WorkError
 
 # Both routes run in fp32 and differ by the order of sums only; a wrong channel is off by far more than this.

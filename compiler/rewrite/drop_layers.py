@@ -10,10 +10,8 @@ A layer must read one value of the residual stream and yield one, else it is ref
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import torch
 from torch.fx import GraphModule, Node
 
 from minitron.compiler.capture.capture import Captured
@@ -21,73 +19,7 @@ from minitron.compiler.graph.aten import MAY_SHARE
 from minitron.compiler.graph.graph_module import attribute
 from minitron.compiler.graph.names import WRAPPER
 from minitron.compiler.rewrite.passes import Pass, PassResult
-from minitron.specs.errors import UsageError
-
-
-@dataclass(frozen=True)
-class LayerEnds:
-    """The names of the nodes that carry the residual stream into and out of one layer."""
-
-    entry: str
-    leave: str
-
-
-def layer_ends(captured: Captured) -> list[LayerEnds]:
-    """Where the residual stream enters and leaves each layer. UsageError where that is not one value each."""
-    inside: dict[int, list[Node]] = {i: [] for i in range(captured.layer_count)}
-    for node in captured.graph.nodes:
-        layer = captured.layer_of(node)
-        if node.op == "call_function" and layer is not None:
-            inside[layer].append(node)
-    ends: list[LayerEnds] = []
-    for number, nodes in inside.items():
-        members = set(nodes)
-        leaving = [n for n in nodes if any(user not in members for user in n.users) and _is_tensor(n)]
-        if len(leaving) != 1:
-            raise UsageError(f"layer {number} yields {len(leaving)} values, not the residual stream alone")
-        shape = leaving[0].meta["val"].shape
-        wanted = ends[-1].leave if ends else None
-        entering = {
-            source
-            for n in nodes
-            for source in n.all_input_nodes
-            if source not in members
-            and source.op == "call_function"
-            and _is_tensor(source)
-            and source.meta["val"].shape == shape
-            and source.meta["val"].dtype.is_floating_point
-            and (wanted is None or source.name == wanted)
-        }
-        if len(entering) != 1:
-            raise UsageError(f"layer {number} reads {len(entering)} values of the residual stream, not one")
-        ends.append(LayerEnds(entering.pop().name, leaving[0].name))
-    return ends
-
-
-# What they yield is what they are given, or zero where that is zero.
-HANDED_ON = {*MAY_SHARE, "dropout", "clone", "_to_copy", "alias", "detach", "view", "add", "add_"}
-
-
-def adds_to_its_entry(nodes: Mapping[str, Node], end: LayerEnds) -> bool:
-    """Whether a layer only adds to the residual stream: then passing it by is the same as having all its weights at zero.
-
-    `nodes` are those of the graph by name.
-    """
-    entry, left, seen = nodes[end.entry], [nodes[end.leave]], set[Node]()
-    while left:
-        node = left.pop()
-        if node is entry:
-            return True
-        name = getattr(node.target, "_opname", "")
-        if node in seen or name not in HANDED_ON or node.kwargs.get("alpha", 1) != 1:
-            continue
-        seen.add(node)
-        left += node.all_input_nodes if name.startswith("add") else node.all_input_nodes[:1]
-    return False
-
-
-def _is_tensor(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.Tensor)
+from minitron.compiler.roles.residual_stream import LayerEnds
 
 
 def drop_layers(captured: Captured, ends: Sequence[LayerEnds], kept: Sequence[int]) -> Pass:

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from minitron.compiler.axes.analysis import analyse
 from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.capture.capture import Captured, capture
-from minitron.compiler.roles import Roles, find_roles
+from minitron.compiler.roles.roles import Roles, find_roles
 from tests.models import COMMON, FAMILIES
 
 # Families that no teacher of the other tests is of, and what makes each itself.

@@ -18,7 +18,7 @@ from minitron.compiler.capture import capture as capture_module
 from minitron.compiler.capture.capture import Captured, capture
 from minitron.compiler.capture.layer_kinds import Accounts, accounts
 from minitron.compiler.plan import make_plan
-from minitron.compiler.roles import Roles, find_roles
+from minitron.compiler.roles.roles import Roles, find_roles
 from tests.compiler.families import config
 from tests.foundry import Foundry
 

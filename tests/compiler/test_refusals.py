@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from minitron.compiler import plan
 from minitron.compiler.capture.capture import capture
 from minitron.compiler.capture.models import build_meta, canonical_names, find_layers
-from minitron.compiler.head import find_head
 from minitron.compiler.plan import read_plan
+from minitron.compiler.roles.lm_head import find_head
 from minitron.compiler.student_config import prove
 from minitron.compiler.teacher.checkpoint import open_checkpoint
 from minitron.compiler.verify import load_student

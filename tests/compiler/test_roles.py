@@ -15,8 +15,10 @@ from minitron.compiler.axes.dims import Atom
 from minitron.compiler.axes.narrowing import Dependent, Indices, Narrowing
 from minitron.compiler.capture import capture as capture_module
 from minitron.compiler.capture.capture import capture
-from minitron.compiler.roles import find_roles, is_stack
-from minitron.compiler.targets import GROUPS, HEAD_DIM, HEADS, HIDDEN, LAYERS, leaves_of, status_of, teacher_widths
+from minitron.compiler.roles.names import GROUPS, HEAD_DIM, HEADS, HIDDEN, LAYERS
+from minitron.compiler.roles.roles import find_roles, is_stack
+from minitron.compiler.roles.widths import leaves_of, teacher_widths
+from minitron.compiler.targets import status_of
 from tests.compiler.families import EVERY, Analysed, analysed, config
 from tests.models import FAMILIES, random_model
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitron.compiler.axes.narrowing import Dependent
+from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN
 from minitron.compiler.scores import ScoreTable
 from minitron.compiler.select import (
     Selection,
@@ -22,7 +23,7 @@ from minitron.compiler.select import (
     wanted_heads,
     weakest_run,
 )
-from minitron.compiler.targets import GROUPS, HEADS, HIDDEN, Targets
+from minitron.compiler.targets import Targets
 from tests.compiler.families import analysed
 
 SCORES = st.lists(st.integers(0, 5), min_size=1, max_size=12)

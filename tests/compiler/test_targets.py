@@ -9,16 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitron.compiler.targets import (
-    GROUPS,
-    HEADS,
-    HIDDEN,
-    LAYERS,
-    Targets,
-    resolve_targets,
-    status_of,
-    teacher_widths,
-)
+from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN, LAYERS
+from minitron.compiler.roles.widths import teacher_widths
+from minitron.compiler.targets import Targets, resolve_targets, status_of
 from minitron.specs.blocks.student import Student
 from minitron.specs.errors import SpecError
 from tests.compiler.families import Analysed, analysed

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from minitron.compiler.costs import ModelCosts
-from minitron.compiler.head import Head
+from minitron.compiler.roles.lm_head import Head
 from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.compiler.training_plan import SUITES, micro_batch, render, training_plan
 from minitron.runtime.plan import EvaluationPlan, TrainingPlan, read_plan

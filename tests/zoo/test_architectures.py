@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from minitron.compiler.targets import GROUPS, HEADS, HIDDEN, LAYERS
+from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN, LAYERS
 from minitron.specs.errors import SpecInvalid
 from tests.foundry import Build, Foundry, load_model, logits, token_ids
 from tests.models import save_teacher

@@ -12,7 +12,7 @@ import torch
 from minitron.compiler import Plan
 from minitron.compiler.axes.dims import Atom
 from minitron.compiler.axes.narrowing import Dependent, Indices, Narrowing
-from minitron.compiler.targets import GROUPS, HEADS, HIDDEN
+from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN
 from minitron.compiler.weights import recipes
 from tests.foundry import Foundry, logits, teacher_model, token_ids
 from tests.models import FAMILIES

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
-from minitron.compiler.targets import GROUPS, HEADS, HIDDEN
+from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN
 from minitron.specs.errors import SpecInvalid, UsageError
 from tests.foundry import Build, Foundry, load_model, logits, token_ids
 from tests.models import save_teacher, tiny_config

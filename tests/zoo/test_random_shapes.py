@@ -14,7 +14,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from minitron.compiler.targets import GROUPS, HEADS, HIDDEN, LAYERS
+from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN, LAYERS
 from minitron.specs.errors import SpecInvalid
 from tests.foundry import Foundry
 

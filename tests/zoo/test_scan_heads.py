@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minitron.compiler.scan_heads import SCAN_HEAD_DIM, SCAN_HEADS
-from minitron.compiler.targets import HIDDEN
+from minitron.compiler.roles.names import HIDDEN, SCAN_HEAD_DIM, SCAN_HEADS
 from minitron.specs.errors import SpecInvalid
 from tests.foundry import Build, Foundry, load_model, logits, token_ids
 from tests.models import save_teacher

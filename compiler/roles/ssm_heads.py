@@ -16,9 +16,8 @@ import torch
 from minitron.compiler.axes.dims import Atom, Dim
 from minitron.compiler.axes.table import AxisTable, Contraction
 from minitron.compiler.capture.capture import Captured
-from minitron.compiler.mixture import lists_may_differ
-
-SCAN_HEADS, SCAN_HEAD_DIM = "mamba_num_heads", "mamba_head_dim"
+from minitron.compiler.roles.experts import lists_may_differ
+from minitron.compiler.roles.names import SCAN_HEADS
 
 
 @dataclass(frozen=True)

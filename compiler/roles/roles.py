@@ -24,19 +24,10 @@ from dataclasses import dataclass, field
 from minitron.compiler.axes.dims import Atom, Dim
 from minitron.compiler.axes.table import AxisTable, Contraction
 from minitron.compiler.capture.capture import Captured
-from minitron.compiler.mixture import Mixture, find_mixture, is_stack, lists_may_differ
-from minitron.compiler.scan_heads import (
-    SCAN_HEAD_DIM,
-    SCAN_HEADS,
-    Scan,
-    channels_apart,
-    find_scans,
-    heads_apart,
-)
+from minitron.compiler.roles.experts import Mixture, find_mixture, is_stack, lists_may_differ
+from minitron.compiler.roles.names import CONVOLVED, NUM_EXPERTS, SCAN_HEAD_DIM, SCAN_HEADS
+from minitron.compiler.roles.ssm_heads import Scan, channels_apart, find_scans, heads_apart
 from minitron.specs.errors import UsageError
-
-NUM_EXPERTS = "num_experts"
-CONVOLVED = "convolved_channels"
 
 
 @dataclass(frozen=True)
