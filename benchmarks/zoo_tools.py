@@ -70,7 +70,8 @@ def prune_with_minitron(folder: Path, request: dict[str, Any], attention: str) -
     from minitron.compiler.graph.executor import Executor, Settings
     from minitron.compiler.scores import ScoreTable
     from minitron.compiler.select import select
-    from minitron.compiler.weights import load_buffers, open_weights
+    from minitron.compiler.weights.buffers import load_buffers
+    from minitron.compiler.weights.source import open_weights
     from minitron.specs import load_spec
     from minitron.specs.progress import Silent
 

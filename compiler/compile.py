@@ -37,7 +37,9 @@ from minitron.compiler.select import Selection, narrowing_of, select
 from minitron.compiler.teacher.provenance import at_commit, observe, with_result
 from minitron.compiler.teacher.tokenizer import load_tokenizer
 from minitron.compiler.training_plan import render, training_plan
-from minitron.compiler.weights import Recipe, WeightSource, load_buffers, open_weights, recipes
+from minitron.compiler.weights.buffers import load_buffers
+from minitron.compiler.weights.recipes import Recipe, recipes
+from minitron.compiler.weights.source import WeightSource, open_weights
 from minitron.specs.atomic import atomic_path, remove_leftovers, write_text
 from minitron.specs.data_files import content_hash, resolve
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError

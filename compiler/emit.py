@@ -13,7 +13,8 @@ import torch
 
 from minitron.compiler.capture.models import quiet, stored_tensors
 from minitron.compiler.teacher.tokenizer import tokenizer_files
-from minitron.compiler.weights import Recipe, WeightSource
+from minitron.compiler.weights.recipes import Recipe
+from minitron.compiler.weights.source import WeightSource
 from minitron.specs.atomic import atomic_folder
 
 SHARD_BYTES = 2 << 30  # what is held in memory at a time, besides the tensor that is being made

@@ -35,7 +35,8 @@ from minitron.compiler.teacher.checkpoint import BrokenWeights, Checkpoint, fetc
 from minitron.compiler.teacher.open_teacher import open_teacher
 from minitron.compiler.teacher.tokenizer import tokenizer_files
 from minitron.compiler.training_plan import place_teacher
-from minitron.compiler.weights import check_headers, recipes, renumber
+from minitron.compiler.weights.recipes import recipes, renumber
+from minitron.compiler.weights.source import check_headers
 from minitron.specs.available import unavailable
 from minitron.specs.data_files import check_data
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError

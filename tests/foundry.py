@@ -26,7 +26,8 @@ from minitron.compiler.capture.models import build_meta, quiet
 from minitron.compiler.graph.executor import Executor, Settings
 from minitron.compiler.graph.names import Fetch
 from minitron.compiler.select import Selection
-from minitron.compiler.weights import load_buffers, open_weights
+from minitron.compiler.weights.buffers import load_buffers
+from minitron.compiler.weights.source import open_weights
 from minitron.specs import LoadedSpec, load_spec
 from minitron.specs.progress import Progress, Silent
 from tests import models

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.graph.aten import PASS_THROUGH
 from minitron.compiler.graph.names import strip_wrapper
-from minitron.compiler.weights import Recipe, renumber
+from minitron.compiler.weights.recipes import Recipe, renumber
 from minitron.specs.errors import UsageError
 
 CASTS = PASS_THROUGH | {"type_as"}

@@ -18,7 +18,7 @@ from minitron.compiler.capture.models import build_meta, canonical_names, quiet
 from minitron.compiler.plan import make_plan
 from minitron.compiler.teacher.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
 from minitron.compiler.teacher.tokenizer import last_token
-from minitron.compiler.weights import StreamedWeights, check_headers, open_weights
+from minitron.compiler.weights.source import StreamedWeights, check_headers, open_weights
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError
 from tests import models
 from tests.foundry import Foundry

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from minitron.compiler import Plan, compile
 from minitron.compiler.capture.capture import capture
 from minitron.compiler.rewrite import constants
-from minitron.compiler.weights import Recipe, load_buffers
+from minitron.compiler.weights.buffers import load_buffers
+from minitron.compiler.weights.recipes import Recipe
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError
 from tests.foundry import Build, Folder, Foundry
 from tests.models import tiny_config

@@ -25,7 +25,8 @@ from minitron.compiler.emit import Make, student_weights, write_student
 from minitron.compiler.program import build_program, save_program
 from minitron.compiler.select import leading
 from minitron.compiler.teacher.tokenizer import tokenizer_files
-from minitron.compiler.weights import WeightSource, load_buffers, open_weights
+from minitron.compiler.weights.buffers import load_buffers
+from minitron.compiler.weights.source import WeightSource, open_weights
 from minitron.specs.errors import WorkError
 from tests.foundry import Foundry, load_model, logits, token_ids
 

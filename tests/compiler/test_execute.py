@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minitron.compiler import Plan
-from minitron.compiler.weights import open_weights
+from minitron.compiler.weights.source import open_weights
 from tests.foundry import Foundry, executor, logits, teacher_model, token_ids
 from tests.models import FAMILIES
 

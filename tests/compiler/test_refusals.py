@@ -18,7 +18,7 @@ from minitron.compiler.roles.lm_head import find_head
 from minitron.compiler.student_config import prove
 from minitron.compiler.teacher.checkpoint import open_checkpoint
 from minitron.compiler.verify import load_student
-from minitron.compiler.weights import LoadedWeights, open_weights
+from minitron.compiler.weights.source import LoadedWeights, open_weights
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError
 from tests.foundry import Foundry
 from tests.models import save_teacher, tiny_config

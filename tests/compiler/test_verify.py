@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from minitron.compiler import Plan, compile, student_config, verify
 from minitron.compiler.axes.narrowing import Narrowing
-from minitron.compiler.weights import Recipe
+from minitron.compiler.weights.recipes import Recipe
 from minitron.specs.errors import WorkError
 from tests.foundry import Folder, Foundry
 

@@ -13,7 +13,7 @@ from minitron.compiler import Plan
 from minitron.compiler.axes.dims import Atom
 from minitron.compiler.axes.narrowing import Dependent, Indices, Narrowing
 from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN
-from minitron.compiler.weights import recipes
+from minitron.compiler.weights.recipes import recipes
 from tests.foundry import Foundry, logits, teacher_model, token_ids
 from tests.models import FAMILIES
 
