@@ -18,7 +18,6 @@ from minitron.compiler.calibrate import CalibrationConfig, DepthConfig, calibrat
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.capture.models import build_meta, stored_tensors
 from minitron.compiler.card import model_card
-from minitron.compiler.config_keys import config_key
 from minitron.compiler.emit import student_weights, write_student
 from minitron.compiler.graph.executor import Executor, Settings
 from minitron.compiler.graph.names import Fetch
@@ -34,6 +33,7 @@ from minitron.compiler.roles.names import LAYERS
 from minitron.compiler.samples import SampleConfig, calibration_samples
 from minitron.compiler.scores import ScoreTable, WidthConfig
 from minitron.compiler.select import Selection, narrowing_of, select
+from minitron.compiler.student.config_keys import config_key
 from minitron.compiler.teacher.provenance import at_commit, observe, with_result
 from minitron.compiler.teacher.tokenizer import load_tokenizer
 from minitron.compiler.training_plan import render, training_plan

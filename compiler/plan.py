@@ -29,8 +29,10 @@ from minitron.compiler.roles.residual_stream import LayerEnds, adds_to_its_entry
 from minitron.compiler.roles.roles import Roles, find_roles
 from minitron.compiler.roles.widths import teacher_widths
 from minitron.compiler.select import Selection, leading, narrowing_of, selection_json, wanted_heads
-from minitron.compiler.student_config import Key, fit, student_config
-from minitron.compiler.targets import AxisStatus, Targets, check_rows, following, resolve_targets
+from minitron.compiler.student.config import Key, fit, student_config
+from minitron.compiler.student.constraints import check_rows
+from minitron.compiler.student.status import AxisStatus
+from minitron.compiler.student.targets import Targets, following, resolve_targets
 from minitron.compiler.teacher.checkpoint import BrokenWeights, Checkpoint, fetch_weights
 from minitron.compiler.teacher.open_teacher import open_teacher
 from minitron.compiler.teacher.tokenizer import tokenizer_files

@@ -24,7 +24,7 @@ from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN, LAYERS, NUM_EXPERTS, SCAN_HEAD_DIM, SCAN_HEADS
 from minitron.compiler.roles.roles import Heads, Roles
 from minitron.compiler.scores import ScoreTable
-from minitron.compiler.targets import Targets
+from minitron.compiler.student.targets import Targets
 
 
 @dataclass(frozen=True)

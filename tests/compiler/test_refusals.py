@@ -15,7 +15,7 @@ from minitron.compiler.capture.capture import capture
 from minitron.compiler.capture.models import build_meta, canonical_names, find_layers
 from minitron.compiler.plan import read_plan
 from minitron.compiler.roles.lm_head import find_head
-from minitron.compiler.student_config import prove
+from minitron.compiler.student.config import prove
 from minitron.compiler.teacher.checkpoint import open_checkpoint
 from minitron.compiler.verify import load_student
 from minitron.compiler.weights.source import LoadedWeights, open_weights

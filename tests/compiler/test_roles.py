@@ -18,7 +18,7 @@ from minitron.compiler.capture.capture import capture
 from minitron.compiler.roles.names import GROUPS, HEAD_DIM, HEADS, HIDDEN, LAYERS
 from minitron.compiler.roles.roles import find_roles, is_stack
 from minitron.compiler.roles.widths import leaves_of, teacher_widths
-from minitron.compiler.targets import status_of
+from minitron.compiler.student.status import status_of
 from tests.compiler.families import EVERY, Analysed, analysed, config
 from tests.models import FAMILIES, random_model
 

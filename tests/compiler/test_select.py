@@ -23,7 +23,7 @@ from minitron.compiler.select import (
     wanted_heads,
     weakest_run,
 )
-from minitron.compiler.targets import Targets
+from minitron.compiler.student.targets import Targets
 from tests.compiler.families import analysed
 
 SCORES = st.lists(st.integers(0, 5), min_size=1, max_size=12)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN, LAYERS
 from minitron.compiler.roles.widths import teacher_widths
-from minitron.compiler.targets import Targets, resolve_targets, status_of
+from minitron.compiler.student.status import status_of
+from minitron.compiler.student.targets import Targets, resolve_targets
 from minitron.specs.blocks.student import Student
 from minitron.specs.errors import SpecError
 from tests.compiler.families import Analysed, analysed

@@ -18,8 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minitron.compiler import Plan, compile, student_config, verify
+from minitron.compiler import Plan, compile, verify
 from minitron.compiler.axes.narrowing import Narrowing
+from minitron.compiler.student import config as student_config
 from minitron.compiler.weights.recipes import Recipe
 from minitron.specs.errors import WorkError
 from tests.foundry import Folder, Foundry

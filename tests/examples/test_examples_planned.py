@@ -15,7 +15,7 @@ from minitron.compiler import plan as plan_module
 from minitron.compiler.costs import ModelCosts
 from minitron.compiler.memory import Memory
 from minitron.compiler.plan import Plan
-from minitron.compiler.targets import AxisStatus
+from minitron.compiler.student.status import AxisStatus
 from minitron.specs import load_spec, recipe_names, recipe_text
 from tests.output import conforms
 

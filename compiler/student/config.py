@@ -12,9 +12,9 @@ from transformers import PreTrainedConfig
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.capture.layer_config import with_layers
 from minitron.compiler.capture.models import build_meta, stored_tensors
-from minitron.compiler.config_keys import OTHER_KEYS, config_key
 from minitron.compiler.roles.names import GROUPS, HEAD_DIM, HEADS, HIDDEN, SCAN_HEAD_DIM, SCAN_HEADS, SHARED
-from minitron.compiler.shared_experts import find_tie
+from minitron.compiler.student.config_keys import OTHER_KEYS, config_key
+from minitron.compiler.student.shared_experts import find_tie
 from minitron.specs.errors import UsageError
 
 # A key of the configuration, or of a part of it: (the part's key or nothing, key).

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minitron.compiler.config_keys import config_key
 from minitron.compiler.roles.names import SHARED
+from minitron.compiler.student.config_keys import config_key
 
 UNITS = ("moe_intermediate_size", "intermediate_size")
 # Keys that say how many experts' widths the shared one has.

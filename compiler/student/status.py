@@ -1,0 +1,61 @@
+"""The status of every axis: exact, approximate or refused, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minitron.compiler.axes.notes import CHOICES
+from minitron.compiler.axes.table import AxisTable
+from minitron.compiler.capture.capture import Captured
+from minitron.compiler.roles.names import (
+    GROUPS,
+    HEAD_DIM,
+    HEADS,
+    LAYERS,
+    NUM_EXPERTS,
+)
+from minitron.compiler.roles.roles import Roles
+from minitron.compiler.roles.widths import leaves_of, uniform
+
+
+@dataclass(frozen=True)
+class AxisStatus:
+    """One line of the plan: `status` is exact, approximate or refused."""
+
+    axis: str
+    teacher: int
+    student: int
+    status: str
+    reason: str
+
+
+def status_of(name: str, captured: Captured, roles: Roles, table: AxisTable) -> tuple[str, str]:
+    """Whether an axis can be narrowed, exactly or approximately, and why."""
+    if name == LAYERS:
+        return "exact", "a dropped layer is passed by"
+    if name in roles.refusals:
+        return "refused", roles.refusals[name]
+    leaves = leaves_of(name, roles, table)
+    if not leaves:
+        return "refused", f"the graph of {captured.config.model_type} shows no such axis"
+    pins = sorted({pin for leaf in leaves for pin in leaf.pins})
+    if pins:
+        return "refused", str(pins[0])
+    if name == HEAD_DIM:
+        return "refused", "queries, keys and values have separate widths in the graph, and one key in the configuration"
+    if name in roles.widths and not uniform(w.size for w in roles.widths[name].values()):
+        return "refused", "its width differs from layer to layer, which the configuration could not say of the student"
+    if name in (HEADS, GROUPS) and not uniform((site.groups, site.repeats) for site in roles.heads.values()):
+        return "refused", "its number differs from layer to layer, which the configuration could not say of the student"
+    notes = sorted({(note.kind, note.place) for leaf in leaves for note in leaf.notes})
+    changed = [(kind, place) for kind, place in notes if kind not in ("mean", "rms_norm", *CHOICES)]
+    if changed:
+        kind, place = changed[0]
+        return "approximate", f"{kind} is taken over the channels that are left, not equal to masking ({place})"
+    chosen = sorted({kind for kind, _ in notes if kind in CHOICES})
+    if chosen:
+        what = "the router gives no weight to experts that are gone" if name == NUM_EXPERTS else "masked with -infinity"
+        return "exact", f"equal to masking, where {what} ({' and '.join(chosen)} over those that are left)"
+    if notes:
+        return "exact", "equal to masking, once the mean square of each norm is taken over the channels that are left"
+    return "exact", "equal to masking"
