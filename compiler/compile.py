@@ -25,9 +25,9 @@ from minitron.compiler.masking import masked_reference
 from minitron.compiler.plan import Plan, make_plan, settled, with_weights
 from minitron.compiler.program import build_program, holds_custom, save_program
 from minitron.compiler.rewrite import run_passes
-from minitron.compiler.rewrite.constants import changed_buffers, repair_scale
 from minitron.compiler.rewrite.drop_layers import drop_layers
-from minitron.compiler.rewrite.narrow import narrow_parameters
+from minitron.compiler.rewrite.narrow_parameters import narrow_parameters
+from minitron.compiler.rewrite.scale_repair import changed_buffers, repair_scale
 from minitron.compiler.rewrite.shape_constants import shape_constants
 from minitron.compiler.roles.names import LAYERS
 from minitron.compiler.samples import SampleConfig, calibration_samples

@@ -22,7 +22,7 @@ from minitron.compiler.graph.names import dtype_of
 from minitron.compiler.outlook import Outlook
 from minitron.compiler.phases import Reckoning
 from minitron.compiler.plan_checks import check_documents, check_lengths, check_pairs, check_tokenizer
-from minitron.compiler.rewrite.constants import check_scalars
+from minitron.compiler.rewrite.scale_repair import check_scalars
 from minitron.compiler.roles.lm_head import Head, find_head
 from minitron.compiler.roles.names import LAYERS
 from minitron.compiler.roles.residual_stream import LayerEnds, adds_to_its_entry, layer_ends

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from minitron.compiler import Plan, compile
 from minitron.compiler.capture.capture import capture
-from minitron.compiler.rewrite import constants
+from minitron.compiler.rewrite import scale_repair as constants
 from minitron.compiler.weights.buffers import load_buffers
 from minitron.compiler.weights.recipes import Recipe
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError

@@ -14,7 +14,7 @@ from minitron.compiler import Plan
 from minitron.compiler.graph.graph_module import attribute, set_attribute
 from minitron.compiler.rewrite import Pass, PassFailed, PassResult, run_passes
 from minitron.compiler.rewrite.drop_layers import drop_layers
-from minitron.compiler.rewrite.narrow import narrow_parameters
+from minitron.compiler.rewrite.narrow_parameters import narrow_parameters
 from minitron.compiler.rewrite.shape_constants import shape_constants
 from minitron.compiler.select import leading, narrowing_of
 from tests.foundry import Foundry
