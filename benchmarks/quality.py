@@ -35,8 +35,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from minitron.compiler import compile_spec
+from minitron.compiler.importance.select import Selection
 from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN, LAYERS
-from minitron.compiler.select import Selection
 from minitron.runtime import evaluate, train
 from minitron.specs import load_spec
 from minitron.specs.atomic import atomic_folder, write_text

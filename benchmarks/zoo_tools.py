@@ -68,8 +68,8 @@ def prune_with_minitron(folder: Path, request: dict[str, Any], attention: str) -
     from minitron.compiler.capture.models import build_meta
     from minitron.compiler.emit import student_weights
     from minitron.compiler.graph.executor import Executor, Settings
-    from minitron.compiler.scores import ScoreTable
-    from minitron.compiler.select import select
+    from minitron.compiler.importance.scores import ScoreTable
+    from minitron.compiler.importance.select import select
     from minitron.compiler.weights.buffers import load_buffers
     from minitron.compiler.weights.source import open_weights
     from minitron.specs import load_spec

@@ -14,13 +14,17 @@ from torch.fx import GraphModule
 
 from minitron.compiler import verify
 from minitron.compiler.axes.narrowing import Narrowing
-from minitron.compiler.calibrate import CalibrationConfig, DepthConfig, calibrate
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.capture.models import build_meta, stored_tensors
 from minitron.compiler.card import model_card
 from minitron.compiler.emit import student_weights, write_student
 from minitron.compiler.graph.executor import Executor, Settings
 from minitron.compiler.graph.names import Fetch
+from minitron.compiler.importance.calibrate import calibrate
+from minitron.compiler.importance.samples import SampleConfig, calibration_samples
+from minitron.compiler.importance.scores import ScoreTable, WidthConfig
+from minitron.compiler.importance.select import Selection, narrowing_of, select
+from minitron.compiler.importance.taps import CalibrationConfig, DepthConfig
 from minitron.compiler.masking import masked_reference
 from minitron.compiler.plan import Plan, make_plan, settled, with_weights
 from minitron.compiler.program import build_program, holds_custom, save_program
@@ -30,9 +34,6 @@ from minitron.compiler.rewrite.narrow_parameters import narrow_parameters
 from minitron.compiler.rewrite.scale_repair import changed_buffers, repair_scale
 from minitron.compiler.rewrite.shape_constants import shape_constants
 from minitron.compiler.roles.names import LAYERS
-from minitron.compiler.samples import SampleConfig, calibration_samples
-from minitron.compiler.scores import ScoreTable, WidthConfig
-from minitron.compiler.select import Selection, narrowing_of, select
 from minitron.compiler.student.config_keys import config_key
 from minitron.compiler.teacher.provenance import at_commit, observe, with_result
 from minitron.compiler.teacher.tokenizer import load_tokenizer
@@ -369,7 +370,7 @@ def _score_key(plan: Plan, data: str, samples: torch.Tensor, config: Calibration
 
 def _fingerprint(plan: Plan, selection: Selection) -> str:
     """Identifies the pruned student: teacher, selection and number format."""
-    from minitron.compiler.select import selection_json
+    from minitron.compiler.importance.select import selection_json
 
     headers = sorted((name, info.dtype, info.shape) for name, info in plan.checkpoint.tensors.items())
     parts = (

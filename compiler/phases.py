@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minitron.compiler import costs
-from minitron.compiler.calibrate import batch_size, block_size, compared_batches
 from minitron.compiler.devices import DEVICES, Cluster
 from minitron.compiler.footprint import Footprint, Work, footprint
+from minitron.compiler.importance.batches import batch_size, block_size, compared_batches
 from minitron.compiler.memory import (
     EXACT_PARTS,
     FP32,

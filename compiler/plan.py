@@ -19,6 +19,7 @@ from minitron.compiler.capture.capture import FIXED_LENGTH, Captured, capture
 from minitron.compiler.capture.layer_config import lists_over_layers
 from minitron.compiler.fits import fits_json
 from minitron.compiler.graph.names import dtype_of
+from minitron.compiler.importance.select import Selection, leading, narrowing_of, selection_json, wanted_heads
 from minitron.compiler.outlook import Outlook
 from minitron.compiler.phases import Reckoning
 from minitron.compiler.plan_checks import check_documents, check_lengths, check_pairs, check_tokenizer
@@ -28,7 +29,6 @@ from minitron.compiler.roles.names import LAYERS
 from minitron.compiler.roles.residual_stream import LayerEnds, adds_to_its_entry, layer_ends
 from minitron.compiler.roles.roles import Roles, find_roles
 from minitron.compiler.roles.widths import teacher_widths
-from minitron.compiler.select import Selection, leading, narrowing_of, selection_json, wanted_heads
 from minitron.compiler.student.config import Key, fit, student_config
 from minitron.compiler.student.constraints import check_rows
 from minitron.compiler.student.status import AxisStatus

@@ -25,7 +25,7 @@ from minitron.compiler import program as program_module
 from minitron.compiler.capture.models import build_meta, quiet
 from minitron.compiler.graph.executor import Executor, Settings
 from minitron.compiler.graph.names import Fetch
-from minitron.compiler.select import Selection
+from minitron.compiler.importance.select import Selection
 from minitron.compiler.weights.buffers import load_buffers
 from minitron.compiler.weights.source import open_weights
 from minitron.specs import LoadedSpec, load_spec

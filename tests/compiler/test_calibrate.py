@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from minitron.compiler import Plan, calibrate
-from minitron.compiler.calibrate import CalibrationConfig, DepthConfig, batches_of
-from minitron.compiler.scores import Aggregation, ScoreTable, WidthConfig
+from minitron.compiler import Plan
+from minitron.compiler.importance import calibrate
+from minitron.compiler.importance.batches import batches_of
+from minitron.compiler.importance.scores import Aggregation, ScoreTable, WidthConfig
+from minitron.compiler.importance.taps import CalibrationConfig, DepthConfig
 from minitron.specs.progress import Progress, Silent, Task
 from tests.foundry import Foundry, executor, logits, teacher_model, token_ids
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from minitron.compiler import compile_spec
-from minitron.compiler.select import Selection
+from minitron.compiler.importance.select import Selection
 from minitron.specs.errors import UsageError
 from minitron.specs.locks import only_one
 from minitron.specs.progress import Silent

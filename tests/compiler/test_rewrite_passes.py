@@ -12,11 +12,11 @@ from torch.fx import GraphModule
 
 from minitron.compiler import Plan
 from minitron.compiler.graph.graph_module import attribute, set_attribute
+from minitron.compiler.importance.select import leading, narrowing_of
 from minitron.compiler.rewrite import Pass, PassFailed, PassResult, run_passes
 from minitron.compiler.rewrite.drop_layers import drop_layers
 from minitron.compiler.rewrite.narrow_parameters import narrow_parameters
 from minitron.compiler.rewrite.shape_constants import shape_constants
-from minitron.compiler.select import leading, narrowing_of
 from tests.foundry import Foundry
 from tests.models import FAMILIES
 

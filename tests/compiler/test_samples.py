@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from minitron.compiler.samples import SampleConfig, calibration_samples
+from minitron.compiler.importance.samples import SampleConfig, calibration_samples
 from minitron.compiler.teacher.tokenizer import load_tokenizer
 from minitron.specs.data import DataSource
 from minitron.specs.errors import UsageError, WorkError

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minitron.compiler.scores import Accumulator, Aggregation, ScoreTable, WidthConfig, over_tokens
+from minitron.compiler.importance.scores import Accumulator, Aggregation, ScoreTable, WidthConfig, over_tokens
 
 HOW: tuple[Aggregation, ...] = ("l2", "mean", "var")
 SAMPLES = torch.randn(7, 5, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 10.0, 0.1, 3.0])

@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitron.compiler.axes.narrowing import Dependent
-from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN
-from minitron.compiler.scores import ScoreTable
-from minitron.compiler.select import (
+from minitron.compiler.importance.scores import ScoreTable
+from minitron.compiler.importance.select import (
     Selection,
     leading,
     narrowing_of,
@@ -23,6 +22,7 @@ from minitron.compiler.select import (
     wanted_heads,
     weakest_run,
 )
+from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN
 from minitron.compiler.student.targets import Targets
 from tests.compiler.families import analysed
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from minitron.compiler import calibrate
+from minitron.compiler.importance import calibrate
 from tests.foundry import Foundry
 
 from .tiny import TIMEOUT, environment

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
+from minitron.compiler.importance.samples import SampleConfig, calibration_samples
 from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN, LAYERS
-from minitron.compiler.samples import SampleConfig, calibration_samples
 from minitron.compiler.teacher.tokenizer import load_tokenizer
 from minitron.specs.data_files import resolve
 from minitron.specs.errors import SpecInvalid

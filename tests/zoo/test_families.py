@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitron.compiler import compile
 from minitron.compiler.capture.models import build_meta, quiet
+from minitron.compiler.importance.scores import ScoreTable
+from minitron.compiler.importance.select import select, selection_json
 from minitron.compiler.roles.names import GROUPS, HEAD_DIM, HEADS, HIDDEN, LAYERS
-from minitron.compiler.scores import ScoreTable
-from minitron.compiler.select import select, selection_json
 from minitron.compiler.weights.buffers import load_buffers
 from minitron.specs.errors import SpecInvalid
 from tests.foundry import Build, Foundry, logits, teacher_model, token_ids

@@ -1,31 +1,19 @@
-"""Scores every axis of the teacher in one pass over the calibration samples.
-
-Samples go through in blocks; in a block the graph runs layer by layer for all its batches (`execute`), so that memory is
-one layer's weights and the block's residual stream. After every block what was accumulated is saved: a killed calibration
-goes on with the next block. All axes are scored, whatever the spec narrows, so that the scores serve other specs too.
-"""
+"""Taps on the values of a running graph, and the accumulators that they feed."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch.fx import Node
 
 from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.graph.aten import MOVES
-from minitron.compiler.graph.executor import Executor, Tap
-from minitron.compiler.roles.experts import Mixture
-from minitron.compiler.roles.names import NUM_EXPERTS, SCAN_HEAD_DIM, SCAN_HEADS
-from minitron.compiler.roles.residual_stream import LayerEnds
-from minitron.compiler.roles.roles import Roles, Width
-from minitron.compiler.scores import (
+from minitron.compiler.graph.executor import Tap
+from minitron.compiler.importance.scores import (
     Accumulator,
     Contributions,
     Scores,
@@ -34,13 +22,10 @@ from minitron.compiler.scores import (
     over_owned_tokens,
     over_tokens,
 )
-from minitron.specs.atomic import atomic_path
-from minitron.specs.progress import Progress
-
-BATCH_TOKENS = 4096  # tokens that go through the graph at a time
-
-
-BLOCK_BYTES = 1 << 30  # residual stream that is held between two layers
+from minitron.compiler.roles.experts import Mixture
+from minitron.compiler.roles.names import NUM_EXPERTS, SCAN_HEAD_DIM, SCAN_HEADS
+from minitron.compiler.roles.residual_stream import LayerEnds
+from minitron.compiler.roles.roles import Roles, Width
 
 
 @dataclass(frozen=True)
@@ -58,7 +43,7 @@ class CalibrationConfig:
     depth: DepthConfig
 
 
-class _Taps:
+class Taps:
     """All accumulators, and the nodes that feed them."""
 
     def __init__(
@@ -251,128 +236,3 @@ def norm_outputs(captured: Captured, roles: Roles) -> list[Node]:
         if node not in result and node.meta["val"].dim() == 3:
             result.append(node)
     return result
-
-
-def calibrate(
-    captured: Captured,
-    table: AxisTable,
-    roles: Roles,
-    ends: Sequence[LayerEnds],
-    executor: Executor,
-    samples: torch.Tensor,
-    config: CalibrationConfig,
-    *,
-    need_layers: bool,
-    partial: Path,
-    key: str,
-    progress: Progress,
-) -> ScoreTable:
-    """Scores of all axes. `partial` keeps what was accumulated so far, for the calibration that `key` identifies."""
-    taps = _Taps(captured, table, roles, ends, config)
-    batches, block = batches_of(samples, roles.hidden.size)
-    done = _restore(taps, partial, key)
-    with progress.task("calibrate", len(batches) * executor.segments, "batches", done * executor.segments) as task:
-        while done < len(batches):
-            part = batches[done : done + block]
-            executor.run(part, taps=taps.taps(), advance=lambda _: task.advance(1))
-            done += len(part)
-            if done < len(batches):
-                _save(taps.state(), partial, key, done)
-    scores = taps.table()
-    if need_layers and config.depth.metric != "block_influence":
-        layers = removal_scores(captured, ends, executor, batches, block, config.depth.metric, progress)
-        scores = ScoreTable(scores.hidden, scores.heads, scores.widths, layers)
-    partial.unlink(missing_ok=True)
-    return scores
-
-
-def batches_of(samples: torch.Tensor, hidden: int) -> tuple[list[torch.Tensor], int]:
-    """Samples as batches, and how many batches make a block."""
-    size = batch_size(samples.shape[1])
-    return list(torch.split(samples, size)), block_size(size, samples.shape[1], hidden)
-
-
-def batch_size(length: int) -> int:
-    """Samples of `length` tokens that go through the graph at a time."""
-    return max(1, BATCH_TOKENS // length)
-
-
-def block_size(sequences: int, length: int, hidden: int) -> int:
-    """Batches that wait between two layers: the residual stream, its copy and the norm's output may live, in fp32."""
-    return max(1, BLOCK_BYTES // (3 * 4 * sequences * length * hidden))
-
-
-def compared_batches(tokens: int, vocabulary: int) -> int:
-    """Batches whose logits wait, in fp32, to be compared with those that each dropped layer leads to."""
-    return max(1, BLOCK_BYTES // (4 * tokens * vocabulary))
-
-
-def removal_scores(
-    captured: Captured,
-    ends: Sequence[LayerEnds],
-    executor: Executor,
-    batches: Sequence[torch.Tensor],
-    block: int,
-    metric: Literal["loss", "logit_mse"],
-    progress: Progress,
-) -> Scores:
-    """The harm of dropping each layer alone: the rise of the loss, or the mean squared error of the logits."""
-    nodes = {node.name: node for node in captured.graph.nodes}
-    block = min(block, compared_batches(batches[0].numel(), captured.config.vocab_size))
-    harm = np.zeros(len(ends), dtype=np.float64)
-    with progress.task("rank layers", len(batches) * (len(ends) + 1), "batches") as task:
-        for start in range(0, len(batches), block):
-            part = batches[start : start + block]
-            whole: dict[int, torch.Tensor] = {}
-            executor.run(part, output=lambda logits, n, whole=whole: whole.__setitem__(n, logits))  # type: ignore[misc]
-            task.advance(len(part))
-            for layer, end in enumerate(ends):
-                measure = _removal(metric, part, whole, harm, layer)
-                executor.run(part, output=measure, skip={nodes[end.leave]: nodes[end.entry]})
-                task.advance(len(part))
-    return (harm / sum(batch.shape[0] for batch in batches)).astype(np.float32)
-
-
-def _removal(
-    metric: str,
-    part: Sequence[torch.Tensor],
-    whole: dict[int, torch.Tensor],
-    harm: np.ndarray[tuple[int], np.dtype[np.float64]],
-    layer: int,
-) -> Callable[[torch.Tensor, int], None]:
-    def loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
-        flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
-        return float(torch.nn.functional.cross_entropy(flat, ids[:, 1:].reshape(-1).to(flat.device)))
-
-    def measure(logits: torch.Tensor, number: int) -> None:
-        if metric == "loss":
-            value = loss(logits, part[number]) - loss(whole[number], part[number])
-        else:
-            value = float((logits.float() - whole[number].float()).square().mean())
-        harm[layer] += value * part[number].shape[0]
-
-    return measure
-
-
-def _save(state: dict[str, torch.Tensor], path: Path, key: str, done: int) -> None:
-    from safetensors.torch import save_file
-
-    with atomic_path(path) as temporary:
-        save_file(state, temporary, metadata={"key": key, "done": json.dumps(done)})
-
-
-def _restore(taps: _Taps, path: Path, key: str) -> int:
-    """The number of batches that an earlier process has accumulated."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        return 0
-    try:
-        with safe_open(path, framework="pt") as handle:
-            metadata = handle.metadata() or {}
-            if metadata.get("key") != key:
-                return 0
-            taps.restore({name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118
-            return int(json.loads(metadata["done"]))
-    except SafetensorError:  # a damaged file: what it held is computed again
-        return 0

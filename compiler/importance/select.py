@@ -21,9 +21,9 @@ import numpy.typing as npt
 
 from minitron.compiler.axes.narrowing import Dependent, Indices, Narrowing
 from minitron.compiler.axes.table import AxisTable
+from minitron.compiler.importance.scores import ScoreTable
 from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN, LAYERS, NUM_EXPERTS, SCAN_HEAD_DIM, SCAN_HEADS
 from minitron.compiler.roles.roles import Heads, Roles
-from minitron.compiler.scores import ScoreTable
 from minitron.compiler.student.targets import Targets
 
 
