@@ -33,8 +33,8 @@ from minitron.cli.libraries import quiet_libraries
 from minitron.compiler import Plan, compile_spec, read_outlook
 from minitron.compiler import compile as compile_module
 from minitron.compiler.compile import write_training_plan
-from minitron.compiler.footprint import Living
-from minitron.compiler.outlook import ASSUMED_MFU
+from minitron.compiler.estimate.activations import Living
+from minitron.compiler.estimate.hardware import ASSUMED_MFU
 from minitron.specs import load_spec
 from minitron.specs.progress import Silent
 

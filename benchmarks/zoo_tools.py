@@ -66,7 +66,7 @@ def prune_with_minitron(folder: Path, request: dict[str, Any], attention: str) -
     from minitron.compiler import compile as driver
     from minitron.compiler import compile_spec
     from minitron.compiler.capture.models import build_meta
-    from minitron.compiler.emit import student_weights
+    from minitron.compiler.emit.student import student_weights
     from minitron.compiler.graph.executor import Executor, Settings
     from minitron.compiler.importance.scores import ScoreTable
     from minitron.compiler.importance.select import select

@@ -1,8 +1,8 @@
 """The compiler: spec and teacher -> build folder."""
 
 from minitron.compiler.compile import compile_spec
-from minitron.compiler.outlook import read_outlook
-from minitron.compiler.plan import Plan, make_plan
+from minitron.compiler.estimate.hardware import read_outlook
+from minitron.compiler.plan.plan import Plan, make_plan
 from minitron.compiler.teacher.lock import apply_lock, make_lock
 from minitron.compiler.teacher.open_teacher import why_not_finished, why_stale
 

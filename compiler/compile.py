@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from minitron.compiler import verify
 from minitron.compiler.axes.narrowing import Narrowing
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.capture.models import build_meta, stored_tensors
-from minitron.compiler.card import model_card
-from minitron.compiler.emit import student_weights, write_student
+from minitron.compiler.emit.model_card import model_card
+from minitron.compiler.emit.program import build_program, holds_custom, save_program
+from minitron.compiler.emit.student import student_weights, write_student
+from minitron.compiler.emit.training_plan import render, training_plan
 from minitron.compiler.graph.executor import Executor, Settings
 from minitron.compiler.graph.names import Fetch
 from minitron.compiler.importance.calibrate import calibrate
@@ -25,9 +26,7 @@ from minitron.compiler.importance.samples import SampleConfig, calibration_sampl
 from minitron.compiler.importance.scores import ScoreTable, WidthConfig
 from minitron.compiler.importance.select import Selection, narrowing_of, select
 from minitron.compiler.importance.taps import CalibrationConfig, DepthConfig
-from minitron.compiler.masking import masked_reference
-from minitron.compiler.plan import Plan, make_plan, settled, with_weights
-from minitron.compiler.program import build_program, holds_custom, save_program
+from minitron.compiler.plan.plan import Plan, make_plan, settled, with_weights
 from minitron.compiler.rewrite import run_passes
 from minitron.compiler.rewrite.drop_layers import drop_layers
 from minitron.compiler.rewrite.narrow_parameters import narrow_parameters
@@ -37,7 +36,8 @@ from minitron.compiler.roles.names import LAYERS
 from minitron.compiler.student.config_keys import config_key
 from minitron.compiler.teacher.provenance import at_commit, observe, with_result
 from minitron.compiler.teacher.tokenizer import load_tokenizer
-from minitron.compiler.training_plan import render, training_plan
+from minitron.compiler.verify import checks as verify
+from minitron.compiler.verify.masked_reference import masked_reference
 from minitron.compiler.weights.buffers import load_buffers
 from minitron.compiler.weights.recipes import Recipe, recipes
 from minitron.compiler.weights.source import WeightSource, open_weights
@@ -384,7 +384,7 @@ def _fingerprint(plan: Plan, selection: Selection) -> str:
 
 def _guard_training(build: Path, fingerprint: str) -> None:
     """A build that holds the training of another student is not overwritten."""
-    from minitron.compiler.plan import read_plan
+    from minitron.compiler.plan.plan import read_plan
 
     old = read_plan(build)
     trained = any((build / "train").glob("*")) or (build / "model").exists()

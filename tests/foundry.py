@@ -18,14 +18,15 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from minitron.compiler import Plan, compile_spec, make_plan, verify
+from minitron.compiler import Plan, compile_spec, make_plan
 from minitron.compiler import compile as compile_module
-from minitron.compiler import plan as plan_module
-from minitron.compiler import program as program_module
 from minitron.compiler.capture.models import build_meta, quiet
+from minitron.compiler.emit import program as program_module
 from minitron.compiler.graph.executor import Executor, Settings
 from minitron.compiler.graph.names import Fetch
 from minitron.compiler.importance.select import Selection
+from minitron.compiler.plan import plan as plan_module
+from minitron.compiler.verify import checks as verify
 from minitron.compiler.weights.buffers import load_buffers
 from minitron.compiler.weights.source import open_weights
 from minitron.specs import LoadedSpec, load_spec

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from minitron.compiler.outlook import ASSUMED_MFU
+from minitron.compiler.estimate.hardware import ASSUMED_MFU
 from tests.benchmarks.load import load_benchmark
 
 SHAPE = {

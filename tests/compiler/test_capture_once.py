@@ -11,13 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from minitron.compiler import plan as plan_module
 from minitron.compiler.axes.analysis import analyse
 from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.capture import capture as capture_module
 from minitron.compiler.capture.capture import Captured, capture
 from minitron.compiler.capture.layer_kinds import Accounts, accounts
-from minitron.compiler.plan import make_plan
+from minitron.compiler.plan import plan as plan_module
+from minitron.compiler.plan.plan import make_plan
 from minitron.compiler.roles.roles import Roles, find_roles
 from tests.compiler.families import config
 from tests.foundry import Foundry

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from minitron.compiler.capture.models import build_meta, canonical_names, quiet
-from minitron.compiler.plan import make_plan
+from minitron.compiler.plan.plan import make_plan
 from minitron.compiler.teacher.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
 from minitron.compiler.teacher.tokenizer import last_token
 from minitron.compiler.weights.source import StreamedWeights, check_headers, open_weights

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from minitron.compiler.devices import DEVICES, read_device
-from minitron.compiler.outlook import ASSUMED_MFU, read_outlook
+from minitron.compiler.estimate.devices import DEVICES, read_device
+from minitron.compiler.estimate.hardware import ASSUMED_MFU, read_outlook
 from minitron.specs.errors import UsageError
 
 

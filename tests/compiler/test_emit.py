@@ -19,11 +19,12 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from minitron.compiler import Plan, compile, emit
-from minitron.compiler.card import model_card
-from minitron.compiler.emit import Make, student_weights, write_student
+from minitron.compiler import Plan, compile
+from minitron.compiler.emit import student as emit
+from minitron.compiler.emit.model_card import model_card
+from minitron.compiler.emit.program import build_program, save_program
+from minitron.compiler.emit.student import Make, student_weights, write_student
 from minitron.compiler.importance.select import leading
-from minitron.compiler.program import build_program, save_program
 from minitron.compiler.teacher.tokenizer import tokenizer_files
 from minitron.compiler.weights.buffers import load_buffers
 from minitron.compiler.weights.source import WeightSource, open_weights

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from minitron.compiler import memory
-from minitron.compiler.devices import Cluster, Device
-from minitron.compiler.fits import fits_json
-from minitron.compiler.footprint import Footprint, Living, Work, footprint
+from minitron.compiler.estimate import memory
+from minitron.compiler.estimate.activations import Footprint, Living, Work, footprint
+from minitron.compiler.estimate.devices import Cluster, Device
+from minitron.compiler.estimate.estimate import Reckoning
+from minitron.compiler.estimate.fit import fits_json
+from minitron.compiler.estimate.hardware import Outlook
+from minitron.compiler.estimate.memory import Layout, LossWork, Shape, logits_bytes, training_memory
 from minitron.compiler.importance import calibrate
 from minitron.compiler.importance.scores import WidthConfig
-from minitron.compiler.memory import Layout, LossWork, Shape, logits_bytes, training_memory
-from minitron.compiler.outlook import Outlook
-from minitron.compiler.phases import Reckoning
-from minitron.compiler.plan import Plan
+from minitron.compiler.plan.plan import Plan
 from minitron.runtime.loss import distillation, products
 from minitron.specs.progress import Silent
 from tests.foundry import Foundry, executor, token_ids

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from minitron.compiler.costs import ModelCosts
-from minitron.compiler.devices import REFERENCE, Cluster
-from minitron.compiler.outlook import Outlook, read_outlook
-from minitron.compiler.plan import Plan
-from minitron.compiler.training_plan import training_plan
+from minitron.compiler.emit.training_plan import training_plan
+from minitron.compiler.estimate.devices import REFERENCE, Cluster
+from minitron.compiler.estimate.hardware import Outlook, read_outlook
+from minitron.compiler.estimate.model_costs import ModelCosts
+from minitron.compiler.plan.plan import Plan
 from tests.foundry import Foundry
 
 FFN = {"intermediate_size": 24}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minitron.compiler.program import holds_custom, run_program
+from minitron.compiler.emit.program import holds_custom, run_program
 from minitron.specs.errors import WorkError
 from tests.foundry import Build, Foundry, load_model, logits, token_ids
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minitron.compiler import plan
 from minitron.compiler.capture.capture import capture
 from minitron.compiler.capture.models import build_meta, canonical_names, find_layers
-from minitron.compiler.plan import read_plan
+from minitron.compiler.plan import plan
+from minitron.compiler.plan.plan import read_plan
 from minitron.compiler.roles.lm_head import find_head
 from minitron.compiler.student.config import prove
 from minitron.compiler.teacher.checkpoint import open_checkpoint
-from minitron.compiler.verify import load_student
+from minitron.compiler.verify.checks import load_student
 from minitron.compiler.weights.source import LoadedWeights, open_weights
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError
 from tests.foundry import Foundry

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from minitron.compiler.costs import ModelCosts
+from minitron.compiler.emit.training_plan import SUITES, render, training_plan
+from minitron.compiler.estimate.model_costs import ModelCosts
+from minitron.compiler.estimate.training_defaults import micro_batch
 from minitron.compiler.roles.lm_head import Head
 from minitron.compiler.teacher.checkpoint import Checkpoint
-from minitron.compiler.training_plan import SUITES, micro_batch, render, training_plan
 from minitron.runtime.plan import EvaluationPlan, TrainingPlan, read_plan
 from minitron.specs import load_spec
 from minitron.specs.blocks.evaluate import Evaluate

@@ -18,9 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minitron.compiler import Plan, compile, verify
+from minitron.compiler import Plan, compile
 from minitron.compiler.axes.narrowing import Narrowing
 from minitron.compiler.student import config as student_config
+from minitron.compiler.verify import checks as verify
 from minitron.compiler.weights.recipes import Recipe
 from minitron.specs.errors import WorkError
 from tests.foundry import Folder, Foundry

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from minitron.compiler import make_plan
-from minitron.compiler import plan as plan_module
-from minitron.compiler.costs import ModelCosts
-from minitron.compiler.memory import Memory
-from minitron.compiler.plan import Plan
+from minitron.compiler.estimate.memory import Memory
+from minitron.compiler.estimate.model_costs import ModelCosts
+from minitron.compiler.plan import plan as plan_module
+from minitron.compiler.plan.plan import Plan
 from minitron.compiler.student.status import AxisStatus
 from minitron.specs import load_spec, recipe_names, recipe_text
 from tests.output import conforms

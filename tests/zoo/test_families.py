@@ -1,6 +1,6 @@
 """Every family through the whole compiler: each axis alone, all together, in both number formats, and what is refused.
 
-A compile verifies itself (`minitron.compiler.verify`); looked at here besides is what a user would look at: the
+A compile verifies itself (`minitron.compiler.verify.checks`); looked at here besides is what a user would look at: the
 configuration, the tensors, and what the folder does in a process that has never heard of this package.
 """
 

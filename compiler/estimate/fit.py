@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from minitron.compiler.devices import MOST_DEVICES, Cluster
-from minitron.compiler.memory import Layout
-from minitron.compiler.outlook import Outlook
-from minitron.compiler.phases import Reckoning
+from minitron.compiler.estimate.devices import MOST_DEVICES, Cluster
+from minitron.compiler.estimate.estimate import Reckoning
+from minitron.compiler.estimate.hardware import Outlook
+from minitron.compiler.estimate.memory import Layout
 
 GIB = 2**30
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from minitron.compiler.costs import ModelCosts
+from minitron.compiler.estimate.model_costs import ModelCosts
+from minitron.compiler.estimate.training_defaults import CHECKPOINTS, micro_batch, place_teacher
 from minitron.compiler.roles.lm_head import Head
 from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.specs.data import DataSource
@@ -17,13 +18,13 @@ from minitron.specs.load import LoadedSpec
 from minitron.specs.spec import Spec
 
 FORMAT_VERSION = 1
-MICRO_BATCH_TOKENS = 8192  # tokens of one forward pass where the spec leaves the micro batch open
-REPLICATED_TEACHER_BYTES = 32 * 2**30  # a teacher up to this size stands whole on each device: 12B in bf16, of 80 GB
-CHECKPOINTS = 20  # over the whole training, where the spec leaves it open
+
+
 # Of the nine benchmarks of the published table (arXiv 2407.14679, section 4), those that lm-eval has: XL-Sum it has not.
 SUITES = {
     "minitron-9": ["arc_challenge", "gsm8k", "hellaswag", "humaneval", "mbpp", "mmlu", "truthfulqa_mc2", "winogrande"]
 }
+
 
 HEADER = """\
 # The training plan that minitron generated from {spec}.
@@ -126,17 +127,6 @@ def _correction(spec: Spec) -> dict[str, Any] | None:
         "output": "teacher",
         "work": "train/teacher",
     }
-
-
-def place_teacher(weight_bytes: int) -> str:
-    """Whole on each device while that leaves room for the student."""
-    return "replicated" if weight_bytes <= REPLICATED_TEACHER_BYTES else "sharded"
-
-
-def micro_batch(global_batch: int, length: int) -> int:
-    """The largest divisor of the global batch whose tokens stay within MICRO_BATCH_TOKENS, at least 1."""
-    most = max(1, MICRO_BATCH_TOKENS // length)
-    return max(n for n in range(1, min(most, global_batch) + 1) if global_batch % n == 0)
 
 
 def render(document: dict[str, Any], spec: Path, build: Path) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from minitron.compiler.capture.models import build_meta, quiet
-from minitron.compiler.footprint import no_packing
+from minitron.compiler.estimate.activations import no_packing
 
 REMEMBERED = 256  # models: those of one plan are asked for several times
 

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from minitron.compiler.axes.narrowing import Dependent, Indices, Narrowing
 from minitron.compiler.capture.models import quiet, stored_tensors
-from minitron.compiler.program import run_program
+from minitron.compiler.emit.program import run_program
 from minitron.compiler.roles.lm_head import Head
 from minitron.specs.errors import WorkError
 

@@ -13,7 +13,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from minitron.compiler.devices import REFERENCE, Cluster, read_device
+from minitron.compiler.estimate.devices import REFERENCE, Cluster, read_device
 from minitron.specs.errors import UsageError
 
 ASSUMED_MFU = 0.17

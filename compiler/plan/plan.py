@@ -11,33 +11,30 @@ from typing import Any
 
 import torch
 
-from minitron.compiler import costs
 from minitron.compiler.axes.analysis import analyse
 from minitron.compiler.axes.table import AxisTable
-from minitron.compiler.cache import cache_layers
 from minitron.compiler.capture.capture import FIXED_LENGTH, Captured, capture
-from minitron.compiler.capture.layer_config import lists_over_layers
-from minitron.compiler.fits import fits_json
+from minitron.compiler.estimate import model_costs as costs
+from minitron.compiler.estimate.estimate import Reckoning
+from minitron.compiler.estimate.fit import fits_json
+from minitron.compiler.estimate.hardware import Outlook
+from minitron.compiler.estimate.kv_cache import cache_layers
+from minitron.compiler.estimate.training_defaults import place_teacher
 from minitron.compiler.graph.names import dtype_of
-from minitron.compiler.importance.select import Selection, leading, narrowing_of, selection_json, wanted_heads
-from minitron.compiler.outlook import Outlook
-from minitron.compiler.phases import Reckoning
-from minitron.compiler.plan_checks import check_documents, check_lengths, check_pairs, check_tokenizer
-from minitron.compiler.rewrite.scale_repair import check_scalars
+from minitron.compiler.importance.select import Selection, leading, selection_json, wanted_heads
+from minitron.compiler.plan.checks import check_documents, check_lengths, check_pairs, check_tokenizer
+from minitron.compiler.plan.prove import prove, proved
 from minitron.compiler.roles.lm_head import Head, find_head
 from minitron.compiler.roles.names import LAYERS
 from minitron.compiler.roles.residual_stream import LayerEnds, adds_to_its_entry, layer_ends
 from minitron.compiler.roles.roles import Roles, find_roles
 from minitron.compiler.roles.widths import teacher_widths
-from minitron.compiler.student.config import Key, fit, student_config
-from minitron.compiler.student.constraints import check_rows
 from minitron.compiler.student.status import AxisStatus
-from minitron.compiler.student.targets import Targets, following, resolve_targets
+from minitron.compiler.student.targets import Targets, resolve_targets
 from minitron.compiler.teacher.checkpoint import BrokenWeights, Checkpoint, fetch_weights
 from minitron.compiler.teacher.open_teacher import open_teacher
 from minitron.compiler.teacher.tokenizer import tokenizer_files
-from minitron.compiler.training_plan import place_teacher
-from minitron.compiler.weights.recipes import recipes, renumber
+from minitron.compiler.weights.recipes import renumber
 from minitron.compiler.weights.source import check_headers
 from minitron.specs.available import unavailable
 from minitron.specs.data_files import check_data
@@ -196,7 +193,7 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
     targets = _told_of_layers(captured, ends, targets)
     try:
         layers = leading(targets, roles).layers
-        targets, config, model = _proved(loaded, captured, table, roles, targets, layers)
+        targets, config, model = proved(loaded, captured, table, roles, targets, layers)
     except UsageError as error:
         raise SpecInvalid([loaded.error("student", str(error))]) from None
     teacher_cost, student_cost = _both_costs(captured, table, roles, targets, layers, head, config, model)
@@ -251,84 +248,13 @@ def settled(plan: Plan, selection: Selection) -> Plan:
     if layers == leading(plan.targets, plan.roles).layers:
         return plan
     try:
-        config, model = _prove(plan.captured, plan.table, plan.roles, plan.targets, layers)
+        config, model = prove(plan.captured, plan.table, plan.roles, plan.targets, layers)
     except UsageError as error:
         raise SpecInvalid([plan.loaded.error("student", str(error))]) from None
     teacher_costs, student_costs = _both_costs(
         plan.captured, plan.table, plan.roles, plan.targets, layers, plan.head, config, model
     )
     return replace(plan, config=config, model=model, teacher_costs=teacher_costs, student_costs=student_costs)
-
-
-def _proved(
-    loaded: LoadedSpec, captured: Captured, table: AxisTable, roles: Roles, targets: Targets, layers: Sequence[int]
-) -> tuple[Targets, Any, torch.nn.Module]:
-    """The targets as asked for, or with what has to follow them, and the student that these describe."""
-    try:
-        return targets, *_prove(captured, table, roles, targets, layers)
-    except UsageError as error:
-        widths, first = teacher_widths(captured, roles, table), error
-    for followed in following(targets, widths):
-        try:
-            config, model = _prove(captured, table, roles, followed, layers)
-        except UsageError:
-            continue
-        if wrong := check_rows(followed.widths, widths, captured, roles, loaded.error):
-            raise SpecInvalid(wrong)
-        return followed, config, model
-    raise first
-
-
-def _prove(
-    captured: Captured, table: AxisTable, roles: Roles, targets: Targets, layers: Sequence[int]
-) -> tuple[Any, torch.nn.Module]:
-    selection = leading(targets, roles, layers)
-    narrowing = narrowing_of(selection, roles, table)
-    made = recipes(captured, table.parameters, narrowing, selection.layers)
-    shapes = {
-        name: tuple(narrowing.count(dim) for dim in table.parameters[recipe.source]) for name, recipe in made.items()
-    }
-    widths = teacher_widths(captured, roles, table)
-    also, config, model = fit(captured, targets.widths, widths, selection.layers, shapes)
-    if targets.widths or len(selection.layers) != captured.layer_count:
-        _compare_constants(captured, targets, widths, selection.layers, also)
-    return config, model
-
-
-def _compare_constants(
-    captured: Captured,
-    targets: Targets,
-    widths: Mapping[str, int],
-    kept: Sequence[int],
-    also: Mapping[Key, int],
-) -> None:
-    """Compares the numbers in the graphs of teacher and student, on a few layers of each kind: all of them take long."""
-    few = representatives(captured, kept)
-    length = captured.length or FIXED_LENGTH
-    narrowed = capture(student_config(captured, targets.widths, widths, few, also), captured.dtype, length)
-    if len(few) == captured.layer_count:
-        check_scalars(captured, narrowed, {layer: layer for layer in few})
-        return
-    whole = capture(student_config(captured, {}, widths, few), captured.dtype, length)
-    check_scalars(whole, narrowed, {layer: layer for layer in range(len(few))})
-
-
-def representatives(captured: Captured, kept: Sequence[int]) -> list[int]:
-    """Of the kept layers, the first two of each kind: by the configuration's lists over layers, and by their parameters."""
-    lists = list(lists_over_layers(captured.config, captured.layer_count).values())
-    parameters: dict[int | None, list[str]] = {}
-    for name, value in captured.model.named_parameters():
-        layer = captured.layer_in_path(name)
-        own = name.removeprefix(f"{captured.layer_path}.{layer}.")
-        parameters.setdefault(layer, []).append(f"{own} {tuple(value.shape)}")
-    seen: dict[str, int] = {}
-    chosen = []
-    for layer in kept:
-        kind = repr([value[layer] for value in lists]) + repr(parameters[layer])
-        seen[kind] = seen.get(kind, 0) + 1
-        if seen[kind] <= 2:
-            chosen.append(layer)
-    return chosen
 
 
 def _both_costs(

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minitron.compiler.footprint import Footprint
+from minitron.compiler.estimate.activations import Footprint
 
 FP32 = 4
 MOMENTS = 2  # of AdamW

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from minitron.compiler.axes.table import AxisTable
-from minitron.compiler.cache import CacheLayer
 from minitron.compiler.capture.capture import Captured
+from minitron.compiler.estimate.kv_cache import CacheLayer
 from minitron.compiler.roles.experts import is_stack
 from minitron.compiler.roles.roles import Roles
 

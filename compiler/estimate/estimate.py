@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minitron.compiler import costs
-from minitron.compiler.devices import DEVICES, Cluster
-from minitron.compiler.footprint import Footprint, Work, footprint
-from minitron.compiler.importance.batches import batch_size, block_size, compared_batches
-from minitron.compiler.memory import (
+from minitron.compiler.estimate import model_costs as costs
+from minitron.compiler.estimate.activations import Footprint, Work, footprint
+from minitron.compiler.estimate.devices import DEVICES, Cluster
+from minitron.compiler.estimate.hardware import Outlook
+from minitron.compiler.estimate.memory import (
     EXACT_PARTS,
     FP32,
     GATHERED_LAYERS,
@@ -30,12 +30,12 @@ from minitron.compiler.memory import (
     shape_of,
     training_memory,
 )
-from minitron.compiler.outlook import Outlook
-from minitron.compiler.training_plan import micro_batch
+from minitron.compiler.estimate.training_defaults import micro_batch
+from minitron.compiler.importance.batches import batch_size, block_size, compared_batches
 from minitron.specs.blocks.distill import Distill
 
 if TYPE_CHECKING:
-    from minitron.compiler.plan import Plan
+    from minitron.compiler.plan.plan import Plan
 
 CHUNK_ELEMENTS = 1 << 23  # logits that `minitron capture` holds at a time
 CONTEXT = 4096  # tokens before the one that is decoded, where no phase of the spec says how long sequences are

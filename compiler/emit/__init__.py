@@ -1,0 +1,1 @@
+"""Writes the student: checkpoint, model card, program, training plan."""
