@@ -34,13 +34,13 @@ from minitron.runtime.data import Corpus, Windows
 from minitron.runtime.loss import DistillationLoss
 from minitron.runtime.models import LanguageModel
 from minitron.runtime.optimizer import make_optimizer
-from minitron.runtime.plan import HeadPlan, TrainingPlan
 from minitron.runtime.saving import Saver
 from minitron.runtime.setup import Run, recompute
 from minitron.runtime.sharding import compile_layers, shard_student, shard_teacher
 from minitron.runtime.step import train_step
 from minitron.runtime.utilisation import peak_flops, utilisation
 from minitron.runtime.world import World, join_world
+from minitron.specs.training_plan import HeadPlan, TrainingPlan
 
 HEAD = HeadPlan(backbone="model", module="lm_head", weight="lm_head.weight", bias=None, scale=1.0, softcap=None)
 

@@ -20,7 +20,18 @@ from minitron.cli.render import document, say, show_sections, stderr_console, wr
 from minitron.cli.sections import Column, Document, Section
 from minitron.cli.spec_commands import Rendering, preview
 from minitron.specs import LoadedSpec
-from minitron.specs.builds import MODEL, PLAN, STUDENT, VERIFICATION, build_of, read_document, result_of
+from minitron.specs.builds import (
+    LOGITS,
+    MODEL,
+    PLAN,
+    RESULTS,
+    STUDENT,
+    TRAINING,
+    VERIFICATION,
+    build_of,
+    read_document,
+    result_of,
+)
 from minitron.specs.chain import chain
 from minitron.specs.errors import UsageError
 
@@ -87,10 +98,8 @@ def train(
 ) -> None:
     """Execute the training plan of a build; what an interrupted run has done is not done again."""
     builds.require_build(build)
-    if not (build / builds.TRAINING).is_file():
-        raise UsageError(
-            f"{build}: has no {builds.TRAINING}, its spec has no `distill` block; add one and compile again"
-        )
+    if not (build / TRAINING).is_file():
+        raise UsageError(f"{build}: has no {TRAINING}, its spec has no `distill` block; add one and compile again")
     quiet_libraries()
     _train(build, pick_device(device), threads)
     progress = builds.training_progress(build)
@@ -210,10 +219,10 @@ def _compile(loaded: LoadedSpec, build: Path, device: str, threads: int | None, 
 
 
 def _capture(build: Path, device: str, threads: int | None) -> Document:
-    from minitron.runtime import capture as store
+    from minitron.runtime import record
 
     use_threads(threads)
-    return store(build, device=device, progress=progress_for(stderr_console()))
+    return record(build, device=device, progress=progress_for(stderr_console()))
 
 
 def _train(build: Path, device: str, threads: int | None) -> None:
@@ -235,10 +244,10 @@ def _places(build: Path) -> Section:
     rows = [("build", str(build))]
     for label, name in (
         ("pruned student", STUDENT),
-        ("training plan", builds.TRAINING),
-        ("teacher logits", builds.LOGITS),
+        ("training plan", TRAINING),
+        ("teacher logits", LOGITS),
         ("distilled student", MODEL),
-        ("results", builds.RESULTS),
+        ("results", RESULTS),
     ):
         if (build / name).exists():
             rows.append((label, str(build / name)))

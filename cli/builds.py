@@ -10,15 +10,18 @@ import yaml
 
 from minitron.cli.sections import Document
 from minitron.specs import LoadedSpec
-from minitron.specs.builds import FINISHED, MODEL, PLAN, VERIFICATION, build_of, read_document
+from minitron.specs.builds import (
+    MODEL,
+    PLAN,
+    RESULTS,
+    TRAINING,
+    VERIFICATION,
+    build_of,
+    finished_note,
+    metrics_file,
+    read_document,
+)
 from minitron.specs.errors import UsageError
-
-RESULTS = "results.json"
-TRAINING = "training.yaml"
-METRICS = Path("train") / "metrics.jsonl"
-# Of the teacher's own training before it teaches, where the spec asks for one.
-CORRECTION_METRICS = Path("train") / "teacher" / "metrics.jsonl"
-LOGITS = "teacher_logits"
 
 
 def require_build(build: Path) -> Path:
@@ -45,7 +48,7 @@ def build_folder(output: Path | None, loaded: LoadedSpec) -> Path:
 
 def is_trained(build: Path) -> bool:
     """Whether training of `build` is finished and its model there."""
-    return (build / FINISHED).is_file() and (build / MODEL).is_dir()
+    return finished_note(build).is_file() and (build / MODEL).is_dir()
 
 
 def training_progress(build: Path) -> Document | None:
@@ -56,7 +59,7 @@ def training_progress(build: Path) -> Document | None:
     first: Document | None = None
     last: Document = {}
     steps = 0
-    for record in records(build / METRICS):
+    for record in records(metrics_file(build)):
         first = record if first is None else first
         last = record
         steps += 1

@@ -13,7 +13,7 @@ from minitron.cli.drafts import load_whole
 from minitron.cli.lock_command import follow_lock
 from minitron.cli.render import show_sections
 from minitron.cli.sections import part
-from minitron.specs.builds import PLAN, build_of, read_document
+from minitron.specs.builds import PLAN, RESULTS, build_of, read_document
 from minitron.specs.errors import UsageError
 
 Compared = Annotated[Path, typer.Argument(help="A spec file or a build folder.", show_default=False)]
@@ -35,7 +35,7 @@ def _side(path: Path) -> Side:
             raise UsageError(f"{path}: has no {PLAN}; give a build that `minitron compile` has written, or a spec")
         # plan.json of an older build may not hold the spec.
         spec = part(plan, "spec").get("resolved")
-        return Side(str(path), plan, spec, read_document(path / builds.RESULTS))
+        return Side(str(path), plan, spec, read_document(path / RESULTS))
     from minitron.cli.libraries import quiet_libraries
 
     loaded = load_whole(path, ())

@@ -9,6 +9,7 @@ from minitron.cli.failures import failure_of
 from minitron.specs import LoadedSpec, load_spec
 from minitron.specs.builds import build_of
 from minitron.specs.errors import MinitronError, SpecError, SpecInvalid
+from minitron.specs.load import InvalidDraft
 
 
 def load_whole(path: Path, overrides: Sequence[str]) -> LoadedSpec:
@@ -16,9 +17,7 @@ def load_whole(path: Path, overrides: Sequence[str]) -> LoadedSpec:
     against it; `validate` is the command that says the first alone, and at once."""
     try:
         return load_spec(path, overrides)
-    except SpecInvalid as error:
-        if error.draft is None:
-            raise
+    except InvalidDraft as error:
         raise SpecInvalid([*error.errors, *_against_the_teacher(error.draft)]) from None
 
 

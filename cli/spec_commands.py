@@ -18,7 +18,7 @@ from minitron.cli.plan_sections import plan_sections
 from minitron.cli.render import document, say, show_sections, write
 from minitron.cli.sections import Document
 from minitron.specs import load_spec, unavailable
-from minitron.specs.errors import SpecError, SpecInvalid, UsageError
+from minitron.specs.errors import SpecError, SpecInvalid, UsageError, located
 from minitron.specs.lockfile import LOCK_SUFFIX
 
 # What `plan --detailed-exitcode` ends with when there is something to compile.
@@ -49,7 +49,7 @@ def validate(
             continue
         valid.append({"file": str(path), "name": loaded.spec.name, "sha256": loaded.sha256})
         # Published recipes hold what this version cannot do yet: right as specs, refused by `plan`.
-        early = [loaded.error(dotted, message) for dotted, message in unavailable(loaded.spec)]
+        early = located(unavailable(loaded.spec), loaded)
         warnings += early
         if not as_json:
             write(f"{path}: valid")

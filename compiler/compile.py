@@ -43,7 +43,7 @@ from minitron.compiler.weights.recipes import Recipe, recipes
 from minitron.compiler.weights.source import WeightSource, open_weights
 from minitron.specs.atomic import atomic_path, remove_leftovers, write_text
 from minitron.specs.data_files import content_hash, resolve
-from minitron.specs.errors import SpecInvalid, UsageError, WorkError
+from minitron.specs.errors import SpecInvalid, UsageError, WorkError, placing
 from minitron.specs.load import LoadedSpec
 from minitron.specs.locks import only_one
 from minitron.specs.progress import Progress
@@ -139,7 +139,8 @@ def score(
     except UsageError as error:
         at = "teacher.model" if plan.loaded.spec.teacher.spec is None else "teacher.spec"
         raise SpecInvalid([plan.loaded.error(at, str(error))]) from None
-    data = resolve(importance.data, plan.loaded.folder, at="importance.data", error=plan.loaded.error)
+    with placing(plan.loaded):
+        data = resolve(importance.data, plan.loaded.folder, at="importance.data")
     length = plan.captured.length or importance.data.sequence_length
     wanted = SampleConfig(importance.data.samples * (importance.data.sequence_length // length), length)
     samples = calibration_samples(data, tokenizer, plan.captured.config.vocab_size, wanted)
@@ -207,8 +208,8 @@ def emit(plan: Plan, student: Student, source: WeightSource, build: Path, progre
 def write_training_plan(plan: Plan, build: Path, fingerprint: str) -> None:
     """training.yaml"""
     document = training_plan(
-        plan.loaded, build, plan.checkpoint, plan.head, plan.head, plan.captured.layer_path, fingerprint,
-        plan.teacher_costs, plan.student_costs,
+        plan.loaded, build, plan.checkpoint, plan.head, plan.captured.layer_path, fingerprint,
+        {"teacher": plan.teacher_costs, "student": plan.student_costs},
     )  # fmt: skip
     write_text(build / "training.yaml", render(document, plan.loaded.path, build))
 

@@ -50,7 +50,7 @@ class TrainerState:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class TrainingCheckpoint:
     """One folder, its state, and what the plan said when it was written."""
 
     folder: Path
@@ -128,7 +128,7 @@ class Checkpoints:
                 losses[folder] = loss
         return min(losses, key=losses.__getitem__, default=None)
 
-    def newest(self, progress: Progress, world: World) -> Checkpoint | None:
+    def newest(self, progress: Progress, world: World) -> TrainingCheckpoint | None:
         """The newest one whose files are whole; None where there is none at all. All ranks call it, and each reads its
         share of the files.
 
@@ -160,7 +160,7 @@ class Checkpoints:
         return good
 
 
-def _check(folder: Path, world: World) -> Checkpoint:
+def _check(folder: Path, world: World) -> TrainingCheckpoint:
     document = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if document["format_version"] != _FORMAT:
         raise ValueError(f"its format is {document['format_version']}, this version reads {_FORMAT}")
@@ -171,7 +171,7 @@ def _check(folder: Path, world: World) -> Checkpoint:
             if _measure(folder / name) != measured:
                 raise ValueError(f"{name} is not what was written")
     state = TrainerState(document["step"], document["samples"], document["tokens"])
-    return Checkpoint(folder, state, document["identity"], parts)
+    return TrainingCheckpoint(folder, state, document["identity"], parts)
 
 
 def _measure(path: Path) -> dict[str, int]:
@@ -187,7 +187,7 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def load(checkpoint: Checkpoint, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load(checkpoint: TrainingCheckpoint, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Puts the weights and the optimizer's moments where they were, whatever ranks they were spread over. WorkError
     where they are another model's."""
     try:

@@ -7,7 +7,7 @@ BUILD/teacher. That folder says what it was made from, so that it is made once a
 
 from __future__ import annotations
 
-import hashlib
+import gc
 import json
 import shutil
 from collections.abc import Mapping
@@ -15,21 +15,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from minitron.runtime.data import data_hash
 from minitron.runtime.disk import writing
-from minitron.runtime.models import model_folder, weight_files
-from minitron.runtime.plan import LoadedPlan, ModelPlan, TrainingPlan, resume_identity
+from minitron.runtime.identity import resume_identity, weights_digest
+from minitron.runtime.loop import learn, measure_held_out
+from minitron.runtime.metrics import read_metrics
+from minitron.runtime.models import DTYPES, model_folder
+from minitron.runtime.output import Weights, whole_weights, write_model
+from minitron.runtime.plan import LoadedPlan
+from minitron.runtime.setup import Run, Session, prepare, resume
 from minitron.specs.atomic import write_text
 from minitron.specs.blocks.distill import LogitLoss, Loss
+from minitron.specs.builds import CARD, CORRECTION, METRICS
+from minitron.specs.errors import placing
 from minitron.specs.progress import Progress
+from minitron.specs.training_plan import ModelPlan, TrainingPlan
 
-RECORD = "correction.json"
 _IDENTITY = "identity.json"
 _BEFORE = "before.json"
 
 _PLACES = {"student": "teacher", "tokens": "teacher_correction.tokens", "optimizer": "teacher_correction.optimizer"}
 """Where the values of the correction's own plan stand in training.yaml."""
-
-_PIECES, _PIECE_BYTES = 256, 4096
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class Correction:
 
 def read_record(folder: Path) -> dict[str, Any]:
     """What a corrected teacher was made from and what that changed; empty where `folder` holds none."""
-    return _read(folder / RECORD) or {}
+    return _read(folder / CORRECTION) or {}
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -133,6 +139,45 @@ def correction_of(loaded: LoadedPlan, data_hash: str) -> Correction | None:
     return Correction(replace(loaded, plan=own, places=_PLACES), source, json.loads(json.dumps(identity)))
 
 
+def corrected(loaded: LoadedPlan, session: Session) -> LoadedPlan:
+    """The plan with the corrected teacher as its teacher, which is trained first where it is not there yet; the plan
+    itself where it asks for no correction. Goes on, is interrupted and fails as `train` does."""
+    plan = loaded.training()
+    correction = correction_of(loaded, data_hash(session.data, session.encoder, plan.tokens))
+    if correction is None:
+        return loaded
+    if not correction.done():
+        with placing(correction.loaded):
+            _correct(correction, session)
+        # Hooks and modules hold each other: without this the memory of that training is still taken in the next.
+        gc.collect()
+    return with_corrected_teacher(loaded, correction)
+
+
+def _correct(correction: Correction, session: Session) -> None:
+    world, progress = session.world, session.progress
+    world.from_leader(lambda: correction.begin(progress))
+    run = prepare(session, correction.loaded, correction.identity)
+    state = resume(run, progress)
+    if state.step == 0 and run.held_out is not None:
+        before = measure_held_out(run).loss
+        world.from_leader(lambda: correction.remember(before))
+    with session.interrupt.deferring():
+        learn(run, state, session.interrupt, progress, "correct teacher")
+    weights = whole_weights(run.student, DTYPES[run.plan.student.dtype], world)
+    world.from_leader(lambda: _finish(correction, run, weights, progress))
+
+
+def _finish(correction: Correction, run: Run, weights: Weights, progress: Progress) -> None:
+    lines = [line for line in read_metrics(run.work / METRICS) if "held_out_loss" in line]
+    before, after = correction.before(), lines[-1]["held_out_loss"] if lines else None
+    plan = correction.plan
+    files = _files(correction, before, after)
+    write_model(run.student, weights, correction.source, correction.output, plan.name, [], files)
+    measured = "" if before is None or after is None else f": held-out loss {before:.4f} before, {after:.4f} after"
+    progress.message(f"corrected the teacher{measured}")
+
+
 def with_corrected_teacher(loaded: LoadedPlan, correction: Correction) -> LoadedPlan:
     """The plan, with the corrected teacher as its teacher."""
     plan = loaded.training()
@@ -140,27 +185,7 @@ def with_corrected_teacher(loaded: LoadedPlan, correction: Correction) -> Loaded
     return replace(loaded, plan=plan.model_copy(update={"teacher": teacher}))
 
 
-WEIGHTS = "teacher.weights"
-"""Key, in what a training remembers, of the weights that the teacher had (before it was corrected)."""
-
-
-def weights_digest(folder: Path) -> str:
-    """Tells the weights of two models apart without reading all of them: the headers, and pieces from all over the
-    files. What training changes, it changes everywhere."""
-    digest = hashlib.sha256()
-    for path in weight_files(folder):
-        size = path.stat().st_size
-        digest.update(str(size).encode())
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            digest.update(file.read(min(length, size)))
-            for piece in range(_PIECES):
-                file.seek(size * piece // _PIECES)
-                digest.update(file.read(_PIECE_BYTES))
-    return digest.hexdigest()
-
-
-def record(correction: Correction, before: float | None, after: float | None) -> Mapping[str, str]:
+def _files(correction: Correction, before: float | None, after: float | None) -> Mapping[str, str]:
     """The files that a corrected teacher has beside its weights."""
     plan = correction.plan
     told = f"Fine-tuned on {plan.steps * plan.step_tokens:,} tokens of the distillation data."
@@ -172,4 +197,4 @@ def record(correction: Correction, before: float | None, after: float | None) ->
         "identity": correction.identity,
         "held_out_loss": {"before": before, "after": after},
     }
-    return {"README.md": card, RECORD: json.dumps(document, indent=1) + "\n"}
+    return {CARD: card, CORRECTION: json.dumps(document, indent=1) + "\n"}

@@ -7,22 +7,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from minitron.runtime.correction import RECORD
 from minitron.runtime.data import Windows
 from minitron.runtime.disk import writing
 from minitron.runtime.generate import continue_greedily, tokens_per_second
 from minitron.runtime.held_out import HeldOut, held_out
 from minitron.runtime.interrupt import interrupts
 from minitron.runtime.models import DTYPES, LanguageModel, model_folder, open_model, readable, weight_bytes
-from minitron.runtime.plan import LoadedPlan, ModelPlan, TrainingPlan, read_plan
+from minitron.runtime.plan import LoadedPlan, read_training_plan
 from minitron.runtime.setup import held_out_windows
 from minitron.runtime.suite import check_suite, run_suite
 from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.world import World, join_world
 from minitron.specs.atomic import write_text
+from minitron.specs.builds import CONFIG, CORRECTION, DATA_CACHE, RESULTS
+from minitron.specs.errors import placing
 from minitron.specs.progress import Progress, Silent
+from minitron.specs.training_plan import ModelPlan, TrainingPlan
 
-RESULTS = "results.json"
 FORMAT_VERSION = 1
 
 _PROMPT_TOKENS = 32
@@ -40,21 +41,21 @@ def evaluate(build: Path, *, device: str | None, progress: Progress) -> dict[str
     loss that distillation won back: 1 is the teacher's loss (as it was, uncorrected), 0 the pruned student's. UsageError
     and WorkError as for training.
     """
-    loaded = read_plan(build)
+    loaded = read_training_plan(build)
     plan = loaded.plan
     check_suite(plan.evaluate, loaded.folder)
-    with interrupts(), join_world(device) as world:
+    with placing(loaded), interrupts(), join_world(device) as world:
         progress = progress if world.leads else Silent()
         encoder = TextEncoder.load(loaded.folder / plan.tokenizer)
         windows = held_out_windows(
-            loaded, _length(loaded), world, encoder, loaded.folder / plan.work / "data", progress
+            loaded, _length(loaded), world, encoder, loaded.folder / plan.work / DATA_CACHE, progress
         )
         prompt = _prompt(plan.evaluate.prompt, encoder, windows)
         there = list(_models(loaded))
         measured: dict[str, Any] = {}
         with progress.task("evaluate", len(there), "models") as task:
             for name, folder, of in there:
-                model = open_model(folder, DTYPES[of.dtype], world.device, of.head, loaded, f"{_key(name)}.head")
+                model = open_model(folder, DTYPES[of.dtype], world.device, of, _key(name))
                 measured[name] = _measure(model, folder, loaded, encoder, windows, prompt, world)
                 loss = (measured[name]["held_out"] or {}).get("loss")
                 task.advance(1, model=name, **({} if loss is None else {"held_out_loss": loss}))
@@ -82,10 +83,10 @@ def _models(loaded: LoadedPlan) -> Iterator[tuple[str, Path, ModelPlan]]:
     plan = loaded.plan
     yield "teacher", model_folder(loaded, "teacher", plan.teacher), plan.teacher
     correction = plan.teacher_correction if isinstance(plan, TrainingPlan) else None
-    if correction is not None and (loaded.folder / correction.output / RECORD).is_file():
+    if correction is not None and (loaded.folder / correction.output / CORRECTION).is_file():
         yield "corrected_teacher", loaded.folder / correction.output, plan.teacher
     yield "pruned", model_folder(loaded, "student", plan.student), plan.student
-    if (loaded.folder / plan.output / "config.json").is_file():
+    if (loaded.folder / plan.output / CONFIG).is_file():
         yield "distilled", loaded.folder / plan.output, plan.student
 
 

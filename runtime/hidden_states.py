@@ -18,9 +18,9 @@ from minitron.runtime.data import Batch
 from minitron.runtime.loss import HiddenStateLoss, HiddenStateTerm, hidden_state_loss
 from minitron.runtime.models import LanguageModel
 from minitron.runtime.order import mix
-from minitron.runtime.plan import LoadedPlan
 from minitron.specs.blocks.distill import HiddenStateLoss as Settings
-from minitron.specs.errors import SpecInvalid
+from minitron.specs.errors import Problem, Refused
+from minitron.specs.training_consistency import pairs_exist
 
 PROJECTION = "hidden_state_projection"
 """The student's submodule that holds the projection while it trains: optimizer, gradient sums and checkpoints treat it
@@ -109,29 +109,19 @@ class HiddenStates:
 
 
 def prepare_hidden_states(
-    loaded: LoadedPlan, settings: Settings, teacher: LanguageModel, student: LanguageModel, chunk_tokens: int, seed: int
+    settings: Settings, teacher: LanguageModel, student: LanguageModel, chunk_tokens: int, seed: int
 ) -> HiddenStates:
-    """Hooks both models and gives the student its projection where the widths differ. SpecInvalid with every layer that
-    is not there."""
-    at = "loss.hidden_states"
-    errors = []
-    for name, model in (("teacher", teacher), ("student", student)):
-        if model.layers is None:
-            message = "is not there, and `loss.hidden_states` needs it"
-            errors.append(loaded.error(f"{name}.layers", message, "compile again, or write where the layers stand"))
-    if errors:
-        raise SpecInvalid(errors)
+    """Hooks both models and gives the student its projection where the widths differ. Refused with every layer that is
+    not there."""
+    models = {"teacher": teacher, "student": student}
+    message, hint = "is not there, and `loss.hidden_states` needs it", "compile again, or write where the layers stand"
+    if absent := [Problem(f"{name}.layers", message, hint) for name, model in models.items() if model.layers is None]:
+        raise Refused(absent)
     assert teacher.layers is not None and student.layers is not None
     depths = len(teacher.layers), len(student.layers)
+    if wrong := list(pairs_exist(settings, *depths, at="loss.hidden_states")):
+        raise Refused(wrong)
     pairs = ((depths[0] - 1, depths[1] - 1),) if isinstance(settings.pairs, str) else settings.pairs
-    for index, pair in enumerate(pairs):
-        for side, name in enumerate(("teacher", "student")):
-            if pair[side] >= depths[side]:
-                message = f"the {name} has no layer {pair[side]}"
-                hint = f"write at most {depths[side] - 1}: layers are counted from 0"
-                errors.append(loaded.error(f"{at}.pairs.{index}.{side}", message, hint))
-    if errors:
-        raise SpecInvalid(errors)
     widths, device = (teacher.width, student.width), next(teacher.module.parameters()).device
     if widths[0] != widths[1]:
         projection = torch.nn.Linear(widths[1], widths[0], bias=False, device=device)

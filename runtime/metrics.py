@@ -11,6 +11,7 @@ from typing import Any
 
 from minitron.runtime.disk import writing
 from minitron.specs.atomic import write_text
+from minitron.specs.builds import METRICS, TENSORBOARD
 from minitron.specs.progress import Progress
 
 
@@ -19,11 +20,11 @@ class MetricsLog:
     stands in the file once, however often training was killed; a last line that was cut short goes with it."""
 
     def __init__(self, folder: Path, step: int, progress: Progress) -> None:
-        path = folder / "metrics.jsonl"
+        path = folder / METRICS
         kept = [line for line in _whole_lines(path) if line["step"] <= step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
-        self._board = _tensorboard(folder / "tensorboard", step, progress)
+        self._board = _tensorboard(folder / TENSORBOARD, step, progress)
 
     def write(self, figures: Mapping[str, float]) -> None:
         """`figures` has `step`; one line a step."""
@@ -71,6 +72,6 @@ def _tensorboard(folder: Path, step: int, progress: Progress) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        progress.message("metrics.jsonl only: TensorBoard is not installed (pip install 'minitron[tensorboard]')")
+        progress.message(f"{METRICS} only: TensorBoard is not installed (pip install 'minitron[tensorboard]')")
         return None
     return SummaryWriter(str(folder), purge_step=step + 1)

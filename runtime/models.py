@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from minitron.runtime.loss import Head
-from minitron.runtime.plan import HeadPlan, LoadedPlan, ModelPlan
-from minitron.specs.errors import WorkError
+from minitron.runtime.plan import LoadedPlan
+from minitron.specs.errors import Problem, Refused, WorkError, first_line
+from minitron.specs.training_plan import HeadPlan, ModelPlan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -96,7 +97,7 @@ def readable(folder: Path) -> int | None:
         with quiet():
             return _positions(AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise WorkError(f"{folder} has no configuration that can be read ({reason}); make the model again") from None
 
 
@@ -110,14 +111,13 @@ def load_model(
     """The model that the plan names under `at` (`teacher` or `student`), in eval mode, its head checked.
 
     `place` is called with the model on the CPU, in the number format that its files have where that is narrower than
-    `dtype`; None: it goes to `device` in `dtype`. SpecInvalid where the plan and the model do not fit, UsageError where
+    `dtype`; None: it goes to `device` in `dtype`. Refused where the plan and the model do not fit, UsageError where
     there is no model, WorkError for broken files.
     """
     folder = model_folder(loaded, at, plan)
-    folder = model_folder(loaded, at, plan)
     if place is not None and stored_in(folder, "BF16"):
         dtype = torch.bfloat16
-    return open_model(folder, dtype, device, plan.head, loaded, f"{at}.head", place, plan.layers)
+    return open_model(folder, dtype, device, plan, at, place)
 
 
 def model_folder(loaded: LoadedPlan, at: str, plan: ModelPlan) -> Path:
@@ -126,9 +126,8 @@ def model_folder(loaded: LoadedPlan, at: str, plan: ModelPlan) -> Path:
     if folder.is_dir():
         return folder
     if at == "student" or plan.model.startswith((".", "/")) or plan.model.count("/") != 1:
-        raise loaded.invalid(
-            f"{at}.model", f"there is no folder {folder}", "write where the model is, or compile again"
-        )
+        hint = "write where the model is, or compile again"
+        raise Refused([Problem(f"{at}.model", f"there is no folder {folder}", hint)])
     from huggingface_hub import snapshot_download
 
     try:
@@ -136,23 +135,16 @@ def model_folder(loaded: LoadedPlan, at: str, plan: ModelPlan) -> Path:
         revision = getattr(plan, "revision", None)
         return Path(snapshot_download(plan.model, revision=revision, allow_patterns=wanted))
     except Exception as error:  # network, permissions, cache: a dozen kinds for one thing, that it is not to be had
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise WorkError(
             f"{plan.model} cannot be fetched from the Hugging Face Hub ({reason}); go online, or write a folder"
         ) from None
 
 
 def open_model(
-    folder: Path,
-    dtype: torch.dtype,
-    device: torch.device,
-    head: HeadPlan,
-    loaded: LoadedPlan,
-    at: str,
-    place: Place | None = None,
-    layers: str | None = None,
+    folder: Path, dtype: torch.dtype, device: torch.device, plan: ModelPlan, at: str, place: Place | None = None
 ) -> LanguageModel:
-    """The model in `folder` with the head that the plan gives at the dotted path `at`, and beside that its layers.
+    """The model in `folder`, with the head and the layers that the `plan` at the dotted path `at` says.
 
     On a CPU the weights are held in fp32: bf16 weights are the same numbers there, and without bf16 instructions, which
     most CPUs lack, computing in bf16 takes several times as long.
@@ -171,14 +163,14 @@ def open_model(
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise WorkError(f"{folder} cannot be loaded as a language model ({reason}); make it again") from None
     if absent := sorted(report["missing_keys"]):
         raise WorkError(
             f"{folder}: the weights of {absent[0]} ({len(absent)} missing) are not in its files; make it again"
         )
-    model = LanguageModel(module.eval(), head, layers)
-    _check_names(model, loaded, at)
+    model = LanguageModel(module.eval(), plan.head, plan.layers)
+    _check_names(model, at)
     if place is None:
         module.to(device)
     else:
@@ -187,13 +179,12 @@ def open_model(
         differs = model.gathered(lambda: _gives_other_logits(model, device))
     model.rest()
     if differs:
-        raise loaded.invalid(
-            at, "does not give the logits that the model gives", "`bias`, `scale` or `softcap` is wrong: compile again"
-        )
+        hint = "`bias`, `scale` or `softcap` is wrong: compile again"
+        raise Refused([Problem(f"{at}.head", "does not give the logits that the model gives", hint)])
     return model
 
 
-def _check_names(model: LanguageModel, loaded: LoadedPlan, at: str) -> None:
+def _check_names(model: LanguageModel, at: str) -> None:
     """What the plan names as the head, and as the list of layers, must be there."""
     module, plan = model.module, model.plan
     for key, find in (
@@ -206,16 +197,15 @@ def _check_names(model: LanguageModel, loaded: LoadedPlan, at: str) -> None:
             try:
                 find(name)
             except AttributeError:
-                raise loaded.invalid(
-                    f"{at}.{key}", f"the model has no `{name}`", "compile again, or correct it"
-                ) from None
+                message = f"the model has no `{name}`"
+                raise Refused([Problem(f"{at}.head.{key}", message, "compile again, or correct it")]) from None
     try:
         layers = model.layers
     except AttributeError:
         layers = None
     if model.layer_list is not None and not isinstance(layers, torch.nn.ModuleList):
         message = f"the model has no list of layers `{model.layer_list}`"
-        raise loaded.invalid(f"{at.removesuffix('head')}layers", message, "compile again, or correct it")
+        raise Refused([Problem(f"{at}.layers", message, "compile again, or correct it")])
 
 
 def _gives_other_logits(model: LanguageModel, device: torch.device) -> bool:
@@ -281,7 +271,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
                 folder, trust_remote_code=False, local_files_only=True, model_max_length=int(1e30)
             )
     except Exception as error:  # a wrong file surfaces as whatever its reader stumbles over
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise WorkError(
             f"{folder} has no tokenizer that can be loaded ({reason}); copy the teacher's files there"
         ) from None
@@ -290,35 +280,37 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 def check_vocabularies(
     loaded: LoadedPlan, teacher: LanguageModel | None, student: LanguageModel, tokenizer: Tokenizer
 ) -> None:
-    """Teacher and student must speak of the same tokens. SpecInvalid where they do not."""
+    """Teacher and student must speak of the same tokens. Refused where they do not."""
     ours = student.head.vocabulary
     if teacher is not None and (theirs := teacher.head.vocabulary) != ours:
         message = f"the teacher has a vocabulary of {theirs} tokens and the student one of {ours}"
-        raise loaded.invalid("teacher.model", message, "distillation compares them token by token: use one tokenizer")
+        raise Refused(
+            [Problem("teacher.model", message, "distillation compares them token by token: use one tokenizer")]
+        )
     _check_vocabulary(loaded, student, tokenizer)
     if teacher is not None:
         _check_tokenizer(loaded, tokenizer)
 
 
 def check_teacher(loaded: LoadedPlan, teacher: LanguageModel, tokenizer: Tokenizer) -> None:
-    """The teacher must speak of the tokenizer's tokens. SpecInvalid where it does not."""
+    """The teacher must speak of the tokenizer's tokens. Refused where it does not."""
     _check_vocabulary(loaded, teacher, tokenizer)
     _check_tokenizer(loaded, tokenizer)
 
 
 def _check_vocabulary(loaded: LoadedPlan, model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """The model has a row for every token. SpecInvalid where it has not."""
+    """The model has a row for every token. Refused where it has not."""
     ours = model.head.vocabulary
     if len(tokenizer) > ours:
         message = f"the tokenizer knows {len(tokenizer)} tokens and the models only {ours}"
-        raise loaded.invalid("tokenizer", message, "write the folder with the teacher's tokenizer")
+        raise Refused([Problem("tokenizer", message, "write the folder with the teacher's tokenizer")])
 
 
 def _check_tokenizer(loaded: LoadedPlan, tokenizer: Tokenizer) -> None:
     folder = model_folder(loaded, "teacher", loaded.plan.teacher)
     if (folder / "tokenizer_config.json").is_file() and load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
         message = "its tokens are not those of the teacher's tokenizer"
-        raise loaded.invalid("tokenizer", message, "write the folder with the teacher's tokenizer")
+        raise Refused([Problem("tokenizer", message, "write the folder with the teacher's tokenizer")])
 
 
 @contextmanager

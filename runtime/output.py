@@ -14,8 +14,8 @@ from minitron.runtime.disk import writing
 from minitron.runtime.models import LanguageModel, quiet
 from minitron.runtime.world import World
 from minitron.specs.atomic import atomic_folder
+from minitron.specs.builds import CARD
 
-_CARD = "README.md"
 _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 """What else a model's folder may hold its weights in: they would not be the new ones."""
 
@@ -61,9 +61,9 @@ def write_model(
             other_weights = ".safetensors" in file.name or file.suffix in _WEIGHTS
             if file.is_file() and not (temporary / file.name).exists() and not other_weights:
                 shutil.copyfile(file, temporary / file.name)
-        card = source / _CARD
+        card = source / CARD
         before = card.read_text(encoding="utf-8") if card.is_file() else ""
-        texts = {_CARD: model_card(before, name, report)} | dict(files or {})
+        texts = {CARD: model_card(before, name, report)} | dict(files or {})
         for file_name, text in texts.items():
             (temporary / file_name).write_text(text, encoding="utf-8")
 

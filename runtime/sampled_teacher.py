@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minitron.runtime.correction import WEIGHTS, weights_digest
-from minitron.runtime.plan import LoadedPlan, TrainingPlan
-from minitron.runtime.teacher_logits import FOLDER, StoredLogits, changes, read_index
+from minitron.runtime.identity import WEIGHTS, weights_digest
+from minitron.runtime.plan import LoadedPlan
+from minitron.runtime.teacher_logits import StoredLogits, changes, read_index
 from minitron.specs.blocks.distill import SampledLogits
-from minitron.specs.errors import UsageError
+from minitron.specs.builds import CONFIG, LOGITS
+from minitron.specs.errors import Problem, Refused, UsageError
+from minitron.specs.training_plan import TrainingPlan
 
 _KEPT = (
     "data", "seed", "sequence_length", "teacher_logits.sampled", "loss.logits.temperature",
@@ -29,11 +31,11 @@ def samples_identity(training: Mapping[str, Any], teacher: Path | None) -> dict[
 def stored_logits(loaded: LoadedPlan, training: Mapping[str, Any]) -> StoredLogits:
     """The samples that the plan trains from. The teacher itself need not be there; where it is, it must be theirs.
 
-    UsageError where they are not (all) captured; SpecInvalid where they were drawn for another training.
+    UsageError where they are not (all) captured; Refused where they were drawn for another training.
     """
     plan = loaded.training()
     assert isinstance(plan.teacher_logits, SampledLogits)
-    folder, again = loaded.folder / FOLDER, f"run: minitron capture {loaded.folder}"
+    folder, again = loaded.folder / LOGITS, f"run: minitron capture {loaded.folder}"
     index = read_index(folder)
     if index is None:
         raise UsageError(
@@ -43,7 +45,7 @@ def stored_logits(loaded: LoadedPlan, training: Mapping[str, Any]) -> StoredLogi
     stored = {key: value for key, value in index.identity.items() if key != WEIGHTS or key in wanted}
     if different := changes(stored, wanted):
         message = f"the stored samples in {folder} were drawn with other settings ({', '.join(different)})"
-        raise loaded.invalid("teacher_logits", message, f"bring these back, or {again}")
+        raise Refused([Problem("teacher_logits", message, f"bring these back, or {again}")])
     if index.samples < (needed := samples_needed(plan)):
         raise UsageError(f"{folder} holds {index.samples} of {needed} sequences; {again}, which adds what is missing")
     return StoredLogits(folder, index, plan.teacher_logits.sampled)
@@ -57,4 +59,4 @@ def samples_needed(plan: TrainingPlan) -> int:
 def _teacher_at_hand(loaded: LoadedPlan, plan: TrainingPlan) -> Path | None:
     model = plan.teacher.model if plan.teacher_correction is None else plan.teacher_correction.output
     folder = loaded.folder / model
-    return folder if (folder / "config.json").is_file() else None
+    return folder if (folder / CONFIG).is_file() else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,23 +9,51 @@ from typing import Any
 import torch
 
 from minitron.runtime.checkpoint import Checkpoints, TrainerState, load
-from minitron.runtime.correction import WEIGHTS
 from minitron.runtime.data import Corpus, Data, Windows, open_corpus, open_held_out
 from minitron.runtime.hidden_states import HiddenStates, prepare_hidden_states
+from minitron.runtime.identity import require_same_training
+from minitron.runtime.interrupt import Interrupt
 from minitron.runtime.loss import DistillationLoss
 from minitron.runtime.models import DTYPES, LanguageModel, check_vocabularies, load_model
 from minitron.runtime.optimizer import make_optimizer
-from minitron.runtime.plan import LoadedPlan, TrainingPlan
+from minitron.runtime.plan import LoadedPlan
 from minitron.runtime.sampled_teacher import stored_logits
 from minitron.runtime.saving import Saver
 from minitron.runtime.sharding import compile_layers, shard_student, shard_teacher
 from minitron.runtime.teacher_logits import StoredLogits
 from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.world import World
+from minitron.specs.builds import CHECKPOINTS
 from minitron.specs.data import DataSource
 from minitron.specs.documents import content_hash
-from minitron.specs.errors import SpecInvalid
-from minitron.specs.progress import Progress, Silent
+from minitron.specs.errors import Problem, Refused
+from minitron.specs.progress import Progress
+from minitron.specs.training_plan import TrainingPlan, divisor_within
+
+LOCK = "lock"
+"""The file in a training's folder that the process which works there holds locked."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the trainings of one command have in common: the processes, the data that `data` in the plan names, with the
+    folder of its tokens, and who listens."""
+
+    world: World
+    encoder: TextEncoder
+    data: Data
+    cache: Path
+    interrupt: Interrupt
+    progress: Progress
+
+    def open_corpus(self, plan: TrainingPlan) -> Corpus:
+        """The samples that the plan trains on, tokenized by the leader where that has not been done."""
+        return self.world.leader_first(
+            lambda: open_corpus(
+                self.data, self.encoder, self.cache,
+                length=plan.sequence_length, tokens=plan.tokens, seed=plan.seed, progress=self.progress,
+            )
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,42 +97,31 @@ class Run:
         return TrainerState(samples // self.plan.global_batch_size, samples, samples * self.plan.sequence_length)
 
 
-def prepare(
-    loaded: LoadedPlan,
-    plan: TrainingPlan,
-    data: Data,
-    world: World,
-    encoder: TextEncoder,
-    identity: dict[str, Any],
-    cache: Path,
-    progress: Progress,
-) -> Run:
-    """Opens data and models; `data` is what the plan names as `data`, `cache` the folder of tokenized data.
+def prepare(session: Session, loaded: LoadedPlan, identity: dict[str, Any]) -> Run:
+    """Opens the data and the models of a plan, whose training is what `identity` says.
 
-    SpecInvalid with the place where the plan does not fit them; WorkError for broken
-    files."""
-    if plan.global_batch_size % (world.size * plan.micro_batch_size):
-        least = world.size * plan.micro_batch_size
-        shares = f"{world.size} processes, {plan.micro_batch_size} at a time"
-        message = f"{plan.global_batch_size} sequences cannot be shared by {shares}"
-        raise loaded.invalid("global_batch_size", message, f"write a multiple of {least}, or start fewer processes")
+    Refused where the plan does not fit them; WorkError for broken files.
+    """
+    world, encoder = session.world, session.encoder
+    plan = with_micro_batch(loaded.training(), world)
     work = loaded.folder / plan.work
     sampled = plan.teacher_logits != "online" and plan.loss.logits.weight != 0
     stored = stored_logits(loaded, identity) if sampled else None
-    corpus, windows = _open_data(loaded, plan, data, world, encoder, cache, progress if world.leads else Silent())
+    corpus = session.open_corpus(plan)
+    windows = held_out_windows(loaded, plan.sequence_length, world, encoder, session.cache, session.progress)
     logits, hidden, teacher = plan.loss.logits, plan.loss.hidden_states, None
     if hidden is not None and hidden.weight == 0:
         hidden = None
     if needs_teacher(plan):
-        teacher = load_teacher(loaded, plan, world)
-    student = _load_student(loaded, plan, world)
+        teacher = load_teacher(loaded, world)
+    student = _load_student(loaded, world)
     check_vocabularies(loaded, teacher, student, encoder.tokenizer)
     if student.positions is not None and plan.sequence_length > student.positions:
         message = f"{plan.sequence_length} tokens are more than the {student.positions} that the models can read"
-        raise loaded.invalid("sequence_length", message, f"write at most {student.positions}")
+        raise Refused([Problem("sequence_length", message, f"write at most {student.positions}")])
     states = None
     if hidden is not None and teacher is not None:
-        states = prepare_hidden_states(loaded, hidden, teacher, student, plan.loss.chunk_tokens, plan.seed)
+        states = prepare_hidden_states(hidden, teacher, student, plan.loss.chunk_tokens, plan.seed)
     student.module.train()
     return Run(
         plan=plan,
@@ -119,7 +135,7 @@ def prepare(
         held_out=windows,
         optimizer=make_optimizer(student.module, plan.optimizer),
         saver=Saver(
-            Checkpoints(work / "checkpoints", plan.checkpoint.keep_last, plan.checkpoint.keep_best),
+            Checkpoints(work / CHECKPOINTS, plan.checkpoint.keep_last, plan.checkpoint.keep_best),
             identity,
             world,
             spread=student.root is not None,
@@ -136,6 +152,18 @@ def prepare(
     )
 
 
+def with_micro_batch(plan: TrainingPlan, world: World) -> TrainingPlan:
+    """The plan with the micro batch that a rank takes: the largest divisor of its share of the global batch that is no
+    more than the plan allows. Refused where the global batch cannot be shared equally."""
+    whole = plan.global_batch_size
+    if whole % world.size:
+        message = f"{whole} sequences cannot be shared equally by {world.size} processes"
+        hint = f"write a multiple of {world.size}, or start fewer processes"
+        raise Refused([Problem("global_batch_size", message, hint)])
+    size = divisor_within(whole // world.size, plan.micro_batch_size)
+    return plan.model_copy(update={"micro_batch_size": size})
+
+
 def needs_teacher(plan: TrainingPlan) -> bool:
     """Whether a term of the loss is computed from the teacher itself."""
     hidden = plan.loss.hidden_states
@@ -147,8 +175,9 @@ def _compute_dtype(plan: TrainingPlan, world: World) -> torch.dtype:
     return DTYPES[getattr(plan.compute_dtype, world.device.type)]
 
 
-def load_teacher(loaded: LoadedPlan, plan: TrainingPlan, world: World) -> LanguageModel:
+def load_teacher(loaded: LoadedPlan, world: World) -> LanguageModel:
     """The teacher, frozen, whole on this rank or spread over all."""
+    plan = loaded.training()
 
     def spread(model: LanguageModel) -> LanguageModel:
         model.module.requires_grad_(False)
@@ -160,9 +189,10 @@ def load_teacher(loaded: LoadedPlan, plan: TrainingPlan, world: World) -> Langua
     return teacher
 
 
-def _load_student(loaded: LoadedPlan, plan: TrainingPlan, world: World) -> LanguageModel:
+def _load_student(loaded: LoadedPlan, world: World) -> LanguageModel:
     """The student in fp32, whole on this rank or spread over all; one rank alone spreads nothing, unless its weights
     rest in host memory."""
+    plan = loaded.training()
 
     def spread(model: LanguageModel) -> LanguageModel:
         return shard_student(model, world, _compute_dtype(plan, world), cpu_offload=plan.layout.cpu_offload)
@@ -188,26 +218,10 @@ def recompute(module: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def _open_data(
-    loaded: LoadedPlan,
-    plan: TrainingPlan,
-    data: Data,
-    world: World,
-    encoder: TextEncoder,
-    cache: Path,
-    progress: Progress,
-) -> tuple[Corpus, Windows | None]:
-    length = plan.sequence_length
-    corpus = world.leader_first(
-        lambda: open_corpus(data, encoder, cache, length=length, tokens=plan.tokens, seed=plan.seed, progress=progress)
-    )
-    return corpus, held_out_windows(loaded, length, world, encoder, cache, progress)
-
-
 def held_out_windows(
     loaded: LoadedPlan, length: int, world: World, encoder: TextEncoder, cache: Path, progress: Progress
 ) -> Windows | None:
-    """The plan's held-out text in sequences of `length`; None where it has none. SpecInvalid and WorkError as for data."""
+    """The plan's held-out text in sequences of `length`; None where it has none. Refused and WorkError as for data."""
     if (of := loaded.plan.held_out) is None:
         return None
 
@@ -223,33 +237,12 @@ def held_out_windows(
     )
 
 
-def resume(loaded: LoadedPlan, run: Run, progress: Progress) -> TrainerState:
+def resume(run: Run, progress: Progress) -> TrainerState:
     """How far this training already is; weights and moments are set to where they were then."""
     checkpoint = run.saver.checkpoints.newest(progress, run.world)
     if checkpoint is None:
         return run.state_after(0)
-    require_same_training(loaded, checkpoint.identity, run.identity)
+    require_same_training(checkpoint.identity, run.identity, run.work)
     load(checkpoint, run.student.module, run.optimizer)
     progress.message(f"going on from step {checkpoint.state.step} of {run.plan.steps}")
     return checkpoint.state
-
-
-def require_same_training(loaded: LoadedPlan, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """SpecInvalid with every value that decides the result and is not what it was when this training began. Weights of a
-    teacher count where they are known of both."""
-    begin_again = f"or delete {loaded.folder / loaded.plan.work} to train from the beginning"
-    changed = {
-        "data": "the training data or its tokenizer", "fingerprint": "the pruned student", WEIGHTS: "the teacher"
-    }  # fmt: skip
-    errors = []
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
-        if old == new or (key == WEIGHTS and None in (old, new)):
-            continue
-        if key in changed:
-            message, remedy = f"{changed[key]} changed since this training began", "bring back what was there"
-        else:
-            message, remedy = f"was {old} when this training began and is now {new}", f"write {old} again"
-        errors.append(loaded.error("teacher.model" if key == WEIGHTS else key, message, f"{remedy}, {begin_again}"))
-    if errors:
-        raise SpecInvalid(errors)

@@ -12,9 +12,9 @@ from typing import Any
 
 from minitron.runtime.local_tasks import check_local_data, write_tasks
 from minitron.runtime.models import LanguageModel, Tokenizer
-from minitron.runtime.plan import EvaluatePlan
 from minitron.specs.errors import UsageError, WorkError
 from minitron.specs.suggest import closest
+from minitron.specs.training_plan import EvaluatePlan
 
 _ALLOWS_CODE = "HF_ALLOW_CODE_EVAL"
 """The libraries' own switch for tasks that run what a model writes."""

@@ -34,7 +34,6 @@ from minitron.specs.atomic import atomic_path, remove_leftovers, write_text
 from minitron.specs.errors import WorkError
 from minitron.specs.progress import Progress
 
-FOLDER = "teacher_logits"
 _INDEX = "index.json"
 _FORMAT = 1
 

@@ -1,4 +1,13 @@
-"""Build folders: where that of a spec is, what they hold, and which model another spec may take as its teacher."""
+"""Build folders: where that of a spec is, every file that one holds, and which model another spec may take as its teacher.
+
+BUILD/
+    plan.json, verification.json, scores.safetensors, training.yaml, results.json, report.html
+    student/, student.pt2           the pruned student
+    teacher/                        the corrected teacher
+    teacher_logits/                 stored samples of the teacher's distribution
+    train/                          metrics, checkpoints, tokenized data and the lock of a training
+    model/                          the distilled student
+"""
 
 from __future__ import annotations
 
@@ -9,12 +18,37 @@ from typing import Any
 from minitron.specs.errors import WorkError
 from minitron.specs.load import LoadedSpec
 
-STUDENT = "student"
-MODEL = "model"
+# What a compile writes.
 PLAN = "plan.json"
+SCORES = "scores.safetensors"
+PARTIAL_SCORES = "scores.partial.safetensors"
+STUDENT = "student"
+PROGRAM = "student.pt2"
+TRAINING = "training.yaml"
 VERIFICATION = "verification.json"
-# What the runtime leaves when a training is complete, in the build folder.
-FINISHED = Path("train") / "finished.json"
+
+# What training and evaluation write; training.yaml may name other folders than WORK, MODEL, TEACHER and CORRECTION_WORK.
+WORK = "train"
+MODEL = "model"
+TEACHER = "teacher"
+CORRECTION_WORK = Path(WORK) / TEACHER
+LOGITS = "teacher_logits"
+RESULTS = "results.json"
+REPORT = "report.html"
+
+# In the folder of a training.
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+CHECKPOINTS = "checkpoints"
+DATA_CACHE = "data"
+FINISHED = "finished.json"
+
+# In the folder of a corrected teacher.
+CORRECTION = "correction.json"
+
+# In the folder of any model.
+CONFIG = "config.json"
+CARD = "README.md"
 
 
 def default_build(spec_file: Path, name: str) -> Path:
@@ -30,6 +64,21 @@ def build_of(loaded: LoadedSpec) -> Path:
 def result_of(loaded: LoadedSpec) -> Path:
     """The model that a spec comes to: the distilled student, or the pruned one where nothing is trained."""
     return build_of(loaded) / (STUDENT if loaded.spec.distill is None else MODEL)
+
+
+def finished_note(build: Path) -> Path:
+    """The file that says that the training of a build is complete."""
+    return build / WORK / FINISHED
+
+
+def metrics_file(build: Path) -> Path:
+    """The figures of each step of a build's training."""
+    return build / WORK / METRICS
+
+
+def correction_metrics_file(build: Path) -> Path:
+    """The same of the teacher's own training before it teaches, where the spec asks for one."""
+    return build / CORRECTION_WORK / METRICS
 
 
 def read_document(path: Path) -> dict[str, Any] | None:

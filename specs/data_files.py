@@ -5,48 +5,41 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 from minitron.specs.data import STDLIB_PREFIX, DataSource, Source
-from minitron.specs.errors import SpecError, SpecInvalid, WorkError
+from minitron.specs.errors import Problem, Refused, SpecError, WorkError, located
 from minitron.specs.load import LoadedSpec
 from minitron.specs.spec import Spec
-
-Placer: TypeAlias = Callable[[str, str, str], SpecError]
 
 S = TypeVar("S", bound=Source)
 
 
-def _without_place(path: str, message: str, hint: str) -> SpecError:
-    return SpecError("data", 0, 0, path, message, hint)
-
-
-def resolve(source: S, folder: Path, *, at: str = "data", error: Placer = _without_place) -> S:
+def resolve(source: S, folder: Path, *, at: str = "data") -> S:
     """The source with every pattern replaced by the files it names: absolute, sorted, each once.
 
-    What is relative is relative to `folder`. The standard library stays a word: it is another folder on every machine.
-    SpecInvalid with all patterns that name nothing; `at` is the dotted path of the source, and `error`
-    (`LoadedSpec.error`) places an error in its file.
+    Relative patterns start at `folder`. The standard library stays a word: it is another folder on every machine.
+    Refused, with a problem for every pattern that names nothing; `at` is the dotted path of the source.
     """
-    errors: list[SpecError] = []
-    resolved = _resolved(source, folder, at, error, errors)
-    if errors:
-        raise SpecInvalid(errors)
+    problems: list[Problem] = []
+    resolved = _resolved(source, folder, at, problems)
+    if problems:
+        raise Refused(problems)
     return resolved
 
 
 def check_data(loaded: LoadedSpec) -> list[SpecError]:
     """What is wrong with the data that a spec names: all of it, at its places."""
-    errors: list[SpecError] = []
+    problems: list[Problem] = []
     for at, source in data_sources(loaded.spec):
-        _resolved(source, loaded.folder, at, loaded.error, errors)
+        _resolved(source, loaded.folder, at, problems)
     evaluate = loaded.spec.evaluate
     if evaluate is not None and evaluate.data_dir is not None and not (loaded.folder / evaluate.data_dir).is_dir():
         message = f"there is no folder `{evaluate.data_dir}`"
-        errors.append(loaded.error("evaluate.data_dir", message, f"paths are relative to {loaded.folder.absolute()}"))
-    return errors
+        problems.append(Problem("evaluate.data_dir", message, f"paths are relative to {loaded.folder.absolute()}"))
+    return located(problems, loaded)
 
 
 def data_sources(spec: Spec) -> Iterator[tuple[str, DataSource]]:
@@ -59,20 +52,20 @@ def data_sources(spec: Spec) -> Iterator[tuple[str, DataSource]]:
         yield "evaluate.held_out", spec.evaluate.held_out
 
 
-def _resolved(source: S, folder: Path, at: str, error: Placer, errors: list[SpecError]) -> S:
+def _resolved(source: S, folder: Path, at: str, problems: list[Problem]) -> S:
     if isinstance(source, DataSource) and source.blend is not None:
         parts = enumerate(source.blend)
-        blend = tuple(_resolved(part, folder, f"{at}.blend.{index}", error, errors) for index, part in parts)
+        blend = tuple(_resolved(part, folder, f"{at}.blend.{index}", problems) for index, part in parts)
         return source.model_copy(update={"blend": blend})
     if source.dataset is not None:
-        return source.model_copy(update={"dataset": _dataset(source.dataset, folder, at, error, errors)})
+        return source.model_copy(update={"dataset": _dataset(source.dataset, folder, at, problems)})
     files: list[str] = []
     for index, pattern in enumerate(getattr(source, source.kind)):
         try:
             files += _expand(pattern, folder)
         except FileNotFoundError as missing:
             message, hint = missing.args
-            errors.append(error(f"{at}.{source.kind}.{index}", message, hint))
+            problems.append(Problem(f"{at}.{source.kind}.{index}", message, hint))
     return source.model_copy(update={source.kind: tuple(dict.fromkeys(files))})
 
 
@@ -99,14 +92,13 @@ def _expand(pattern: str, folder: Path) -> list[str]:
     raise FileNotFoundError(f"there is no file `{pattern}`", f"paths are relative to {folder.absolute()}")
 
 
-def _dataset(name: str, folder: Path, at: str, error: Placer, errors: list[SpecError]) -> str:
+def _dataset(name: str, folder: Path, at: str, problems: list[Problem]) -> str:
     path = folder.absolute() / name
     if path.is_dir():
         return str(path)
     if name.startswith((".", "/")):
-        errors.append(
-            error(f"{at}.dataset", f"there is no folder `{name}`", f"paths are relative to {folder.absolute()}")
-        )
+        message = f"there is no folder `{name}`"
+        problems.append(Problem(f"{at}.dataset", message, f"paths are relative to {folder.absolute()}"))
     return name
 
 

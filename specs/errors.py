@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from minitron.specs.load import LoadedSpec
+from typing import Protocol
 
 
 class MinitronError(Exception):
@@ -24,6 +22,35 @@ class UsageError(MinitronError, ValueError):
 
 class WorkError(MinitronError, RuntimeError):
     """The spec is right, the work failed: a bad checkpoint, a full disk, a check that did not pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong at a dotted path of a spec or of training.yaml; `hint` says what to write instead.
+
+    Checks yield problems and know nothing of files and lines; `located` and `placing` give these, at the edge.
+    """
+
+    path: str
+    message: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.path}: " if self.path else ""
+        return f"{where}{self.message}" + (f"; {self.hint}" if self.hint else "")
+
+
+class Refused(UsageError):
+    """Problems on their way to the edge, where `placing` turns them into a SpecInvalid with their lines."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        assert self.problems, "Refused without a problem"
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+    def __reduce__(self) -> tuple[type[Refused], tuple[tuple[Problem, ...]]]:
+        """Lets one process hand it to another."""
+        return Refused, (self.problems,)
 
 
 @dataclass(frozen=True)
@@ -48,18 +75,48 @@ class SpecError:
 
 
 class SpecInvalid(UsageError):
-    """All errors of one or more specs, in the order of their places.
+    """All errors of one or more specs, in the order of their places."""
 
-    `draft` is what is left of a spec when everything that was found wrong is taken out: so the rest can be held against
-    the teacher in the same go.
-    """
-
-    def __init__(self, errors: Sequence[SpecError], draft: LoadedSpec | None = None) -> None:
+    def __init__(self, errors: Sequence[SpecError]) -> None:
         assert errors, "SpecInvalid without an error"
         self.errors = sorted(errors, key=lambda e: (e.file, e.line, e.column, e.path))
-        self.draft = draft
         super().__init__("\n".join(str(e) for e in self.errors))
 
     def __reduce__(self) -> tuple[type[SpecInvalid], tuple[list[SpecError]]]:
-        """So that one process can hand it to another."""
+        """Lets one process hand it to another."""
         return SpecInvalid, (self.errors,)
+
+
+class Document(Protocol):
+    """A file that was read with the places of its values: `LoadedSpec` and `LoadedPlan`."""
+
+    def error(self, path: str, message: str, hint: str = "") -> SpecError:
+        """An error at the place of the dotted `path`, or of its nearest parent."""
+
+
+def located(problems: Iterable[Problem], document: Document) -> list[SpecError]:
+    """The problems at their places in `document`."""
+    return [document.error(problem.path, problem.message, problem.hint) for problem in problems]
+
+
+@contextmanager
+def placing(
+    document: Document, at: str | None = None, kinds: tuple[type[MinitronError], ...] = (UsageError,)
+) -> Iterator[None]:
+    """Raises what goes wrong inside as a SpecInvalid: problems at their own places in `document`, any other error of
+    `kinds` at the dotted path `at`, where one is given. What has its place already keeps it."""
+    try:
+        yield
+    except SpecInvalid:
+        raise
+    except Refused as error:
+        raise SpecInvalid(located(error.problems, document)) from None
+    except kinds as error:
+        if at is None:
+            raise
+        raise SpecInvalid([document.error(at, str(error))]) from None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says about an error; the error's class where it says nothing."""
+    return str(error).strip().split("\n")[0].rstrip() or type(error).__name__

@@ -1,4 +1,4 @@
-"""From a file to a spec that holds: read, take the base in, override, validate, check the rules."""
+"""From a file to a spec that holds: read, take the base in, override, validate, check the constraints."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from minitron.specs import shape, source
-from minitron.specs.errors import SpecError, SpecInvalid, UsageError
+from minitron.specs.consistency import CONSTRAINTS
+from minitron.specs.errors import SpecError, SpecInvalid, UsageError, located
 from minitron.specs.extends import read_with_bases
 from minitron.specs.overrides import apply_override
-from minitron.specs.rules import RULES
 from minitron.specs.shape import from_dotted
 from minitron.specs.spec import Spec
-from minitron.specs.translate import locate, translate
+from minitron.specs.translate import Places, translate
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,16 @@ class LoadedSpec:
 
     def error(self, path: str, message: str, hint: str = "") -> SpecError:
         """An error at the place of the dotted `path`, or of its nearest parent where only a default stands."""
-        return locate(self.tree, from_dotted(path))[0].error(path, message, hint)
+        return Places(self.tree).error(path, message, hint)
+
+
+class InvalidDraft(SpecInvalid):
+    """The errors of a spec, and as `draft` what is left of it when everything that was found wrong is taken out: so the
+    rest can be held against the teacher in the same go."""
+
+    def __init__(self, errors: Sequence[SpecError], draft: LoadedSpec) -> None:
+        super().__init__(errors)
+        self.draft = draft
 
 
 def _replaced(value: Any, path: shape.Path, new: str) -> Any:
@@ -82,7 +91,7 @@ def _replaced(value: Any, path: shape.Path, new: str) -> Any:
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> LoadedSpec:
     """Reads and checks a spec. It needs the file and its bases only: no network, no data, no model.
 
-    SpecInvalid with all errors of the file; UsageError where it cannot be read or an override leads nowhere.
+    InvalidDraft (a SpecInvalid) with all errors of the file; UsageError where it cannot be read or an override leads nowhere.
     """
     tree, errors = read_with_bases(_read(path), str(path))
     for override in overrides:
@@ -93,7 +102,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> LoadedSpec:
     spec, wrong = _check(tree, values)
     loaded = LoadedSpec(spec, path.absolute(), tuple(overrides), tree)
     if errors or wrong:
-        raise SpecInvalid([*errors, *wrong], loaded)
+        raise InvalidDraft([*errors, *wrong], loaded)
     return loaded
 
 
@@ -109,7 +118,7 @@ def _read(path: Path) -> bytes:
 
 
 # What stands in for a required value that is missing or wrong, so that the rest of the spec is checked as well.
-# Nothing is ever said about these values: rules that read them are passed over.
+# Nothing is ever said about these values: constraints that read them are passed over.
 STAND_INS: Mapping[str, Any] = {
     "name": "unnamed",
     "teacher": {},
@@ -125,22 +134,19 @@ STAND_INS: Mapping[str, Any] = {
 def _check(tree: source.Mapping, values: dict[str, Any]) -> tuple[Spec, list[SpecError]]:
     """The spec, and all its errors; with errors, what is wrong has been taken out of the spec.
 
-    pydantic stops checking a model where one of its parts is wrong, and rules need a whole spec. So what is wrong is
+    pydantic stops checking a model where one of its parts is wrong, and constraints need a whole spec. So what is wrong is
     taken out and the rest is checked again, until it holds; errors that only follow from an earlier one are dropped.
     """
     errors: list[SpecError] = []
     broken: list[shape.Path] = []
     spec = _whole(tree, values, errors, broken)
     apart: list[str] = []
-    for rule in RULES:
-        if not any(_touches(from_dotted(path), broken) for path in rule.reads):
-            problems = list(rule.check(spec))
-            errors += [
-                locate(tree, from_dotted(problem.path))[0].error(problem.path, problem.message, problem.hint)
-                for problem in problems
-            ]
+    for constraint in CONSTRAINTS:
+        if not any(_touches(from_dotted(path), broken) for path in constraint.reads):
+            problems = list(constraint.check(spec))
+            errors += located(problems, Places(tree))
             # Widths that do not go together are each right and wrong: none of them is judged by itself.
-            apart += [path for path in rule.reads if problems and path.startswith("student.")]
+            apart += [path for path in constraint.reads if problems and path.startswith("student.")]
             apart += [problem.path for problem in problems]
     for path in apart:
         _take_out(values, from_dotted(path))

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 from minitron.specs import shape
 from minitron.specs.blocks.base import LONGER, WORD, Block
 from minitron.specs.errors import SpecError
-from minitron.specs.shape import Path, dotted
+from minitron.specs.shape import Path, dotted, from_dotted
 from minitron.specs.source import Mapping, Node, Place, Scalar, Sequence, YesNo
 from minitron.specs.suggest import closest, one_of
 
@@ -71,6 +71,17 @@ def locate(root: Node, path: Path) -> tuple[Place, Node | None]:
         else:
             return place, None
     return place, node
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the values of a file stand, by dotted path."""
+
+    tree: Node
+
+    def error(self, path: str, message: str, hint: str = "") -> SpecError:
+        """An error at the place of the dotted `path`, or of its nearest parent where only a default stands."""
+        return locate(self.tree, from_dotted(path))[0].error(path, message, hint)
 
 
 def translate(details: list[ErrorDetails], root: Node, model: type[Block]) -> list[Found]:

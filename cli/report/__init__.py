@@ -10,18 +10,17 @@ from minitron.cli.report.page import Report, page
 from minitron.cli.report.scores import read_scores
 from minitron.cli.sections import part
 from minitron.specs.atomic import write_text
-
-FILE = "report.html"
+from minitron.specs.builds import REPORT, TRAINING, correction_metrics_file, metrics_file
 
 
 def write_report(build: Path) -> Path:
     """Writes BUILD/report.html, whatever of the build is there yet, and returns its path. WorkError for broken files."""
     document = builds.show_document(build)
     curves, correction = (
-        read_curves(builds.records(build / name)) for name in (builds.METRICS, builds.CORRECTION_METRICS)
+        read_curves(builds.records(path)) for path in (metrics_file(build), correction_metrics_file(build))
     )
-    trains = builds.total_tokens(build / builds.TRAINING) is not None
+    trains = builds.total_tokens(build / TRAINING) is not None
     report = Report(document, trains, read_scores(build, part(document, "plan")), curves, correction)
-    path = build / FILE
+    path = build / REPORT
     write_text(path, page(report))
     return path

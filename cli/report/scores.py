@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from minitron.cli.sections import Document, part
+from minitron.specs.builds import SCORES
 from minitron.specs.errors import WorkError
 
-FILE = "scores.safetensors"
 LAYERS, HEADS, GROUPS = "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
 
 Values = npt.NDArray[np.float64]
@@ -42,7 +42,7 @@ class ScoredAxis:
 
 def read_scores(build: Path, plan: Document) -> list[ScoredAxis]:
     """Every axis that was scored, depth first, then as in the file; empty where nothing was. WorkError: unreadable."""
-    path = build / FILE
+    path = build / SCORES
     if not path.is_file():
         return []
     found: dict[str, dict[int | None, Values]] = {}

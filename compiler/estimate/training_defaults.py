@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from minitron.specs.training_plan import divisor_within
+
 MICRO_BATCH_TOKENS = 8192  # tokens of one forward pass where the spec leaves the micro batch open
-
-
 REPLICATED_TEACHER_BYTES = 32 * 2**30  # a teacher up to this size stands whole on each device: 12B in bf16, of 80 GB
-
-
 CHECKPOINTS = 20  # over the whole training, where the spec leaves it open
 
 
-def place_teacher(weight_bytes: int) -> str:
+def place_teacher(weight_bytes: int) -> Literal["sharded", "replicated"]:
     """Whole on each device while that leaves room for the student."""
     return "replicated" if weight_bytes <= REPLICATED_TEACHER_BYTES else "sharded"
 
 
 def micro_batch(global_batch: int, length: int) -> int:
     """The largest divisor of the global batch whose tokens stay within MICRO_BATCH_TOKENS, at least 1."""
-    most = max(1, MICRO_BATCH_TOKENS // length)
-    return max(n for n in range(1, min(most, global_batch) + 1) if global_batch % n == 0)
+    return divisor_within(global_batch, max(1, MICRO_BATCH_TOKENS // length))

@@ -7,9 +7,10 @@ from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.compiler.teacher.tokenizer import last_token, load_tokenizer, tokenizer_files
 from minitron.specs.data_files import data_sources, resolve
 from minitron.specs.documents import check_readable
-from minitron.specs.errors import SpecError, SpecInvalid, UsageError, WorkError
+from minitron.specs.errors import Refused, SpecError, UsageError, WorkError, located
 from minitron.specs.load import LoadedSpec
 from minitron.specs.lockfile import source_parts
+from minitron.specs.training_consistency import pairs_exist
 
 
 def check_lengths(loaded: LoadedSpec, captured: Captured) -> list[SpecError]:
@@ -39,7 +40,7 @@ def check_documents(loaded: LoadedSpec) -> list[SpecError]:
         for path, _, part in source_parts(source_at, source):
             try:
                 check_readable(resolve(part, loaded.folder))
-            except SpecInvalid:
+            except Refused:
                 continue
             except WorkError as error:
                 errors.append(loaded.error(path, str(error)))
@@ -75,15 +76,6 @@ def check_pairs(loaded: LoadedSpec, teacher_layers: int, student_layers: int) ->
     """The layers whose hidden states are compared are there."""
     distill = loaded.spec.distill
     hidden = distill.loss.hidden_states if distill is not None else None
-    if hidden is None or isinstance(hidden.pairs, str):
+    if hidden is None:
         return []
-    return [
-        loaded.error(
-            f"distill.loss.hidden_states.pairs.{index}.{side}",
-            f"the {name} has {count} layers, and no layer {pair[side]}",
-            f"write at most {count - 1}: layers are counted from 0, in each model's own numbering",
-        )
-        for index, pair in enumerate(hidden.pairs)
-        for side, (name, count) in enumerate((("teacher", teacher_layers), ("student", student_layers)))
-        if pair[side] >= count
-    ]
+    return located(pairs_exist(hidden, teacher_layers, student_layers, "distill.loss.hidden_states"), loaded)

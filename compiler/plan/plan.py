@@ -24,7 +24,7 @@ from minitron.compiler.graph.names import dtype_of
 from minitron.compiler.importance.select import Selection, leading, selection_json, wanted_heads
 from minitron.compiler.plan.checks import check_documents, check_lengths, check_pairs, check_tokenizer
 from minitron.compiler.plan.prove import prove, proved
-from minitron.compiler.roles.lm_head import Head, find_head
+from minitron.compiler.roles.lm_head import find_head
 from minitron.compiler.roles.names import LAYERS
 from minitron.compiler.roles.residual_stream import LayerEnds, adds_to_its_entry, layer_ends
 from minitron.compiler.roles.roles import Roles, find_roles
@@ -38,9 +38,10 @@ from minitron.compiler.weights.recipes import renumber
 from minitron.compiler.weights.source import check_headers
 from minitron.specs.available import unavailable
 from minitron.specs.data_files import check_data
-from minitron.specs.errors import SpecInvalid, UsageError, WorkError
+from minitron.specs.errors import SpecInvalid, UsageError, WorkError, located
 from minitron.specs.load import LoadedSpec
 from minitron.specs.progress import Progress
+from minitron.specs.training_plan import HeadPlan
 
 FORMAT_VERSION = 1
 
@@ -62,7 +63,7 @@ class Plan:
     table: AxisTable
     roles: Roles
     ends: tuple[LayerEnds, ...]
-    head: Head
+    head: HeadPlan
     targets: Targets
     config: Any
     model: torch.nn.Module
@@ -154,7 +155,7 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
     weights are there, or on the Hub, from where `with_weights` fetches them.
     """
     spec = loaded.spec
-    errors = [loaded.error(path, message) for path, message in unavailable(spec)]
+    errors = located(unavailable(spec), loaded)
     errors += check_data(loaded) + check_documents(loaded)
     at = "teacher.model" if spec.teacher.spec is None else "teacher.spec"
     try:
@@ -263,7 +264,7 @@ def _both_costs(
     roles: Roles,
     targets: Targets,
     layers: Sequence[int],
-    head: Head,
+    head: HeadPlan,
     config: Any,
     model: torch.nn.Module,
 ) -> tuple[costs.ModelCosts, costs.ModelCosts]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,34 +10,10 @@ from torch.fx import Node
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.graph.aten import NEUTRAL
 from minitron.specs.errors import UsageError
+from minitron.specs.training_plan import HeadPlan
 
 
-@dataclass(frozen=True)
-class Head:
-    """logits = softcap * tanh(z / softcap), z = scale * (h weight^T + bias); without softcap logits = z.
-
-    `backbone` is the sub-module whose last hidden state is h, `module` the one that holds `weight`; `bias` may be None.
-    """
-
-    backbone: str
-    module: str
-    weight: str
-    bias: str | None
-    scale: float
-    softcap: float | None
-
-    def to_yaml(self) -> dict[str, Any]:
-        return {
-            "backbone": self.backbone,
-            "module": self.module,
-            "weight": self.weight,
-            "bias": self.bias,
-            "scale": self.scale,
-            "softcap": self.softcap,
-        }
-
-
-def find_head(captured: Captured) -> Head:
+def find_head(captured: Captured) -> HeadPlan:
     """UsageError where something stands between hidden states and logits that the loss does not know."""
     backbone = str(getattr(captured.model, "base_model_prefix", ""))
     if not isinstance(getattr(captured.model, backbone, None), torch.nn.Module):  # some families name it otherwise
@@ -78,7 +53,7 @@ def find_head(captured: Captured) -> Head:
             raise _unknown(captured, source)
     if weight is None:
         raise _unknown(captured, node)
-    return Head(backbone, module, weight, bias, scale, softcap)
+    return HeadPlan(backbone=backbone, module=module, weight=weight, bias=bias, scale=scale, softcap=softcap)
 
 
 def _is(node: Any, *names: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from minitron.compiler.teacher.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
 from minitron.compiler.teacher.hub import WrongRevision
 from minitron.compiler.teacher.provenance import observe, with_result
-from minitron.specs.builds import FINISHED, PLAN, VERIFICATION, build_of, read_document, result_of
+from minitron.specs.builds import PLAN, VERIFICATION, build_of, finished_note, read_document, result_of
 from minitron.specs.chain import chain
 from minitron.specs.errors import MinitronError, SpecInvalid
 from minitron.specs.load import LoadedSpec
@@ -58,7 +58,7 @@ def why_not_finished(loaded: LoadedSpec) -> str | None:
     reason = why_stale(build, loaded)
     if reason is not None:
         return f"{build} is {reason}"
-    trained = loaded.spec.distill is None or (build / FINISHED).is_file()
+    trained = loaded.spec.distill is None or finished_note(build).is_file()
     return None if trained and (result / "config.json").is_file() else f"{build} is not trained to its end"
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from minitron.compiler.teacher.checkpoint import SMALL_FILES, file_headers
 from minitron.compiler.teacher.hub import WrongRevision, commit_of, is_commit, snapshot
 from minitron.compiler.teacher.tokenizer import tokenizer_files
-from minitron.specs.builds import FINISHED, PLAN, build_of, result_of
+from minitron.specs.builds import PLAN, build_of, finished_note, result_of
 from minitron.specs.chain import above
 from minitron.specs.data import STDLIB_PREFIX, Source
 from minitron.specs.data_files import data_files, data_sources, resolve, stdlib, unreadable
-from minitron.specs.errors import SpecInvalid, UsageError, WorkError
+from minitron.specs.errors import SpecInvalid, UsageError, WorkError, placing
 from minitron.specs.load import LoadedSpec
 from minitron.specs.lockfile import Inputs, source_parts
 
@@ -39,7 +39,8 @@ def observe(loaded: LoadedSpec, *, offline_will_do: bool = True) -> Inputs:
     written = dict(data_sources(loaded.written or loaded.spec))
     data: Inputs = {}
     for at, source in data_sources(loaded.spec):
-        known = resolve(source, loaded.folder, at=at, error=loaded.error)
+        with placing(loaded):
+            known = resolve(source, loaded.folder, at=at)
         originals = source_parts(at, written[at])
         for (path, key, part), (_, _, original) in zip(source_parts(at, known), originals, strict=True):
             try:
@@ -123,7 +124,7 @@ def _teacher(loaded: LoadedSpec) -> tuple[Inputs, Path | None]:
 def _result(upper: LoadedSpec) -> str:
     """A hash of what the spec above has come to: its student, its training and the shape of its model."""
     build, model = build_of(upper), result_of(upper)
-    texts = [path.read_bytes() for path in (build / FINISHED, model / "config.json") if path.is_file()]
+    texts = [path.read_bytes() for path in (finished_note(build), model / "config.json") if path.is_file()]
     plan = build / PLAN
     if plan.is_file():
         document = json.loads(plan.read_text(encoding="utf-8"))

@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 from minitron.compiler.axes.narrowing import Dependent, Indices, Narrowing
 from minitron.compiler.capture.models import quiet, stored_tensors
 from minitron.compiler.emit.program import run_program
-from minitron.compiler.roles.lm_head import Head
 from minitron.specs.errors import WorkError
+from minitron.specs.training_plan import HeadPlan
 
 # Both routes run in fp32 and differ by the order of sums only; a wrong channel is off by far more than this.
 TOLERANCE = 1e-4
@@ -174,7 +174,7 @@ def check_program(
     return compare("program", got.float(), wanted, detail, PROGRAM_TOLERANCE)
 
 
-def check_head(model: Any, head: Head, ids: torch.Tensor, wanted: torch.Tensor) -> Check:
+def check_head(model: Any, head: HeadPlan, ids: torch.Tensor, wanted: torch.Tensor) -> Check:
     with torch.no_grad():
         hidden = model.get_submodule(head.backbone)(input_ids=ids, use_cache=False).last_hidden_state
         parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -34,7 +34,7 @@ class SampledLogits(Block):
 TeacherLogits: TypeAlias = Annotated[
     Annotated[Literal["online"], Tag(WORD)] | Annotated[SampledLogits, Tag(LONGER)],
     Discriminator(is_longer),
-    word_or("online or {sampled: 12}", "online", also=dict),
+    word_or("online or {sampled: 12}", "online", also=(dict, Block)),
 ]
 
 LayerPair = Annotated[tuple[NonNegativeInt, NonNegativeInt], Field(strict=False)]
@@ -113,7 +113,7 @@ class Layout(Block):
     """The student's weights, gradients and moments rest in host memory: slower, for a device that cannot hold them."""
 
 
-class Checkpoint(Block):
+class CheckpointSettings(Block):
     """What is kept to go on from after an interruption."""
 
     every_tokens: Count | None = None
@@ -146,7 +146,8 @@ class Distill(Block):
     """Sequences in an optimizer step, over all devices."""
 
     micro_batch_size: PositiveInt | None = None
-    """Sequences that go through the model at one time; divides `global_batch_size`. Left out: the compiler chooses."""
+    """At most this many sequences go through the model at one time: each device takes the largest divisor of its share of
+    `global_batch_size`. Left out: the compiler chooses."""
 
     optimizer: Optimizer = Optimizer()
     """The optimizer and its schedule."""
@@ -163,7 +164,7 @@ class Distill(Block):
     layout: Layout = Layout()
     """What each device holds, where several train together."""
 
-    checkpoint: Checkpoint = Checkpoint()
+    checkpoint: CheckpointSettings = CheckpointSettings()
     """What is kept to go on from after an interruption."""
 
     seed: NonNegativeInt = 0

@@ -13,7 +13,7 @@ import yaml
 from minitron.compiler import Plan, make_plan, why_not_finished, why_stale
 from minitron.compiler.teacher.lock import renew
 from minitron.specs import LoadedSpec, load_spec
-from minitron.specs.builds import FINISHED, build_of, result_of
+from minitron.specs.builds import build_of, finished_note, result_of
 from minitron.specs.chain import chain
 from minitron.specs.errors import SpecInvalid
 from tests.foundry import Build, Folder, Foundry
@@ -155,8 +155,8 @@ def test_what_is_trained_is_finished_once_its_training_is(specs: Path) -> None:
     assert result_of(loaded) == build / "model"
     assert why_not_finished(loaded) == f"{build} is not trained to its end"
     shutil.copytree(build / "student", build / "model")
-    (build / FINISHED).parent.mkdir()
-    (build / FINISHED).write_text("{}")
+    finished_note(build).parent.mkdir()
+    finished_note(build).write_text("{}")
     assert why_not_finished(loaded) is None
 
 

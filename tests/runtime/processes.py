@@ -51,9 +51,9 @@ def _train(build: Path, pipe: Connection, before: Before) -> None:
 
 
 def _capture(build: Path, pipe: Connection, before: Before) -> None:
-    from minitron.runtime import capture
+    from minitron.runtime import record
 
-    _work(capture, build, pipe, before)
+    _work(record, build, pipe, before)
 
 
 def _work(command: Any, build: Path, pipe: Connection, before: Before) -> None:

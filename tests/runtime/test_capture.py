@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from minitron.runtime import capture, train
+from minitron.runtime import record, train
 from minitron.runtime.data import Data, data_hash, open_corpus
 from minitron.runtime.models import load_model
-from minitron.runtime.plan import read_plan
+from minitron.runtime.plan import read_training_plan
 from minitron.runtime.teacher_logits import StoredLogits, read_index, read_shard, shard_path
 from minitron.runtime.tokens import TextEncoder
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError
@@ -37,7 +37,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 def store(build: Path, progress: Progress | None = None, **changes: Any) -> dict[str, Any]:
     """Captures on the CPU. `changes` are written to training.yaml first."""
     tiny.write_plan(build, **SAMPLED | changes)
-    return capture(build, device="cpu", progress=progress or Silent())
+    return record(build, device="cpu", progress=progress or Silent())
 
 
 def files(build: Path) -> dict[str, bytes]:
@@ -71,7 +71,7 @@ def test_it_says_what_it_stored(build: Path) -> None:
 
 def test_samples_are_those_of_the_teacher(captured: Path) -> None:
     """Every draw of a token lies where its points fall in the teacher's own distribution; entropies are the teacher's."""
-    loaded = read_plan(captured)
+    loaded = read_training_plan(captured)
     plan = loaded.training()
     encoder = TextEncoder.load(captured / plan.tokenizer)
     corpus = open_corpus(
@@ -272,7 +272,7 @@ def test_a_full_disk_keeps_the_shards_that_are_there(build: Path, monkeypatch: p
 
 
 def test_data_hash_is_what_names_the_data(captured: Path) -> None:
-    loaded = read_plan(captured)
+    loaded = read_training_plan(captured)
     plan = loaded.training()
     encoder = TextEncoder.load(captured / plan.tokenizer)
     index = read_index(captured / "teacher_logits")
@@ -287,4 +287,4 @@ def test_training_is_refused_while_it_is_captured(build: Path) -> None:
         with pytest.raises(UsageError, match="another process is training"):
             train(build, device="cpu", progress=Silent())
 
-    capture(build, device="cpu", progress=AtStep(2, start_training, "capture"))
+    record(build, device="cpu", progress=AtStep(2, start_training, "capture"))

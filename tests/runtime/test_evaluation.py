@@ -15,9 +15,9 @@ import yaml
 from minitron.runtime import evaluate, suite, train
 from minitron.runtime.evaluate import recovered
 from minitron.runtime.models import weight_bytes
-from minitron.runtime.plan import EvaluationPlan
 from minitron.specs.errors import UsageError, WorkError
 from minitron.specs.progress import Silent
+from minitron.specs.training_plan import EvaluationPlan
 from tests.runtime import tiny
 
 

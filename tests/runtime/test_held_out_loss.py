@@ -13,9 +13,9 @@ from minitron.runtime.data import Windows
 from minitron.runtime.held_out import HeldOut, held_out
 from minitron.runtime.loss import Head, likelihood, negative_log_likelihood
 from minitron.runtime.models import LanguageModel
-from minitron.runtime.plan import HeadPlan
 from minitron.runtime.world import World
 from minitron.specs.errors import WorkError
+from minitron.specs.training_plan import HeadPlan
 from tests.runtime import tiny
 
 ALONE = World(0, 1, torch.device("cpu"))

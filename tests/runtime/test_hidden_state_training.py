@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from minitron.runtime.hidden_states import EMBEDDING, PROJECTION, Recorder
 from minitron.runtime.models import LanguageModel
-from minitron.runtime.plan import HeadPlan
 from minitron.specs.errors import SpecInvalid
+from minitron.specs.training_plan import HeadPlan
 from tests.runtime import tiny
 from tests.runtime.test_training import interrupted, losses, run, weights
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from minitron.runtime import capture
+from minitron.runtime import record
 from minitron.runtime.metrics import read_metrics
 from minitron.specs.progress import Silent
 from tests.runtime import tiny
@@ -31,7 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_two_ranks_learn_the_same(build: Path, tmp_path: Path, kind: str) -> None:
     tiny.write_plan(build, **KINDS[kind], tokens=64 * 6)
     if kind == "samples":
-        capture(build, device="cpu", progress=Silent())
+        record(build, device="cpu", progress=Silent())
     shutil.copytree(tmp_path / "here", tmp_path / "one")
     one = run(tmp_path / "one" / "build")
     assert train_on_ranks(build, 2) == ["done", "done"]

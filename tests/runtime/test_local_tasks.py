@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from minitron.runtime.local_tasks import check_local_data, write_tasks
 from minitron.runtime.models import LanguageModel, load_tokenizer
-from minitron.runtime.plan import EvaluatePlan, HeadPlan
 from minitron.runtime.suite import check_suite, run_suite
 from minitron.specs.errors import UsageError, WorkError
+from minitron.specs.training_plan import EvaluatePlan, HeadPlan
 from tests.runtime import tiny
 
 BENCHMARKS = Path(__file__).parents[3] / "shared" / "data" / "benchmarks"

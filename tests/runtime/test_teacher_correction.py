@@ -146,7 +146,7 @@ def test_interrupted_it_goes_on_bit_for_bit(done: tuple[Path, list[str]], build:
 
 
 def test_errors_stand_where_the_value_is(build: Path) -> None:
-    with pytest.raises(SpecInvalid, match=r"teacher_correction\.optimizer\.min_lr: 1 is higher than lr"):
+    with pytest.raises(SpecInvalid, match=r"teacher_correction\.optimizer\.min_lr: 1 is higher than `lr`"):
         run(build, teacher_correction=CORRECTION | {"optimizer": {"lr": 0.1, "min_lr": 1.0}})
     with pytest.raises(SpecInvalid, match=r"yaml:\d+:\d+: teacher\.head\.weight: the model has no `lm_head\.wait`"):
         run(build, **SHORT, teacher__head=tiny.HEAD | {"weight": "lm_head.wait"})

@@ -8,22 +8,24 @@ from typing import Any
 import pytest
 import yaml
 
-from minitron.runtime.plan import EvaluationPlan, TrainingPlan, read_plan, resume_identity
-from minitron.specs.errors import SpecInvalid, UsageError
+from minitron.runtime.identity import resume_identity
+from minitron.runtime.plan import read_training_plan
+from minitron.specs.errors import SpecInvalid, UsageError, placing
+from minitron.specs.training_plan import EvaluationPlan, TrainingPlan
 from tests.runtime import tiny
 
 
 def errors(folder: Path, text: str | None = None, **changes: Any) -> list[str]:
     (folder / "training.yaml").write_text(text or yaml.safe_dump(tiny.plan(**changes), sort_keys=False))
     with pytest.raises(SpecInvalid) as caught:
-        read_plan(folder)
+        read_training_plan(folder)
     assert caught.value.exit_code == 2
     return [str(error).replace(str(folder), "BUILD") for error in caught.value.errors]
 
 
 def test_a_whole_plan(tmp_path: Path) -> None:
     tiny.write_plan(tmp_path)
-    loaded = read_plan(tmp_path)
+    loaded = read_training_plan(tmp_path)
     assert isinstance(loaded.plan, TrainingPlan)
     assert loaded.folder == tmp_path
     assert loaded.training().steps == 12 and loaded.training().step_tokens == 64
@@ -31,32 +33,32 @@ def test_a_whole_plan(tmp_path: Path) -> None:
 
 def test_tokens_are_rounded_up_to_whole_steps(tmp_path: Path) -> None:
     tiny.write_plan(tmp_path, tokens=65)
-    assert read_plan(tmp_path).training().steps == 2
+    assert read_training_plan(tmp_path).training().steps == 2
 
 
 def test_units_and_spellings_are_those_of_the_spec(tmp_path: Path) -> None:
     text = yaml.safe_dump(tiny.plan()).replace("lr: 0.003", "lr: 3e-3").replace("tokens: 768", "tokens: 768K")
     (tmp_path / "training.yaml").write_text(text)
-    plan = read_plan(tmp_path).training()
+    plan = read_training_plan(tmp_path).training()
     assert plan.optimizer.lr == 0.003 and plan.tokens == 768_000
 
 
 def test_a_build_that_does_not_train(tmp_path: Path) -> None:
     document = {k: v for k, v in tiny.plan().items() if k in EvaluationPlan.model_fields}
     (tmp_path / "training.yaml").write_text(yaml.safe_dump(document))
-    loaded = read_plan(tmp_path)
+    loaded = read_training_plan(tmp_path)
     with pytest.raises(UsageError, match="compiled from a spec without `distill`; add that block"):
         loaded.training()
 
 
 def test_no_build(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no such build folder; `minitron compile SPEC -o .*` makes one"):
-        read_plan(tmp_path / "builds")
+        read_training_plan(tmp_path / "builds")
 
 
 def test_no_plan(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"has no training\.yaml; `minitron compile SPEC"):
-        read_plan(tmp_path)
+        read_training_plan(tmp_path)
 
 
 def test_every_error_comes_at_its_line(tmp_path: Path) -> None:
@@ -77,12 +79,11 @@ def test_every_error_comes_at_its_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"micro_batch_size": 3}, "micro_batch_size: 3 does not divide global_batch_size, 4; write a divisor of 4"),
-        ({"optimizer__min_lr": 1.0}, "optimizer.min_lr: 1 is higher than lr, 0.003; write at most 0.003"),
-        ({"loss__logits": {"weight": 0}}, "loss: every term has weight 0: there is nothing to learn"),
+        ({"optimizer__min_lr": 1.0}, "optimizer.min_lr: 1 is higher than `lr`, 0.003; write at most 0.003"),
+        ({"loss__logits": {"weight": 0}}, "loss: every weight is 0: nothing would be learnt"),
         (
             {"teacher_logits": {"sampled": 12}, "loss__logits": {"divergence": "reverse_kl"}},
-            "loss.logits.divergence: reverse_kl needs the teacher's whole distribution, and `teacher_logits` are samples",
+            "loss.logits.divergence: `reverse_kl` needs the teacher's whole distribution, and `teacher_logits` are samples",
         ),
         (
             {"teacher_logits": {"sampled": 12}, "loss__hidden_states": {}},
@@ -119,15 +120,16 @@ def test_what_is_no_plan_at_all(tmp_path: Path, text: str) -> None:
 
 def test_data_files_that_are_gone(tmp_path: Path) -> None:
     tiny.write_plan(tmp_path, data={"text": ["gone/*.txt"]})
-    loaded = read_plan(tmp_path)
-    with pytest.raises(SpecInvalid, match=r"training\.yaml:\d+:\d+: data\.text\.0: `gone/\*\.txt` matches no file"):
+    loaded = read_training_plan(tmp_path)
+    message = r"training\.yaml:\d+:\d+: data\.text\.0: `gone/\*\.txt` matches no file"
+    with pytest.raises(SpecInvalid, match=message), placing(loaded):
         loaded.data("data", loaded.training().data)
 
 
 def test_a_training_remembers_what_decides_its_result(tmp_path: Path) -> None:
     def identity(**changes: Any) -> dict[str, Any]:
         tiny.write_plan(tmp_path, **changes)
-        return resume_identity(read_plan(tmp_path).training(), "hash of the data")
+        return resume_identity(read_training_plan(tmp_path).training(), "hash of the data")
 
     base = identity()
     harmless: dict[str, Any] = {

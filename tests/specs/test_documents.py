@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitron.specs import SpecInvalid, WorkError
+from minitron.specs import WorkError
 from minitron.specs.documents import DataSource, check_data, content_hash, data_files, iter_documents, resolve
+from minitron.specs.errors import Refused
 from tests.specs.conftest import Load
 from tests.specs.specimens import SMALL
 
@@ -88,9 +89,9 @@ def test_the_standard_library_is_a_corpus_that_every_machine_has(tmp_path: Path)
 
 def test_all_patterns_that_name_nothing_are_said_at_once(corpus: Path) -> None:
     keys = {"text": ["gone.txt", "*.md", "a.txt", "deep", "~/x", "${HOME}/y"]}
-    with pytest.raises(SpecInvalid) as caught:
+    with pytest.raises(Refused) as caught:
         resolve(source(**keys), corpus, at="distill.data")
-    assert [(error.path, error.message, error.hint) for error in caught.value.errors] == [
+    assert [(error.path, error.message, error.hint) for error in caught.value.problems] == [
         ("distill.data.text.0", "there is no file `gone.txt`", f"paths are relative to {corpus}"),
         ("distill.data.text.1", "`*.md` matches no file", f"patterns are relative to {corpus}"),
         ("distill.data.text.3", "`deep` is a folder", "name the files in it, such as deep/**/*.txt"),

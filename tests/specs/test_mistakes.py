@@ -300,8 +300,12 @@ WRONG = {
     "less than a batch": Wrong(
         SMALL.replace("1B", "1M"), "5:42", "distill.tokens", "768 x 8192 = 6291456 tokens", "at least 6291456"
     ),
-    "a micro batch that does not fit": Wrong(
-        DISTILL + "  micro_batch_size: 5\n", "8:21", "distill.micro_batch_size", "5 does not divide", "a divisor of 768"
+    "a replicated student in host memory": Wrong(
+        DISTILL + "  layout: {student: replicated, cpu_offload: true}\n",
+        "8:46",
+        "distill.layout.cpu_offload",
+        "a student that is replicated stays on its device",
+        "write `student: sharded`",
     ),
     "nothing to learn": Wrong(
         DISTILL + "  loss: {logits: {weight: 0}}\n", "8:3", "distill.loss", "every weight is 0", "weight: 1.0"

@@ -202,7 +202,7 @@ def dispatched(foundry: Foundry) -> tuple[Build, list[Any]]:
     build = build_of(foundry, "qwen3_moe", TOGETHER["qwen3_moe"])
     spec = build.loaded.spec
     assert spec.importance.data is not None
-    data = resolve(spec.importance.data, build.loaded.folder, at="importance.data", error=build.loaded.error)
+    data = resolve(spec.importance.data, build.loaded.folder, at="importance.data")
     size = SampleConfig(spec.importance.data.samples, spec.importance.data.sequence_length)
     samples = calibration_samples(data, load_tokenizer(build.teacher), build.config["vocab_size"], size)
     model = load_model(build.teacher)

@@ -12,18 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitron.runtime.data import Batch, Corpus, Data, data_hash, open_corpus
+from minitron.runtime.correction import corrected
+from minitron.runtime.data import Batch, Corpus, Data, data_hash
+from minitron.runtime.identity import resume_identity
 from minitron.runtime.interrupt import interrupts
 from minitron.runtime.loss.divergence import log_softmax_
 from minitron.runtime.loss.products import project
 from minitron.runtime.loss.sampled import count, draw
 from minitron.runtime.models import LanguageModel, check_teacher, model_folder
 from minitron.runtime.order import mix
-from minitron.runtime.plan import LoadedPlan, TrainingPlan, read_plan, resume_identity
+from minitron.runtime.plan import LoadedPlan, read_training_plan
 from minitron.runtime.sampled_teacher import samples_identity, samples_needed
-from minitron.runtime.setup import load_teacher
+from minitron.runtime.setup import LOCK, Session, load_teacher
 from minitron.runtime.teacher_logits import (
-    FOLDER,
     Index,
     Shard,
     begin,
@@ -33,13 +34,14 @@ from minitron.runtime.teacher_logits import (
     write_shard,
 )
 from minitron.runtime.tokens import TextEncoder
-from minitron.runtime.train import LOCK, corrected
-from minitron.runtime.world import World, join_world
+from minitron.runtime.world import join_world
 from minitron.specs.atomic import remove_leftovers
 from minitron.specs.blocks.distill import SampledLogits
-from minitron.specs.errors import UsageError
+from minitron.specs.builds import DATA_CACHE, LOGITS
+from minitron.specs.errors import UsageError, placing
 from minitron.specs.locks import only_one
 from minitron.specs.progress import Progress, Silent
+from minitron.specs.training_plan import TrainingPlan
 
 _CHUNK_ELEMENTS = 1 << 23
 """Logits at a time: 32 MiB of them and, for the sums, 64 MiB in fp64."""
@@ -48,41 +50,52 @@ _DRAWS = 0x647261777300
 """Keeps the draws apart from everything else that follows from the seed."""
 
 
-def capture(build: Path, *, device: str | None, progress: Progress) -> dict[str, Any]:
+def record(build: Path, *, device: str | None, progress: Progress) -> dict[str, Any]:
     """Stores what training.yaml asks for in BUILD/teacher_logits and returns {samples, tokens, bytes, folder}. Goes on
     where a killed capture was, adds to one that was for fewer tokens, and does nothing where all is there.
 
     With several ranks each makes its share of the shards; the teacher is whole on each or sharded, as `layout` says.
     UsageError and WorkError as for training.
     """
-    loaded = read_plan(build)
+    loaded = read_training_plan(build)
     plan = loaded.training()
     if not isinstance(plan.teacher_logits, SampledLogits):
         raise UsageError(
             f"{loaded.path} trains with the teacher beside the student, and there is nothing to store; write "
             "`teacher_logits: {sampled: 12}` in the spec and compile again"
         )
-    folder = loaded.folder / FOLDER
+    folder, work = loaded.folder / LOGITS, loaded.folder / plan.work
     with (
+        placing(loaded),
         interrupts() as interrupt,
         join_world(device) as world,
-        only_one(loaded.folder / plan.work, "training or capturing", active=world.leads, file=LOCK),
+        only_one(work, "training or capturing", active=world.leads, file=LOCK),
     ):
-        progress = progress if world.leads else Silent()
         if world.leads:
-            remove_leftovers(loaded.folder / plan.work / "data")
-        encoder = TextEncoder.load(loaded.folder / plan.tokenizer)
-        data = world.from_leader(lambda: Data.read(loaded.data("data", plan.data)))
-        training = resume_identity(plan, data_hash(data, encoder, plan.tokens))
-        loaded = corrected(loaded, data, world, encoder, interrupt, progress)
-        identity = samples_identity(training, model_folder(loaded, "teacher", loaded.training().teacher))
-        samples = samples_needed(plan)
-        index = world.from_leader(lambda: begin(folder, identity, samples, plan.sequence_length, progress))
-        if index.samples < samples or not _complete(folder, index, samples):
-            _make(loaded, data, index, samples, world, encoder, progress)
-            world.wait()
-            index = replace(index, samples=max(samples, index.samples), bytes=_bytes(folder))
-            world.from_leader(partial(write_index, folder, index))
+            remove_leftovers(work / DATA_CACHE)
+        session = Session(
+            world=world,
+            encoder=TextEncoder.load(loaded.folder / plan.tokenizer),
+            data=world.from_leader(lambda: Data.read(loaded.data("data", plan.data))),
+            cache=work / DATA_CACHE,
+            interrupt=interrupt,
+            progress=progress if world.leads else Silent(),
+        )
+        return _record(loaded, plan, folder, session)
+
+
+def _record(loaded: LoadedPlan, plan: TrainingPlan, folder: Path, session: Session) -> dict[str, Any]:
+    world, progress = session.world, session.progress
+    training = resume_identity(plan, data_hash(session.data, session.encoder, plan.tokens))
+    loaded = corrected(loaded, session)
+    identity = samples_identity(training, model_folder(loaded, "teacher", loaded.training().teacher))
+    samples = samples_needed(plan)
+    index = world.from_leader(lambda: begin(folder, identity, samples, plan.sequence_length, progress))
+    if index.samples < samples or not _complete(folder, index, samples):
+        _draw_missing(loaded, index, samples, session)
+        world.wait()
+        index = replace(index, samples=max(samples, index.samples), bytes=_bytes(folder))
+        world.from_leader(partial(write_index, folder, index))
     done = {"samples": index.samples, "tokens": index.samples * plan.sequence_length, "bytes": _bytes(folder)}
     progress.message(f"teacher logits of {done['samples']} sequences: {folder}")
     return done | {"folder": str(folder)}
@@ -96,20 +109,13 @@ def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
 
 
-def _make(
-    loaded: LoadedPlan, data: Data, index: Index, samples: int, world: World, encoder: TextEncoder, progress: Progress
-) -> None:
-    """The shards of the first `samples` global samples that are not there, this rank's share of them."""
-    plan, folder = loaded.training(), loaded.folder / FOLDER
-    cache = loaded.folder / plan.work / "data"
-    corpus = world.leader_first(
-        lambda: open_corpus(
-            data, encoder, cache,
-            length=plan.sequence_length, tokens=plan.tokens, seed=plan.seed, progress=progress,
-        )
-    )  # fmt: skip
-    teacher = load_teacher(loaded, plan, world)
-    check_teacher(loaded, teacher, encoder.tokenizer)
+def _draw_missing(loaded: LoadedPlan, index: Index, samples: int, session: Session) -> None:
+    """Writes the shards of the first `samples` global samples that are not there, this rank's share of them."""
+    plan, folder = loaded.training(), loaded.folder / LOGITS
+    world, progress = session.world, session.progress
+    corpus = session.open_corpus(plan)
+    teacher = load_teacher(loaded, world)
+    check_teacher(loaded, teacher, session.encoder.tokenizer)
     shards = math.ceil(samples / index.shard_samples)
     mine = [
         range(number * index.shard_samples, min((number + 1) * index.shard_samples, samples))

@@ -1,0 +1,97 @@
+"""What makes two trainings the same training: what the plan says, the data, and the weights of the models.
+
+A checkpoint, the note that a training is finished and stored teacher logits remember it; what is not the same is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from minitron.runtime.models import weight_files
+from minitron.specs.errors import Problem, Refused
+from minitron.specs.training_plan import TrainingPlan
+
+_PIECES, _PIECE_BYTES = 256, 4096
+
+WEIGHTS = "teacher.weights"
+"""Key, in what a training remembers, of the weights that the teacher had (before it was corrected)."""
+
+
+def weights_digest(folder: Path) -> str:
+    """Tells the weights of two models apart without reading all of them: the headers, and pieces from all over the
+    files. What training changes, it changes everywhere."""
+    digest = hashlib.sha256()
+    for path in weight_files(folder):
+        size = path.stat().st_size
+        digest.update(str(size).encode())
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(min(length, size)))
+            for piece in range(_PIECES):
+                file.seek(size * piece // _PIECES)
+                digest.update(file.read(_PIECE_BYTES))
+    return digest.hexdigest()
+
+
+def resume_identity(plan: TrainingPlan, data_hash: str) -> dict[str, Any]:
+    """What a training run cannot change on the way, flat: dotted key -> value.
+
+    Whatever decides which samples come, what is learnt from them and how the learning rate runs. Not in it: how often
+    something is measured or saved, and how the same sums are cut into pieces (micro batches, chunks, recomputation,
+    layout) or computed (compute_dtype, compile), so that a run can move to another machine.
+    """
+    whole = plan.model_dump(mode="json")
+    kept = {key: whole[key] for key in _IDENTITY_KEYS}
+    kept["student"] = {"head": whole["student"]["head"]}
+    kept["teacher"] = {key: whole["teacher"][key] for key in ("revision", "dtype", "head")}
+    kept["loss"].pop("chunk_tokens")
+    kept["teacher_correction"] = None
+    if plan.teacher_correction is not None:
+        kept["teacher_correction"] = {key: whole["teacher_correction"][key] for key in ("tokens", "optimizer")}
+    kept["data"] = data_hash
+    return dict(_flat("", kept))
+
+
+_IDENTITY_KEYS = (
+    "fingerprint",
+    "teacher_logits",
+    "tokens",
+    "sequence_length",
+    "global_batch_size",
+    "optimizer",
+    "loss",
+    "seed",
+)
+
+
+def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(f"{prefix}.{key}".lstrip("."), inner)
+    else:
+        yield prefix, value
+
+
+def require_same_training(before: Mapping[str, Any], now: Mapping[str, Any], work: Path) -> None:
+    """Refused, with every value that decides the result and is not what it was when the training in `work` began. Weights
+    of a teacher count where both identities have them."""
+    if problems := list(_differences(before, now, f"or delete {work} to train from the beginning")):
+        raise Refused(problems)
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], begin_again: str) -> Iterator[Problem]:
+    changed = {
+        "data": "the training data or its tokenizer", "fingerprint": "the pruned student", WEIGHTS: "the teacher"
+    }  # fmt: skip
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if old == new or (key == WEIGHTS and None in (old, new)):
+            continue
+        if key in changed:
+            message, remedy = f"{changed[key]} changed since this training began", "bring back what was there"
+        else:
+            message, remedy = f"was {old} when this training began and is now {new}", f"write {old} again"
+        yield Problem("teacher.model" if key == WEIGHTS else key, message, f"{remedy}, {begin_again}")

@@ -1,0 +1,130 @@
+"""The loop of every training: step after step, with metrics, held-out loss and checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from minitron.runtime.checkpoint import TrainerState
+from minitron.runtime.disk import writing
+from minitron.runtime.held_out import HeldOut, held_out
+from minitron.runtime.interrupt import Interrupt
+from minitron.runtime.metrics import MetricsLog
+from minitron.runtime.pieces import model_pieces, optimizer_pieces
+from minitron.runtime.setup import Run
+from minitron.runtime.step import train_step
+from minitron.runtime.utilisation import peak_flops, peak_memory, utilisation
+from minitron.specs.builds import METRICS
+from minitron.specs.errors import WorkError
+from minitron.specs.progress import Progress
+
+_SHOWN = ("loss", "held_out_loss", "lr", "mfu", "memory_bytes")
+"""The figures that a user sees while it runs, beside tokens, their rate and the time left."""
+
+
+def learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progress, name: str = "train") -> None:
+    """Step after step until all tokens are learnt; held-out loss and checkpoints each so many tokens and at the end.
+
+    What is measured and saved when depends on the tokens alone, so a training that was killed is the same training.
+    """
+    plan, world = run.plan, run.world
+    peak = peak_flops(world.device, run.compute_dtype)
+    measure_every = plan.held_out.every_tokens if plan.held_out is not None else None
+    with (
+        torch.random.fork_rng([world.device] if world.device.type == "cuda" else []),
+        _metrics(run, state, progress) as metrics,
+        progress.task(name, plan.steps * plan.step_tokens, "tokens", done=state.tokens) as task,
+    ):
+        while state.step < plan.steps:
+            start, before = time.perf_counter(), state
+            try:
+                figures = train_step(run, before)
+            except WorkError:  # what all ranks saw together: the checkpoint that is being written is worth having
+                run.saver.finish()
+                raise
+            state = run.state_after(before.samples + plan.global_batch_size)
+            rate = plan.step_tokens / (time.perf_counter() - start)
+            line = {"step": state.step, "tokens": state.tokens, **figures, "tokens_per_second": round(rate, 1)}
+            line["memory_bytes"] = peak_memory(world.device)
+            if (mfu := utilisation(run.flops_per_token, rate, peak, world.size)) is not None:
+                line["mfu"] = round(mfu, 4)
+            last = state.step == plan.steps
+            if run.held_out is not None and (last or _crosses(before, state, measure_every)):
+                result = measure_held_out(run)
+                line |= {"held_out_loss": result.loss, "held_out_perplexity": result.perplexity}
+            broken = _write(metrics, line)
+            task.advance(plan.step_tokens, **{key: line[key] for key in _SHOWN if key in line})
+            stop, writing, failed, unwritten = world.any_of(
+                interrupt.requested, *run.saver.status(), broken is not None
+            )
+            if unwritten:
+                run.saver.finish()
+                world.from_leader(lambda error=broken: _complain(error))  # type: ignore[misc]
+            run.saver.settle(writing=writing, failed=failed)
+            if last or stop or _crosses(before, state, plan.checkpoint.every_tokens):
+                _save(run, state, metrics, line.get("held_out_loss"))
+            if last or stop:
+                run.saver.finish()
+            if stop and not last:
+                progress.message(f"interrupted after step {state.step}; train again to go on from there")
+                raise KeyboardInterrupt
+
+
+def _write(metrics: MetricsLog | None, line: Mapping[str, float]) -> WorkError | None:
+    """A line of the metrics, on the rank that writes them. What went wrong is for all ranks to stop for, and not for this one
+    alone, which the others would wait for."""
+    try:
+        if metrics is not None:
+            metrics.write(line)
+    except WorkError as error:
+        return error
+    return None
+
+
+def _complain(error: WorkError | None) -> None:
+    if error is not None:
+        raise error
+
+
+def measure_held_out(run: Run) -> HeldOut:
+    assert run.held_out is not None
+    return held_out(
+        run.student,
+        run.held_out,
+        run.world,
+        batch_size=run.plan.micro_batch_size,
+        compute_dtype=run.compute_dtype,
+    )
+
+
+def _crosses(before: TrainerState, after: TrainerState, every: int | None) -> bool:
+    """Whether a multiple of `every` tokens lies between two states."""
+    return every is not None and before.tokens // every < after.tokens // every
+
+
+@contextmanager
+def _metrics(run: Run, state: TrainerState, progress: Progress) -> Iterator[MetricsLog | None]:
+    """The log, on the rank that writes."""
+    opened: list[MetricsLog] = []
+
+    def open_log() -> None:
+        with writing(str(run.work / METRICS)):
+            opened.append(MetricsLog(run.work, state.step, progress))
+
+    run.world.from_leader(open_log)
+    if not opened:
+        yield None
+        return
+    with opened[0] as log:
+        yield log
+
+
+def _save(run: Run, state: TrainerState, metrics: MetricsLog | None, held_out_loss: float | None) -> None:
+    if metrics is not None:
+        metrics.sync()
+    module = run.student.module
+    pieces = {"model": model_pieces(module), "optimizer": optimizer_pieces(module, run.optimizer)}
+    run.saver.start(state, pieces, held_out_loss)

@@ -1,0 +1,73 @@
+"""What must hold between the values of a training, in the spec and in training.yaml alike.
+
+Each check takes the block and the dotted path `at` which that block stands in its file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from minitron.specs.blocks.distill import HiddenStateLoss, Layout, Loss, SampledLogits
+from minitron.specs.blocks.training import Optimizer
+from minitron.specs.errors import Problem
+
+
+def rate_falls(optimizer: Optimizer, at: str) -> Iterator[Problem]:
+    """The learning rate ends no higher than it starts."""
+    if optimizer.min_lr > optimizer.lr:
+        message = f"{optimizer.min_lr:g} is higher than `lr`, {optimizer.lr:g}"
+        yield Problem(f"{at}.min_lr", message, f"write at most {optimizer.lr:g}")
+
+
+def loss_is_whole(loss: Loss, at: str) -> Iterator[Problem]:
+    """Something is minimised, and a dynamic weight, which is scaled to the logit loss, has that loss."""
+    hidden = loss.hidden_states
+    if not (loss.logits.weight or loss.cross_entropy or (hidden is not None and hidden.weight)):
+        yield Problem(at, "every weight is 0: nothing would be learnt", "write `logits: {weight: 1.0}`")
+    if hidden is not None and hidden.weight == "dynamic" and not loss.logits.weight:
+        message = "`dynamic` is scaled to the logit loss, whose weight is 0"
+        yield Problem(f"{at}.hidden_states.weight", message, "write a number, or give `logits` a weight")
+
+
+def pairs_differ(loss: Loss, at: str) -> Iterator[Problem]:
+    """A pair of layers counts once."""
+    if loss.hidden_states is None or isinstance(loss.hidden_states.pairs, str):
+        return
+    for index, pair in enumerate(pairs := loss.hidden_states.pairs):
+        if pair in pairs[:index]:
+            path = f"{at}.hidden_states.pairs.{index}"
+            yield Problem(path, f"[{pair[0]}, {pair[1]}] stands in the list twice", "keep one of them")
+
+
+def samples_are_enough(loss: Loss, teacher_logits: str | SampledLogits, at: str) -> Iterator[Problem]:
+    """Samples of the teacher's distribution give the forward KL, and nothing that needs the whole distribution or the
+    teacher itself."""
+    if teacher_logits == "online":
+        return
+    if loss.logits.divergence != "forward_kl":
+        message = f"`{loss.logits.divergence}` needs the teacher's whole distribution, and `teacher_logits` are samples"
+        yield Problem(f"{at}.logits.divergence", message, "write forward_kl, or `teacher_logits: online`")
+    if loss.hidden_states is not None:
+        message = "hidden states need the teacher itself, and `teacher_logits` are samples"
+        yield Problem(f"{at}.hidden_states", message, "write null, or `teacher_logits: online`")
+
+
+def offloading_needs_sharding(layout: Layout, at: str) -> Iterator[Problem]:
+    """Weights that rest in host memory are sharded, also on one device."""
+    if layout.cpu_offload and layout.student != "sharded":
+        message = "a student that is replicated stays on its device"
+        yield Problem(f"{at}.cpu_offload", message, "write `student: sharded`, also for one device")
+
+
+def pairs_exist(hidden: HiddenStateLoss, teacher_layers: int, student_layers: int, at: str) -> Iterator[Problem]:
+    """The layers whose hidden states are compared are layers of the two models."""
+    if isinstance(hidden.pairs, str):
+        return
+    for index, pair in enumerate(hidden.pairs):
+        for side, (name, count) in enumerate((("teacher", teacher_layers), ("student", student_layers))):
+            if pair[side] >= count:
+                yield Problem(
+                    f"{at}.pairs.{index}.{side}",
+                    f"the {name} has {count} layers, and no layer {pair[side]}",
+                    f"write at most {count - 1}: layers are counted from 0, in each model's own numbering",
+                )

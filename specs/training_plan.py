@@ -1,0 +1,226 @@
+"""The models of training.yaml: everything that training and evaluation are told, with every value written out.
+
+The compiler builds a plan and writes it, people edit it, the runtime reads it and nothing else. Its blocks for optimizer,
+loss, data and checkpoints are those of the spec language, so words and units mean the same in both files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from minitron.specs import training_consistency
+from minitron.specs.blocks.base import Block, Count, Listed, NonNegativeInt, PositiveFloat, PositiveInt, Text, wrong
+from minitron.specs.blocks.distill import CheckpointSettings, Layout, Loss, TeacherLogits
+from minitron.specs.blocks.teacher_correction import TeacherCorrection
+from minitron.specs.blocks.training import Optimizer
+from minitron.specs.data import DataSource
+from minitron.specs.errors import Problem
+
+FORMAT_VERSION = 1
+
+DtypeName = Literal["float32", "bfloat16"]
+
+
+def _check_format(version: int) -> int:
+    if version != FORMAT_VERSION:
+        raise wrong(f"{{given}} is not the format that this version reads, {FORMAT_VERSION}", "compile again")
+    return version
+
+
+class HeadPlan(Block):
+    """How a model's logits come from its hidden states: `z = scale * (h @ weight.T + bias)`, `softcap * tanh(z /
+    softcap)`."""
+
+    backbone: Text
+    """Submodule whose last hidden state `h` is what the head reads."""
+
+    module: Text
+    """Submodule that holds the head."""
+
+    weight: Text
+    """Parameter [vocabulary, hidden]."""
+
+    bias: Text | None
+    """Parameter [vocabulary]; null: none."""
+
+    scale: float
+    """Factor of the logits."""
+
+    softcap: PositiveFloat | None
+    """Bound of the logits; null: none."""
+
+
+class ModelPlan(Block):
+    """One model: where it is and how its logits are computed."""
+
+    model: Text
+    """Folder in Hugging Face format, relative to training.yaml."""
+
+    dtype: DtypeName
+    """Dtype of the weights. A student trains in float32 and is saved in this one."""
+
+    head: HeadPlan
+
+    layers: Text | None = None
+    """Submodule that lists the decoder layers, for `loss.hidden_states` and for spreading them; null: not known."""
+
+    flops_per_token: PositiveInt | None = None
+    """Floating-point operations of one token's forward at the plan's sequence length, for the utilisation that
+    training reports; null: none is reported."""
+
+
+class TeacherPlan(ModelPlan):
+    """The teacher; a Hugging Face id may stand for the folder."""
+
+    revision: Text | None = None
+    """Commit of a Hugging Face id."""
+
+
+class ComputeDtype(Block):
+    """What the student's forward and backward compute in, by device; its weights and their updates are fp32."""
+
+    cpu: DtypeName
+    cuda: DtypeName
+
+
+class CorrectionPlan(TeacherCorrection):
+    """The teacher's own training before it teaches; data, batch and seed are those of the student's."""
+
+    every_tokens: Count
+    """A checkpoint is written each time that this many tokens were trained on."""
+
+    output: Text
+    """Folder of the corrected teacher."""
+
+    work: Text
+    """Folder of its checkpoints and metrics."""
+
+
+class CheckpointPlan(CheckpointSettings):
+    """As in the spec, with the interval always given."""
+
+    every_tokens: Count
+
+
+class LayoutPlan(Layout):
+    """As in the spec, with the teacher's place always given."""
+
+    teacher: Literal["sharded", "replicated"]
+
+
+class HeldOutPlan(Block):
+    """Text that is never trained on."""
+
+    data: DataSource
+    max_tokens: Count
+    """At most this many tokens are read."""
+
+    every_tokens: Count | None
+    """Measured during training each time that this many tokens were trained on; null: only at the end."""
+
+
+class EvaluatePlan(Block):
+    """What `minitron eval` does."""
+
+    suite: Listed[Text]
+    """Tasks of lm-eval."""
+
+    data_dir: Text | None
+    """Folder with the tasks' data."""
+
+    prompt: Text | None
+    """What each model continues; null: the beginning of the held-out text."""
+
+    continuation_tokens: PositiveInt
+
+
+class EvaluationPlan(Block):
+    """A build without distillation: enough to evaluate teacher and pruned student."""
+
+    format_version: Annotated[int, AfterValidator(_check_format)]
+    name: Text
+    fingerprint: Text | None = None
+    """Identifies the pruned student; training that began from another one is not continued."""
+
+    teacher: TeacherPlan
+    student: ModelPlan
+    tokenizer: Text
+    """Folder with the tokenizer."""
+
+    output: Text
+    """Folder of the final model."""
+
+    work: Text
+    """Folder of checkpoints, metrics and cached data."""
+
+    held_out: HeldOutPlan | None
+    evaluate: EvaluatePlan
+
+
+class TrainingPlan(EvaluationPlan):
+    """The whole training.yaml."""
+
+    data: DataSource
+    teacher_correction: CorrectionPlan | None = None
+    """null: the teacher stays as it is."""
+
+    teacher_logits: TeacherLogits
+    tokens: Count
+    """To train on, rounded up to whole global batches."""
+
+    sequence_length: Annotated[int, Field(ge=2, le=2**31)]
+    global_batch_size: PositiveInt
+    """Sequences in an optimizer step, over all ranks and accumulation steps."""
+
+    micro_batch_size: PositiveInt
+    """The most sequences in one forward; each rank takes the largest divisor of its share of the global batch."""
+
+    optimizer: Optimizer
+    loss: Loss
+    seed: NonNegativeInt
+    compute_dtype: ComputeDtype
+    gradient_checkpointing: bool
+    compile: bool
+    """The student's layers go through torch.compile."""
+
+    layout: LayoutPlan
+    checkpoint: CheckpointPlan
+
+    @property
+    def step_tokens(self) -> int:
+        return self.global_batch_size * self.sequence_length
+
+    @property
+    def steps(self) -> int:
+        return -(-self.tokens // self.step_tokens)
+
+
+TRAINING_KEYS = frozenset(TrainingPlan.model_fields) - frozenset(EvaluationPlan.model_fields)
+
+
+_MOST_SEQUENCES = 1 << 16  # in a forward; beyond that nothing is gained, and the search for a divisor stays short
+
+
+def divisor_within(share: int, most: int) -> int:
+    """The largest divisor of a device's `share` of the global batch that is no more than `most`."""
+    return max(size for size in range(1, min(share, most, _MOST_SEQUENCES) + 1) if share % size == 0)
+
+
+def to_document(plan: EvaluationPlan) -> dict[str, Any]:
+    """The plan as training.yaml holds it. What is measured stands last."""
+    document = plan.model_dump(mode="json")
+    return document | {key: document.pop(key) for key in ("held_out", "evaluate")}
+
+
+def problems(plan: TrainingPlan) -> Iterator[Problem]:
+    """What each value allows and all values together do not."""
+    yield from training_consistency.rate_falls(plan.optimizer, "optimizer")
+    if plan.teacher_correction is not None:
+        yield from training_consistency.rate_falls(plan.teacher_correction.optimizer, "teacher_correction.optimizer")
+    yield from training_consistency.loss_is_whole(plan.loss, "loss")
+    yield from training_consistency.pairs_differ(plan.loss, "loss")
+    yield from training_consistency.samples_are_enough(plan.loss, plan.teacher_logits, "loss")
+    yield from training_consistency.offloading_needs_sharding(plan.layout, "layout")
