@@ -93,9 +93,9 @@ def test_states_alone_can_be_learnt(build: Path) -> None:
     [
         (
             {"loss__hidden_states": {"pairs": [[0, 0], [2, 1]]}},
-            r"loss\.hidden_states\.pairs\.1\.0: the teacher has no layer 2; write at most 1: layers are counted from 0",
+            r"loss\.hidden_states\.pairs\.1\.0: the teacher has 2 layers, and no layer 2; write at most 1: layers",
         ),
-        ({"loss__hidden_states": {"pairs": [[0, 7]]}}, r"pairs\.0\.1: the student has no layer 7"),
+        ({"loss__hidden_states": {"pairs": [[0, 7]]}}, r"pairs\.0\.1: the student has 2 layers, and no layer 7"),
         (HIDDEN | {"student__layers": "model.blocks"}, r"student\.layers: the model has no list of layers `model\.bl"),
         (HIDDEN | {"teacher__layers": None}, r"teacher\.layers: is not there, and `loss\.hidden_states` needs it"),
     ],

@@ -123,9 +123,21 @@ def test_begun_on_one_rank_and_ended_on_two(build: Path, whole: tuple[list[dict[
     assert losses(result(build)[0]) == pytest.approx(losses(whole[0]), rel=1e-5)
 
 
+def test_a_micro_batch_of_the_whole_batch_is_shared_by_ranks(
+    build: Path, whole: tuple[list[dict[str, Any]], bytes]
+) -> None:
+    """As compile writes it for a small batch: one rank takes all of it at once, two take half of it each."""
+    plan = (build / "training.yaml").read_text(encoding="utf-8")
+    (build / "training.yaml").write_text(plan.replace("micro_batch_size: 2", "micro_batch_size: 4"), encoding="utf-8")
+    assert train_on_ranks(build, 2) == ["done", "done"]
+    assert losses(result(build)[0]) == pytest.approx(losses(whole[0]), rel=1e-5)
+
+
 def test_a_batch_that_ranks_cannot_share(build: Path) -> None:
     words = train_on_ranks(build, 3)
-    assert all("4 sequences cannot be shared by 3 processes, 2 at a time" in str(word) for word in words)
+    assert all(
+        "4 sequences cannot be shared equally by 3 processes; write a multiple of 3" in str(word) for word in words
+    )
 
 
 def test_ranks_that_do_not_share_the_build(build: Path, tmp_path: Path) -> None:

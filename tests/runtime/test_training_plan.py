@@ -11,7 +11,7 @@ import yaml
 from minitron.runtime.identity import resume_identity
 from minitron.runtime.plan import read_training_plan
 from minitron.specs.errors import SpecInvalid, UsageError, placing
-from minitron.specs.training_plan import EvaluationPlan, TrainingPlan
+from minitron.specs.training_plan import EvaluationPlan, TrainingPlan, divisor_within
 from tests.runtime import tiny
 
 
@@ -124,6 +124,13 @@ def test_data_files_that_are_gone(tmp_path: Path) -> None:
     message = r"training\.yaml:\d+:\d+: data\.text\.0: `gone/\*\.txt` matches no file"
     with pytest.raises(SpecInvalid, match=message), placing(loaded):
         loaded.data("data", loaded.training().data)
+
+
+@pytest.mark.parametrize(
+    ("share", "most", "size"), [(8, 16, 8), (8, 3, 2), (7, 6, 1), (12, 8, 6), (1, 1, 1), (2**40, 2**50, 2**16)]
+)
+def test_a_micro_batch_is_the_largest_divisor_of_a_share(share: int, most: int, size: int) -> None:
+    assert divisor_within(share, most) == size
 
 
 def test_a_training_remembers_what_decides_its_result(tmp_path: Path) -> None:
