@@ -42,6 +42,7 @@ from minitron.compiler.weights.buffers import load_buffers
 from minitron.compiler.weights.recipes import Recipe, recipes
 from minitron.compiler.weights.source import WeightSource, open_weights
 from minitron.specs.atomic import atomic_path, remove_leftovers, write_text
+from minitron.specs.builds import MODEL, PARTIAL_SCORES, PLAN, PROGRAM, SCORES, STUDENT, TRAINING, VERIFICATION, WORK
 from minitron.specs.data_files import content_hash, resolve
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError, placing
 from minitron.specs.load import LoadedSpec
@@ -108,17 +109,17 @@ def _compile(
     student = rewrite(plan, selection, buffers)
     fingerprint = _fingerprint(plan, selection)
     _guard_training(build, fingerprint)
-    (build / "verification.json").unlink(missing_ok=True)
+    (build / VERIFICATION).unlink(missing_ok=True)
     emit(plan, student, source, build, progress)
     write_training_plan(plan, build, fingerprint)
-    write_text(build / "plan.json", _json(plan.to_json(selection) | {"fingerprint": fingerprint, "inputs": inputs}))
+    write_text(build / PLAN, _json(plan.to_json(selection) | {"fingerprint": fingerprint, "inputs": inputs}))
     checks = validate(plan, student, source, buffers, build, samples, device, progress)
     document = {
         "format_version": 1,
         "passed": not verify.failed(checks),
         "checks": [check.to_json() for check in checks],
     }
-    write_text(build / "verification.json", _json(document))
+    write_text(build / VERIFICATION, _json(document))
     if verify.failed(checks):
         raise WorkError(
             f"the student failed its check {verify.failed(checks)[0]}; verification.json has all of them. "
@@ -151,7 +152,7 @@ def score(
         WidthConfig(importance.width.batch, importance.width.sequence), DepthConfig(importance.depth.metric)
     )
     key = _score_key(plan, content_hash(data), samples, config)
-    path = plan.build / "scores.safetensors"
+    path = plan.build / SCORES
     cached = _read_scores(path, key)
     if cached is not None and (cached.layers is not None or not need_layers):
         progress.message(f"scores: taken from {path}")
@@ -161,7 +162,7 @@ def score(
     )
     scores = calibrate(
         plan.captured, plan.table, plan.roles, plan.ends, executor, samples, config,
-        need_layers=need_layers, partial=plan.build / "scores.partial.safetensors", key=key, progress=progress,
+        need_layers=need_layers, partial=plan.build / PARTIAL_SCORES, key=key, progress=progress,
     )  # fmt: skip
     _write_scores(path, key, scores)
     return scores, samples
@@ -198,11 +199,11 @@ def emit(plan: Plan, student: Student, source: WeightSource, build: Path, progre
     make = student_weights(source, student.recipes, plan.captured.number_format)
     with progress.task("write student", plan.student_costs.weight_bytes, "B") as task:
         write_student(
-            build / "student", plan.config, plan.model, make,
+            build / STUDENT, plan.config, plan.model, make,
             streamed=source.streamed, dtype=plan.dtype, teacher_folder=plan.checkpoint.folder,
             card=model_card(plan.to_json()), advance=task.advance,
         )  # fmt: skip
-    save_program(build_program(student.graph_module, load_buffers(plan.model)), build / "student.pt2")
+    save_program(build_program(student.graph_module, load_buffers(plan.model)), build / PROGRAM)
 
 
 def write_training_plan(plan: Plan, build: Path, fingerprint: str) -> None:
@@ -211,7 +212,7 @@ def write_training_plan(plan: Plan, build: Path, fingerprint: str) -> None:
         plan.loaded, build, plan.checkpoint, plan.head, plan.captured.layer_path, fingerprint,
         {"teacher": plan.teacher_costs, "student": plan.student_costs},
     )  # fmt: skip
-    write_text(build / "training.yaml", render(document, plan.loaded.path, build))
+    write_text(build / TRAINING, render(document, plan.loaded.path, build))
 
 
 def validate(
@@ -239,17 +240,17 @@ def validate(
 
     with progress.task("verify", 6, "checks") as task:
         try:
-            model = verify.load_student(build / "student", plan.captured.attention)
+            model = verify.load_student(build / STUDENT, plan.captured.attention)
             wanted = verify.logits_of(model, ids)
         except WorkError as error:
             # Says of the widths what the configuration alone can say.
             return [
-                verify.check_widths(build / "student", _config_widths(plan), {}, {}),
+                verify.check_widths(build / STUDENT, _config_widths(plan), {}, {}),
                 verify.broken("reload", error),
             ]
         shapes = {name: tuple(value.shape) for name, value in stored_tensors(plan.model).items()}
         got = {name: tuple(value.shape) for name, value in stored_tensors(model).items()}
-        checks = [verify.check_widths(build / "student", _config_widths(plan), shapes, got)]
+        checks = [verify.check_widths(build / STUDENT, _config_widths(plan), shapes, got)]
         task.advance(1)
         rewritten = _logits(student.graph_module, plan.captured, make, student.buffers, settings, ids)
         checks.append(
@@ -388,7 +389,7 @@ def _guard_training(build: Path, fingerprint: str) -> None:
     from minitron.compiler.plan.plan import read_plan
 
     old = read_plan(build)
-    trained = any((build / "train").glob("*")) or (build / "model").exists()
+    trained = any((build / WORK).glob("*")) or (build / MODEL).exists()
     if old is not None and trained and old.get("fingerprint") != fingerprint:
         raise UsageError(
             f"{build} holds the training of another student (other widths, selection or teacher); "

@@ -16,6 +16,7 @@ from minitron.compiler.teacher.tokenizer import tokenizer_files
 from minitron.compiler.weights.recipes import Recipe
 from minitron.compiler.weights.source import WeightSource
 from minitron.specs.atomic import atomic_folder
+from minitron.specs.builds import CARD
 
 SHARD_BYTES = 2 << 30  # what is held in memory at a time, besides the tensor that is being made
 
@@ -72,7 +73,7 @@ def write_student(
                 loaded.save_pretrained(folder)
                 config.save_pretrained(folder)
         _copy_others(teacher_folder, folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def _assign(model: torch.nn.Module, old: torch.Tensor, new: torch.Tensor) -> None:

@@ -33,6 +33,7 @@ from minitron.compiler.estimate.memory import (
 from minitron.compiler.estimate.training_defaults import micro_batch
 from minitron.compiler.importance.batches import batch_size, block_size, compared_batches
 from minitron.specs.blocks.distill import Distill
+from minitron.specs.training_plan import divisor_within
 
 if TYPE_CHECKING:
     from minitron.compiler.plan.plan import Plan
@@ -125,11 +126,13 @@ class Reckoning:
     def layout(self, devices: int) -> Layout:
         """What training.yaml says, on so many devices."""
         distill = self.distill
-        micro = distill.micro_batch_size or micro_batch(distill.global_batch_size, distill.sequence_length)
+        share = max(1, distill.global_batch_size // devices)
+        most = distill.micro_batch_size or micro_batch(distill.global_batch_size, distill.sequence_length)
+        micro = divisor_within(share, most)
         return Layout(
             devices,
             micro,
-            max(1, distill.global_batch_size // (devices * micro)),
+            share // micro,
             *self.plan.sharding(),
             recompute=distill.gradient_checkpointing,
             offload=distill.layout.cpu_offload,

@@ -44,11 +44,8 @@ def fits_json(reckoning: Reckoning, outlook: Outlook) -> dict[str, Any]:
 
 def _why_not(reckoning: Reckoning, cluster: Cluster, layout: Layout) -> str | None:
     whole = reckoning.distill.global_batch_size
-    if whole % (cluster.count * layout.micro_batch):
-        return (
-            f"{whole} sequences of a global batch cannot be shared by {cluster.count} devices, {layout.micro_batch} at a "
-            "time"
-        )
+    if whole % cluster.count:
+        return f"{whole} sequences of a global batch cannot be shared equally by {cluster.count} devices"
     peak = _peak(reckoning, cluster, layout)
     if peak > cluster.device.memory_bytes:
         return (

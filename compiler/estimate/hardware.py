@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minitron.compiler.estimate.devices import REFERENCE, Cluster, read_device
+from minitron.specs.builds import PLAN, metrics_file
 from minitron.specs.errors import UsageError
 
 ASSUMED_MFU = 0.17
@@ -66,7 +67,7 @@ def measured_mfu(build: Path, cluster: Cluster) -> float:
 
     The median over the steps of the later half, which caches and compilation no longer slow down.
     """
-    metrics, plan = build / "train" / "metrics.jsonl", build / "plan.json"
+    metrics, plan = metrics_file(build), build / PLAN
     try:
         document = json.loads(plan.read_text(encoding="utf-8"))
         phase = next(one for one in document["phases"] if one["name"] == "distill")

@@ -37,6 +37,7 @@ from minitron.compiler.teacher.tokenizer import tokenizer_files
 from minitron.compiler.weights.recipes import renumber
 from minitron.compiler.weights.source import check_headers
 from minitron.specs.available import unavailable
+from minitron.specs.builds import PLAN
 from minitron.specs.data_files import check_data
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError, located
 from minitron.specs.load import LoadedSpec
@@ -312,7 +313,7 @@ def _remarks(checkpoint: Checkpoint, captured: Captured) -> tuple[str, ...]:
 
 def read_plan(build: Path) -> dict[str, Any] | None:
     """The plan.json of a build folder, None where there is none."""
-    path = build / "plan.json"
+    path = build / PLAN
     if not path.is_file():
         return None
     try:

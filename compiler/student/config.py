@@ -15,7 +15,7 @@ from minitron.compiler.capture.models import build_meta, stored_tensors
 from minitron.compiler.roles.names import GROUPS, HEAD_DIM, HEADS, HIDDEN, SCAN_HEAD_DIM, SCAN_HEADS, SHARED
 from minitron.compiler.student.config_keys import OTHER_KEYS, config_key
 from minitron.compiler.student.shared_experts import find_tie
-from minitron.specs.errors import UsageError
+from minitron.specs.errors import UsageError, first_line
 
 # A key of the configuration, or of a part of it: (the part's key or nothing, key).
 Key = tuple[str, str]
@@ -177,9 +177,7 @@ def prove(captured: Captured, config: Any, shapes: Mapping[str, tuple[int, ...]]
 
 
 def _impossible(config: Any, error: BaseException) -> UsageError:
-    words = str(error).strip()
-    reason = words.splitlines()[0] if words else type(error).__name__
-    return UsageError(f"transformers cannot build {config.model_type} with these widths: {reason}")
+    return UsageError(f"transformers cannot build {config.model_type} with these widths: {first_line(error)}")
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

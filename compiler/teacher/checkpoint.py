@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron.compiler.teacher.hub import snapshot
+from minitron.specs.builds import CONFIG
 from minitron.specs.errors import UsageError, WorkError
 
 INDEX = "model.safetensors.index.json"
@@ -79,7 +80,7 @@ def open_checkpoint(model: str, revision: str | None, base: Path, *, weights: bo
         raise UsageError(
             f"there is no folder {local}; write a folder relative to the spec, or a Hugging Face id (owner/name)"
         )
-    found = snapshot(model, revision, SMALL_FILES, enough=[] if weights else ["config.json"])
+    found = snapshot(model, revision, SMALL_FILES, enough=[] if weights else [CONFIG])
     return read_checkpoint(model, found.folder, weights=False, commit=found.commit)
 
 
@@ -128,7 +129,7 @@ def _inspect(name: str, folder: Path, weights: bool, commit: str | None) -> tupl
 def _read_config(model: str, folder: Path) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
-    path = folder / "config.json"
+    path = folder / CONFIG
     if not path.is_file():
         raise UsageError(f"{folder} has no config.json; it is not a Hugging Face checkpoint")
     try:

@@ -10,7 +10,7 @@ from typing import Any
 from minitron.compiler.teacher.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
 from minitron.compiler.teacher.hub import WrongRevision
 from minitron.compiler.teacher.provenance import observe, with_result
-from minitron.specs.builds import PLAN, VERIFICATION, build_of, finished_note, read_document, result_of
+from minitron.specs.builds import CONFIG, PLAN, VERIFICATION, build_of, finished_note, read_document, result_of
 from minitron.specs.chain import chain
 from minitron.specs.errors import MinitronError, SpecInvalid
 from minitron.specs.load import LoadedSpec
@@ -59,7 +59,7 @@ def why_not_finished(loaded: LoadedSpec) -> str | None:
     if reason is not None:
         return f"{build} is {reason}"
     trained = loaded.spec.distill is None or finished_note(build).is_file()
-    return None if trained and (result / "config.json").is_file() else f"{build} is not trained to its end"
+    return None if trained and (result / CONFIG).is_file() else f"{build} is not trained to its end"
 
 
 def why_stale(build: Path, loaded: LoadedSpec) -> str | None:

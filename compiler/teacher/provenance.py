@@ -14,7 +14,7 @@ from pathlib import Path
 from minitron.compiler.teacher.checkpoint import SMALL_FILES, file_headers
 from minitron.compiler.teacher.hub import WrongRevision, commit_of, is_commit, snapshot
 from minitron.compiler.teacher.tokenizer import tokenizer_files
-from minitron.specs.builds import PLAN, build_of, finished_note, result_of
+from minitron.specs.builds import CONFIG, PLAN, build_of, finished_note, result_of
 from minitron.specs.chain import above
 from minitron.specs.data import STDLIB_PREFIX, Source
 from minitron.specs.data_files import data_files, data_sources, resolve, stdlib, unreadable
@@ -104,7 +104,7 @@ def _teacher(loaded: LoadedSpec) -> tuple[Inputs, Path | None]:
         folder = found.folder
         asked = (loaded.written or loaded.spec).teacher.revision
         part |= ({} if asked is None else {"revision": asked}) | {"commit": found.commit}
-    config = folder / "config.json"
+    config = folder / CONFIG
     if not config.is_file():
         raise SpecInvalid([loaded.error("teacher.model", f"{folder} has no config.json", "name a Hugging Face model")])
     part["config"] = _file_hash(config)
@@ -124,7 +124,7 @@ def _teacher(loaded: LoadedSpec) -> tuple[Inputs, Path | None]:
 def _result(upper: LoadedSpec) -> str:
     """A hash of what the spec above has come to: its student, its training and the shape of its model."""
     build, model = build_of(upper), result_of(upper)
-    texts = [path.read_bytes() for path in (finished_note(build), model / "config.json") if path.is_file()]
+    texts = [path.read_bytes() for path in (finished_note(build), model / CONFIG) if path.is_file()]
     plan = build / PLAN
     if plan.is_file():
         document = json.loads(plan.read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minitron.specs.errors import UsageError
+from minitron.specs.errors import UsageError, first_line
 
 
 def last_token(folder: Path) -> int | None:
@@ -44,7 +44,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise UsageError(
             f"{folder} has no tokenizer that transformers can load ({reason}); copy its files there"
         ) from None

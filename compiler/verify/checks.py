@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from minitron.compiler.axes.narrowing import Dependent, Indices, Narrowing
 from minitron.compiler.capture.models import quiet, stored_tensors
 from minitron.compiler.emit.program import run_program
-from minitron.specs.errors import WorkError
+from minitron.specs.builds import CONFIG, PROGRAM, STUDENT
+from minitron.specs.errors import WorkError, first_line
 from minitron.specs.training_plan import HeadPlan
 
 # Both routes run in fp32 and differ by the order of sums only; a wrong channel is off by far more than this.
@@ -89,7 +90,7 @@ def check_widths(
     folder: Path, wanted: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]
 ) -> Check:
     """`wanted`: configuration key -> width; `shapes`: the tensors that were planned, `got`: those of the loaded model."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     wrong = [f"{key} is {config.get(key)}, not {width}" for key, width in wanted.items() if config.get(key) != width]
     wrong += [f"{name} is {got.get(name)}, not {shape}" for name, shape in shapes.items() if got.get(name) != shape]
     passed = not wrong
@@ -119,7 +120,7 @@ def load_student(folder: Path, attention: str) -> Any:
                 trust_remote_code=False,
             )
     except Exception as error:  # transformers raises anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise WorkError(f"{folder} cannot be loaded back by transformers: {reason}") from None
     problems = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if problems:
@@ -135,7 +136,7 @@ def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             return model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
     except (RuntimeError, ValueError, IndexError, TypeError) as error:  # what operators raise of shapes that do not fit
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise WorkError(f"the student loads, but does not run in transformers: {reason}") from None
 
 
@@ -156,15 +157,13 @@ def check_program(
     """
     try:
         if streamed:
-            got = run_program(
-                build / "student.pt2", sorted((build / "student").glob("*.safetensors")), ids, custom=custom
-            )
+            got = run_program(build / PROGRAM, sorted((build / STUDENT).glob("*.safetensors")), ids, custom=custom)
         else:
             with tempfile.TemporaryDirectory(dir=build, prefix=".weights.", suffix=".tmp") as folder:
                 path = Path(folder) / "weights.safetensors"
                 weights = {name: value.detach().to(dtype).contiguous() for name, value in stored_tensors(model).items()}
                 save_file(weights, path)
-                got = run_program(build / "student.pt2", [path], ids, custom=custom)
+                got = run_program(build / PROGRAM, [path], ids, custom=custom)
     except WorkError as error:
         return broken("program", error)
     if dtype == torch.float32:

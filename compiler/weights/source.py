@@ -10,7 +10,7 @@ import torch
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.capture.models import quiet, stored_tensors
 from minitron.compiler.teacher.checkpoint import Checkpoint
-from minitron.specs.errors import UsageError, WorkError
+from minitron.specs.errors import UsageError, WorkError, first_line
 
 
 class WeightSource(Protocol):
@@ -93,7 +93,7 @@ def open_weights(captured: Captured, checkpoint: Checkpoint) -> WeightSource:
                 ignore_mismatched_sizes=True,
             )  # fmt: skip
     except Exception as error:  # transformers raises anything for a broken checkpoint
-        raise WorkError(f"{checkpoint.folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        raise WorkError(f"{checkpoint.folder} cannot be loaded: {first_line(error)}") from None
     missing = sorted(info["missing_keys"])
     if missing:
         raise WorkError(f"{checkpoint.folder} lacks {len(missing)} of the model's tensors, the first is {missing[0]}")

@@ -14,6 +14,7 @@ from minitron.compiler.estimate.devices import REFERENCE, Cluster
 from minitron.compiler.estimate.hardware import Outlook, read_outlook
 from minitron.compiler.estimate.model_costs import ModelCosts
 from minitron.compiler.plan.plan import Plan
+from minitron.specs.training_plan import to_document
 from tests.foundry import Foundry
 
 FFN = {"intermediate_size": 24}
@@ -80,8 +81,8 @@ def test_hours_on_every_kind_of_device(planned: Planned) -> None:
 
 
 def resolved(plan: Plan, folder: Path, teacher_costs: ModelCosts | None = None) -> dict[str, Any]:
-    costs = teacher_costs or plan.teacher_costs, plan.student_costs
-    return training_plan(plan.loaded, folder, plan.checkpoint, plan.head, plan.head, "layers", "0", *costs)
+    costs = {"teacher": teacher_costs or plan.teacher_costs, "student": plan.student_costs}
+    return to_document(training_plan(plan.loaded, folder, plan.checkpoint, plan.head, "layers", "0", costs))
 
 
 def test_the_training_plan_says_where_each_model_lies(planned: Planned, tmp_path: Path) -> None:
