@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +16,11 @@ from transformers.utils import logging as transformers_logging
 
 from minitron.runtime.loss import Head
 from minitron.runtime.plan import LoadedPlan
+from minitron.specs.builds import CONFIG
 from minitron.specs.errors import Problem, Refused, WorkError, first_line
+from minitron.specs.model_config import alone, read_model_config
 from minitron.specs.training_plan import HeadPlan, ModelPlan
+from minitron.specs.weight_files import SINGLE, find_weight_files, read_headers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -93,12 +94,7 @@ def _positions(config: Any) -> int | None:
 
 def readable(folder: Path) -> int | None:
     """How many tokens the model in `folder` can read, where its configuration says so. WorkError for a broken one."""
-    try:
-        with quiet():
-            return _positions(AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = first_line(error)
-        raise WorkError(f"{folder} has no configuration that can be read ({reason}); make the model again") from None
+    return _positions(model_config(folder))
 
 
 Place = Callable[[LanguageModel], LanguageModel]
@@ -150,12 +146,14 @@ def open_model(
     most CPUs lack, computing in bf16 takes several times as long.
     """
     weight_files(folder)
+    config = model_config(folder)
     if device.type == "cpu":
         dtype = torch.float32
     try:
         with quiet():
             module, report = AutoModelForCausalLM.from_pretrained(
                 folder,
+                config=config,
                 dtype=dtype,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -220,45 +218,33 @@ def _gives_other_logits(model: LanguageModel, device: torch.device) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those of its index, or the single one. WorkError where one is missing."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise WorkError(f"{index} is broken ({error}); make the model again") from None
-    for name in names:
-        if not (folder / name).is_file():
-            raise WorkError(f"{folder} has no {name}; only safetensors weights are read, make the model again")
-    return [folder / name for name in names]
+    """The safetensors files of a checkpoint, as the compiler finds them. WorkError where there are none or one is missing."""
+    files = find_weight_files(folder)
+    if not files.paths:
+        raise WorkError(f"{folder} has no {SINGLE}; only safetensors weights are read, make the model again")
+    return list(files.paths)
 
 
 def weight_bytes(folder: Path) -> int:
     """Bytes of all tensors in a checkpoint, from the headers of its files."""
-    return sum(end - start for _, (start, end) in _headers(folder))
+    return sum(info.nbytes for info in read_headers(weight_files(folder)).values())
 
 
 def stored_in(folder: Path, dtype: str) -> bool:
-    """Whether all tensors of a checkpoint are in this number format of safetensors."""
-    return all(found == dtype for found, _ in _headers(folder))
+    """Whether all tensors of a checkpoint are in this dtype, as safetensors spells it."""
+    return all(info.dtype == dtype for info in read_headers(weight_files(folder)).values())
 
 
-def _headers(folder: Path) -> list[tuple[str, tuple[int, int]]]:
-    """Number format and place of every tensor in a checkpoint."""
-    found = []
-    for path in weight_files(folder):
-        with path.open("rb") as handle:
-            try:
-                (length,) = struct.unpack("<Q", handle.read(8))
-                header = json.loads(handle.read(length))
-                for name, entry in header.items():
-                    if name != "__metadata__":
-                        start, end = entry["data_offsets"]
-                        found.append((str(entry["dtype"]), (int(start), int(end))))
-            except (ValueError, KeyError, TypeError, struct.error, OverflowError, MemoryError) as error:
-                raise WorkError(f"{path} is no safetensors file ({error}); make the model again") from None
-    return found
+def model_config(folder: Path) -> Any:
+    """The configuration of the model in a folder, without keys that only change how it is called. UsageError or WorkError
+    where it cannot be read."""
+    raw = read_model_config(folder)
+    try:
+        with quiet(), alone({key: value for key, value in raw.items() if key != "auto_map"}) as only_config:
+            return AutoConfig.from_pretrained(only_config, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # configuration classes raise anything; all of it is the file's fault
+        reason = first_line(error)
+        raise WorkError(f"{folder} has no configuration that can be read ({reason}); make the model again") from None
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -267,8 +253,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise WorkError(f"there is no folder {folder}, where the tokenizer should be; compile again")
     try:
         with quiet():
+            config = model_config(folder) if (folder / CONFIG).is_file() else None
             return AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True, model_max_length=int(1e30)
+                folder, config=config, trust_remote_code=False, local_files_only=True, model_max_length=int(1e30)
             )
     except Exception as error:  # a wrong file surfaces as whatever its reader stumbles over
         reason = first_line(error)

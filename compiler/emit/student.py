@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from minitron.compiler.capture.models import quiet, stored_tensors
-from minitron.compiler.teacher.tokenizer import tokenizer_files
+from minitron.compiler.teacher.tokenizer import check_inside, tokenizer_files
 from minitron.compiler.weights.recipes import Recipe
 from minitron.compiler.weights.source import WeightSource
 from minitron.specs.atomic import atomic_folder
@@ -123,10 +123,10 @@ def _write_shards(folder: Path, names: list[str], make: Make, advance: Callable[
 
 def _copy_others(source: Path, folder: Path) -> None:
     for path in tokenizer_files(source):
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name)
-        else:
-            shutil.copyfile(path, folder / path.name)
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
     generation = source / "generation_config.json"
     if generation.is_file():  # in place of the one that transformers makes up where it writes the model
+        check_inside(generation, source)
         shutil.copyfile(generation, folder / generation.name)

@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minitron.compiler.teacher.hub import snapshot
+from minitron.compiler.teacher.model_config import load_config
+from minitron.compiler.teacher.refusals import check_not_quantised, check_text_only
+from minitron.compiler.teacher.tokenizer import tokenizer_files
 from minitron.specs.builds import CONFIG
 from minitron.specs.errors import UsageError, WorkError
-
-INDEX = "model.safetensors.index.json"
-
-
-SINGLE = "model.safetensors"
-
+from minitron.specs.model_config import read_model_config
+from minitron.specs.weight_files import (
+    INDEX,
+    SINGLE,
+    TensorInfo,
+    check_no_adapter,
+    find_weight_files,
+    indexed_files,
+    read_headers,
+)
 
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
-
-
-LONGEST_REASON = 300  # characters of a library's message that are passed on
-
-
-HEADER_LIMIT = 100_000_000  # the format's own bound on a header, in bytes
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a weight file, from its header: `dtype` as safetensors spells it (BF16, F32, ...)."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -91,8 +80,14 @@ def fetch_weights(checkpoint: Checkpoint) -> Checkpoint:
     """
     if checkpoint.commit is None:
         return checkpoint
-    found = snapshot(checkpoint.name, checkpoint.commit, [*SMALL_FILES, "*.safetensors"])
+    found = snapshot(checkpoint.name, checkpoint.commit, [*SMALL_FILES, *_wanted(checkpoint.folder)])
     return read_checkpoint(checkpoint.name, found.folder, weights=True, commit=checkpoint.commit)
+
+
+def _wanted(folder: Path) -> list[str]:
+    """The weight files to be fetched: some repositories hold the same weights once more, for other programs."""
+    index = folder / INDEX
+    return [SINGLE, *(indexed_files(index) if index.is_file() else [])]
 
 
 def read_checkpoint(name: str, folder: Path, *, weights: bool, commit: str | None = None) -> Checkpoint:
@@ -108,8 +103,7 @@ def read_checkpoint(name: str, folder: Path, *, weights: bool, commit: str | Non
 def _inspect(name: str, folder: Path, weights: bool, commit: str | None) -> tuple[dict[str, TensorInfo], str]:
     """The tensors, and why there are none."""
     # In the Hub's cache a part of the weight files is what a download that was not finished leaves.
-    tensors = _read_headers(folder, parts_will_do=commit is not None and not weights)
-    remark = ""
+    tensors, remark = _read_headers(folder, parts_will_do=commit is not None and not weights)
     if weights and not tensors:
         if commit is not None:
             raise WorkError(
@@ -127,31 +121,21 @@ def _inspect(name: str, folder: Path, weights: bool, commit: str | None) -> tupl
 
 
 def _read_config(model: str, folder: Path) -> Any:
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+    check_no_adapter(folder)
     path = folder / CONFIG
-    if not path.is_file():
-        raise UsageError(f"{folder} has no config.json; it is not a Hugging Face checkpoint")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid JSON ({error}); copy the file again from its source") from None
-    if not isinstance(raw, dict) or "model_type" not in raw:
-        raise UsageError(f"{path} names no model_type; it is not the configuration of a Hugging Face model")
-    if "auto_map" in raw and raw["model_type"] not in CONFIG_MAPPING:
+    raw = read_model_config(folder)
+    kind = raw["model_type"]
+    if "auto_map" in raw and kind not in CONFIG_MAPPING:
         raise UsageError(
-            f"{path}: the code of a {raw['model_type']} model comes with its checkpoint (auto_map), and such code is never "
+            f"{path}: the code of a {kind} model comes with its checkpoint (auto_map), and such code is never "
             "run; name a model of a type that transformers itself knows"
         )
-    if raw.get("quantization_config"):
-        raise UsageError(
-            f"{path}: the weights are quantized (quantization_config); name the checkpoint that they were made from, in "
-            "bfloat16 or float32"
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # configuration classes raise anything; all of it is the file's fault
-        raise UsageError(f"{path} cannot be read by transformers: {in_one_line(error)}") from None
+    check_not_quantised(folder, raw)
+    config = load_config(folder)
+    list(tokenizer_files(folder))  # none of which is a link that leads elsewhere
+    check_text_only(model, raw, config)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UsageError(
             f"{model} is a {config.model_type} model, which transformers does not know as a causal language model; "
@@ -162,50 +146,18 @@ def _read_config(model: str, folder: Path) -> Any:
         raise UsageError(f"{path} has no num_hidden_layers; models of several towers are not supported")
     if layers < 1:
         raise UsageError(f"{path} says that the model has {layers} layers; copy the file again from its source")
-    vars(config).pop("auto_map", None)  # names code that is not used, and that a student's folder would not have
     return config
 
 
-def in_one_line(error: Exception) -> str:
-    """What a library has to say, of which the second line often is the reason."""
-    words = " ".join(str(error).split()) or type(error).__name__
-    return words if len(words) <= LONGEST_REASON else words[: LONGEST_REASON - 3] + "..."
-
-
-def file_headers(folder: Path) -> dict[str, TensorInfo]:
-    """All tensors of a checkpoint folder; none where it has no weight files. WorkError where one is broken."""
-    return _read_headers(folder, parts_will_do=False)
-
-
-def _read_headers(folder: Path, *, parts_will_do: bool) -> dict[str, TensorInfo]:
-    files = _weight_files(folder)
-    if files is not None:
-        present = [folder / name for name in files if (folder / name).is_file()]
-        if parts_will_do and len(present) < len(files):
-            return {}
-        if present and len(present) < len(files):
-            missing = next(name for name in files if not (folder / name).is_file())
-            raise WorkError(f"{folder}: {missing} is named in {INDEX} and is not there; copy the checkpoint again")
-    else:
-        present = [path for path in [folder / SINGLE] if path.is_file()]
-    tensors: dict[str, TensorInfo] = {}
-    for path in present:
-        tensors.update(read_header(path))
-    return tensors
-
-
-def _weight_files(folder: Path) -> list[str] | None:
-    """The names in the index of a checkpoint in several files; None where there is no index."""
-    index = folder / INDEX
-    if not index.is_file():
-        return None
+def _read_headers(folder: Path, *, parts_will_do: bool) -> tuple[dict[str, TensorInfo], str]:
+    """The tensors of a folder, and what is ignored there."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if strange := next((name for name in names if not isinstance(name, str) or Path(name).name != name), None):
-            raise ValueError(f"{strange!r} is no name of a file beside it")
-        return names
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise WorkError(f"{index} is broken ({error}); copy the checkpoint again") from None
+        files = find_weight_files(folder)
+    except WorkError:
+        if parts_will_do:
+            return {}, ""
+        raise
+    return read_headers(files), "; ".join(files.remarks)
 
 
 def _remote_headers(model: str, folder: Path, commit: str) -> tuple[dict[str, TensorInfo], str]:
@@ -213,9 +165,9 @@ def _remote_headers(model: str, folder: Path, commit: str) -> tuple[dict[str, Te
     from huggingface_hub import HfApi
 
     try:
-        names = _weight_files(folder) or [SINGLE]
+        index = folder / INDEX
         tensors: dict[str, TensorInfo] = {}
-        for name in names:
+        for name in indexed_files(index) if index.is_file() else [SINGLE]:
             header = HfApi().parse_safetensors_file_metadata(model, name, revision=commit)
             for tensor, info in header.tensors.items():
                 begin, end = info.data_offsets
@@ -228,27 +180,3 @@ def _remote_headers(model: str, folder: Path, commit: str) -> tuple[dict[str, Te
             f"the headers of {model}'s weight files are not to be had ({reason}): tensor names and shapes could not be "
             "compared with the configuration"
         )
-
-
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file. WorkError where the file is broken or cut short."""
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            if length > min(size - 8, HEADER_LIMIT):
-                raise ValueError("its header is longer than the file")
-            header = json.loads(handle.read(length))
-        header.pop("__metadata__", None)
-        tensors = {
-            name: TensorInfo(
-                path, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0]
-            )
-            for name, entry in header.items()
-        }
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, struct.error) as error:
-        raise WorkError(f"{path} is not a whole safetensors file ({error}); copy it again") from None
-    expected = 8 + length + sum(info.nbytes for info in tensors.values())
-    if size != expected:
-        raise WorkError(f"{path} is not a whole safetensors file ({size} of {expected} bytes); copy it again")
-    return tensors

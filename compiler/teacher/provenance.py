@@ -11,22 +11,25 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from minitron.compiler.teacher.checkpoint import SMALL_FILES, file_headers
+from minitron.compiler.teacher.checkpoint import SMALL_FILES
 from minitron.compiler.teacher.hub import WrongRevision, commit_of, is_commit, snapshot
 from minitron.compiler.teacher.tokenizer import tokenizer_files
 from minitron.specs.builds import CONFIG, PLAN, build_of, finished_note, result_of
 from minitron.specs.chain import above
 from minitron.specs.data import STDLIB_PREFIX, Source
 from minitron.specs.data_files import data_files, data_sources, resolve, stdlib, unreadable
-from minitron.specs.errors import SpecInvalid, UsageError, WorkError, placing
+from minitron.specs.errors import MinitronError, SpecInvalid, UsageError, placing
+from minitron.specs.file_hashes import file_hash
 from minitron.specs.load import LoadedSpec
 from minitron.specs.lockfile import Inputs, source_parts
+from minitron.specs.weight_files import find_weight_files
 
 MAX_FILES = 16  # of one source that are listed one by one; of more there is one hash of all
 
 
 def observe(loaded: LoadedSpec, *, offline_will_do: bool = True) -> Inputs:
-    """`{teacher, tokenizer, data}` as they are now; reads configuration, headers, tokenizer files and data, no weights.
+    """`{teacher, tokenizer, data}` as they are now; reads configuration, tokenizer files, weights and data; of large files
+    that have not changed since, the hash is remembered.
 
     The pins of `loaded` are followed: what is pinned to a commit is observed there. A data set of the Hub whose commit
     cannot be found out is left without one, or refused where `offline_will_do` is false. SpecInvalid for what is not
@@ -35,7 +38,9 @@ def observe(loaded: LoadedSpec, *, offline_will_do: bool = True) -> Inputs:
     teacher, folder = _teacher(loaded)
     inputs: Inputs = {"teacher": teacher}
     if folder is not None:
-        inputs["tokenizer"] = {path.name: _tree_hash(path) for path in tokenizer_files(folder)}
+        inputs["tokenizer"] = {
+            path.relative_to(folder).as_posix(): _file_hash(path) for path in tokenizer_files(folder)
+        }
     written = dict(data_sources(loaded.written or loaded.spec))
     data: Inputs = {}
     for at, source in data_sources(loaded.spec):
@@ -108,16 +113,16 @@ def _teacher(loaded: LoadedSpec) -> tuple[Inputs, Path | None]:
     if not config.is_file():
         raise SpecInvalid([loaded.error("teacher.model", f"{folder} has no config.json", "name a Hugging Face model")])
     part["config"] = _file_hash(config)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        part["generation_config"] = _file_hash(generation)
     # Of a model on the Hub the commit says all of this, and the weights may not be here.
     if not local.is_dir():
         return part, folder
-    try:
-        tensors = file_headers(folder)
-    except WorkError as error:
-        raise SpecInvalid([loaded.error("teacher.model", str(error))]) from None
-    if tensors:
-        headers = sorted((name, info.dtype, list(info.shape)) for name, info in tensors.items())
-        part["tensors"] = _sha256([json.dumps(headers).encode()])
+    with placing(loaded, "teacher.model", (MinitronError,)):
+        files = find_weight_files(folder).paths
+    if files:
+        part["weights"] = _together(list(files), folder)
     return part, folder
 
 
@@ -181,17 +186,9 @@ def _together(files: list[Path], folder: Path) -> str:
     return _sha256(f"{path.name} {_file_hash(path)}\n".encode() for path in files)
 
 
-def _tree_hash(path: Path) -> str:
-    """Of a file, or of the files in a folder."""
-    if path.is_dir():
-        return _together(sorted(one for one in path.rglob("*") if one.is_file()), path)
-    return _file_hash(path)
-
-
 def _file_hash(path: Path) -> str:
     try:
-        with path.open("rb") as handle:
-            return f"sha256:{hashlib.file_digest(handle, 'sha256').hexdigest()}"
+        return file_hash(path)
     except OSError as error:
         raise unreadable(path, error) from None
 

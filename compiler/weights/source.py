@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.capture.models import quiet, stored_tensors
 from minitron.compiler.teacher.checkpoint import Checkpoint
-from minitron.specs.errors import UsageError, WorkError, first_line
+from minitron.compiler.teacher.model_config import in_one_line
+from minitron.compiler.teacher.refusals import check_tensors_not_quantised
+from minitron.compiler.weights.foreign_names import ForeignName, find_foreign_name
+from minitron.specs.errors import UsageError, WorkError
+
+# Elements of a tensor that are looked at in one piece for numbers that are none.
+_PIECE = 1 << 24
 
 
 class WeightSource(Protocol):
@@ -22,23 +31,63 @@ class WeightSource(Protocol):
 
 
 class StreamedWeights:
-    """Reads one tensor at a time. For checkpoints whose tensors are named and shaped as the model's parameters are."""
+    """Reads one tensor at a time. For checkpoints whose tensors are named and shaped as the model's parameters are.
+
+    `dtypes` say what each is held in. A tensor that holds NaN or infinity, or would in its dtype, is an error when it is first
+    read. `names` are those of the file where a tied parameter stands there under its other name.
+    """
 
     streamed = True
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype_of: Callable[[str], torch.dtype] | None = None,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
         self._checkpoint = checkpoint
+        self._dtype_of = dtype_of
+        self._names = names or {}
+        self._seen: set[str] = set()
 
     def get(self, name: str) -> torch.Tensor:
         from safetensors import SafetensorError, safe_open
 
-        info = self._checkpoint.tensors[name]
+        stored = self._names.get(name, name)
+        info = self._checkpoint.tensors[stored]
         try:
             with safe_open(info.file, framework="pt") as handle:
-                tensor: torch.Tensor = handle.get_tensor(name)
-                return tensor
+                tensor: torch.Tensor = handle.get_tensor(stored)
         except (SafetensorError, OSError) as error:
-            raise WorkError(f"{info.file}: cannot read {name} ({error})") from None
+            raise WorkError(f"{info.file}: cannot read {stored} ({error})") from None
+        if name not in self._seen:
+            check_finite(tensor, stored, str(info.file), None if self._dtype_of is None else self._dtype_of(name))
+            self._seen.add(name)
+        return tensor
+
+
+def check_finite(tensor: torch.Tensor, name: str, file: str, held: torch.dtype | None) -> None:
+    """WorkError where a tensor holds NaN or infinity, or would once it is held in `held`, with the place of the first."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    flat, most = tensor.reshape(-1), 0.0
+    for start in range(0, flat.numel(), _PIECE):
+        piece = flat[start : start + _PIECE]
+        if piece.dtype.itemsize == 1:
+            piece = piece.float()
+        low, high = (float(value) for value in torch.aminmax(piece))
+        if low != low or high != high or abs(low) == float("inf") or abs(high) == float("inf"):
+            found = start + int((~torch.isfinite(piece)).nonzero()[0, 0])
+            index = [int(one) for one in torch.unravel_index(torch.tensor(found), tensor.shape)]
+            raise WorkError(
+                f"{file}: {name} holds {float(flat[found])} at {index}; the weights are damaged, or their training had "
+                "diverged: take another checkpoint of this model"
+            )
+        most = max(most, abs(low), abs(high))
+    if held is not None and most > torch.finfo(held).max:
+        raise WorkError(
+            f"{file}: {name} holds {most:.3g}, which {held} cannot; write `teacher.dtype: float32` into the spec"
+        )
 
 
 class LoadedWeights:
@@ -56,6 +105,9 @@ class LoadedWeights:
 def check_headers(captured: Captured, checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint can be streamed. UsageError where headers contradict the configuration."""
     parameters = stored_tensors(captured.model)
+    known = set(captured.canonical)
+    floating = {name for name, first in captured.canonical.items() if parameters[first].is_floating_point()}
+    check_tensors_not_quantised(checkpoint.folder, checkpoint.tensors, floating, known)
     sizes = {name: tuple(parameter.shape) for name, parameter in parameters.items() if name in checkpoint.tensors}
     other = [name for name, shape in sizes.items() if checkpoint.tensors[name].shape != shape]
     if other:
@@ -65,8 +117,14 @@ def check_headers(captured: Captured, checkpoint: Checkpoint) -> bool:
             f"the weight file has {list(checkpoint.tensors[other[0]].shape)}{more}; one of the two files belongs to "
             "another model"
         )
-    missing = [name for name in parameters if name not in checkpoint.tensors]
-    known = set(captured.canonical)
+    other_names = _tied_names(captured, checkpoint)
+    missing = [name for name in parameters if name not in checkpoint.tensors and name not in other_names]
+    foreign = find_foreign_name(missing, checkpoint.tensors)
+    if foreign is not None and not _converted_by_transformers(captured, checkpoint, foreign):
+        raise UsageError(
+            f"{checkpoint.folder}: {len(missing)} of the model's tensors are missing, and the files have "
+            f"`{foreign.part}` in their names ({foreign.there} in place of {foreign.wanted}); {foreign.remedy}"
+        )
     whole = checkpoint.commit is None  # of a model from the Hub some files may not be on this machine
     if missing and whole and checkpoint.tensors and known.issuperset(checkpoint.tensors):
         # Nothing that transformers could make them of: where tensors have names of their own, it may convert them.
@@ -83,7 +141,7 @@ def open_weights(captured: Captured, checkpoint: Checkpoint) -> WeightSource:
     streamed = check_headers(captured, checkpoint)
     _check_tied(captured, checkpoint)
     if streamed:
-        return StreamedWeights(checkpoint)
+        return StreamedWeights(checkpoint, captured.number_format, _tied_names(captured, checkpoint))
     from transformers import AutoModelForCausalLM
 
     try:
@@ -93,16 +151,65 @@ def open_weights(captured: Captured, checkpoint: Checkpoint) -> WeightSource:
                 ignore_mismatched_sizes=True,
             )  # fmt: skip
     except Exception as error:  # transformers raises anything for a broken checkpoint
-        raise WorkError(f"{checkpoint.folder} cannot be loaded: {first_line(error)}") from None
+        raise WorkError(f"{checkpoint.folder} cannot be loaded: {in_one_line(error)}") from None
     missing = sorted(info["missing_keys"])
     if missing:
-        raise WorkError(f"{checkpoint.folder} lacks {len(missing)} of the model's tensors, the first is {missing[0]}")
+        raise WorkError(
+            f"{checkpoint.folder} lacks {len(missing)} of the model's tensors, the first is {missing[0]}"
+            + _unexpected(sorted(info["unexpected_keys"]))
+        )
     for name, has, wants in sorted(info["mismatched_keys"]):  # named by us: transformers would point at its own log
         raise WorkError(
             f"{checkpoint.folder}: the files make {name} {list(has)}, and config.json says {list(wants)}; tensors are "
             "missing, or one of the files belongs to another model"
         )
-    return LoadedWeights({name: value.detach() for name, value in stored_tensors(model).items()})
+    loaded = {name: value.detach() for name, value in stored_tensors(model).items()}
+    for name, value in loaded.items():
+        check_finite(value, name, str(checkpoint.folder), captured.number_format(name))
+    return LoadedWeights(loaded)
+
+
+def _unexpected(names: list[str]) -> str:
+    return f"; the files have {len(names)} that the model has not, the first is {names[0]}" if names else ""
+
+
+def _tied_names(captured: Captured, checkpoint: Checkpoint) -> dict[str, str]:
+    """Canonical name -> the name in the files, where these hold a tied parameter under another of its names only."""
+    return {
+        first: name
+        for name, first in captured.canonical.items()
+        if name != first and name in checkpoint.tensors and first not in checkpoint.tensors
+    }
+
+
+def _converted_by_transformers(captured: Captured, checkpoint: Checkpoint, foreign: ForeignName) -> bool:
+    """Whether transformers takes such a tensor for one of the model: it is given that one alone, without its bytes."""
+    info = checkpoint.tensors[foreign.there]
+    with quiet(), _one_thread(), FakeTensorMode(allow_non_fake_inputs=True):
+        tensor = torch.empty(info.shape)
+        try:
+            _, found = type(captured.model).from_pretrained(  # type: ignore[attr-defined]
+                None, config=captured.config, state_dict={foreign.there: tensor}, output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )  # fmt: skip
+        except Exception:  # it knows the name, and wants more than the one tensor
+            return True
+    return foreign.there not in found["unexpected_keys"]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Makes transformers load in this thread: the fake tensors of another one are real ones."""
+    key = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before
 
 
 def _check_tied(captured: Captured, checkpoint: Checkpoint) -> None:

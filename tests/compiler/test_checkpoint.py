@@ -16,10 +16,11 @@ from transformers import AutoConfig
 
 from minitron.compiler.capture.models import build_meta, canonical_names, quiet
 from minitron.compiler.plan.plan import make_plan
-from minitron.compiler.teacher.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
+from minitron.compiler.teacher.checkpoint import Checkpoint, open_checkpoint
 from minitron.compiler.teacher.tokenizer import last_token
 from minitron.compiler.weights.source import StreamedWeights, check_headers, open_weights
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError
+from minitron.specs.weight_files import INDEX, SINGLE
 from tests import models
 from tests.foundry import Foundry
 from tests.models import random_model, save_teacher, tiny_config
@@ -55,6 +56,10 @@ class Captured:
     def __init__(self, config: Any) -> None:
         self.model = build_meta(config, torch.float32, "sdpa")
         self.canonical = canonical_names(self.model)
+        self.config = config
+
+    def number_format(self, _: str) -> torch.dtype:
+        return torch.float32
 
 
 def opened(folder: Path, *, weights: bool = True) -> Checkpoint:
@@ -105,7 +110,9 @@ def test_the_configuration_alone_is_enough_for_a_preview(folder: Path, listed: b
     """Also beside the index of shards that nobody has downloaded."""
     (folder / SINGLE).unlink()
     if listed:
-        (folder / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}))
+        (folder / INDEX).write_text(
+            json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}})
+        )
     assert opened(folder, weights=False).tensors == {}
     with pytest.raises(WorkError, match="no weights in safetensors format; copy the weight files there"):
         opened(folder)

@@ -113,7 +113,7 @@ def test_several_weight_files_are_inspected_by_their_index(hub: Hub, teacher: Pa
     split = tmp_path / "split"
     shutil.copytree(teacher, split)
     (split / "model.safetensors").rename(split / "model-00001-of-00001.safetensors")
-    index = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
     (split / "model.safetensors.index.json").write_text(json.dumps(index))
     hub.repositories["org/split"] = ({"main": MAIN}, split)
     checkpoint = open_checkpoint("org/split", None, tmp_path, weights=False)

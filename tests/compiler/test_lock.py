@@ -70,7 +70,7 @@ def test_a_lock_can_be_read_in_a_review(spec: Path) -> None:
     assert lines[0] == "# What spec.yaml is compiled from, pinned: commit this file beside it."
     content = yaml.safe_load(path.read_text())
     assert list(content) == ["format_version", "spec", "teacher", "tokenizer", "data", "versions"]
-    assert list(content["teacher"]) == ["model", "config", "tensors"]
+    assert list(content["teacher"]) == ["model", "config", "generation_config", "weights"]
     assert list(content["data"]["importance.data"]) == ["corpus/a.txt", "corpus/b.txt"]
     assert list(content["versions"]) == ["minitron", "torch", "transformers"]
     assert all(lines[index - 1].startswith("# ") for index, line in enumerate(lines) if line in ("teacher:", "data:"))

@@ -125,7 +125,9 @@ def test_a_mixture_of_experts_that_lacks_one(tmp_path: Path) -> None:
     folder = save_teacher(tmp_path / "moe", tiny_config("mixtral", num_hidden_layers=1))
     teacher = open_checkpoint(str(folder), None, tmp_path, weights=True)
     model = build_meta(teacher.config, torch.float32, "sdpa")
-    captured: Any = SimpleNamespace(model=model, canonical=canonical_names(model))
+    captured: Any = SimpleNamespace(
+        model=model, canonical=canonical_names(model), number_format=lambda name: torch.float32
+    )
     assert isinstance(open_weights(captured, teacher), LoadedWeights)
     path = folder / "model.safetensors"
     tensors = {name: tensor for name, tensor in load_file(path).items() if "experts.2." not in name}

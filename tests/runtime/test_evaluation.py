@@ -95,7 +95,7 @@ def test_tied_weights_are_counted_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\x08\x00\x00\x00\x00\x00\x00\x00not json"])
 def test_a_weight_file_that_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(WorkError, match="is no safetensors file"):
+    with pytest.raises(WorkError, match="is not a whole safetensors file"):
         weight_bytes(tmp_path)
 
 

@@ -1,0 +1,34 @@
+"""The configuration of a checkpoint folder as transformers' own object."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minitron.specs.builds import CONFIG
+from minitron.specs.errors import UsageError
+from minitron.specs.model_config import alone, read_model_config
+
+LONGEST_REASON = 300  # characters of a library's message that are passed on
+# Keys that name code, which is not used, and files, which a student's folder does not have.
+OF_THE_FOLDER = ("auto_map", "transformers_weights")
+
+
+def load_config(folder: Path) -> Any:
+    """The configuration without keys that only change how the model is called. UsageError where it cannot be read."""
+    from transformers import AutoConfig
+
+    plain = {key: value for key, value in read_model_config(folder).items() if key not in OF_THE_FOLDER}
+    try:
+        with alone(plain) as only_config:
+            config = AutoConfig.from_pretrained(only_config, trust_remote_code=False)
+    except Exception as error:  # configuration classes raise anything; all of it is the file's fault
+        raise UsageError(f"{folder / CONFIG} cannot be read by transformers: {in_one_line(error)}") from None
+    config._name_or_path = str(folder)
+    return config
+
+
+def in_one_line(error: Exception) -> str:
+    """What a library has to say, of which the second line often is the reason."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= LONGEST_REASON else words[: LONGEST_REASON - 3] + "..."

@@ -1,0 +1,72 @@
+"""Hashes of files. Those of large ones are remembered, so that weights are read once and not by every command."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+from minitron.specs.atomic import write_text
+from minitron.specs.errors import MinitronError
+
+LEAST_BYTES = 16 << 20
+"""Files from this size up are remembered: smaller ones are hashed in the time that looking them up takes."""
+MOST_ENTRIES = 10_000
+SETTLED_NS = 2_000_000_000
+"""A file changed within this time may change again under the same times: its hash is not remembered yet."""
+
+
+def file_hash(path: Path) -> str:
+    """`sha256:...` of a file's bytes. OSError where it cannot be read.
+
+    A remembered hash counts as long as the file has the same size, inode and times of change (also that of its inode, which
+    no tool sets back).
+    """
+    stat = path.stat()
+    if stat.st_size < LEAST_BYTES:
+        return _hash(path)
+    key, mark = os.path.realpath(path), [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    known = _remembered()
+    entry = known.get(key)
+    if isinstance(entry, list) and entry[:-1] == mark and isinstance(entry[-1], str):
+        return entry[-1]
+    found = _hash(path)
+    now = path.stat()
+    settled = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > SETTLED_NS
+    if settled and [now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino] == mark:
+        _remember(key, [*mark, found])
+    return found
+
+
+def store() -> Path:
+    """The file that remembers: `minitron/hashes.json` in the user's cache folder."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "minitron" / "hashes.json"
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as handle:
+        return f"sha256:{hashlib.file_digest(handle, 'sha256').hexdigest()}"
+
+
+def _remembered() -> dict[str, object]:
+    """What is remembered; nothing where the file is missing or broken: then all is hashed again."""
+    try:
+        document = json.loads(store().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _remember(key: str, entry: list[object]) -> None:
+    """Adds one hash. A cache that cannot be written to only costs time."""
+    known = _remembered()
+    known.pop(key, None)
+    kept = list(known.items())[-MOST_ENTRIES + 1 :]
+    try:
+        store().parent.mkdir(parents=True, exist_ok=True)
+        write_text(store(), json.dumps({**dict(kept), key: entry}) + "\n")
+    except (OSError, MinitronError):
+        pass
