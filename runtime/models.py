@@ -22,7 +22,7 @@ from minitron.specs.model_config import alone, read_model_config
 from minitron.specs.training_plan import HeadPlan, ModelPlan
 from minitron.specs.weight_files import SINGLE, find_weight_files, read_headers
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _HEAD_TOLERANCE = 0.02
 """Of the largest logit. bf16 rounds by 0.4%; a scale, bias or soft-cap that was read wrongly changes more than that."""

@@ -22,6 +22,7 @@ from minitron.specs.errors import Problem
 FORMAT_VERSION = 1
 
 DtypeName = Literal["float32", "bfloat16"]
+WeightDtype = Literal["float32", "bfloat16", "float16"]
 
 
 def _check_format(version: int) -> int:
@@ -59,7 +60,7 @@ class ModelPlan(Block):
     model: Text
     """Folder in Hugging Face format, relative to training.yaml."""
 
-    dtype: DtypeName
+    dtype: WeightDtype
     """Dtype of the weights. A student trains in float32 and is saved in this one."""
 
     head: HeadPlan

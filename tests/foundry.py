@@ -119,7 +119,9 @@ class Foundry:
             models.save_teacher(folder, models.tiny_config(family, **changes), getattr(torch, dtype))
         return folder
 
-    def load(self, teacher: Path, student: dict[str, Any], *, dtype: str = "float32", **blocks: Any) -> LoadedSpec:
+    def load(
+        self, teacher: Path, student: dict[str, Any], *, dtype: str | None = "float32", **blocks: Any
+    ) -> LoadedSpec:
         """A spec file, read. `blocks` stand beside teacher, student and importance, or replace them."""
         document = {
             "name": "tiny",

@@ -62,7 +62,7 @@ def training_plan(
     starts from."""
     spec = loaded.spec
     distill, evaluate = spec.distill, spec.evaluate
-    shared: dict[str, Any] = {"dtype": spec.teacher.dtype, "head": head, "layers": layers}
+    shared: dict[str, Any] = {"dtype": spec.teacher.dtype or checkpoint.dtype, "head": head, "layers": layers}
     flops: dict[str, int | None] = {
         side: None if distill is None else costs[side].forward_flops_per_token(distill.sequence_length)
         for side in ("teacher", "student")

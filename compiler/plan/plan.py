@@ -75,7 +75,7 @@ class Plan:
     @property
     def dtype(self) -> torch.dtype:
         """The number format of teacher and student."""
-        return dtype_of(self.loaded.spec.teacher.dtype)
+        return self.captured.dtype
 
     def to_json(self, selection: Selection | None = None, outlook: Outlook = Outlook()) -> dict[str, Any]:
         """The document of `plan --json` and plan.json; it has `fits` where `outlook` names devices."""
@@ -170,7 +170,7 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
         raise SpecInvalid([*errors, loaded.error(at, str(error))]) from None
     errors += check_tokenizer(loaded, checkpoint)
     try:
-        captured = capture(checkpoint.config, dtype_of(spec.teacher.dtype), _fixed_length(loaded))
+        captured = capture(checkpoint.config, dtype_of(spec.teacher.dtype or checkpoint.dtype), _fixed_length(loaded))
         table = analyse(captured)
         roles = find_roles(captured, table)
         head = find_head(captured)
@@ -296,6 +296,10 @@ def _remarks(checkpoint: Checkpoint, captured: Captured) -> tuple[str, ...]:
     remarks = [checkpoint.remark] if checkpoint.remark else []
     if checkpoint.folder.is_dir() and not any(tokenizer_files(checkpoint.folder)):
         remarks.append("no tokenizer files are there: they could not be compared with the vocabulary")
+    own = dtype_of(checkpoint.dtype)
+    if checkpoint.tensors and captured.dtype != own:
+        old, new = (str(one).removeprefix("torch.") for one in (own, captured.dtype))
+        remarks.append(f"the teacher's weights are {old} and are held as {new}, as the student's are (teacher.dtype)")
     if captured.length is not None:
         remarks.append(
             f"the code of {captured.config.model_type} depends on the number of tokens: its graph is of {captured.length}, "

@@ -42,6 +42,7 @@ def student_config(
     `also` are further keys that have to say a width, as `fit` finds them.
     """
     config = with_layers(captured.config, captured.layer_count, kept_layers)
+    config.dtype = captured.dtype
     for name, width in widths.items():
         key = config_key(captured.config, name, teacher_widths[name])
         if key is not None:

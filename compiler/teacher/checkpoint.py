@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,10 @@ from minitron.specs.weight_files import (
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 
 
+# Dtypes that a teacher is held in as its files have it, as safetensors spells them.
+OWN_DTYPES = {"F32": "float32", "F64": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A Hugging Face checkpoint: `folder` holds its files, `tensors` is empty where only the configuration is there.
@@ -41,6 +46,18 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     commit: str | None = None
     remark: str = ""
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that most bytes of the weights are in, or that the configuration says where no weights are there. Floats
+        of eight bits are held as bfloat16: modules do not compute in them."""
+        sizes: Counter[str] = Counter()
+        for info in self.tensors.values():
+            sizes[info.dtype] += info.nbytes
+        if sizes:
+            return OWN_DTYPES.get(sizes.most_common(1)[0][0], "bfloat16")
+        said = str(getattr(self.config, "dtype", None)).removeprefix("torch.")
+        return said if said in OWN_DTYPES.values() else "bfloat16"
 
     @property
     def on_disk(self) -> bool:

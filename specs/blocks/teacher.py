@@ -19,5 +19,5 @@ class Teacher(Block, json_schema_extra={"oneOf": [{"required": ["model"]}, {"req
     revision: Text | None = None
     """Branch, tag or commit of a Hugging Face id; the lock file pins the commit. Left out: the main branch."""
 
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """The number format that the teacher's weights are held in, and the student's are saved in."""
+    dtype: Literal["bfloat16", "float32", "float16"] | None = None
+    """The dtype that the teacher's weights are held in, and the student's are saved in; null: the checkpoint's own."""

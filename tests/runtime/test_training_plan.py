@@ -102,7 +102,7 @@ def test_every_error_comes_at_its_line(tmp_path: Path) -> None:
             "layout.cpu_offload: a student that is replicated stays on its device; write `student: sharded`",
         ),
         ({"compile": "yes"}, "compile: "),
-        ({"teacher__dtype": "float16"}, "teacher.dtype: `float16` is not possible here; did you mean `bfloat16`?"),
+        ({"teacher__dtype": "float8"}, "teacher.dtype: `float8` is not possible here; did you mean `float32`?"),
         ({"student__model": 3}, "student.model: `3` is a number, and text is wanted"),
         ({"data": {}}, "data: says no source of documents"),
         ({"format_version": 2}, "format_version: `2` is not the format that this version reads, 1; compile again"),
