@@ -45,7 +45,9 @@ from minitron.specs.atomic import atomic_path, remove_leftovers, write_text
 from minitron.specs.builds import MODEL, PARTIAL_SCORES, PLAN, PROGRAM, SCORES, STUDENT, TRAINING, VERIFICATION, WORK
 from minitron.specs.data_files import content_hash, resolve
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError, placing
+from minitron.specs.file_hashes import file_hash
 from minitron.specs.load import LoadedSpec
+from minitron.specs.lockfile import Inputs, changes
 from minitron.specs.locks import only_one
 from minitron.specs.progress import Progress
 
@@ -107,13 +109,14 @@ def _compile(
         )
     plan = settled(plan, selection)
     student = rewrite(plan, selection, buffers)
-    fingerprint = _fingerprint(plan, selection)
+    fingerprint = _fingerprint(plan, selection, inputs)
     _guard_training(build, fingerprint)
     (build / VERIFICATION).unlink(missing_ok=True)
     emit(plan, student, source, build, progress)
     write_training_plan(plan, build, fingerprint)
     write_text(build / PLAN, _json(plan.to_json(selection) | {"fingerprint": fingerprint, "inputs": inputs}))
     checks = validate(plan, student, source, buffers, build, samples, device, progress)
+    _check_unchanged(inputs, with_result(loaded, observe(at_commit(loaded, plan.checkpoint.commit))))
     document = {
         "format_version": 1,
         "passed": not verify.failed(checks),
@@ -353,13 +356,10 @@ def _config_widths(plan: Plan) -> dict[str, int]:
 def _score_key(plan: Plan, data: str, samples: torch.Tensor, config: CalibrationConfig) -> str:
     """A hash of everything that decides the scores."""
     digest = hashlib.sha256()
-    headers = sorted(
-        (n, t.dtype, t.shape, t.file.name, t.file.stat().st_size, t.file.stat().st_mtime_ns)
-        for n, t in plan.checkpoint.tensors.items()
-    )
+    files = sorted({info.file for info in plan.checkpoint.tensors.values()})
     for part in (
         plan.checkpoint.config.to_json_string(),
-        repr(headers),
+        repr([file_hash(file) for file in files]),
         data,
         repr(config),
         str(plan.dtype),
@@ -370,13 +370,23 @@ def _score_key(plan: Plan, data: str, samples: torch.Tensor, config: Calibration
     return digest.hexdigest()
 
 
-def _fingerprint(plan: Plan, selection: Selection) -> str:
-    """Identifies the pruned student: teacher, selection and number format."""
+def _check_unchanged(before: Inputs, now: Inputs) -> None:
+    """WorkError where what the spec names has changed while it was compiled: the student is of neither."""
+    for path, _, _ in changes(before, now):
+        raise WorkError(f"{' '.join(path)} changed while the student was compiled; let it rest and compile again")
+
+
+def _fingerprint(plan: Plan, selection: Selection, inputs: Inputs) -> str:
+    """Identifies the pruned student: the contents of its teacher, wherever it lies, selection and dtype."""
     from minitron.compiler.importance.select import selection_json
 
     headers = sorted((name, info.dtype, info.shape) for name, info in plan.checkpoint.tensors.items())
+    teacher = inputs["teacher"]
+    assert isinstance(teacher, dict)
+    contents = {key: value for key, value in teacher.items() if key not in ("model", "revision", "spec")}
     parts = (
         repr(headers),
+        json.dumps(contents, sort_keys=True),
         json.dumps(selection_json(selection, plan.roles)),
         plan.config.to_json_string(),
         str(plan.dtype),

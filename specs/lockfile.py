@@ -1,6 +1,6 @@
 """`NAME.lock.yaml`: what a spec is compiled from, pinned. Reading it, writing it, and what has changed since.
 
-A lock holds the inputs that the spec only names: the commit that a revision pointed to, hashes of configuration, headers,
+A lock holds the inputs that the spec only names: the commit that a revision pointed to, hashes of configuration, weights,
 tokenizer and data, the versions of the tools. What the spec says itself (widths, tokens, learning rates) is not in it, so a
 width can be changed without renewing the lock.
 """

@@ -19,10 +19,12 @@ from minitron.compiler.capture.models import quiet
 from minitron.compiler.emit.student import _copy_others
 from minitron.compiler.teacher.checkpoint import open_checkpoint
 from minitron.compiler.teacher.lock import renew
+from minitron.compiler.teacher.open_teacher import why_stale
 from minitron.compiler.teacher.tokenizer import tokenizer_files
 from minitron.compiler.weights.source import check_headers, open_weights
 from minitron.specs import load_spec
 from minitron.specs.errors import UsageError, WorkError
+from minitron.specs.progress import Silent
 from minitron.specs.weight_files import SINGLE
 from tests.compiler.test_checkpoint import captured, change_config, opened
 from tests.foundry import Foundry, logits, token_ids
@@ -328,6 +330,38 @@ def test_weights_of_the_same_shapes_are_another_teacher(folder: Path, tmp_path: 
         for k, v in after["teacher"].items()
         if k != "weights"  # type: ignore[union-attr]
     }
+
+
+class Replacing(Silent):
+    """Another process, which saves other weights of the same shapes when the student is verified."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def task(self, name: str, total: float, unit: str, done: float = 0.0) -> Any:
+        if name == "verify":
+            rewritten(self.folder, lambda tensors: tensors | {DOWN: tensors[DOWN] * 1.5})
+        return super().task(name, total, unit, done)
+
+
+def test_a_teacher_that_changes_while_it_is_compiled(foundry: Foundry, folder: Path, tmp_path: Path) -> None:
+    loaded = foundry.load(folder, {"layers": {"keep": [0]}})
+    with pytest.raises(WorkError, match="teacher weights changed while the student was compiled; let it rest"):
+        foundry.compile(loaded, tmp_path / "build", Replacing(folder), program=False)
+    assert not (tmp_path / "build" / "verification.json").exists()
+
+
+def test_a_build_of_other_weights_is_stale_and_its_training_is_kept(
+    foundry: Foundry, folder: Path, tmp_path: Path
+) -> None:
+    loaded, build = foundry.load(folder, {"layers": {"keep": [0]}}), tmp_path / "build"
+    foundry.compile(loaded, build, program=False)
+    assert why_stale(build, loaded) is None
+    rewritten(folder, lambda tensors: tensors | {DOWN: tensors[DOWN] * 1.5})
+    assert "compiled from other inputs: teacher weights is built from" in str(why_stale(build, loaded))
+    (build / "model").mkdir()
+    with pytest.raises(UsageError, match="holds the training of another student"):
+        foundry.compile(loaded, build, program=False)
 
 
 # -- several towers -----------------------------------------------------------------------------------------------------
