@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from minitron.cli import builds, figures, interrupts, options
-from minitron.cli.build_sections import results_sections, training_section, verification_section
+from minitron.cli.build_sections import training_section, verification_section
 from minitron.cli.device import pick_device, use_threads
 from minitron.cli.drafts import load_whole
+from minitron.cli.failures import FAILED
 from minitron.cli.libraries import quiet_libraries
 from minitron.cli.lock_command import follow_lock
 from minitron.cli.plan_sections import plan_sections
 from minitron.cli.progress import progress_for
 from minitron.cli.ranks import first_process, only_process
 from minitron.cli.render import document, say, show_sections, stderr_console, write
+from minitron.cli.results_sections import results_sections, shortfalls
 from minitron.cli.sections import Column, Document, Section
 from minitron.cli.spec_commands import Rendering, preview
 from minitron.specs import LoadedSpec
@@ -111,14 +113,35 @@ def evaluate(
     build: options.BuildFolder,
     device: options.Device = None,
     threads: options.Threads = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", metavar="NAME,...", help="Measure these benchmarks instead of the whole suite."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", metavar="N", min=1, help="Ask the first N questions of each task, for a first look."),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure teacher, pruned and distilled model side by side."""
+    """Measure teacher, pruned and distilled model side by side; what was measured before is not measured again."""
     builds.require_build(build)
+    names = None if tasks is None else [name for part in tasks.split(",") if (name := part.strip())]
+    if names == []:
+        raise UsageError("--tasks names no benchmark; write --tasks hellaswag,mmlu")
     quiet_libraries()
-    results = _evaluate(build, pick_device(device), threads)
+    results = _evaluate(build, pick_device(device), threads, tasks=names, limit=limit)
     if first_process():
         show_sections(results_sections(results), results, as_json=as_json)
+    _end_with_shortfalls(results)
+
+
+def _end_with_shortfalls(results: Document) -> None:
+    """Ends with exit code 1 where a benchmark failed or a requirement is not reached, and says which; the results are
+    written and shown by then."""
+    if reasons := shortfalls(results):
+        if first_process():
+            say(*reasons)
+        raise typer.Exit(FAILED)
 
 
 def run(
@@ -141,6 +164,7 @@ def run(
     _make(loaded, build, chosen, threads, locked=locked)
     results = _evaluate(build, chosen, threads)
     show_sections([*results_sections(results), _places(build)], results)
+    _end_with_shortfalls(results)
 
 
 def _run_above(upper: LoadedSpec, device: str, threads: int | None, *, locked: bool) -> None:
@@ -232,11 +256,13 @@ def _train(build: Path, device: str, threads: int | None) -> None:
     execute(build, device=device, progress=progress_for(stderr_console()))
 
 
-def _evaluate(build: Path, device: str, threads: int | None) -> Document:
+def _evaluate(
+    build: Path, device: str, threads: int | None, *, tasks: list[str] | None = None, limit: int | None = None
+) -> Document:
     from minitron.runtime import evaluate as measure
 
     use_threads(threads)
-    return measure(build, device=device, progress=progress_for(stderr_console()))
+    return measure(build, device=device, progress=progress_for(stderr_console()), tasks=tasks, limit=limit)
 
 
 def _places(build: Path) -> Section:

@@ -47,48 +47,6 @@ def training_section(training: Document) -> Section:
     return Section("Training", columns, tuple(rows), tuple(notes))
 
 
-def results_sections(results: Document) -> list[Section]:
-    """results.json: the models side by side, what distillation won back, and what each writes for one prompt."""
-    models = part(results, "models")
-    names = [name for name in MODELS if isinstance(models.get(name), dict)]
-    columns = (Column(""), *(Column(name, right=True) for name in names))
-    rows: list[tuple[str, ...]] = [
-        ("parameters", *(figures.count(models[name].get("parameters")) for name in names)),
-        ("size on disk", *(figures.size(models[name].get("weight_bytes")) for name in names)),
-    ]
-    if any(models[name].get("held_out") for name in names):
-        held_out = [part(models[name], "held_out") for name in names]
-        rows += [
-            ("held-out loss", *(figures.decimal(one.get("loss")) for one in held_out)),
-            ("held-out perplexity", *(figures.decimal(one.get("perplexity")) for one in held_out)),
-            ("held-out tokens", *(figures.count(one.get("tokens")) for one in held_out)),
-        ]
-    rows.append(("tokens per second", *(figures.count(models[name].get("tokens_per_second")) for name in names)))
-    tasks = dict.fromkeys(task for name in names for task in part(models[name], "tasks"))
-    for task in tasks:
-        scores = [part(part(models[name], "tasks"), task) for name in names]
-        metric = next((str(one["metric"]) for one in scores if one.get("metric")), "")
-        rows.append((f"{task} ({metric})" if metric else task, *(_score(one) for one in scores)))
-    notes = []
-    if results.get("recovered") is not None:
-        notes.append(f"recovered: {figures.percent(results['recovered'])} of the loss that pruning cost")
-    sections = [Section("Results", columns, tuple(rows), tuple(notes))]
-    continuations = tuple(
-        (name, str(models[name]["continuation"])) for name in names if models[name].get("continuation") is not None
-    )
-    if results.get("prompt") is not None and continuations:
-        rows_prompt = (("prompt", str(results["prompt"])), *continuations)
-        sections.append(Section("Continuations", (Column(""), Column("text")), rows_prompt))
-    return sections
-
-
-def _score(score: Document) -> str:
-    if score.get("value") is None:
-        return figures.NOTHING
-    stderr = score.get("stderr")
-    return figures.decimal(score["value"]) + (f" ± {figures.decimal(stderr, 2)}" if stderr is not None else "")
-
-
 def _figure(key: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return figures.NOTHING if value is None else str(value)

@@ -7,17 +7,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from minitron.runtime.benchmarks.catalogue import named
+from minitron.runtime.benchmarks.suite import make_suite, opened
 from minitron.runtime.data import Windows
 from minitron.runtime.disk import writing
-from minitron.runtime.generate import continue_greedily, tokens_per_second
-from minitron.runtime.held_out import HeldOut, held_out
 from minitron.runtime.interrupt import interrupts
-from minitron.runtime.models import DTYPES, LanguageModel, model_folder, open_model, readable, weight_bytes
+from minitron.runtime.measured_model import Instruments, MeasuredModel
+from minitron.runtime.measurements import Measurements, check_room
+from minitron.runtime.models import model_folder, readable
 from minitron.runtime.plan import LoadedPlan, read_training_plan
+from minitron.runtime.requirements import judge
 from minitron.runtime.setup import held_out_windows
-from minitron.runtime.suite import check_suite, run_suite
 from minitron.runtime.tokens import TextEncoder
-from minitron.runtime.world import World, join_world
+from minitron.runtime.world import join_world
 from minitron.specs.atomic import write_text
 from minitron.specs.builds import CONFIG, CORRECTION, DATA_CACHE, RESULTS
 from minitron.specs.errors import placing
@@ -27,46 +29,51 @@ from minitron.specs.training_plan import ModelPlan, TrainingPlan
 FORMAT_VERSION = 1
 
 _PROMPT_TOKENS = 32
-_SPEED_TOKENS = 64
 _LENGTH = 2048  # of a sequence, where the plan does not train and says none
-_BATCH_TOKENS = 8192
 
 
-def evaluate(build: Path, *, device: str | None, progress: Progress) -> dict[str, Any]:
+def evaluate(
+    build: Path, *, device: str | None, progress: Progress, tasks: Sequence[str] | None = None, limit: int | None = None
+) -> dict[str, Any]:
     """Measures every model of BUILD that is there, writes BUILD/results.json and returns what it holds.
 
     For each of `teacher`, `corrected_teacher` where there is one, `pruned` and, once trained, `distilled`: parameters,
     bytes of the weights on disk, held-out loss (nats a token) and perplexity, greedy decoding speed (one sequence,
     key-value cache), the tasks of the suite, and a continuation of one prompt. `recovered` is the share of the pruning
-    loss that distillation won back: 1 is the teacher's loss (as it was, uncorrected), 0 the pruned student's. UsageError
-    and WorkError as for training.
+    loss that distillation won back: 1 is the teacher's loss (as it was, uncorrected), 0 the pruned student's.
+
+    What was measured before of the same model, with the same data and settings, is not measured again; each measurement is
+    kept as soon as it is made. A task that fails has an `error` in place of a score. `tasks` are those to measure instead of
+    the whole suite, `limit` the questions of each. UsageError and WorkError as for training.
     """
     loaded = read_training_plan(build)
-    plan = loaded.plan
-    check_suite(plan.evaluate, loaded.folder)
-    with placing(loaded), interrupts(), join_world(device) as world:
+    plan = loaded.plan.evaluate
+    data_dir = None if plan.data_dir is None else loaded.folder / plan.data_dir
+    suite = make_suite(plan.suite if tasks is None else named(plan.suite, tasks), data_dir, limit)
+    asked = {found.benchmark.task for found in suite.found}
+    shown = [] if tasks is None else [one for one in plan.suite if one.task not in asked]
+    with placing(loaded), interrupts(), join_world(device) as world, opened() as folder:
         progress = progress if world.leads else Silent()
-        encoder = TextEncoder.load(loaded.folder / plan.tokenizer)
+        world.from_leader(lambda: check_room(loaded.folder))
+        encoder = TextEncoder.load(loaded.folder / loaded.plan.tokenizer)
         windows = held_out_windows(
-            loaded, _length(loaded), world, encoder, loaded.folder / plan.work / DATA_CACHE, progress
+            loaded, _length(loaded), world, encoder, loaded.folder / loaded.plan.work / DATA_CACHE, progress
         )
-        prompt = _prompt(plan.evaluate.prompt, encoder, windows)
-        there = list(_models(loaded))
-        measured: dict[str, Any] = {}
-        with progress.task("evaluate", len(there), "models") as task:
-            for name, folder, of in there:
-                model = open_model(folder, DTYPES[of.dtype], world.device, of, _key(name))
-                measured[name] = _measure(model, folder, loaded, encoder, windows, prompt, world)
-                loss = (measured[name]["held_out"] or {}).get("loss")
-                task.advance(1, model=name, **({} if loss is None else {"held_out_loss": loss}))
-                del model
+        prompt = _prompt(plan.prompt, encoder, windows)
+        instruments = Instruments(
+            loaded, encoder, windows, prompt, suite, make_suite(shown, data_dir).found, folder, world,
+            Measurements(loaded.folder, world),
+        )  # fmt: skip
+        measured = _measure_all(instruments, progress)
         results = {
             "format_version": FORMAT_VERSION,
-            "name": plan.name,
+            "name": loaded.plan.name,
             "device": world.device.type,
-            "prompt": None if prompt is None else _text(encoder, prompt),
+            "prompt": None if prompt is None else encoder.text(prompt),
             "models": measured,
             "recovered": recovered(measured),
+            "requirements": judge(plan.require, measured, recovered(measured)),
+            "published": None if plan.published is None else plan.published.model_dump(mode="json"),
         }
         if world.leads:
             with writing(str(loaded.folder / RESULTS)):
@@ -74,8 +81,23 @@ def evaluate(build: Path, *, device: str | None, progress: Progress) -> dict[str
     return results
 
 
-def _key(name: str) -> str:
-    return "teacher" if name in ("teacher", "corrected_teacher") else "student"
+def _measure_all(instruments: Instruments, progress: Progress) -> dict[str, Any]:
+    """Model -> what is known of it once everything that is missing has been measured."""
+    models = [MeasuredModel(instruments, *of) for of in _models(instruments.loaded)]
+    missing = [model.missing() for model in models]
+    if count := sum(map(len, missing)):
+        with progress.task("evaluate", count, "measurements") as task:
+            for model, measurements in zip(models, missing, strict=True):
+                model.measure(measurements, progress, task)
+    else:
+        progress.message("evaluate: everything was measured before")
+    measured = {model.name: model.results() for model in models}
+    for name, results in measured.items():
+        for task_name, score in results["tasks"].items():
+            teacher = (measured["teacher"]["tasks"].get(task_name) or {}).get("value")
+            if name != "teacher" and score["value"] is not None and teacher:
+                score["of_teacher"] = score["value"] / teacher
+    return measured
 
 
 def _models(loaded: LoadedPlan) -> Iterator[tuple[str, Path, ModelPlan]]:
@@ -107,36 +129,6 @@ def _prompt(text: str | None, encoder: TextEncoder, windows: Windows | None) -> 
         return None
     read, _ = windows.window(0)
     return [int(token) for token in read[:_PROMPT_TOKENS]]
-
-
-def _text(encoder: TextEncoder, ids: Sequence[int]) -> str:
-    return str(encoder.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-
-def _measure(
-    model: LanguageModel,
-    folder: Path,
-    loaded: LoadedPlan,
-    encoder: TextEncoder,
-    windows: Windows | None,
-    prompt: list[int] | None,
-    world: World,
-) -> dict[str, Any]:
-    plan = loaded.plan.evaluate
-    batch_size = 1 if windows is None else max(1, _BATCH_TOKENS // windows.length)
-    loss: HeldOut | None = None if windows is None else held_out(model, windows, world, batch_size=batch_size)
-    # Speed needs some tokens to start from, whichever they are.
-    start = prompt if prompt is not None else list(range(min(_PROMPT_TOKENS, model.head.vocabulary)))
-    return {
-        "parameters": model.parameters,
-        "weight_bytes": weight_bytes(folder),
-        "held_out": None if loss is None else {"loss": loss.loss, "perplexity": loss.perplexity, "tokens": loss.tokens},
-        "tokens_per_second": round(tokens_per_second(model, start, _SPEED_TOKENS), 1),
-        "tasks": run_suite(model, encoder.tokenizer, plan, loaded.folder, batch_size),
-        "continuation": None
-        if prompt is None
-        else _text(encoder, continue_greedily(model, prompt, plan.continuation_tokens)),
-    }
 
 
 def recovered(models: dict[str, Any]) -> float | None:

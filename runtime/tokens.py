@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,10 @@ class TextEncoder:
         texts = [document if isinstance(document, str) else self._render(document) for document in documents]
         encoded = self.tokenizer(texts, add_special_tokens=False).input_ids
         return [self._framed(ids) for ids in encoded]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What a model wrote, without its special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _framed(self, ids: list[int]) -> list[int]:
         # A chat template may have written them already.

@@ -2,6 +2,7 @@
 
 BUILD/
     plan.json, verification.json, scores.safetensors, training.yaml, results.json, report.html
+    measurements.json               what was measured, by what it depends on: nothing is measured twice
     student/, student.pt2           the pruned student
     teacher/                        the corrected teacher
     teacher_logits/                 stored samples of the teacher's distribution
@@ -34,6 +35,7 @@ TEACHER = "teacher"
 CORRECTION_WORK = Path(WORK) / TEACHER
 LOGITS = "teacher_logits"
 RESULTS = "results.json"
+MEASUREMENTS = "measurements.json"
 REPORT = "report.html"
 
 # In the folder of a training.

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from minitron.specs import training_consistency as training
+from minitron.specs.blocks.benchmarks import benchmarks
+from minitron.specs.blocks.requirements import HELD_OUT_LOSS, RECOVERED
 from minitron.specs.blocks.student import DEPTH
 from minitron.specs.data import DataSource
 from minitron.specs.errors import Problem
 from minitron.specs.spec import Spec
+from minitron.specs.suggest import closest
 from minitron.specs.units import COUNT_UNITS, format_quantity
 
 Check: TypeAlias = Callable[[Spec], Iterator[Problem]]
@@ -208,6 +211,35 @@ def held_out_is_held_out(spec: Spec) -> Iterator[Problem]:
     if shared:
         message = f"{sorted(shared)[0]} is trained on as well, under `distill.data`"
         yield Problem("evaluate.held_out", message, "name documents that nothing is trained on")
+
+
+@constraint("evaluate.suite", "evaluate.require", "evaluate.held_out")
+def requirements_are_measured(spec: Spec) -> Iterator[Problem]:
+    """What must be reached is among what is measured."""
+    if spec.evaluate is None:
+        return
+    tasks = [one.task for one in benchmarks(spec.evaluate.suite)]
+    known = [HELD_OUT_LOSS, RECOVERED, *tasks]
+    for name in spec.evaluate.require:
+        path = f"evaluate.require.{name}"
+        if name not in known:
+            nearest = closest(name, known)
+            meant = f"did you mean `{nearest}`? " if nearest else ""
+            yield Problem(path, "is not measured", f"{meant}write one of {', '.join(known)}, or add it to `suite`")
+        elif name in (HELD_OUT_LOSS, RECOVERED) and spec.evaluate.held_out is None:
+            yield Problem(path, "needs held-out text", "add `held_out: {text: [valid.txt]}` to `evaluate`")
+
+
+@constraint("evaluate.suite")
+def benchmarks_can_be_run(spec: Spec) -> Iterator[Problem]:
+    """Each benchmark stands in the suite once, and several answers to a question differ."""
+    suite = () if spec.evaluate is None else benchmarks(spec.evaluate.suite)
+    for index, one in enumerate(suite):
+        if one.task in [before.task for before in suite[:index]]:
+            yield Problem(f"evaluate.suite.{index}", f"`{one.task}` stands in the list twice", "keep one of them")
+        if (one.samples or 1) > 1 and not one.temperature:
+            message = f"{one.samples} answers that are the most likely ones are all the same"
+            yield Problem(f"evaluate.suite.{index}", message, "add `temperature: 0.2`, or leave `samples` out")
 
 
 def _origins(source: DataSource) -> Iterator[str]:

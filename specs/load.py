@@ -128,6 +128,9 @@ STAND_INS: Mapping[str, Any] = {
     "tokens": 1,
     "sampled": 1,
     "weight": 1.0,
+    "task": "unnamed",
+    "source": "unnamed",
+    "scores": {},
 }
 
 

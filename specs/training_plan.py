@@ -13,7 +13,10 @@ from pydantic import AfterValidator, Field
 
 from minitron.specs import training_consistency
 from minitron.specs.blocks.base import Block, Count, Listed, NonNegativeInt, PositiveFloat, PositiveInt, Text, wrong
+from minitron.specs.blocks.benchmarks import Listing
 from minitron.specs.blocks.distill import CheckpointSettings, Layout, Loss, TeacherLogits
+from minitron.specs.blocks.evaluate import Published
+from minitron.specs.blocks.requirements import BoundText
 from minitron.specs.blocks.teacher_correction import TeacherCorrection
 from minitron.specs.blocks.training import Optimizer
 from minitron.specs.data import DataSource
@@ -126,8 +129,8 @@ class HeldOutPlan(Block):
 class EvaluatePlan(Block):
     """What `minitron eval` does."""
 
-    suite: Listed[Text]
-    """Tasks of lm-eval."""
+    suite: Listed[Listing]
+    """Benchmarks, each a task's name or with its shots and metric."""
 
     data_dir: Text | None
     """Folder with the tasks' data."""
@@ -136,6 +139,12 @@ class EvaluatePlan(Block):
     """What each model continues; null: the beginning of the held-out text."""
 
     continuation_tokens: PositiveInt
+
+    require: dict[str, BoundText] = Field(default_factory=dict)
+    """What the result must reach: a task or `held_out_loss` -> a bound."""
+
+    published: Published | None = None
+    """Scores that others have published for the same student."""
 
 
 class EvaluationPlan(Block):

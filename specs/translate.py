@@ -230,7 +230,8 @@ def _wants_list(case: _Case) -> Words:
 
 def _wants_mapping(case: _Case) -> Words:
     keys = _keys_at(case.model, case.path)
-    return f"{case.given} stands here, and a mapping is wanted", f"write `key: value` with keys from {one_of(keys)}"
+    from_these = f" with keys from {one_of(keys)}" if keys else ""
+    return f"{case.given} stands here, and a mapping is wanted", f"write `key: value`{from_these}"
 
 
 def _too_short(case: _Case) -> Words:
@@ -269,4 +270,5 @@ _WORDS: AbstractMapping[str, Callable[[_Case], Words]] = {
     "too_short": _too_short,
     "too_long": _too_long,
     "model_type": _wants_mapping,
+    "dict_type": _wants_mapping,
 }

@@ -12,6 +12,7 @@ import yaml
 from minitron.compiler.estimate.model_costs import ModelCosts
 from minitron.compiler.estimate.training_defaults import CHECKPOINTS, micro_batch, place_teacher
 from minitron.compiler.teacher.checkpoint import Checkpoint
+from minitron.specs.blocks.benchmarks import benchmarks
 from minitron.specs.blocks.distill import Distill
 from minitron.specs.blocks.evaluate import Evaluate
 from minitron.specs.blocks.teacher_correction import TeacherCorrection
@@ -35,12 +36,6 @@ from minitron.specs.training_plan import (
     TrainingPlan,
     to_document,
 )
-
-# Of the nine benchmarks of the published table (arXiv 2407.14679, section 4), those that lm-eval has: XL-Sum it has not.
-SUITES = {
-    "minitron-9": ["arc_challenge", "gsm8k", "hellaswag", "humaneval", "mbpp", "mmlu", "truthfulqa_mc2", "winogrande"]
-}
-
 
 HEADER = """\
 # The training plan that minitron generated from {spec}.
@@ -123,10 +118,12 @@ def training_plan(
 def _evaluation(loaded: LoadedSpec, evaluate: Evaluate) -> EvaluatePlan:
     folder = None if evaluate.data_dir is None else str((loaded.folder / evaluate.data_dir).resolve())
     return EvaluatePlan(
-        suite=tuple(SUITES[evaluate.suite] if isinstance(evaluate.suite, str) else evaluate.suite),
+        suite=benchmarks(evaluate.suite),
         data_dir=folder,
         prompt=evaluate.prompt,
         continuation_tokens=evaluate.continuation_tokens,
+        require=evaluate.require,
+        published=evaluate.published,
     )
 
 

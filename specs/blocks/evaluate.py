@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from pydantic import Field
 
-from pydantic import Discriminator, Tag
-
-from minitron.specs.blocks.base import LONGER, WORD, Block, Count, Listed, PositiveInt, Text, is_longer, word_or
+from minitron.specs.blocks.base import Block, Count, NonNegativeFloat, PositiveInt, Text
+from minitron.specs.blocks.benchmarks import Suite
+from minitron.specs.blocks.requirements import BoundText
 from minitron.specs.data import DataSource
 
-Suite: TypeAlias = Annotated[
-    Annotated[Literal["minitron-9"], Tag(WORD)] | Annotated[Listed[Text], Tag(LONGER)],
-    Discriminator(is_longer),
-    word_or(
-        "minitron-9 or a list of lm-eval tasks such as [hellaswag, arc_challenge]", "minitron-9", also=(list, tuple)
-    ),
-]
+
+class Published(Block):
+    """Scores that others have published for the same student, shown beside ours."""
+
+    source: Text
+    """Where they stand."""
+
+    scores: dict[str, NonNegativeFloat]
+    """Task -> score, as a fraction: 0.695."""
 
 
 class Evaluate(Block):
     """What is measured of teacher, pruned student and distilled student."""
 
     suite: Suite = ()
-    """`minitron-9`: the benchmarks of the published table but XL-Sum, which lm-eval does not have; or a list of its tasks."""
+    """`minitron-9`: the nine benchmarks of the published tables with their shots and metrics; or a list of lm-eval's tasks,
+    each a name or `{task: hellaswag, shots: 10, metric: acc_norm}`."""
 
     data_dir: Text | None = None
     """A folder, relative to this file, with local copies of the tasks' data instead of the Hub: `TASK.jsonl` for each task
     of `suite`, and where its examples come from another split `TASK.train.jsonl`."""
+
+    require: dict[str, BoundText] = Field(default_factory=dict)
+    """What the result must reach, else `eval` and `run` end with exit code 1: `held_out_loss`, `recovered` or a task of
+    `suite` -> `"<= 1.05x teacher"`, `">= 0.95x teacher"`, `">= 0.6"`."""
+
+    published: Published | None = None
+    """Scores that others have published for the same student."""
 
     held_out: DataSource | None = None
     """Text that is never trained on, for loss and perplexity."""

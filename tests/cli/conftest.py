@@ -65,7 +65,7 @@ RESULTS: dict[str, Any] = {
             "weight_bytes": 520_064,
             "held_out": {"loss": 1.5, "perplexity": 4.4817, "tokens": 20_000},
             "tokens_per_second": 2100.4,
-            "tasks": {"arc": {"metric": "acc", "value": 0.25, "stderr": 0.0125}},
+            "tasks": {"arc": {"metric": "acc", "value": 0.25, "stderr": 0.0125, "shots": 25, "of_teacher": 0.8333}},
             "continuation": "there was a [bold]girl[/bold]\x1b[31m",
         },
         "teacher": {
@@ -73,7 +73,7 @@ RESULTS: dict[str, Any] = {
             "weight_bytes": 1_040_128,
             "held_out": {"loss": 1.25, "perplexity": 3.4903, "tokens": 20_000},
             "tokens_per_second": 1400.0,
-            "tasks": {"arc": {"metric": "acc", "value": 0.3, "stderr": None}},
+            "tasks": {"arc": {"metric": "acc", "value": 0.3, "stderr": None, "shots": 25}},
             "continuation": "there was a little girl",
         },
         "pruned": {

@@ -79,8 +79,9 @@ def calls(
         (build / "train" / "metrics.jsonl").write_text('{"step": 1, "tokens": 1000000, "loss": 1.0}\n')
         (build / "model").mkdir(exist_ok=True)
 
-    def evaluate(build: Path, *, device: str | None, progress: Progress) -> dict[str, Any]:
-        done.append("eval")
+    def evaluate(build: Path, *, device: str | None, progress: Progress, **asked: Any) -> dict[str, Any]:
+        given = {key: value for key, value in asked.items() if value is not None}
+        done.append(f"eval {given}" if given else "eval")
         return results
 
     monkeypatch.setattr(minitron.compiler, "make_plan", make_plan)
@@ -270,6 +271,46 @@ def test_train_and_eval_work_on_a_build(run: Run, spec: Path, calls: list[str]) 
     assert code == 0 and "1,000,000 of 1,000,000 tokens, 100.0%" in out
     code, out, _ = run("eval", build, "--json")
     assert code == 0 and set(json.loads(out)["models"]) == {"teacher", "pruned", "distilled"}
+
+
+def test_eval_hands_on_what_is_asked_for(run: Run, build: Path, calls: list[str]) -> None:
+    assert run("eval", build, "--tasks", "mmlu, gsm8k", "--limit", "5")[0] == 0
+    assert calls == ["eval {'tasks': ['mmlu', 'gsm8k'], 'limit': 5}"]
+    code, _, err = run("eval", build, "--tasks", ",")
+    assert code == 2 and "--tasks names no benchmark; write --tasks hellaswag,mmlu" in err
+
+
+MISSED = {
+    "name": "arc", "bound": ">= 0.95x teacher", "model": "distilled", "value": 0.25, "limit": 0.285, "ok": False,
+    "short_by": 0.035,
+}  # fmt: skip
+
+
+def test_a_requirement_that_is_not_reached_ends_with_1_and_says_by_how_much(
+    run: Run, spec: Path, build: Path, calls: list[str], results: dict[str, Any]
+) -> None:
+    results["requirements"] = [{**MISSED, "name": "held_out_loss", "ok": True, "short_by": 0.0}]
+    assert run("eval", build)[0] == 0
+    results["requirements"].append(MISSED)
+    code, out, err = run("eval", build)
+    assert code == 1 and "NOT REACHED" in out
+    assert 'evaluate.require.arc: the distilled model has 0.25, ">= 0.95x teacher" is 0.285: short by 0.035' in err
+    code, out, err = run("eval", build, "--json")
+    assert code == 1 and json.loads(out)["requirements"][1]["ok"] is False and "short by" in err
+    assert run("run", spec)[0] == 1
+    results["requirements"] = [MISSED | {"value": None, "short_by": None}, MISSED | {"limit": None, "short_by": None}]
+    code, _, err = run("eval", build)
+    assert code == 1 and "was not measured of the distilled model" in err and "that it is compared with" in err
+
+
+def test_a_benchmark_that_failed_ends_with_1_once_all_is_shown(
+    run: Run, build: Path, calls: list[str], results: dict[str, Any]
+) -> None:
+    results["models"]["pruned"]["tasks"] = {
+        "arc": {"metric": None, "value": None, "stderr": None, "error": "lm-eval could not run arc (no data)"}
+    }
+    code, out, err = run("eval", build)
+    assert code == 1 and "failed" in out and "pruned: lm-eval could not run arc (no data)" in err
 
 
 def test_train_without_a_training_plan_says_what_is_missing(run: Run, build: Path, calls: list[str]) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 from rich.console import Console
 
-from minitron.cli.build_sections import results_sections, training_section, verification_section
+from minitron.cli.build_sections import training_section, verification_section
 from minitron.cli.plan_sections import plan_sections
 from minitron.cli.render import document, markdown, printable, terminal
+from minitron.cli.results_sections import results_sections
 from minitron.cli.sections import Section
 
 WORD = re.compile(r"[\w.,%]+")
@@ -93,7 +94,15 @@ def test_results_stand_in_the_order_teacher_pruned_distilled(results: dict[str, 
     assert row(text, "held-out loss") == ["held-out loss", "1.25", "3.75", "1.5"]
     assert row(text, "held-out perplexity") == ["held-out perplexity", "3.49", "42.52", "4.482"]
     assert row(text, "tokens per second") == ["tokens per second", "1,400", "2,100", "2,100"]
-    assert row(text, "arc") == ["arc (acc)", "0.3", "-", "0.25 ± 0.013"]
+    assert row(text, "benchmark") == ["benchmark", "shots", "teacher", "pruned", "distilled", "of teacher"]
+    assert row(text, "arc") == ["arc (acc)", "25", "0.3", "-", "0.25 ± 0.013", "83.3%"]
+    assert "published" not in text
+
+
+def test_published_scores_stand_beside_ours(results: dict[str, Any]) -> None:
+    results["published"] = {"source": "a paper, table 1", "scores": {"arc": 0.644}}
+    text = on_terminal(results_sections(results))
+    assert row(text, "arc")[-1] == "0.644" and "published: a paper, table 1" in text
     assert "recovered: 90.0% of the loss that pruning cost" in text
     assert row(text, "prompt") == ["prompt", "Once upon a time"]
 

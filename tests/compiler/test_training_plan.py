@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import yaml
 
-from minitron.compiler.emit.training_plan import SUITES, render, training_plan
+from minitron.compiler.emit.training_plan import render, training_plan
 from minitron.compiler.estimate.model_costs import ModelCosts
 from minitron.compiler.estimate.training_defaults import micro_batch
 from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.runtime.plan import read_training_plan
 from minitron.specs import load_spec
+from minitron.specs.blocks.benchmarks import MINITRON_9
 from minitron.specs.blocks.evaluate import Evaluate
 from minitron.specs.training_plan import EvaluationPlan, HeadPlan, TrainingPlan
 from tests.foundry import Foundry
@@ -59,6 +60,8 @@ distill:
 teacher_correction: {tokens: 2M, optimizer: {lr: 3e-5, warmup_steps: 9}}
 evaluate:
   suite: minitron-9
+  require: {held_out_loss: "<= 1.05x teacher"}
+  published: {source: a paper, scores: {mmlu: 0.6}}
   data_dir: tasks
   held_out: {jsonl: [corpus/c.jsonl], text_field: words}
   max_tokens: 12K
@@ -127,10 +130,12 @@ def test_what_the_spec_says_is_what_it_says(folder: Path) -> None:
     assert (correction["optimizer"]["lr"], correction["optimizer"]["warmup_steps"]) == (3e-5, 9)
     assert plan["held_out"]["max_tokens"] == 12_000 and plan["held_out"]["every_tokens"] == 30_000
     assert plan["evaluate"] == {
-        "suite": SUITES["minitron-9"],
+        "suite": [one.model_dump(exclude_none=True) for one in MINITRON_9],
         "data_dir": str(folder / "tasks"),
         "prompt": "Größe:\n  ",
         "continuation_tokens": 9,
+        "require": {"held_out_loss": "<= 1.05x teacher"},
+        "published": {"source": "a paper", "scores": {"mmlu": 0.6}},
     }
     assert set(Evaluate.model_fields) == {"held_out", "max_tokens", "every_tokens", *plan["evaluate"]}
 

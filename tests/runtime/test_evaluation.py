@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
-from minitron.runtime import evaluate, suite, train
+from minitron.runtime import evaluate, measured_model, train
+from minitron.runtime.benchmarks.catalogue import _manager
+from minitron.runtime.benchmarks.suite import main_figure
 from minitron.runtime.evaluate import recovered
-from minitron.runtime.models import weight_bytes
+from minitron.runtime.models import open_model, weight_bytes
+from minitron.runtime.requirements import judge
 from minitron.specs.errors import UsageError, WorkError
 from minitron.specs.progress import Silent
 from minitron.specs.training_plan import EvaluationPlan
@@ -100,93 +103,123 @@ def test_a_weight_file_that_is_none(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_suite_without_lm_eval(build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _manager.cache_clear()
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UsageError, match=r"pip install 'minitron\[eval\]'"):
         run(build, evaluate__suite=["hellaswag"])
 
 
-def fake_harness(monkeypatch: pytest.MonkeyPatch, simple_evaluate: Any, folder: Path = Path("/harness")) -> None:
-    """The harness's interface as version 0.4 has it; the tasks themselves are its own affair."""
-    harness = SimpleNamespace(HFLM=lambda **given: SimpleNamespace(**given))
-    tasks = ["arc_challenge", "hellaswag", "mmlu"]
-    index = {task: SimpleNamespace(yaml_path=str(folder / f"{task}.yaml")) for task in tasks}
-    manager = SimpleNamespace(all_tasks=tasks, all_subtasks=tasks[:-1], task_index=index)
-    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
-    monkeypatch.setitem(sys.modules, "lm_eval.models", SimpleNamespace(huggingface=harness))
-    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", harness)
-
-    def make(include_path: str | None = None) -> Any:
-        return SimpleNamespace(**vars(manager), include_path=include_path)
-
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", SimpleNamespace(TaskManager=make))
+def test_the_figure_that_a_task_is_quoted_by() -> None:
+    figures = {"alias": "x", "exact_match,strict": 0.5, "exact_match,flexible": 0.7, "exact_match_stderr,strict": "N/A"}
+    assert main_figure(figures) == {"metric": "exact_match", "value": 0.5, "stderr": None}
+    assert main_figure({"acc,none": 0.1, "acc_norm,none": 0.2})["value"] == 0.2
+    assert main_figure({"acc,none": 0.1, "acc_stderr,none": 0.3, "acc_norm,none": 0.2}, "acc") == {
+        "metric": "acc",
+        "value": 0.1,
+        "stderr": 0.3,
+    }
+    assert main_figure({"alias": "a group"})["value"] is None
 
 
-def never(**_: Any) -> Any:
-    raise AssertionError("nothing must be run")
+def count_openings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folders of the models that are opened from now on."""
+    opened: list[str] = []
+
+    def open_one(folder: Path, *given: Any) -> Any:
+        opened.append(folder.name)
+        return open_model(folder, *given)
+
+    monkeypatch.setattr(measured_model, "open_model", open_one)
+    return opened
+
+
+def test_what_was_measured_is_not_measured_again(build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(build)
+    opened = count_openings(monkeypatch)
+    assert run(build) == first and opened == []
+    with_prompt = run(build, evaluate__prompt="the cat sat on")
+    assert (
+        opened == ["teacher", "student"]
+        and with_prompt["models"]["pruned"]["held_out"] == first["models"]["pruned"]["held_out"]
+    )
+    opened.clear()
+    run(build)
+    assert opened == [], "what was known before another prompt was tried is still known"
+
+
+def test_another_model_or_text_is_measured(build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(build)
+    opened = count_openings(monkeypatch)
+    tiny.save_model(tiny.llama(16), build / "student", seed=7)
+    other = run(build)
+    assert opened == ["student"] and other["models"]["pruned"] != first["models"]["pruned"]
+    opened.clear()
+    (build.parent / "valid.txt").write_text(tiny.text(20, seed=9), encoding="utf-8")
+    assert run(build)["models"]["teacher"]["held_out"] != first["models"]["teacher"]["held_out"]
+    assert opened == ["teacher", "student"]
 
 
 @pytest.mark.parametrize(
-    ("task", "data", "message"),
-    [
-        ("helaswag", None, r"lm-eval has no task `helaswag`; did you mean `hellaswag`\?"),
-        ("mmlu", "bench", r"`mmlu` is a group of tasks, .* name the tasks themselves"),
-        ("hellaswag", "nowhere", r"evaluate\.data_dir: there is no folder .*nowhere"),
-        ("hellaswag", "bench", r"bench has no data for hellaswag; put hellaswag\.jsonl there"),
-    ],
+    "content", ["", "[", "[]", '{"format": 1, "files": {}, "measurements": {"a": 1}}', '{"format": 0}']
 )
-def test_a_suite_that_cannot_be_run_is_refused_before_anything_begins(
-    build: Path, monkeypatch: pytest.MonkeyPatch, task: str, data: str | None, message: str
+def test_broken_measurements_are_made_again(build: Path, content: str) -> None:
+    first = run(build)
+    (build / "measurements.json").write_text(content)
+    again = run(build)
+    for name, model in first["models"].items():
+        assert again["models"][name]["held_out"] == model["held_out"]
+
+
+def test_a_build_that_cannot_be_written_is_refused_before_anything_is_measured(
+    build: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_harness(monkeypatch, never)
-    (build / "bench").mkdir()
-    with pytest.raises(UsageError, match=message):
-        run(build, evaluate__suite=[task], evaluate__data_dir=data)
+    opened = count_openings(monkeypatch)
 
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-def test_programs_of_models_are_run_only_where_that_is_allowed(
-    build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "base.yaml").write_text("output_type: generate_until\nunsafe_code: true\n")
-    (tmp_path / "hellaswag.yaml").write_text("task: hellaswag\ninclude: base.yaml\n")
-    allowed: list[bool] = []
-
-    def simple_evaluate(*, confirm_run_unsafe_code: bool, **_: Any) -> dict[str, Any]:
-        allowed.append(confirm_run_unsafe_code)
-        return {"results": {}}
-
-    fake_harness(monkeypatch, simple_evaluate, tmp_path)
-    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(
-        UsageError, match="`hellaswag` runs the programs that the models write; set HF_ALLOW_CODE_EVAL=1"
+        WorkError, match="results could not be written: the disk is full; make room and run the command again"
     ):
-        run(build, evaluate__suite=["hellaswag"])
-    assert not allowed
-    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
-    run(build, evaluate__suite=["hellaswag"])
-    assert allowed == [True, True]
+        run(build)
+    assert opened == [] and not (build / "results.json").exists()
+    assert not list(build.glob(".*results-fit*"))
 
 
-def test_a_suite_is_run_by_lm_eval(build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+def test_a_read_only_build_is_refused_too(build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EROFS, "Read-only file system")
 
-    def simple_evaluate(*, model: Any, tasks: list[str], **_: Any) -> dict[str, Any]:
-        asked.append((type(model.pretrained).__name__, tasks))
-        figures = {"alias": "hellaswag", "acc,none": 0.25, "acc_stderr,none": 0.1, "acc_norm,none": 0.5}
-        return {"results": {"hellaswag": figures | {"acc_norm_stderr,none": 0.2}}}
-
-    fake_harness(monkeypatch, simple_evaluate)
-    results = run(build, evaluate__suite=["hellaswag"])
-    assert results["models"]["pruned"]["tasks"] == {"hellaswag": {"metric": "acc_norm", "value": 0.5, "stderr": 0.2}}
-    assert asked == [("LlamaForCausalLM", ["hellaswag"])] * 2
+    monkeypatch.setattr(Path, "write_bytes", denied)
+    with pytest.raises(
+        WorkError, match=r"results could not be written: .*Read-only file system; see that it can be written"
+    ):
+        run(build)
 
 
-def test_the_figure_that_a_task_is_quoted_by() -> None:
-    assert suite.main_figure({"alias": "x", "exact_match,strict": 0.5, "exact_match_stderr,strict": "N/A"}) == {
-        "metric": "exact_match",
-        "value": 0.5,
-        "stderr": None,
+def test_requirements_are_judged(build: Path) -> None:
+    require = {"held_out_loss": "<= 0.5x teacher", "recovered": ">= 0.5"}
+    loss, recovery = run(build, evaluate__require=require)["requirements"]
+    assert (loss["name"], loss["model"], loss["ok"]) == ("held_out_loss", "pruned", False)
+    assert loss["short_by"] == pytest.approx(loss["value"] - loss["limit"]) and loss["short_by"] > 0
+    assert recovery["ok"] is False and recovery["value"] is None, "nothing was distilled"
+
+
+@pytest.mark.parametrize(
+    ("bound", "short"),
+    [
+        (">= 0.95x teacher", 0.95 * 0.8 - 0.7), ("<= 1.05x teacher", 0.0), (">= 0.6", 0.0), ("<= 0.5", 0.2),
+        (">= 1.2x pruned", 0.0), (">=0.7", 0.0),
+    ],
+)  # fmt: skip
+def test_bounds(bound: str, short: float) -> None:
+    models = {
+        name: {"tasks": {"mmlu": {"value": value}}}
+        for name, value in (("teacher", 0.8), ("pruned", 0.4), ("distilled", 0.7))
     }
-    assert suite.main_figure({"alias": "a group"})["value"] is None
+    (judged,) = judge({"mmlu": bound}, models, None)
+    assert judged["short_by"] == pytest.approx(short) and judged["ok"] == (short == 0)
 
 
 def test_a_student_that_is_gone(build: Path) -> None:

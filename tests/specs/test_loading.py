@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitron.specs import SpecInvalid, UsageError, load_spec, unavailable
+from minitron.specs.blocks.benchmarks import Benchmark
 from minitron.specs.extends import merge
 from minitron.specs.load import STAND_INS
 from minitron.specs.shape import all_blocks
@@ -110,7 +111,7 @@ evaluate: {suite: [hellaswag, gsm8k], data_dir: benchmarks/, held_out: {text: "p
     assert spec.distill is not None and spec.distill.data.kind == "parquet"
     assert spec.distill.loss.hidden_states is not None
     assert spec.distill.loss.hidden_states.pairs == ((29, 13),)
-    assert spec.evaluate is not None and spec.evaluate.suite == ("hellaswag", "gsm8k")
+    assert spec.evaluate is not None and spec.evaluate.suite == (Benchmark(task="hellaswag"), Benchmark(task="gsm8k"))
     assert [problem.path for problem in unavailable(spec)] == [
         "importance.selection",
         "importance.hidden_basis",
@@ -182,7 +183,7 @@ def test_an_override_replaces_or_adds_a_value_and_is_recorded(load: Load) -> Non
     assert loaded.overrides == overrides
     assert loaded.spec.student.hidden_size == 32
     assert loaded.spec.distill is not None and loaded.spec.distill.optimizer.lr == 2e-4
-    assert loaded.spec.evaluate is not None and loaded.spec.evaluate.suite == ("gsm8k",)
+    assert loaded.spec.evaluate is not None and loaded.spec.evaluate.suite == (Benchmark(task="gsm8k"),)
     assert loaded.spec.distill.data.text == ("b.txt",)
 
 

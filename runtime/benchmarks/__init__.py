@@ -1,0 +1,1 @@
+"""Benchmarks: which tasks there are, where their data lies, how they are run."""

@@ -1,0 +1,99 @@
+"""A model as lm-evaluation-harness wants it, with this process's share of the requests."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lm_eval.models.huggingface import HFLM
+from transformers import GenerationConfig
+
+from minitron.runtime.models import LanguageModel, Tokenizer
+from minitron.runtime.world import World
+
+_POSITIONS = 2048
+"""Of a model that does not say how many tokens it reads."""
+
+
+class Harness(HFLM):  # type: ignore[misc]
+    """The harness's own model class around one that is loaded.
+
+    Several processes share the requests: each has the whole model and every so-manieth document, as with the harness's own
+    data parallelism, and the first gets all scores. A tokenizer that lacks a token which the harness needs borrows one of the
+    vocabulary: added ones would have no embedding.
+    """
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, world: World, batch_size: int) -> None:
+        tokenizer = with_padding(tokenizer)
+        prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        super().__init__(
+            pretrained=model.module,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            max_length=model.positions or _POSITIONS,
+            prefix_token_id=tokenizer.pad_token_id if prefix is None else prefix,
+        )
+        self._world = world
+        self._rank, self._world_size = world.rank, world.size
+
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str | None:
+        """As the harness does it; None for no tokens, which is what it asks for where nothing ends a text."""
+        return None if tokens is None else super().tok_decode(tokens, skip_special_tokens)
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+        """Without the harness's progress bar; progress is ours to show."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
+        """Without the harness's progress bar."""
+        return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+        """Without the harness's progress bar."""
+        return super().generate_until(requests, disable_tqdm=True)
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """One number of each process, [ranks]."""
+        everyone: list[Any] = [None] * self._world_size
+        dist.all_gather_object(everyone, tensor.item(), group=self._world.waiting)
+        return torch.tensor(everyone)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """The objects of all processes, at the process `dst`."""
+        everyone: list[Any] | None = [None] * self._world_size if self._rank == dst else None
+        dist.gather_object(obj, everyone, dst=dst, group=self._world.waiting)
+        return everyone
+
+    def barrier(self) -> None:
+        """Waits until all processes are here."""
+        self._world.wait()
+
+
+def with_padding(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer that can pad: itself, or a copy that pads with its end, its beginning, or else its first token. What is
+    padded is masked, so it does not matter which token it is."""
+    if tokenizer.pad_token_id is not None:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    borrowed = next((one for one in (tokenizer.eos_token_id, tokenizer.bos_token_id) if one is not None), 0)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(borrowed)
+    return tokenizer
+
+
+@contextmanager
+def plain_generation(model: LanguageModel) -> Iterator[None]:
+    """Generation that does what it is told and no more. A model's own configuration may hold penalties, suppressed tokens and
+    several answers at a time, and transformers takes from it whatever a call leaves open."""
+    module = model.module
+    own = module.generation_config
+    module.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
+    try:
+        yield
+    finally:
+        module.generation_config = own
