@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.fx import GraphModule
 
@@ -27,12 +28,14 @@ from minitron.compiler.importance.scores import ScoreTable, WidthConfig
 from minitron.compiler.importance.select import Selection, narrowing_of, select
 from minitron.compiler.importance.taps import CalibrationConfig, DepthConfig
 from minitron.compiler.plan.plan import Plan, make_plan, settled, with_weights
+from minitron.compiler.recovery.basis import principal_weights, rotated_reference
+from minitron.compiler.recovery.rotated_weights import RotatedWeights
 from minitron.compiler.rewrite import run_passes
 from minitron.compiler.rewrite.drop_layers import drop_layers
 from minitron.compiler.rewrite.narrow_parameters import narrow_parameters
 from minitron.compiler.rewrite.scale_repair import changed_buffers, repair_scale
 from minitron.compiler.rewrite.shape_constants import shape_constants
-from minitron.compiler.roles.names import LAYERS
+from minitron.compiler.roles.names import HIDDEN, LAYERS
 from minitron.compiler.student.config_keys import config_key
 from minitron.compiler.teacher.provenance import at_commit, observe, with_result
 from minitron.compiler.teacher.tokenizer import load_tokenizer
@@ -54,6 +57,8 @@ from minitron.specs.progress import Progress
 Buffers = Mapping[str, torch.Tensor]
 # What graphs are run in, whatever the checkpoint's number format is: scores and comparisons are not rounded.
 RUN_DTYPE = torch.float32
+# The largest difference of logits, over the largest logit, that a rotation in float32 may make.
+ROTATION_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -97,9 +102,10 @@ def _compile(
     remove_leftovers(build)
     source = open_weights(plan.captured, plan.checkpoint)
     buffers = _run_buffers(plan, plan.captured.config)
-    samples = None
-    if selection is None:
+    teacher, scores, samples = source, ScoreTable(), None
+    if selection is None or plan.rotates:
         scores, samples = score(plan, source, buffers, device, progress)
+    if selection is None:
         selection = select(
             plan.targets,
             plan.roles,
@@ -107,15 +113,22 @@ def _compile(
             plan.captured.layer_count,
             contiguous=loaded.spec.importance.depth.contiguous,
         )
+    if plan.rotates:
+        assert plan.rotation is not None and samples is not None
+        width = plan.targets.widths[HIDDEN]
+        source = principal_weights(teacher, plan.rotation, scores, samples, width)
+        selection = replace(selection, hidden=np.arange(width))  # the leading components
     plan = settled(plan, selection)
     student = rewrite(plan, selection, buffers)
-    fingerprint = _fingerprint(plan, selection, inputs)
+    fingerprint = _fingerprint(plan, selection, inputs, source)
     _guard_training(build, fingerprint)
     (build / VERIFICATION).unlink(missing_ok=True)
     emit(plan, student, source, build, progress)
     write_training_plan(plan, build, fingerprint)
     write_text(build / PLAN, _json(plan.to_json(selection) | {"fingerprint": fingerprint, "inputs": inputs}))
     checks = validate(plan, student, source, buffers, build, samples, device, progress)
+    if isinstance(source, RotatedWeights):
+        checks.append(check_rotation(plan, teacher, source, buffers, samples, device))
     _check_unchanged(inputs, with_result(loaded, observe(at_commit(loaded, plan.checkpoint.commit))))
     document = {
         "format_version": 1,
@@ -152,7 +165,10 @@ def score(
         progress.message(f"the calibration data makes {len(samples)} samples, not {wanted.samples}")
     need_layers = plan.targets.named_layers is None and plan.targets.layers < plan.captured.layer_count
     config = CalibrationConfig(
-        WidthConfig(importance.width.batch, importance.width.sequence), DepthConfig(importance.depth.metric)
+        WidthConfig(importance.width.batch, importance.width.sequence),
+        DepthConfig(importance.depth.metric),
+        () if plan.rotation is None else plan.rotation.sites,
+        None if plan.rotation is None else plan.rotation.head_site,
     )
     key = _score_key(plan, content_hash(data), samples, config)
     path = plan.build / SCORES
@@ -305,6 +321,26 @@ def validate(
     return checks
 
 
+def check_rotation(
+    plan: Plan,
+    teacher: WeightSource,
+    rotated: RotatedWeights,
+    buffers: Buffers,
+    samples: torch.Tensor | None,
+    device: str,
+) -> verify.Check:
+    """The teacher in its new basis, whole and with nothing fitted, is the teacher."""
+    assert plan.rotation is not None
+    captured, settings = plan.captured, _settings(plan, device)
+    length = captured.length or verify.SAMPLE[1]
+    ids = verify.sample_ids(captured.config.vocab_size, length, samples)
+    graph_module, fetch = rotated_reference(captured.graph_module, plan.table, rotated, plan.rotation.tied)
+    whole = _logits(captured.graph_module, captured, teacher.get, buffers, settings, ids)
+    turned = _logits(graph_module, captured, fetch, buffers, settings, ids)
+    detail = "the teacher on its principal components, all of them kept, against itself"
+    return verify.compare("rotation", turned, whole, detail, ROTATION_TOLERANCE)
+
+
 def _unrounded(made: Mapping[str, Recipe], held: Fetch) -> Fetch:
     """The student's parameters in RUN_DTYPE, from what the teacher's are in the checkpoint's number format."""
     return lambda name: made[name].make(held(made[name].source).to(RUN_DTYPE))
@@ -358,7 +394,7 @@ def _score_key(plan: Plan, data: str, samples: torch.Tensor, config: Calibration
     digest = hashlib.sha256()
     files = sorted({info.file for info in plan.checkpoint.tensors.values()})
     for part in (
-        plan.checkpoint.config.to_json_string(),
+        (plan.checkpoint.tied_config or plan.checkpoint.config).to_json_string(),
         repr([file_hash(file) for file in files]),
         data,
         repr(config),
@@ -376,8 +412,8 @@ def _check_unchanged(before: Inputs, now: Inputs) -> None:
         raise WorkError(f"{' '.join(path)} changed while the student was compiled; let it rest and compile again")
 
 
-def _fingerprint(plan: Plan, selection: Selection, inputs: Inputs) -> str:
-    """Identifies the pruned student: the contents of its teacher, wherever it lies, selection and dtype."""
+def _fingerprint(plan: Plan, selection: Selection, inputs: Inputs, source: WeightSource) -> str:
+    """Identifies the pruned student: the contents of its teacher, wherever it lies, basis, selection and dtype."""
     from minitron.compiler.importance.select import selection_json
 
     headers = sorted((name, info.dtype, info.shape) for name, info in plan.checkpoint.tensors.items())
@@ -390,6 +426,7 @@ def _fingerprint(plan: Plan, selection: Selection, inputs: Inputs) -> str:
         json.dumps(selection_json(selection, plan.roles)),
         plan.config.to_json_string(),
         str(plan.dtype),
+        source.digest() if isinstance(source, RotatedWeights) else "",
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

@@ -16,8 +16,6 @@ def unavailable(spec: Spec) -> list[Problem]:
 def _unavailable(spec: Spec) -> Iterator[Problem]:
     if spec.importance.selection == "greedy":
         yield _missing("importance.selection", "greedy", "write scores or leave it out")
-    if spec.importance.hidden_basis == "principal":
-        yield _missing("importance.hidden_basis", "principal", "write channels or leave it out")
     if spec.recovery.refit == "least_squares":
         yield _missing("recovery.refit", "least_squares", "write none or leave it out")
     if spec.recovery.merge_heads:

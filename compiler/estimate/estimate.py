@@ -261,6 +261,8 @@ class Reckoning:
         # The captured graph has its mask written out: it computes the whole square of attention.
         whole = teacher.flops_per_token + length * teacher.attention_flops_per_pair
         each = whole - 2 * self.teacher.hidden * self.teacher.vocabulary
+        if plan.rotation is not None:  # the covariance of what norms yield
+            each += 2 * self.teacher.hidden**2 * len(plan.rotation.sites)
         ranked = plan.targets.named_layers is None and plan.targets.layers < captured.layer_count
         metric = plan.loaded.spec.importance.depth.metric
         compared = ranked and metric != "block_influence"

@@ -37,6 +37,13 @@ class _Segment:
     weights: list[Node] = field(default_factory=list)
     live_after: set[Node] = field(default_factory=set)
 
+    def until(self, taps: Mapping[str, Tap]) -> _Segment:
+        """The part up to the last node that is tapped, where nothing later is asked for."""
+        last = max((i for i, node in enumerate(self.nodes) if node.name in taps), default=-1)
+        nodes = self.nodes[: last + 1]
+        read = {source for node in nodes for source in node.all_input_nodes}
+        return _Segment(nodes, [node for node in self.weights if node in read])
+
 
 class Executor:
     """A graph ready to be run. `layer_of` gives the number of the layer that a node belongs to, or None."""
@@ -82,16 +89,13 @@ class Executor:
         with torch.no_grad():
             for segment in self._segments:
                 weights.clear()  # before the next are read: those of two layers are never held together
-                if (
-                    output is None
-                    and taps
-                    and not segment.live_after
-                    and not any(n.name in taps for n in segment.nodes)
-                ):
-                    for number in range(len(batches)):
-                        if advance is not None:
-                            advance(number)
-                    continue
+                if output is None and taps and not segment.live_after:
+                    segment = segment.until(taps)
+                    if not segment.nodes:
+                        for number in range(len(batches)):
+                            if advance is not None:
+                                advance(number)
+                        continue
                 weights.update((node, self._weight(node)) for node in segment.weights)
                 for number, environment in enumerate(environments):
                     environments[number] = self._run_segment(segment, weights, environment, taps, skip or {}, number)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,9 +19,7 @@ from minitron.compiler.capture.capture import Captured
 from minitron.compiler.graph.executor import Executor
 from minitron.compiler.importance.batches import batches_of
 from minitron.compiler.importance.layer_removal import removal_scores
-from minitron.compiler.importance.scores import (
-    ScoreTable,
-)
+from minitron.compiler.importance.scores import ScoreTable
 from minitron.compiler.importance.taps import CalibrationConfig, Taps
 from minitron.compiler.roles.residual_stream import LayerEnds
 from minitron.compiler.roles.roles import Roles
@@ -56,7 +55,7 @@ def calibrate(
     scores = taps.table()
     if need_layers and config.depth.metric != "block_influence":
         layers = removal_scores(captured, ends, executor, batches, block, config.depth.metric, progress)
-        scores = ScoreTable(scores.hidden, scores.heads, scores.widths, layers)
+        scores = replace(scores, layers=layers)
     partial.unlink(missing_ok=True)
     return scores
 

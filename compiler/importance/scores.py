@@ -109,12 +109,15 @@ class ScoreTable:
     heads    layer -> [groups, repeats]
     widths   axis name -> layer -> [width], or [parents, width] where each index of the parents may keep others
     layers   [layers], high: important
+    covariance   `hidden`: [hidden_size, hidden_size], the mean over tokens and norms of x x^T for what a norm yields before
+             its weight; `head`: the same of the norm before a tied head alone
     """
 
     hidden: Scores | None = None
     heads: Mapping[int, Scores] = field(default_factory=dict)
     widths: Mapping[str, Mapping[int, Scores]] = field(default_factory=dict)
     layers: Scores | None = None
+    covariance: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
         """For scores.safetensors: `hidden_size`, `layers`, `num_attention_heads.3`, `intermediate_size.3`."""
@@ -123,6 +126,8 @@ class ScoreTable:
             tensors["hidden_size"] = torch.from_numpy(self.hidden)
         if self.layers is not None:
             tensors["num_hidden_layers"] = torch.from_numpy(self.layers)
+        for key, matrix in self.covariance.items():
+            tensors[f"covariance.{key}"] = torch.from_numpy(matrix)
         for layer, score in self.heads.items():
             tensors[f"num_attention_heads.{layer}"] = torch.from_numpy(score)
         for name, layers in self.widths.items():
@@ -135,8 +140,12 @@ class ScoreTable:
         hidden = layers = None
         heads: dict[int, Scores] = {}
         widths: dict[str, dict[int, Scores]] = {}
+        covariance: dict[str, npt.NDArray[np.float64]] = {}
         for key, tensor in tensors.items():
             name, _, layer = key.partition(".")
+            if name == "covariance":
+                covariance[layer] = tensor.numpy().astype(np.float64)
+                continue
             array = tensor.numpy().astype(np.float32)
             if name == "hidden_size":
                 hidden = array
@@ -146,4 +155,4 @@ class ScoreTable:
                 heads[int(layer)] = array
             else:
                 widths.setdefault(name, {})[int(layer)] = array
-        return ScoreTable(hidden, heads, widths, layers)
+        return ScoreTable(hidden, heads, widths, layers, covariance)

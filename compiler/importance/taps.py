@@ -13,6 +13,7 @@ from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.graph.aten import MOVES
 from minitron.compiler.graph.executor import Tap
+from minitron.compiler.importance.covariance import Gram
 from minitron.compiler.importance.scores import (
     Accumulator,
     Contributions,
@@ -26,6 +27,7 @@ from minitron.compiler.roles.experts import Mixture
 from minitron.compiler.roles.names import NUM_EXPERTS, SCAN_HEAD_DIM, SCAN_HEADS
 from minitron.compiler.roles.residual_stream import LayerEnds
 from minitron.compiler.roles.roles import Roles, Width
+from minitron.compiler.roles.rotation import Site
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,16 @@ class DepthConfig:
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """What decides the scores, besides teacher and samples."""
+    """What decides the scores, besides teacher and samples.
+
+    `sites` are the norm outputs whose covariance is taken, `head_site` that of the norm before a tied head, whose covariance
+    is kept apart too.
+    """
 
     width: WidthConfig
     depth: DepthConfig
+    sites: tuple[Site, ...] = ()
+    head_site: Site | None = None
 
 
 class Taps:
@@ -61,6 +69,9 @@ class Taps:
         self._entered: dict[int, torch.Tensor] = {}
         self._ends: dict[str, torch.Tensor] = {}  # where the rows of each expert end, of the batch that is being run
         self._config = config
+        self.covariance = {"hidden": Gram(), "head": Gram()}
+        for norm in config.sites:
+            self._covariance(norm)
         for node in norm_outputs(captured, roles):
             self._accumulate(node, f"hidden_size.{node.name}")
         for layer, site in roles.heads.items():
@@ -91,6 +102,18 @@ class Taps:
             accumulator.update(value if value.dim() == 3 else value.reshape(1, -1, value.shape[-1]))
 
         self._add(node.name, tap)
+
+    def _covariance(self, site: Site) -> None:
+        grams = [self.covariance["hidden"]] + ([self.covariance["head"]] if site == self._config.head_site else [])
+
+        def tap(value: torch.Tensor, number: int) -> None:
+            rows = value.reshape(-1, value.shape[-1]).float()
+            if not site.normalised:
+                rows = rows * rows.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+            for gram in grams:
+                gram.add(rows)
+
+        self._add(site.node, tap)
 
     def _accumulate_by_expert(self, table: AxisTable, node: Node, mixture: Mixture, key: str) -> None:
         """The channels of every expert, [experts, channels]."""
@@ -165,6 +188,10 @@ class Taps:
                 state[f"total/{key}"] = accumulator.total.cpu()
                 state[f"squares/{key}"] = accumulator.squares.cpu()
                 state[f"samples/{key}"] = torch.tensor(accumulator.samples)
+        for key, gram in self.covariance.items():
+            if gram.total is not None:
+                state[f"covariance/{key}"] = gram.total
+                state[f"covered/{key}"] = torch.tensor(gram.tokens)
         for layer, contributions in self.contributions.items():
             if contributions.total is not None and contributions.tokens is not None:
                 state[f"contributed/{layer}"] = contributions.total
@@ -177,6 +204,9 @@ class Taps:
             if f"total/{key}" in state:
                 accumulator.total, accumulator.squares = state[f"total/{key}"], state[f"squares/{key}"]
                 accumulator.samples = int(state[f"samples/{key}"])
+        for key, gram in self.covariance.items():
+            if f"covariance/{key}" in state:
+                gram.total, gram.tokens = state[f"covariance/{key}"], int(state[f"covered/{key}"])
         for layer, contributions in self.contributions.items():
             if f"contributed/{layer}" in state:
                 contributions.total, contributions.tokens = state[f"contributed/{layer}"], state[f"received/{layer}"]
@@ -208,7 +238,8 @@ class Taps:
         layers = None
         if self._config.depth.metric == "block_influence":
             layers = (self.influence["turned"] / self.influence["tokens"]).float().numpy()
-        return ScoreTable(hidden, heads, widths, layers)
+        covariance = {key: gram.mean().numpy() for key, gram in self.covariance.items() if gram.total is not None}
+        return ScoreTable(hidden, heads, widths, layers, covariance)
 
     def _width_scores(self, name: str, layer: int, width: Width) -> Scores:
         score = self.accumulators[f"{name}.{layer}"].result()

@@ -14,6 +14,7 @@ import torch
 from minitron.compiler.axes.analysis import analyse
 from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.capture.capture import FIXED_LENGTH, Captured, capture
+from minitron.compiler.capture.models import build_meta, canonical_names, stored_tensors
 from minitron.compiler.estimate import model_costs as costs
 from minitron.compiler.estimate.estimate import Reckoning
 from minitron.compiler.estimate.fit import fits_json
@@ -24,16 +25,19 @@ from minitron.compiler.graph.names import dtype_of
 from minitron.compiler.importance.select import Selection, leading, selection_json, wanted_heads
 from minitron.compiler.plan.checks import check_documents, check_lengths, check_pairs, check_tokenizer
 from minitron.compiler.plan.prove import prove, proved
+from minitron.compiler.plan.recovery import recovery_remarks, rotation_of
 from minitron.compiler.roles.lm_head import find_head
-from minitron.compiler.roles.names import LAYERS
+from minitron.compiler.roles.names import HIDDEN, LAYERS
 from minitron.compiler.roles.residual_stream import LayerEnds, adds_to_its_entry, layer_ends
 from minitron.compiler.roles.roles import Roles, find_roles
+from minitron.compiler.roles.rotation import Rotation
 from minitron.compiler.roles.widths import teacher_widths
 from minitron.compiler.student.status import AxisStatus
 from minitron.compiler.student.targets import Targets, resolve_targets
 from minitron.compiler.teacher.checkpoint import BrokenWeights, Checkpoint, fetch_weights
 from minitron.compiler.teacher.open_teacher import open_teacher
 from minitron.compiler.teacher.tokenizer import tokenizer_files
+from minitron.compiler.teacher.untie import untie, untied_config
 from minitron.compiler.weights.recipes import renumber
 from minitron.compiler.weights.source import check_headers
 from minitron.specs.available import unavailable
@@ -55,6 +59,7 @@ class Plan:
     targets                              the widths asked for
     config, model                        the student's configuration, proved on the meta device, and that model
     teacher_costs, student_costs         from shapes alone
+    rotation                             what a rotation of the residual stream does to the parameters, where one is possible
     """
 
     loaded: LoadedSpec
@@ -71,6 +76,18 @@ class Plan:
     teacher_costs: costs.ModelCosts
     student_costs: costs.ModelCosts
     remarks: tuple[str, ...]
+    rotation: Rotation | None = None
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the student is cut from the rotated teacher."""
+        principal = self.loaded.spec.importance.hidden_basis == "principal"
+        return principal and HIDDEN in self.targets.widths
+
+    @property
+    def teacher_head(self) -> HeadPlan:
+        """The head of the teacher as it is trained against: tied, where only the student's is untied."""
+        return self.head.model_copy(update={"weight": self.checkpoint.aliases.get(self.head.weight, self.head.weight)})
 
     @property
     def dtype(self) -> torch.dtype:
@@ -170,10 +187,12 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
         raise SpecInvalid([*errors, loaded.error(at, str(error))]) from None
     errors += check_tokenizer(loaded, checkpoint)
     try:
-        captured = capture(checkpoint.config, dtype_of(spec.teacher.dtype or checkpoint.dtype), _fixed_length(loaded))
+        captured, checkpoint = _capture(loaded, checkpoint)
         table = analyse(captured)
         roles = find_roles(captured, table)
         head = find_head(captured)
+    except SpecInvalid as error:
+        raise SpecInvalid([*errors, *error.errors]) from None
     except UsageError as error:
         raise SpecInvalid([*errors, loaded.error(at, str(error))]) from None
     try:
@@ -193,15 +212,17 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
         if targets.layers != captured.layer_count:
             raise SpecInvalid([loaded.error("student", f"no layer can be dropped: {error}")]) from None
     targets = _told_of_layers(captured, ends, targets)
+    rotation = rotation_of(loaded, captured, table, roles, targets)
     try:
         layers = leading(targets, roles).layers
         targets, config, model = proved(loaded, captured, table, roles, targets, layers)
     except UsageError as error:
         raise SpecInvalid([loaded.error("student", str(error))]) from None
-    teacher_cost, student_cost = _both_costs(captured, table, roles, targets, layers, head, config, model)
+    plain = _as_stored(checkpoint, captured)
+    teacher_cost, student_cost = _both_costs(captured, table, roles, targets, layers, head, config, model, plain)
     return Plan(
         loaded, build, checkpoint, captured, table, roles, ends, head, targets, config, model, teacher_cost, student_cost,
-        _remarks(checkpoint, captured),
+        (*_remarks(checkpoint, captured), *recovery_remarks(loaded, checkpoint, targets, rotation, model)), rotation,
     )  # fmt: skip
 
 
@@ -214,10 +235,38 @@ def with_weights(plan: Plan, progress: Progress) -> Plan:
         progress.message(f"fetching the weights of {plan.checkpoint.name}")
     try:
         checkpoint = fetch_weights(plan.checkpoint)
+        if plan.checkpoint.aliases:
+            checkpoint = untie(checkpoint, plan.checkpoint.config, plan.checkpoint.aliases)
         check_headers(plan.captured, checkpoint)
     except UsageError as error:
         raise SpecInvalid([plan.loaded.error("teacher.model", str(error))]) from None
-    return replace(plan, checkpoint=checkpoint, remarks=_remarks(checkpoint, plan.captured))
+    of_recovery = recovery_remarks(plan.loaded, checkpoint, plan.targets, plan.rotation, plan.model)
+    return replace(plan, checkpoint=checkpoint, remarks=(*_remarks(checkpoint, plan.captured), *of_recovery))
+
+
+def _capture(loaded: LoadedSpec, checkpoint: Checkpoint) -> tuple[Captured, Checkpoint]:
+    """The teacher's graph; where the head is to be untied, that of the same teacher with two matrices, and its checkpoint."""
+    dtype, length = dtype_of(loaded.spec.teacher.dtype or checkpoint.dtype), _fixed_length(loaded)
+    if not loaded.spec.importance.untie:
+        return capture(checkpoint.config, dtype, length), checkpoint
+    try:
+        config = untied_config(checkpoint.config)
+    except UsageError as error:
+        raise SpecInvalid([loaded.error("importance.untie", str(error), "leave it out")]) from None
+    captured = capture(config, dtype, length)
+    tied = canonical_names(build_meta(checkpoint.config, dtype, captured.attention))
+    aliases = {name: first for name, first in tied.items() if first != name == captured.canonical.get(name)}
+    if not aliases:
+        message = f"transformers ties the head of a {config.model_type} whatever its configuration says"
+        raise SpecInvalid([loaded.error("importance.untie", message, "leave it out")])
+    return captured, untie(checkpoint, config, aliases)
+
+
+def _as_stored(checkpoint: Checkpoint, captured: Captured) -> torch.nn.Module:
+    """The teacher's model as its folder has it, on the meta device."""
+    if checkpoint.tied_config is None:
+        return captured.model
+    return build_meta(checkpoint.tied_config, captured.dtype, captured.attention)
 
 
 def _told_of_layers(captured: Captured, ends: Sequence[LayerEnds], targets: Targets) -> Targets:
@@ -253,10 +302,11 @@ def settled(plan: Plan, selection: Selection) -> Plan:
         config, model = prove(plan.captured, plan.table, plan.roles, plan.targets, layers)
     except UsageError as error:
         raise SpecInvalid([plan.loaded.error("student", str(error))]) from None
-    teacher_costs, student_costs = _both_costs(
-        plan.captured, plan.table, plan.roles, plan.targets, layers, plan.head, config, model
-    )
-    return replace(plan, config=config, model=model, teacher_costs=teacher_costs, student_costs=student_costs)
+    _, student_costs = _both_costs(
+        plan.captured, plan.table, plan.roles, plan.targets, layers, plan.head, config, model,
+        _as_stored(plan.checkpoint, plan.captured),
+    )  # fmt: skip
+    return replace(plan, config=config, model=model, student_costs=student_costs)
 
 
 def _both_costs(
@@ -268,14 +318,19 @@ def _both_costs(
     head: HeadPlan,
     config: Any,
     model: torch.nn.Module,
+    plain: torch.nn.Module,
 ) -> tuple[costs.ModelCosts, costs.ModelCosts]:
+    """Of the teacher as it is stored, `plain`, and of the student."""
     stacked = costs.stacked_parameters(captured, table, roles)
     chosen = costs.chosen_experts(roles)
     attention = costs.attention_counts(captured, roles, table)
     embedding = costs.embedding_name(captured)
     size = torch.empty(0, dtype=captured.dtype).element_size()
+    read = (
+        head.weight if head.weight in stored_tensors(plain) else embedding
+    )  # a head that is untied in the student only
     teacher = costs.model_costs(
-        captured.model, stacked, chosen, list(attention.values()), embedding, head.weight, size,
+        plain, stacked, chosen, list(attention.values()), embedding, read, size,
         cache_layers(captured.config, captured.attention),
     )  # fmt: skip
     narrowed = []

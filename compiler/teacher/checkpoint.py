@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Checkpoint:
 
     `commit` is that of a model from the Hub, whose weights need not be on this machine for a plan: then `tensors` came
     over the network, headers only; None for a folder of the user's own. `remark` says what could not be inspected.
+    Where the head is untied (`teacher.untie`), `tied_config` is the configuration in the folder and `aliases` names the
+    stored tensors of parameters that have none of their own.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     commit: str | None = None
     remark: str = ""
+    tied_config: Any = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def dtype(self) -> str:

@@ -6,6 +6,7 @@ Each check compares two independent routes. One that fails fails the compile.
     reload       the rewritten graph on weights in memory  =  the Hugging Face model loaded fresh from student/
     masked       the teacher with everything dropped set to zero  =  the rewritten graph, where that is mathematically so
     permutation  the teacher with every narrowed axis permuted  =  the teacher
+    rotation     the teacher on the principal components of its residual stream, all kept  =  the teacher
     program      student.pt2 run by plain torch on student/'s weights  =  the Hugging Face model
     head         the description of the head in training.yaml yields the Hugging Face model's logits
 """

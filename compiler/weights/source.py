@@ -166,7 +166,7 @@ def open_weights(captured: Captured, checkpoint: Checkpoint) -> WeightSource:
     loaded = {name: value.detach() for name, value in stored_tensors(model).items()}
     for name, value in loaded.items():
         check_finite(value, name, str(checkpoint.folder), captured.number_format(name))
-    return LoadedWeights(loaded)
+    return LoadedWeights(loaded | {name: loaded[stored] for name, stored in checkpoint.aliases.items()})
 
 
 def _unexpected(names: list[str]) -> str:
@@ -174,12 +174,20 @@ def _unexpected(names: list[str]) -> str:
 
 
 def _tied_names(captured: Captured, checkpoint: Checkpoint) -> dict[str, str]:
-    """Canonical name -> the name in the files, where these hold a tied parameter under another of its names only."""
-    return {
+    """Canonical name -> the name in the files, where these hold a tied parameter under another of its names only, or where
+    parameters that the files tie are to be two."""
+    there = checkpoint.tensors
+    names = {
         first: name
         for name, first in captured.canonical.items()
-        if name != first and name in checkpoint.tensors and first not in checkpoint.tensors
+        if name != first and name in there and first not in there
     }
+    for name, stored in checkpoint.aliases.items():
+        if name not in there and stored in there:
+            names[name] = stored
+        elif stored not in there and name in there:
+            names[stored] = name
+    return names
 
 
 def _converted_by_transformers(captured: Captured, checkpoint: Checkpoint, foreign: ForeignName) -> bool:

@@ -59,4 +59,9 @@ class Importance(Block):
 
     hidden_basis: Literal["channels", "principal"] = "channels"
     """`channels`: the residual stream loses channels (Minitron); `principal`: it is rotated onto its principal
-    components first."""
+    components first, which changes no logit, and loses the last of them (SliceGPT, arXiv 2401.15024, with one rotation for
+    the network). For models whose norms take the root mean square and stand before what reads them."""
+
+    untie: bool = False
+    """The student's head gets a matrix of its own where the teacher's is tied to the embedding; the plan has its price. With
+    `hidden_basis: principal` a head that stays tied shares one matrix that is fitted to both of its uses."""

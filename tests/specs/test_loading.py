@@ -114,7 +114,6 @@ evaluate: {suite: [hellaswag, gsm8k], data_dir: benchmarks/, held_out: {text: "p
     assert spec.evaluate is not None and spec.evaluate.suite == (Benchmark(task="hellaswag"), Benchmark(task="gsm8k"))
     assert [problem.path for problem in unavailable(spec)] == [
         "importance.selection",
-        "importance.hidden_basis",
         "recovery.refit",
         "recovery.merge_heads",
     ]

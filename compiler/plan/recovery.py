@@ -1,0 +1,58 @@
+"""What a spec asks of the basis and of recovery, held against its teacher, and what the plan says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from minitron.compiler.axes.table import AxisTable
+from minitron.compiler.capture.capture import Captured
+from minitron.compiler.capture.models import stored_tensors
+from minitron.compiler.roles.names import HIDDEN
+from minitron.compiler.roles.roles import Roles
+from minitron.compiler.roles.rotation import Rotation, find_rotation
+from minitron.compiler.student.targets import Targets
+from minitron.compiler.teacher.checkpoint import Checkpoint
+from minitron.specs.errors import SpecInvalid, UsageError
+from minitron.specs.load import LoadedSpec
+
+
+def rotation_of(
+    loaded: LoadedSpec, captured: Captured, table: AxisTable, roles: Roles, targets: Targets
+) -> Rotation | None:
+    """What a rotation of the residual stream does to the parameters; None where none is possible.
+
+    SpecInvalid where the spec asks for one that is not possible.
+    """
+    try:
+        return find_rotation(captured, table, roles)
+    except UsageError as error:
+        if loaded.spec.importance.hidden_basis == "channels" or HIDDEN not in targets.widths:
+            return None
+        message = f"the residual stream of this {captured.config.model_type} cannot be rotated: {error}"
+        hint = "write channels, or leave it out"
+        raise SpecInvalid([loaded.error("importance.hidden_basis", message, hint)]) from None
+
+
+def recovery_remarks(
+    loaded: LoadedSpec, checkpoint: Checkpoint, targets: Targets, rotation: Rotation | None, student: object
+) -> Iterator[str]:
+    """What the basis and the head's matrix mean for the student, with the price of an untied head."""
+    importance = loaded.spec.importance
+    sizes = {name: value.numel() for name, value in stored_tensors(student).items()}  # type: ignore[arg-type]
+    whole = sum(sizes.values())
+    if checkpoint.aliases:
+        extra = sum(sizes[name] for name in checkpoint.aliases)
+        yield (
+            f"importance.untie: the student's head has a matrix of its own, {extra:,} parameters "
+            f"({extra / (whole - extra):.1%}) more than a tied one"
+        )
+    if importance.hidden_basis == "channels":
+        return
+    if HIDDEN not in targets.widths:
+        yield "hidden_basis: principal changes nothing here: hidden_size is not narrowed"
+    elif rotation is not None and rotation.tied is not None:
+        extra = sizes.get(rotation.tied.parameter, 0)
+        yield (
+            "hidden_basis: principal: one matrix is fitted to the embedding and the head, which are tied; "
+            f"importance.untie: true gives the head its own, {extra:,} parameters ({extra / whole:.1%}) more"
+        )

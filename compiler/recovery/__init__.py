@@ -1,0 +1,1 @@
+"""Closed-form repair of a pruned student: the basis of the residual stream, refits, and selection by elimination."""

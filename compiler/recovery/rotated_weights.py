@@ -1,0 +1,80 @@
+"""The teacher's weights in another basis of the residual stream: the same function, with every norm weight at one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+
+from minitron.compiler.roles.rotation import Fold, Rotation
+from minitron.compiler.weights.source import WeightSource
+
+
+class RotatedWeights:
+    """Yields each parameter in float32, rotated when it is asked for.
+
+    `basis` is the orthogonal matrix [H, H] whose columns are the new coordinates. `replaced` are parameters, in the new basis
+    already, that stand in the place of rotated ones.
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        rotation: Rotation,
+        basis: torch.Tensor,
+        replaced: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        self.streamed = source.streamed
+        self._source, self._rotation, self._basis = source, rotation, basis.double().cpu()
+        self._replaced = replaced or {}
+
+    def get(self, name: str) -> torch.Tensor:
+        if name in self._replaced:
+            return self._replaced[name]
+        weight = self._source.get(name)
+        if name in self._rotation.folds:
+            return torch.full(weight.shape, self._rotation.folds[name].neutral)
+        if name not in self._rotation.axes:
+            return weight
+        norm = self._rotation.reads.get(name)
+        return self._turned(name, weight, None if norm is None else self._rotation.folds[norm])
+
+    def digest(self) -> str:
+        """A hash of the basis and of what is replaced."""
+        digest = hashlib.sha256(self._basis.numpy().tobytes())
+        for name in sorted(self._replaced):
+            digest.update(name.encode() + self._replaced[name].contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def exact(self) -> RotatedWeights:
+        """The same with nothing replaced."""
+        return RotatedWeights(self._source, self._rotation, self._basis)
+
+    def behind(self, name: str, fold: Fold) -> torch.Tensor:
+        """The rotated parameter as it would be if it were read behind a norm only, with that norm's weight folded in."""
+        return self._turned(name, self._source.get(name), fold)
+
+    def _turned(self, name: str, weight: torch.Tensor, fold: Fold | None) -> torch.Tensor:
+        axes = self._rotation.axes[name]
+        exact = weight.double()
+        if fold is not None:
+            (axis,) = axes
+            shape = [1] * exact.dim()
+            shape[axis] = -1
+            exact = exact * self.multiplier(fold).reshape(shape)
+        for axis in axes:
+            exact = torch.tensordot(exact, self._basis, dims=([axis], [0])).movedim(-1, axis)
+        return exact.float().contiguous()
+
+    def multiplier(self, fold: Fold) -> torch.Tensor:
+        """What a norm of the teacher multiplies by, [H] in float64."""
+        return self._source.get(fold.parameter).double() + fold.shift
+
+
+def principal_basis(covariance: torch.Tensor) -> torch.Tensor:
+    """The eigenvectors [H, H] of a covariance, the largest eigenvalue first; the largest entry of each is positive, so that
+    the basis is one of the two that fit on every machine."""
+    vectors: torch.Tensor = torch.linalg.eigh(covariance.double().cpu())[1].flip(1)
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return torch.where(largest < 0, -vectors, vectors)
