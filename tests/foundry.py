@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -32,6 +33,8 @@ from minitron.compiler.weights.source import open_weights
 from minitron.specs import LoadedSpec, load_spec
 from minitron.specs.progress import Progress, Silent
 from tests import models
+
+LONGEST_NAME = 200  # characters of a folder's name; file systems take 255 bytes
 
 CALIBRATION: dict[str, Any] = {"document": "line", "samples": 6, "sequence_length": 48}
 
@@ -114,6 +117,8 @@ class Foundry:
     def teacher(self, family: str, dtype: str = "float32", **changes: Any) -> Path:
         """The checkpoint of a tiny model; `changes` replace configuration keys."""
         name = "-".join([family, dtype, *(f"{key}={value}" for key, value in sorted(changes.items()))])
+        if len(name) > LONGEST_NAME:
+            name = f"{family}-{hashlib.sha256(name.encode()).hexdigest()}"
         folder = self.root / name.replace("/", "")
         if not folder.exists():
             models.save_teacher(folder, models.tiny_config(family, **changes), getattr(torch, dtype))

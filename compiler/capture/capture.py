@@ -22,6 +22,7 @@ from minitron.compiler.capture.layer_config import lists_over_layers, with_layer
 from minitron.compiler.capture.layer_kinds import Accounts, accounts
 from minitron.compiler.capture.models import build_meta, build_model, canonical_names, find_layers, quiet
 from minitron.compiler.capture.replicate_layers import repeat_layers
+from minitron.compiler.capture.rotary import replace_overwritten
 from minitron.compiler.graph.aten import PASS_THROUGH, RESHAPES
 from minitron.compiler.graph.graph_module import empty_meta, fixed_length, rebuild
 from minitron.compiler.graph.names import WRAPPER, strip_wrapper
@@ -276,5 +277,6 @@ def _export(config: Any, dtype: torch.dtype, attention: str, length: int | None)
         elif _hands_on(node):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
+    replace_overwritten(module.graph)
     inline(module, {*names, *(name for name, _ in fake.named_buffers(remove_duplicate=False))}, WRAPPER)
     return build_meta(config, dtype, attention), rebuild(module, canonical, empty_meta)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
+from minitron.compiler.capture.rotary import hold_long_frequencies
 from minitron.specs.errors import UsageError
 
 
@@ -52,6 +53,7 @@ def build_model(config: Any, dtype: torch.dtype, attention: str) -> torch.nn.Mod
     model: torch.nn.Module = AutoModelForCausalLM.from_config(
         copy.deepcopy(config), dtype=dtype, attn_implementation=attention, trust_remote_code=False
     )
+    hold_long_frequencies(model)
     return model.eval()
 
 

@@ -160,7 +160,7 @@ def prove(captured: Captured, config: Any, shapes: Mapping[str, tuple[int, ...]]
     try:
         model = build_meta(config, captured.dtype, captured.attention)
     except Exception as error:  # a modelling file raises anything for widths that it cannot have
-        raise _impossible(config, error) from None
+        raise _impossible(captured, config, error) from None
     got = {name: tuple(value.shape) for name, value in stored_tensors(model).items()}
     wrong = [name for name in shapes if got.get(name) != shapes[name]] + [name for name in got if name not in shapes]
     if wrong:
@@ -168,30 +168,37 @@ def prove(captured: Captured, config: Any, shapes: Mapping[str, tuple[int, ...]]
         raise UsageError(
             f"the configuration of {config.model_type} cannot express these widths: {name} would be "
             f"{_shape(got.get(name))} when it is loaded, and has to be {_shape(shapes.get(name))} "
-            f"({len(wrong)} tensors differ)" + _why(captured, wrong)
+            f"({len(wrong)} tensors differ)" + _why(captured, config, wrong)
         )
     try:
         config.validate()  # which loading the configuration does, and building a model of it does not
     except Exception as error:
-        raise _impossible(config, error.__cause__ or error) from None
+        raise _impossible(captured, config, error.__cause__ or error) from None
     return model
 
 
-def _impossible(config: Any, error: BaseException) -> UsageError:
-    return UsageError(f"transformers cannot build {config.model_type} with these widths: {first_line(error)}")
+def _impossible(captured: Captured, config: Any, error: BaseException) -> UsageError:
+    reason = f"transformers cannot build {config.model_type} with these widths: {first_line(error)}"
+    return UsageError(reason + _proportion(captured.config, config))
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else str(list(shape))
 
 
-def _why(captured: Captured, wrong: Sequence[str]) -> str:
+def _why(captured: Captured, config: Any, wrong: Sequence[str]) -> str:
     """What a configuration ties together where it cannot say the widths; the tensors that differ tell which of it."""
-    config = captured.config
-    undeclared = getattr(config, HEAD_DIM, None) is None or derives_head_dim(config)
-    if undeclared and head_width(config) is not None and any("attn" in name or "attention" in name for name in wrong):
-        return (
-            "; this model's head width is always hidden_size / num_attention_heads, "
-            f"{config.hidden_size} / {config.num_attention_heads}: narrow both in that proportion"
-        )
-    return ""
+    attention = any("attn" in name or "attention" in name for name in wrong)
+    return _proportion(captured.config, config) if attention else ""
+
+
+def _proportion(teacher: Any, student: Any) -> str:
+    """What to do where a student's heads have another width because that has no key of its own."""
+    hidden, heads = getattr(student, HIDDEN, None), getattr(student, HEADS, None)
+    undeclared = getattr(teacher, HEAD_DIM, None) is None or derives_head_dim(teacher)
+    if not (undeclared and hidden and heads) or head_width(teacher) in (None, hidden // heads):
+        return ""
+    return (
+        "; this model's head width is always hidden_size / num_attention_heads, "
+        f"{teacher.hidden_size} / {teacher.num_attention_heads}: narrow both in that proportion"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from minitron.compiler.capture.models import stored_tensors
+from minitron.compiler.capture.rotary import fill_long_frequencies
 
 
 def load_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -26,6 +27,7 @@ def load_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         value._is_hf_initialized = True  # type: ignore[attr-defined]
     with torch.no_grad():
         model.initialize_weights()  # type: ignore[operator]
+        fill_long_frequencies(model)
     for module in model.modules():
         module.__dict__.pop("_is_hf_initialized", None)  # else a second call does nothing
     filled = {full: module._buffers[name] for full, module, name in places}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from minitron.compiler import Plan
-from minitron.compiler.importance import calibrate
+from minitron.compiler.importance import batches, calibrate
 from minitron.compiler.importance.batches import batches_of
 from minitron.compiler.importance.scores import Aggregation, ScoreTable, WidthConfig
 from minitron.compiler.importance.taps import CalibrationConfig, DepthConfig
@@ -164,8 +164,8 @@ def test_every_aggregation(foundry: Foundry, sequence: Aggregation, batch: Aggre
 @contextmanager
 def cut(batch_tokens: int, block_bytes: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate, "BATCH_TOKENS", batch_tokens)
-        patch.setattr(calibrate, "BLOCK_BYTES", block_bytes)
+        patch.setattr(batches, "BATCH_TOKENS", batch_tokens)
+        patch.setattr(batches, "BLOCK_BYTES", block_bytes)
         yield
 
 

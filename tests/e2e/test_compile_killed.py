@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from minitron.compiler.importance import calibrate
+from minitron.compiler.importance import batches
 from tests.foundry import Foundry
 
 from .tiny import TIMEOUT, environment
@@ -20,9 +20,9 @@ from .tiny import TIMEOUT, environment
 # So small that a tiny calibration is many blocks, each of them saved, as a large one is.
 BATCH_TOKENS, BLOCK_BYTES = 64, 1
 SMALL_BLOCKS = f"""\
-from minitron.compiler import calibrate
+from minitron.compiler.importance import batches
 
-calibrate.BATCH_TOKENS, calibrate.BLOCK_BYTES = {BATCH_TOKENS}, {BLOCK_BYTES}
+batches.BATCH_TOKENS, batches.BLOCK_BYTES = {BATCH_TOKENS}, {BLOCK_BYTES}
 """
 STUDENT = {"hidden_size": 24, "intermediate_size": 24}
 
@@ -97,8 +97,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_killed_five_times_it_ends_with_the_same_bytes(
     foundry: Foundry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrate, "BATCH_TOKENS", BATCH_TOKENS)
-    monkeypatch.setattr(calibrate, "BLOCK_BYTES", BLOCK_BYTES)
+    monkeypatch.setattr(batches, "BATCH_TOKENS", BATCH_TOKENS)
+    monkeypatch.setattr(batches, "BLOCK_BYTES", BLOCK_BYTES)
     data = foundry.calibration | {"samples": 128, "sequence_length": 32}
     loaded = foundry.load(foundry.teacher("llama", num_hidden_layers=1), STUDENT, importance={"data": data})
     undisturbed = foundry.compile(loaded, tmp_path / "undisturbed" / "build").folder
