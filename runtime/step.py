@@ -16,6 +16,7 @@ from minitron.runtime.gradients import sum_and_clip
 from minitron.runtime.held_out import autocast
 from minitron.runtime.hidden_states import States
 from minitron.runtime.loss import Head, SampledTargets, distillation_loss
+from minitron.runtime.models import LanguageModel
 from minitron.runtime.optimizer import set_learning_rate
 from minitron.runtime.order import mix
 from minitron.runtime.schedule import learning_rate
@@ -106,6 +107,7 @@ def _student_loss(
         normaliser=normaliser,
         compute_dtype=run.compute_dtype,
         targets=targets,
+        head_gradient_VD=_head_gradient(run.student),
     )
     if run.hidden is None:
         return terms.total, [terms.divergence, terms.cross_entropy, torch.zeros_like(terms.divergence)]
@@ -114,6 +116,17 @@ def _student_loss(
         batch, theirs, run.student, ours, logits_T, normaliser=normaliser, compute_dtype=run.compute_dtype
     )
     return terms.total + distance.total, [terms.divergence, terms.cross_entropy, distance.distance]
+
+
+def _head_gradient(student: LanguageModel) -> Tensor | None:
+    """The sum of gradients that the loss adds the head's to, where that lies whole on this rank in fp32: autograd would make a
+    second one for each micro batch first."""
+    weight_VD = student.head.weight_VD
+    if student.root is not None or weight_VD.dtype != torch.float32 or not weight_VD.requires_grad:
+        return None
+    if weight_VD.grad is None:
+        weight_VD.grad = torch.zeros_like(weight_VD)
+    return weight_VD.grad
 
 
 def _not_finite(run: Run, state: TrainerState, batch: Batch, what: str) -> WorkError:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from minitron.compiler.estimate.activations import Footprint
+from minitron.specs.loss_chunks import BLOCK_ELEMENTS, loss_chunks
 
 FP32 = 4
 MOMENTS = 2  # of AdamW
@@ -28,11 +29,6 @@ MOMENTS = 2  # of AdamW
 # graph the first is in its stream, and the others are let go of when they are read for the last time.
 HELD_BY_MODULES = 3
 GATHERED_LAYERS = 2  # FSDP gathers the next layer while one computes
-
-# What runtime/loss/distillation.py and products.py allocate; a test compares these with theirs.
-BUFFER_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
-VOCABULARY_BLOCK = 16384
 
 
 @dataclass(frozen=True)
@@ -132,6 +128,8 @@ def training_memory(
         gathered += (teacher.outside + GATHERED_LAYERS * teacher.layer) * each
     head_gradient = student.vocabulary * student.hidden * FP32
     logits = logits_bytes(kind, layout.micro_batch, work, student, teacher)
+    if layout.shards_student or layout.steps == 1:
+        logits += head_gradient  # else it is added to the one that is there
     before = states if layout.steps > 1 else 0  # gradients of the micro batches before this one
     begun = 0 if layout.steps > 1 else head_gradient
     together = max(
@@ -154,19 +152,21 @@ def training_memory(
 
 
 def logits_bytes(kind: str, sequences: int, work: LossWork, student: Shape, teacher: Shape | None) -> int:
-    """What the chunked loss holds: a chunk of both models' logits, rows of scratch, the gradients that it yields."""
+    """What the chunked loss holds beside the head's gradient: a chunk of both models' logits; on CUDA a buffer of bf16
+    gradients and the head in bf16, on a CPU rows of scratch; the hidden states and their gradients."""
     tokens, vocabulary = sequences * work.length, student.vocabulary
     compute = 2 if kind == "cuda" else FP32
-    chunk = max(1, min(work.chunk_tokens, tokens, BUFFER_BYTES[kind] // (FP32 * vocabulary)))
-    rows = max(1, min(chunk, BLOCK_ELEMENTS[kind] // vocabulary))
+    chunks = loss_chunks(kind, tokens, vocabulary, work.chunk_tokens, compute)
     models = 1 if teacher is None else 2
-    scratch = rows * vocabulary * FP32 * (models + work.cross_entropy + work.softcap)
+    buffers = models * chunks.logits * vocabulary * FP32
     if kind == "cuda":
-        scratch += student.hidden * vocabulary * compute  # the head in the number format that it is multiplied in
-        scratch += max(chunk * vocabulary * compute, min(VOCABULARY_BLOCK, vocabulary) * (student.hidden * FP32))
+        buffers += chunks.gradients * (vocabulary * compute + student.hidden * FP32)
+        buffers += student.hidden * vocabulary * compute  # the head in the dtype that it is multiplied in
+    else:
+        rows = max(1, min(chunks.logits, BLOCK_ELEMENTS[kind] // vocabulary))
+        buffers += rows * vocabulary * FP32 * (models + work.cross_entropy + work.softcap)
     states = tokens * (student.hidden * (FP32 + compute) + (teacher.hidden * compute if teacher is not None else 0))
-    gradients = student.hidden * vocabulary * FP32
-    return models * chunk * vocabulary * FP32 + scratch + states + gradients
+    return buffers + states
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,14 @@ def log_softmax_(z_RV: Tensor, probabilities_RV: Tensor) -> None:
     probabilities_RV.div_(total_R1)
 
 
+def _difference_(log_a_RV: Tensor, log_b_RV: Tensor, a_RV: Tensor) -> Tensor:
+    """log a - log b in place, and 0 where a is 0: the summand a (log a - log b) is 0 there, impossible to both or not."""
+    return log_a_RV.sub_(log_b_RV).masked_fill_(a_RV == 0, 0.0)
+
+
 def forward_kl(log_p_RV: Tensor, p_RV: Tensor, log_q_RV: Tensor, q_RV: Tensor) -> Tensor:
     """KL(q || p) = sum q (log q - log p); its gradient is p - q. (Hinton et al., arXiv 1503.02531, section 2.)"""
-    value_R = log_q_RV.sub_(log_p_RV).mul_(q_RV).sum(-1)
+    value_R = _difference_(log_q_RV, log_p_RV, q_RV).mul_(q_RV).sum(-1)
     torch.sub(p_RV, q_RV, out=log_p_RV)
     return value_R
 
@@ -42,7 +47,7 @@ def forward_kl(log_p_RV: Tensor, p_RV: Tensor, log_q_RV: Tensor, q_RV: Tensor) -
 def reverse_kl(log_p_RV: Tensor, p_RV: Tensor, log_q_RV: Tensor, q_RV: Tensor) -> Tensor:
     """KL(p || q) = sum p (log p - log q); its gradient is p (log p - log q - KL). (MiniLLM, arXiv 2306.08543,
     section 2.1.)"""
-    log_p_RV.sub_(log_q_RV)
+    _difference_(log_p_RV, log_q_RV, p_RV)
     value_R = torch.mul(p_RV, log_p_RV, out=q_RV).sum(-1)
     log_p_RV.sub_(value_R.unsqueeze(-1)).mul_(p_RV)
     return value_R
@@ -56,7 +61,8 @@ def jsd(log_p_RV: Tensor, p_RV: Tensor, log_q_RV: Tensor, q_RV: Tensor) -> Tenso
     constant added to log p/m, so it comes from log p/m - log 2 = -log(1 + e^d), which is exact where p and q have
     nothing in common and log p/m itself would be log 2 minus a crumb.
     """
-    d_RV = log_q_RV.sub_(log_p_RV)
+    # Both -inf: 0. Infinite: finite, so that a probability of 0 times it is 0.
+    d_RV = log_q_RV.sub_(log_p_RV).nan_to_num_(nan=0.0)
     value_R = _minus_log_over_mean(d_RV, out=log_p_RV).mul_(p_RV).sum(-1)
     d_RV.neg_()
     value_R += _minus_log_over_mean(d_RV, out=log_p_RV).mul_(q_RV).sum(-1)

@@ -13,21 +13,21 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-VOCABULARY_BLOCK = 16384
-"""Rows of a head that are upcast, or whose gradient is held twice, at a time: 16384 x 4096 fp32 are 256 MiB."""
+from minitron.specs.loss_chunks import HEAD_BLOCK
 
 
 def _blocks(vocabulary: int) -> Iterator[slice]:
-    return (slice(start, start + VOCABULARY_BLOCK) for start in range(0, vocabulary, VOCABULARY_BLOCK))
+    return (slice(start, start + HEAD_BLOCK) for start in range(0, vocabulary, HEAD_BLOCK))
 
 
-def _on_tensor_cores(weight_VD: Tensor) -> bool:
+def on_tensor_cores(weight_VD: Tensor) -> bool:
+    """Whether products with this head take bf16 (or fp16) inputs and give fp32 results."""
     return weight_VD.is_cuda and weight_VD.dtype in (torch.bfloat16, torch.float16)
 
 
 def project(hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> None:
     """`out = hidden @ weight.T`."""
-    if _on_tensor_cores(weight_VD):
+    if on_tensor_cores(weight_VD):
         torch.mm(hidden_CD.to(weight_VD.dtype), weight_VD.t(), out_dtype=torch.float32, out=out_CV)
     elif weight_VD.dtype == torch.float32:
         torch.mm(hidden_CD.float(), weight_VD.t(), out=out_CV)
@@ -37,27 +37,38 @@ def project(hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> None:
             torch.mm(hidden_CD, weight_VD[block].float().t(), out=out_CV[:, block])
 
 
+def as_factor(grad_CV: Tensor, weight_VD: Tensor) -> Tensor:
+    """The gradient of the logits in the dtype that both of the next products take: itself, where it has it already."""
+    return grad_CV.to(weight_VD.dtype) if on_tensor_cores(weight_VD) else grad_CV
+
+
 def project_back(grad_CV: Tensor, weight_VD: Tensor, out_CD: Tensor) -> None:
-    """`out = grad @ weight`, the gradient of `project` for the hidden states."""
-    if _on_tensor_cores(weight_VD):
-        torch.mm(grad_CV.to(weight_VD.dtype), weight_VD, out_dtype=torch.float32, out=out_CD)
-    elif weight_VD.dtype == torch.float32:
+    """`out = grad @ weight`, the gradient of `project` for the hidden states; `out` may be narrower than fp32.
+
+    The sum over the vocabulary is fp32 all the way: a bf16 result would let the library add up bf16 parts of it."""
+    if on_tensor_cores(weight_VD):
+        if out_CD.dtype == torch.float32:
+            torch.mm(grad_CV, weight_VD, out_dtype=torch.float32, out=out_CD)
+        else:
+            out_CD.copy_(torch.mm(grad_CV, weight_VD, out_dtype=torch.float32))
+    elif weight_VD.dtype == torch.float32 and out_CD.dtype == torch.float32:
         torch.mm(grad_CV, weight_VD, out=out_CD)
     else:
-        out_CD.zero_()
+        total_CD = torch.zeros(out_CD.shape, dtype=torch.float32, device=out_CD.device)
         for block in _blocks(weight_VD.shape[0]):
-            out_CD.addmm_(grad_CV[:, block], weight_VD[block].float())
+            total_CD.addmm_(grad_CV[:, block], weight_VD[block].float())
+        out_CD.copy_(total_CD)
 
 
 def accumulate_outer(grad_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor, out_VD: Tensor) -> None:
-    """`out += grad.T @ hidden`, the gradient of `project` for the weight; `weight_VD` only says how to multiply."""
-    if not _on_tensor_cores(weight_VD):
+    """`out += grad.T @ hidden`, the gradient of `project` for the weight; `weight_VD` only says how to multiply.
+
+    The product adds to the fp32 sum itself, so that no second gradient of the head exists, not even a block of it."""
+    if on_tensor_cores(weight_VD):
+        hidden_CD = hidden_CD.to(weight_VD.dtype)
+        torch.addmm(out_VD, grad_CV.t(), hidden_CD, out_dtype=torch.float32, out=out_VD)
+    else:
         out_VD.addmm_(grad_CV.t(), hidden_CD.float())
-        return
-    hidden_CD = hidden_CD.to(weight_VD.dtype)
-    for block in _blocks(weight_VD.shape[0]):
-        grad_CB = grad_CV[:, block].to(weight_VD.dtype)
-        out_VD[block].add_(torch.mm(grad_CB.t(), hidden_CD, out_dtype=torch.float32))
 
 
 def scale_(gradients: Iterable[Tensor | None], upstream: Tensor) -> None:

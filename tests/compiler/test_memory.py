@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from minitron.compiler.estimate import memory
 from minitron.compiler.estimate.activations import Footprint, Living, Work, footprint
 from minitron.compiler.estimate.devices import Cluster, Device
 from minitron.compiler.estimate.estimate import Reckoning
@@ -19,7 +18,6 @@ from minitron.compiler.estimate.memory import Layout, LossWork, Shape, logits_by
 from minitron.compiler.importance import calibrate
 from minitron.compiler.importance.scores import WidthConfig
 from minitron.compiler.plan.plan import Plan
-from minitron.runtime.loss import distillation, products
 from minitron.specs.progress import Silent
 from tests.foundry import Foundry, executor, token_ids
 from tests.models import tiny_config
@@ -34,12 +32,6 @@ def held(kind: str, layout: Layout, teacher: Shape | None = TEACHER) -> dict[str
     found = training_memory(kind, layout, STUDENT, teacher, 2, LOSS, Footprint(50, 5), Footprint(0, 7))
     assert found.peak <= sum(found.parts.values()) + 7
     return {**found.parts, "peak": found.peak}
-
-
-def test_the_workspace_is_that_of_the_loss() -> None:
-    assert memory.BUFFER_BYTES == distillation._BUFFER_BYTES
-    assert memory.BLOCK_ELEMENTS == distillation._BLOCK_ELEMENTS
-    assert memory.VOCABULARY_BLOCK == products.VOCABULARY_BLOCK
 
 
 class TestParts:

@@ -56,9 +56,9 @@ class Inputs:
 
 
 def terms(
-    settings: DistillationLoss, hidden: Tensor, student: Head, *rest: Any, normaliser: float = NORMALISER
+    settings: DistillationLoss, hidden: Tensor, student: Head, *rest: Any, normaliser: float = NORMALISER, **more: Any
 ) -> LossTerms:
-    return distillation_loss(settings, hidden, student, *rest, normaliser=normaliser)
+    return distillation_loss(settings, hidden, student, *rest, normaliser=normaliser, **more)
 
 
 def error(got: list[Tensor], want: list[Tensor]) -> float:
@@ -267,43 +267,58 @@ def test_autocast_around_it_changes_nothing() -> None:
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
-def emulated(left: Tensor, right: Tensor, out_dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
-    """`torch.mm` with bf16 inputs and an fp32 output, which only CUDA has."""
-    assert left.dtype == right.dtype and (out_dtype is None or left.dtype == torch.bfloat16)
-    result = torch.matmul(left.float(), right.float())
-    return result if out is None else out.copy_(result)
+def emulate_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path that CUDA takes for bf16 heads, with its products emulated: bf16 inputs and fp32 results."""
+
+    def mm(left: Tensor, right: Tensor, out_dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
+        assert left.dtype == right.dtype and (out_dtype is None or left.dtype == torch.bfloat16)
+        result = torch.matmul(left.float(), right.float())
+        return result if out is None else out.copy_(result)
+
+    def addmm(onto: Tensor, left: Tensor, right: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+        assert left.dtype == right.dtype == torch.bfloat16 and onto.dtype == out_dtype == torch.float32
+        return out.copy_(onto + torch.matmul(left.float(), right.float()))
+
+    monkeypatch.setattr(products, "on_tensor_cores", lambda weight: weight.dtype == torch.bfloat16)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+
+
+def rounded(inputs: Inputs) -> Inputs:
+    """The same numbers as bf16 has them."""
+    for name in ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias"):
+        if (value := getattr(inputs, name)) is not None:
+            setattr(inputs, name, value.bfloat16().double())
+    return inputs
 
 
 def test_the_products_of_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path that CUDA takes, with its product emulated: bf16 inputs, fp32 results, the vocabulary in blocks."""
-    monkeypatch.setattr(products, "_on_tensor_cores", lambda weight: weight.dtype == torch.bfloat16)
-    monkeypatch.setattr(products, "VOCABULARY_BLOCK", 64)
-    monkeypatch.setattr(torch, "mm", emulated)
-    inputs, settings = Inputs(bias=True), DistillationLoss(cross_entropy=0.5)
-    for name in ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias"):
-        setattr(inputs, name, getattr(inputs, name).bfloat16().double())
+    emulate_tensor_cores(monkeypatch)
+    inputs, settings = rounded(Inputs(bias=True)), DistillationLoss(cross_entropy=0.5)
     _, want = inputs.exact(settings)
     _, got = inputs.chunked(settings, torch.bfloat16)
     assert error(got, want) < 0.005
 
 
 def test_torch_has_the_products_of_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same path with torch's own products, on tensors without data: operands, their number formats and where results
-    go are checked as on CUDA."""
-    monkeypatch.setattr(products, "_on_tensor_cores", lambda weight: weight.dtype == torch.bfloat16)
-    monkeypatch.setattr(products, "VOCABULARY_BLOCK", 64)
-    hidden = torch.empty(6, 8, device="meta")
-    weight = torch.empty(150, 8, device="meta", dtype=torch.bfloat16)
-    logits, gradient, outer = (torch.empty(shape, device="meta") for shape in ((6, 150), (6, 8), (150, 8)))
+    """The same path with torch's own products, on tensors without data: operands, their dtypes and where results go are
+    checked as on CUDA."""
+    monkeypatch.setattr(products, "on_tensor_cores", lambda weight: weight.dtype == torch.bfloat16)
+    bf16: dict[str, Any] = {"device": "meta", "dtype": torch.bfloat16}
+    hidden, weight = torch.empty(6, 8, **bf16), torch.empty(150, 8, **bf16)
+    logits, outer = torch.empty(6, 150, device="meta"), torch.empty(150, 8, device="meta")
     with OutDtypes() as seen:
-        products.project(hidden, weight, logits)
-        products.project_back(logits, weight, gradient)
-        products.accumulate_outer(logits, hidden, weight, outer)
-    assert seen.formats == [(torch.bfloat16, torch.bfloat16, torch.float32)] * 5  # 1, 1 and a block of 64, 64 and 22
+        products.project(hidden.float(), weight, logits)
+        factor = products.as_factor(logits, weight)
+        assert factor.dtype == torch.bfloat16
+        products.project_back(factor, weight, torch.empty(6, 8, device="meta"))
+        products.project_back(factor, weight, hidden)
+        products.accumulate_outer(factor, hidden, weight, outer)
+    assert seen.formats == [(torch.bfloat16, torch.bfloat16, torch.float32)] * 4
 
 
 class OutDtypes(TorchDispatchMode):
-    """Number formats of all products: left, right, result."""
+    """The dtypes of all products: left, right, result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -311,9 +326,63 @@ class OutDtypes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.overloadpacket == torch.ops.aten.mm:
-            self.formats.append((args[0].dtype, args[1].dtype, result.dtype))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            *_, left, right = (one for one in args if isinstance(one, Tensor))
+            self.formats.append((left.dtype, right.dtype, result.dtype))
         return result
+
+
+def test_the_heads_gradient_is_added_to_a_sum_without_a_tensor_of_its_own() -> None:
+    inputs, settings = Inputs(), DistillationLoss(cross_entropy=0.5)
+    _, (want_hidden, want_weight) = inputs.chunked(settings)
+    hidden, weight = inputs.hidden.float().requires_grad_(), inputs.weight.float().requires_grad_()
+    before = torch.randn_like(weight)
+    weight.grad = before.clone()
+    teacher = Head(inputs.teacher_weight.float(), None, 0.5)
+    given = (hidden, Head(weight), inputs.teacher_hidden.float(), teacher, inputs.labels)
+    with LargestTensor() as seen:
+        result = distillation_loss(settings, *given, normaliser=NORMALISER, head_gradient_VD=weight.grad)
+        (result.total + 0.0 * hidden.sum()).backward()
+    assert hidden.grad is not None and weight.grad is not None
+    assert error([hidden.grad, weight.grad - before], [want_hidden.double(), want_weight.double()]) < 1e-5
+    assert seen.elements == TOKENS * VOCABULARY  # a chunk of logits
+
+    result = distillation_loss(settings, *given, normaliser=NORMALISER, head_gradient_VD=weight.grad)
+    with pytest.raises(RuntimeError, match="nothing may multiply the loss"):
+        (result.total * 2).backward()
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_masked_tokens_count_nothing_whatever_their_rows_hold(divergence: Any, softcap: float | None) -> None:
+    inputs = Inputs(softcap=softcap)
+    settings = DistillationLoss(divergence, 2.0, 1.0, 0.5, chunk_tokens=8)
+    valid = torch.arange(TOKENS) % 3 != 1
+    picked = Inputs(softcap=softcap)
+    for name in ("hidden", "teacher_hidden", "labels"):
+        setattr(picked, name, getattr(inputs, name)[valid])
+    inputs.hidden[~valid], inputs.teacher_hidden[~valid] = torch.inf, torch.nan
+    loss, (hidden, weight) = inputs.run(lambda *given: terms(settings, *given, valid_T=valid).total, torch.float32)
+    want_loss, (want_hidden, want_weight) = picked.chunked(settings)
+    assert float(loss) == pytest.approx(float(want_loss), rel=1e-6)
+    assert bool((hidden[~valid] == 0).all())
+    assert error([hidden[valid], weight], [want_hidden.double(), want_weight.double()]) < 1e-5
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_a_token_that_is_impossible_to_both_models_sets_them_not_apart(divergence: Any) -> None:
+    """A bias of -inf: padding of a vocabulary, masked by the model."""
+    inputs, settings = Inputs(bias=True), DistillationLoss(divergence)
+    assert inputs.bias is not None and inputs.teacher_bias is not None
+    inputs.bias[-9:], inputs.teacher_bias[-9:] = -torch.inf, -torch.inf
+    loss, (hidden, weight, _) = inputs.chunked(settings)
+    kept = Inputs(bias=True)
+    kept.labels = torch.zeros_like(kept.labels)  # not used by these losses
+    for name in ("weight", "bias", "teacher_weight", "teacher_bias"):
+        setattr(kept, name, getattr(inputs, name)[:-9])
+    want_loss, (want_hidden, want_weight, _) = kept.exact(settings)
+    assert float(loss) == pytest.approx(float(want_loss), rel=1e-5)
+    assert error([hidden, weight[:-9]], [want_hidden, want_weight]) < 1e-5 and bool((weight[-9:] == 0).all())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
