@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+from transformers import GenerationConfig
 
 from minitron.runtime.models import LanguageModel
 
 _REPETITIONS = 3
+
+
+@contextmanager
+def plain_generation(model: LanguageModel) -> Iterator[None]:
+    """Generation that does what it is told and no more. A model's own configuration may hold penalties, suppressed tokens and
+    several answers at a time, and transformers takes from it whatever a call leaves open."""
+    module = model.module
+    own = module.generation_config
+    module.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
+    try:
+        yield
+    finally:
+        module.generation_config = own
 
 
 @torch.no_grad()
@@ -27,20 +44,16 @@ def continue_greedily(
         prompt = prompt[-max(1, room - tokens) :]
         tokens = min(tokens, room - len(prompt))
     ids = torch.tensor([list(prompt)], device=next(module.parameters()).device)
-    output = module.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        num_beams=1,
-        # What generation_config.json of a model says about sampling does not hold here.
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        max_new_tokens=tokens,
-        min_new_tokens=tokens if to_the_end else None,
-        pad_token_id=0,
-        use_cache=True,
-    )
+    with plain_generation(model):
+        output = module.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens if to_the_end else None,
+            pad_token_id=0,
+            use_cache=True,
+        )
     return [int(token) for token in output[0, len(prompt) :]]
 
 

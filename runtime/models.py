@@ -11,13 +11,15 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from minitron.runtime.loss import Head
 from minitron.runtime.plan import LoadedPlan
 from minitron.specs.builds import CONFIG
 from minitron.specs.errors import Problem, Refused, WorkError, first_line
+from minitron.specs.generation_settings import FILE as GENERATION
+from minitron.specs.generation_settings import read_generation_settings
 from minitron.specs.model_config import alone, read_model_config
 from minitron.specs.training_plan import HeadPlan, ModelPlan
 from minitron.specs.weight_files import SINGLE, find_weight_files, read_headers
@@ -154,6 +156,7 @@ def open_model(
             module, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
+                generation_config=_generation(folder, config),
                 dtype=dtype,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -180,6 +183,20 @@ def open_model(
         hint = "`bias`, `scale` or `softcap` is wrong: compile again"
         raise Refused([Problem(f"{at}.head", "does not give the logits that the model gives", hint)])
     return model
+
+
+def _generation(folder: Path, config: Any) -> GenerationConfig:
+    """How the model in a folder generates, by its own file or else by the tokens of its configuration."""
+    settings = read_generation_settings(folder)
+    if settings is None:
+        tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+        settings = {key: getattr(config, key, None) for key in tokens}
+    try:
+        return GenerationConfig(**settings)
+    except Exception as error:  # it checks values, and a wrong one is the file's fault
+        raise WorkError(
+            f"{folder / GENERATION} cannot be used ({first_line(error)}); correct it, or remove it"
+        ) from None
 
 
 def _check_names(model: LanguageModel, at: str) -> None:

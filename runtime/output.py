@@ -15,9 +15,13 @@ from minitron.runtime.models import LanguageModel, quiet
 from minitron.runtime.world import World
 from minitron.specs.atomic import atomic_folder
 from minitron.specs.builds import CARD
+from minitron.specs.generation_settings import FILE as GENERATION
 
 _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 """What else a model's folder may hold its weights in: they would not be the new ones."""
+
+_TEMPLATES = "additional_chat_templates"
+"""The one folder that belongs to a tokenizer."""
 
 Weights = dict[str, Tensor]
 
@@ -57,10 +61,13 @@ def write_model(
     with writing(str(target)), atomic_folder(target) as temporary:
         with quiet():
             student.module.save_pretrained(temporary, state_dict=weights)
-        for file in source.iterdir():
+        for file in [*source.iterdir(), *(source / _TEMPLATES).glob("*.jinja")]:
+            place = temporary / file.relative_to(source)
             other_weights = ".safetensors" in file.name or file.suffix in _WEIGHTS
-            if file.is_file() and not (temporary / file.name).exists() and not other_weights:
-                shutil.copyfile(file, temporary / file.name)
+            # Its generation settings are the pruned student's own, not what transformers makes of them.
+            if file.is_file() and not other_weights and (not place.exists() or file.name == GENERATION):
+                place.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, place)
         card = source / CARD
         before = card.read_text(encoding="utf-8") if card.is_file() else ""
         texts = {CARD: model_card(before, name, report)} | dict(files or {})

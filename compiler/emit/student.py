@@ -17,6 +17,8 @@ from minitron.compiler.weights.recipes import Recipe
 from minitron.compiler.weights.source import WeightSource
 from minitron.specs.atomic import atomic_folder
 from minitron.specs.builds import CARD
+from minitron.specs.generation_settings import FILE as GENERATION
+from minitron.specs.generation_settings import read_generation_settings
 
 SHARD_BYTES = 2 << 30  # what is held in memory at a time, besides the tensor that is being made
 
@@ -126,7 +128,7 @@ def _copy_others(source: Path, folder: Path) -> None:
         target = folder / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
-    generation = source / "generation_config.json"
-    if generation.is_file():  # in place of the one that transformers makes up where it writes the model
-        check_inside(generation, source)
-        shutil.copyfile(generation, folder / generation.name)
+    check_inside(source / GENERATION, source)
+    settings = read_generation_settings(source)
+    if settings is not None:  # in place of the one that transformers makes up where it writes the model
+        (folder / GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lm_eval.models.huggingface import HFLM
-from transformers import GenerationConfig
 
 from minitron.runtime.models import LanguageModel, Tokenizer
 from minitron.runtime.world import World
@@ -82,18 +79,3 @@ def with_padding(tokenizer: Tokenizer) -> Tokenizer:
     borrowed = next((one for one in (tokenizer.eos_token_id, tokenizer.bos_token_id) if one is not None), 0)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(borrowed)
     return tokenizer
-
-
-@contextmanager
-def plain_generation(model: LanguageModel) -> Iterator[None]:
-    """Generation that does what it is told and no more. A model's own configuration may hold penalties, suppressed tokens and
-    several answers at a time, and transformers takes from it whatever a call leaves open."""
-    module = model.module
-    own = module.generation_config
-    module.generation_config = GenerationConfig(
-        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
-    )
-    try:
-        yield
-    finally:
-        module.generation_config = own

@@ -18,6 +18,7 @@ import torch
 from minitron.runtime.benchmarks.catalogue import Found, find, task_file
 from minitron.runtime.benchmarks.local_data import LocalData, check_local_data, data_hash
 from minitron.runtime.benchmarks.programs import code_is_allowed
+from minitron.runtime.generate import plain_generation
 from minitron.runtime.models import LanguageModel, Tokenizer, quiet
 from minitron.runtime.world import World
 from minitron.specs.blocks.benchmarks import Benchmark
@@ -160,7 +161,7 @@ def _evaluate(
     """The harness's results at the leader, None at the others."""
     import lm_eval
 
-    from minitron.runtime.benchmarks.harness import Harness, plain_generation
+    from minitron.runtime.benchmarks.harness import Harness
 
     random.seed(_SEED)
     torch.manual_seed(_SEED + world.rank)

@@ -185,8 +185,8 @@ def test_everything_that_makes_up_the_tokenizer_goes_along_and_nothing_else(
 def test_tokenizer_and_generation_settings_are_the_teachers(foundry: Foundry, tmp_path: Path, family: str) -> None:
     ready = pruned(foundry, family)
     teacher, student = ready.plan.checkpoint.folder, ready.write(tmp_path / "student")
-    generation = (student / "generation_config.json").read_text()
-    assert generation == (teacher / "generation_config.json").read_text()
+    generation, theirs = (json.loads((folder / "generation_config.json").read_text()) for folder in (student, teacher))
+    assert generation == theirs
     assert load_model(student).generation_config.max_new_tokens == 7
     words = "the cat sat on a mat"
     assert AutoTokenizer.from_pretrained(student)(words) == AutoTokenizer.from_pretrained(teacher)(words)

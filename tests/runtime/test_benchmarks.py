@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from minitron.runtime import evaluate
 from minitron.runtime.benchmarks.suite import Suite, load_tasks, make_suite, opened, reported, run
+from minitron.runtime.generate import plain_generation
 from minitron.runtime.models import LanguageModel, load_tokenizer
 from minitron.runtime.world import World
 from minitron.specs.blocks.benchmarks import MINITRON_9, Benchmark
@@ -25,7 +26,7 @@ from tests.runtime import tiny
 pytest.importorskip("lm_eval", reason="lm-eval is an extra")
 
 from minitron.runtime.benchmarks.catalogue import find, named, subset
-from minitron.runtime.benchmarks.harness import Harness, plain_generation, with_padding
+from minitron.runtime.benchmarks.harness import Harness, with_padding
 
 BENCHMARKS = Path(__file__).parents[3] / "shared" / "data" / "benchmarks"
 ALONE = World(0, 1, torch.device("cpu"))
