@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minitron.cli import figures
+from minitron.specs.one_line import one_line
 from minitron.specs.progress import Progress, Task
 
 # A line is written when this much time or this share of the work has passed since the last one, and not before
@@ -53,7 +54,7 @@ class LineProgress:
 
     def message(self, text: str) -> None:
         """One plain line."""
-        self._stream.write(text + "\n")
+        self._stream.write(one_line(text) + "\n")
         self._stream.flush()
 
 
@@ -146,7 +147,7 @@ class BarProgress:
 
     def message(self, text: str) -> None:
         """One plain line above the bars."""
-        self._bars.console.print(Text(text), soft_wrap=True)
+        self._bars.console.print(Text(one_line(text)), soft_wrap=True)
 
 
 class _Bar:

@@ -1,4 +1,4 @@
-"""Sections on a terminal and in markdown."""
+"""Results and messages on a terminal, and the JSON document of a result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from minitron.cli.markdown import markdown
 from minitron.cli.sections import Document, Section
+from minitron.cli.text import printable
+from minitron.specs.one_line import one_line
 
 FORMAT_VERSION = 1
 
@@ -22,57 +25,31 @@ def terminal(sections: Iterable[Section]) -> RenderableType:
     for section in sections:
         if parts:
             parts.append(Text())
-        parts.append(Text(section.title, style="bold"))
+        parts.append(Text(printable(section.title), style="bold"))
         if section.columns:
             parts.append(_table(section))
         parts += [Text(f"  {printable(note)}") for note in section.notes]
     return Group(*parts)
 
 
-def markdown(sections: Iterable[Section]) -> str:
-    """Sections as GitHub markdown, ending in a newline: what a pull request shows."""
-    blocks = []
-    for section in sections:
-        lines = [f"### {_cell(section.title)}", ""]
-        if section.columns:
-            lines.append(_row(column.name for column in section.columns))
-            lines.append("|" + "|".join("--:" if column.right else "---" for column in section.columns) + "|")
-            lines += [_row(row) for row in section.rows]
-            lines.append("")
-        for note in section.notes:
-            lines += [_cell(note), ""]
-        blocks.append("\n".join(lines))
-    return "\n".join(blocks)
-
-
 def document(content: Document) -> str:
-    """One JSON document with its `format_version` first, as every `--json` prints it."""
-    return json.dumps({"format_version": FORMAT_VERSION, **content}, indent=2, ensure_ascii=False)
+    """One JSON document with its `format_version` first, as every `--json` prints it. Characters that a terminal obeys stand
+    as JSON's escapes, also those that JSON itself would let pass."""
+    text = json.dumps({"format_version": FORMAT_VERSION, **content}, indent=2, ensure_ascii=False)
+    return text if text.isascii() else "".join(map(_escaped, text))
 
 
-def printable(text: str) -> str:
-    """`text` without what moves a cursor: a model may write any byte, and a terminal obeys some of them."""
-    return "".join(one if one.isprintable() or one in "\n\t" else "\N{REPLACEMENT CHARACTER}" for one in text)
+def _escaped(one: str) -> str:
+    return one if one == "\n" or one_line(one) == one else json.dumps(one)[1:-1]
 
 
 def _table(section: Section) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=True)
     for column in section.columns:
-        table.add_column(Text(column.name), justify="right" if column.right else "left", overflow="fold")
+        table.add_column(Text(printable(column.name)), justify="right" if column.right else "left", overflow="fold")
     for row in section.rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     return table
-
-
-def _row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
-
-
-def _cell(text: str) -> str:
-    escaped = printable(text).replace("\\", "\\\\")
-    for mark in "|*`<>":
-        escaped = escaped.replace(mark, f"\\{mark}")
-    return escaped.replace("\t", " ").replace("\n", "<br>")
 
 
 def stdout_console() -> Console:
@@ -91,13 +68,14 @@ def stderr_console() -> Console:
 def write(*lines: str) -> None:
     """Lines of a result, on stdout."""
     for line in lines:
-        sys.stdout.write(line.rstrip("\n") + "\n")
+        sys.stdout.write(printable(line.rstrip("\n")) + "\n")
 
 
 def say(*lines: str) -> None:
-    """Messages, on stderr: one line each, never folded, so that paths in them can be copied."""
+    """Messages, on stderr: one line each, never folded, so that paths in them can be copied. A newline in what they quote
+    stands as its escape: nobody's file writes lines in our name."""
     for line in lines:
-        sys.stderr.write(printable(line) + "\n")
+        sys.stderr.write(one_line(line) + "\n")
     sys.stderr.flush()
 
 

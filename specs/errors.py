@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+from minitron.specs.one_line import message_text, one_line
+
 
 class MinitronError(Exception):
     """What the command line prints without a traceback. `exit_code` is what the process ends with."""
@@ -58,7 +60,8 @@ class SpecError:
     """One thing that is wrong in a spec, at its place.
 
     `path` is the dotted path in the spec (`student.hidden_size`); `message` says what is wrong, `hint` what to write
-    instead. `line` and `column` count from 1; 0 where there is no place (a value given by `--set`).
+    instead. `line` and `column` count from 1; 0 where there is no place (a value given by `--set`). Whatever a user wrote
+    that stands in path, message or hint cannot begin a line of its own and is cut where it is long.
     """
 
     file: str
@@ -68,8 +71,14 @@ class SpecError:
     message: str
     hint: str = ""
 
+    def __post_init__(self) -> None:
+        for name in ("path", "message", "hint"):
+            object.__setattr__(self, name, message_text(getattr(self, name)))
+
     def __str__(self) -> str:
-        place = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
+        # The file is not cut: editors and people open it.
+        file = one_line(self.file)
+        place = f"{file}:{self.line}:{self.column}" if self.line else file
         where = f" {self.path}:" if self.path else ""
         return f"{place}:{where} {self.message}" + (f"; {self.hint}" if self.hint else "")
 

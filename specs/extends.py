@@ -5,15 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from minitron.specs.data import STDLIB_PREFIX
 from minitron.specs.errors import SpecError, SpecInvalid
+from minitron.specs.references import EXTENDS, is_path
 from minitron.specs.source import Entry, Mapping, Node, Scalar, Sequence, read_bytes
-
-KEY = "extends"
-
-# Keys whose values are paths relative to the file that they stand in. `model` and `dataset` may be Hub ids as well.
-_PATHS = {"text", "jsonl", "parquet", "data_dir", "spec"}
-_PATHS_OR_IDS = {"model", "dataset"}
 
 
 def read_with_bases(content: bytes, file: str) -> tuple[Mapping, list[SpecError]]:
@@ -26,7 +20,7 @@ def read_with_bases(content: bytes, file: str) -> tuple[Mapping, list[SpecError]
     layers = [tree]
     seen = [os.path.realpath(file)]
     folder = Path(file).parent
-    while (entry := layers[-1].entries.pop(KEY, None)) is not None:
+    while (entry := layers[-1].entries.pop(EXTENDS, None)) is not None:
         base = _base_file(entry, folder, seen)
         tree, more = _mapping(_read(base, entry), str(base))
         errors += more
@@ -62,12 +56,14 @@ def _base_file(entry: Entry, folder: Path, seen: list[str]) -> Path:
     node = entry.node
     if not isinstance(node, Scalar) or not isinstance(node.value, str):
         raise SpecInvalid(
-            [entry.place.error(KEY, "the base is not a path", "write one file, such as `extends: base.yaml`")]
+            [entry.place.error(EXTENDS, "the base is not a path", "write one file, such as `extends: base.yaml`")]
         )
     base = Path(os.path.normpath(folder / node.value))
     if os.path.realpath(base) in seen:
         message = f"`{node.value}` comes back to a file that already extends it"
-        raise SpecInvalid([node.place.error(KEY, message, "a base must not extend, directly or not, what extends it")])
+        raise SpecInvalid(
+            [node.place.error(EXTENDS, message, "a base must not extend, directly or not, what extends it")]
+        )
     seen.append(os.path.realpath(base))
     return base
 
@@ -81,7 +77,7 @@ def _read(base: Path, entry: Entry) -> bytes:
             "there is no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         )
         raise SpecInvalid(
-            [entry.node.place.error(KEY, f"`{entry.node.text}`: {reason}", "write a path relative to this file")]
+            [entry.node.place.error(EXTENDS, f"`{entry.node.text}`: {reason}", "write a path relative to this file")]
         ) from None
 
 
@@ -98,7 +94,7 @@ def _rebased(base: Mapping, to: Path, folder: Path) -> Mapping:
                 return Mapping(node.place, entries)
             case Sequence():
                 return Sequence(node.place, [rewrite(item, key) for item in node.items])
-            case Scalar(value=str(text)) if _is_path(text, key, folder):
+            case Scalar(value=str(text)) if not Path(text).is_absolute() and is_path(text, key, folder):
                 return Scalar(node.place, node.text, os.path.normpath(way / text))
             case _:
                 return node
@@ -106,9 +102,3 @@ def _rebased(base: Mapping, to: Path, folder: Path) -> Mapping:
     rewritten = rewrite(base, "")
     assert isinstance(rewritten, Mapping)
     return rewritten
-
-
-def _is_path(text: str, key: str, folder: Path) -> bool:
-    if text.startswith(STDLIB_PREFIX) or Path(text).is_absolute():
-        return False
-    return key in _PATHS or (key in _PATHS_OR_IDS and (text.startswith(".") or (folder / text).exists()))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from minitron.specs.errors import SpecInvalid, UsageError
+from minitron.specs.one_line import message_text
 from minitron.specs.shape import Path, dotted, from_dotted
-from minitron.specs.source import Entry, Mapping, Node, Place, Scalar, Sequence, read_text
+from minitron.specs.source import MAX_DEPTH, Entry, Mapping, Node, Place, Scalar, Sequence, read_text
 
 
 def apply_override(root: Mapping, override: str) -> Mapping:
@@ -13,8 +14,13 @@ def apply_override(root: Mapping, override: str) -> Mapping:
     Errors that are later found in the value have the override itself as their place.
     """
     name, equals, text = override.partition("=")
+    override = message_text(override)  # from here on it stands in messages only
     if not equals or not all(name.split(".")):
         raise UsageError(f"--set {override}: write --set path.in.spec=value, such as --set student.hidden_size=4096")
+    if name.count(".") >= MAX_DEPTH:
+        raise UsageError(
+            f"--set {override}: the path has more than {MAX_DEPTH} steps, and no value of a spec is so deep"
+        )
     place = Place(f"--set {override}", 0, 0)
     try:
         value, errors = read_text(text, f"--set {override}")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from minitron.specs.extends import KEY as EXTENDS
+from minitron.specs.references import EXTENDS
 from minitron.specs.spec import Spec
 
 JsonSchema = dict[str, Any]

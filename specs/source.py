@@ -204,6 +204,8 @@ class _Builder:
                 self._add(self._aliased(str(event.anchor), place), None)
             case yaml.ScalarEvent():
                 self._refuse_tag(event, place)
+                if "\0" in event.value:
+                    raise self._stopped(place, "the character U+0000 stands here", "delete it")
                 value = scalar_value(event.value) if event.implicit[0] else event.value
                 self._add(Scalar(place, event.value, value), event.anchor)
             case yaml.MappingStartEvent() | yaml.SequenceStartEvent():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable
 
-from minitron.cli.render import printable
+from minitron.cli.text import printable
 
 # Elements that have no end tag. SVG's own are written with one, which HTML accepts and which keeps a page balanced.
 _VOID = frozenset({"meta", "br"})

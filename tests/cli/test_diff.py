@@ -15,7 +15,8 @@ from rich.console import Console
 import minitron.compiler
 from minitron.cli.diff import Side, diff_sections, difference
 from minitron.cli.main import command_line
-from minitron.cli.render import markdown, terminal
+from minitron.cli.markdown import markdown
+from minitron.cli.render import terminal
 
 SPEC = "teacher: {model: teacher}\nstudent: {layers: {drop: [0]}}\n"
 

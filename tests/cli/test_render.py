@@ -10,10 +10,12 @@ from typing import Any
 from rich.console import Console
 
 from minitron.cli.build_sections import training_section, verification_section
+from minitron.cli.markdown import markdown
 from minitron.cli.plan_sections import plan_sections
-from minitron.cli.render import document, markdown, printable, terminal
+from minitron.cli.render import document, terminal
 from minitron.cli.results_sections import results_sections
 from minitron.cli.sections import Section
+from minitron.cli.text import printable
 
 WORD = re.compile(r"[\w.,%]+")
 

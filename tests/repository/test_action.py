@@ -2,51 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from tests import models
+from .conftest import ROOT
+from .pull_requests import SCRIPTS, SPEC, PullRequest, pull_request, with_gh
 
-from .conftest import ROOT, Repository
+__all__ = ["pull_request", "with_gh"]
 
-SCRIPTS = ROOT / ".github" / "specs"
 ACTION = ROOT / "action.yml"
 WORKFLOW = ROOT / "examples" / "repository" / ".github" / "workflows" / "specs.yml"
-
-SPEC = "teacher: {model: ../teacher, dtype: float32}\nstudent:\n  layers: {drop: [1]}\n"
-# Plays GitHub: comments are in a file, and so is every call.
-GH = """\
-import json, os, re, sys
-from pathlib import Path
-state = Path(os.environ["GH_STATE"])
-comments = json.loads(state.read_text()) if state.exists() else []
-arguments = sys.argv[1:]
-assert arguments.pop(0) == "api" and os.environ["GH_TOKEN"] == "secret"
-if os.environ.get("GH_REFUSES") in arguments or (os.environ.get("GH_REFUSES") == "GET" and "--jq" in arguments):
-    sys.exit("HTTP 403")
-option = lambda name: arguments[arguments.index(name) + 1] if name in arguments else None
-if option("--method"):
-    body = Path(option("-F").removeprefix("body=@")).read_text()
-    path = next(one for one in arguments if one.startswith("repos/"))
-    if option("--method") == "PATCH":
-        one = next(one for one in comments if path == f"repos/org/specs/issues/comments/{one['id']}")
-        one["body"] = body
-    else:
-        assert option("--method") == "POST" and path == "repos/org/specs/issues/7/comments"
-        comments.append({"id": 100 + len(comments), "body": body})
-    state.write_text(json.dumps(comments))
-else:
-    marker = re.search(r'startswith\\("([^"]*)"\\)', option("--jq"))[1]
-    print("\\n".join(str(one["id"]) for one in comments if one["body"].startswith(marker)))
-"""
 
 
 # -- the files ----------------------------------------------------------------------------------------------------------
@@ -70,14 +41,13 @@ def test_inputs_and_scripts_of_the_action_are_there() -> None:
     text = ACTION.read_text()
     action = yaml.safe_load(text)
     assert set(re.findall(r"inputs\.([\w-]+)", text)) == set(action["inputs"]), "each is declared, and each is used"
-    scripts = set(re.findall(r"\$GITHUB_ACTION_PATH/\.github/specs/(\w+\.sh)", text))
-    assert scripts == {"report.sh", "comment.sh"}
-    for path in SCRIPTS.iterdir():
-        assert path.stat().st_mode & 0o111, path
-        assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
+    scripts = set(re.findall(r"\$GITHUB_ACTION_PATH/\.github/specs/(\w+\.py)", text))
+    assert scripts == {path.name for path in SCRIPTS.glob("*.py")}
     # What a pull request's author writes (branch names, titles) never becomes part of a script.
     for step in action["runs"]["steps"]:
         assert "${{" not in step.get("run", "")
+        # Nor does a module that lies in its checkout (`pip.py`) run in place of an installed one.
+        assert "python" not in step.get("run", "").replace("python -P", "")
 
 
 def test_the_workflow_may_do_what_the_action_does() -> None:
@@ -91,94 +61,57 @@ def test_the_workflow_may_do_what_the_action_does() -> None:
 # -- the scripts --------------------------------------------------------------------------------------------------------
 
 
-class PullRequest:
-    """A repository with a base and changes on a branch, and GitHub's side of it."""
-
-    def __init__(self, folder: Path, programs: Path) -> None:
-        self.repository = Repository(folder / "specs", programs, folder)
-        self.folder = folder
-        self.base = ""
-
-    def report(self, **more: str) -> subprocess.CompletedProcess[str]:
-        temporary = self.folder / "runner"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        return self.repository.run(
-            SCRIPTS / "report.sh",
-            **{"BASE": self.base, "SPECS": ":(glob)specs/**/*.yaml", "RUNNER_TEMP": str(temporary)},
-            **{"GITHUB_OUTPUT": str(temporary / "output"), "GITHUB_STEP_SUMMARY": str(temporary / "summary"), **more},
-        )
-
-    @property
-    def outputs(self) -> dict[str, str]:
-        lines = (self.folder / "runner" / "output").read_text().splitlines()
-        return dict(line.split("=", 1) for line in lines)
-
-    @property
-    def text(self) -> str:
-        return Path(self.outputs["report"]).read_text()
-
-    def comment(self, **more: str) -> subprocess.CompletedProcess[str]:
-        outputs = self.outputs
-        return self.repository.run(
-            SCRIPTS / "comment.sh",
-            **{"REPORT": outputs["report"], "CHANGED": outputs["changed"], "PULL_REQUEST": "7", "GH_TOKEN": "secret"},
-            **{"GITHUB_REPOSITORY": "org/specs", "GH_STATE": str(self.folder / "comments.json"), **more},
-        )
-
-    @property
-    def comments(self) -> list[dict[str, Any]]:
-        path = self.folder / "comments.json"
-        return list(json.loads(path.read_text())) if path.exists() else []
+def changed(pull_request: PullRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The specs that the script counts as changed."""
+    loader = importlib.util.spec_from_file_location("report", SCRIPTS / "report.py")
+    assert loader is not None and loader.loader is not None
+    report = importlib.util.module_from_spec(loader)
+    loader.loader.exec_module(report)
+    monkeypatch.chdir(pull_request.repository.folder)
+    with report.work_tree(pull_request.folder / "head", "HEAD") as after:
+        return list(report.changed(after, pull_request.base, ":(glob)specs/**/*.yaml"))
 
 
-@pytest.fixture(scope="session")
-def with_gh(programs: Path) -> Path:
-    program = programs / "gh"
-    program.write_text(f"#!{sys.executable}\n{GH}")
-    program.chmod(0o755)
-    return programs
-
-
-@pytest.fixture
-def pull_request(tmp_path: Path, with_gh: Path) -> PullRequest:
-    """The base has a teacher's configuration, two specs and a lock."""
-    request = PullRequest(tmp_path, with_gh)
-    repository = request.repository
-    config = models.tiny_config("llama", num_hidden_layers=2)
-    repository.write("teacher/config.json", config.to_json_string())
-    repository.write("specs/changed one.yaml", SPEC + "name: one\n")
-    repository.write("specs/left.yaml", SPEC)
-    repository.write("specs/left.lock.yaml", "format_version: 1\nspec: left.yaml\n")
-    request.base = repository.commit("base")
-    repository.git("checkout", "--quiet", "-b", "branch")
-    return request
-
-
-def test_changed_specs_and_those_of_changed_locks(pull_request: PullRequest) -> None:
+def test_changed_specs_and_those_of_changed_locks(pull_request: PullRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     repository = pull_request.repository
     repository.write("specs/changed one.yaml", SPEC + "name: two\n")
     repository.write("specs/deep/new.yaml", SPEC)
     repository.write("specs/left.lock.yaml", "format_version: 1\nspec: left.yaml\nversions: {}\n")
     repository.write("other.yaml", "no: spec\n")
-    repository.git("rm", "--quiet", "--cached", "teacher/config.json")
     repository.commit("change")
-    done = repository.run(SCRIPTS / "changed.sh", pull_request.base, ":(glob)specs/**/*.yaml")
-    assert done.stdout.split("\0") == ["specs/changed one.yaml", "specs/deep/new.yaml", "specs/left.yaml", ""]
+    assert changed(pull_request, monkeypatch) == ["specs/changed one.yaml", "specs/deep/new.yaml", "specs/left.yaml"]
 
 
-def test_specs_that_build_on_a_changed_one_count_as_changed(pull_request: PullRequest) -> None:
+def test_specs_that_build_on_a_changed_file_count_as_changed(
+    pull_request: PullRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the reference is written: the language's own reader finds it, as it does in a compile."""
     repository = pull_request.repository
-    repository.write("specs/base/one.yaml", SPEC)
-    repository.write("specs/wider.yaml", "extends: base/one.yaml   # the same, wider\n")
-    repository.write("specs/deep/small.yaml", 'teacher:\n  spec: "../wider.yaml"\n')
+    repository.write("shared/one.yaml", SPEC)
+    repository.write("specs/wider.yaml", "extends: ../shared/one.yaml   # the same, wider\n")
+    repository.write("specs/braces.yaml", "{extends: ../shared/one.yaml, name: braces}\n")
+    repository.write("specs/quoted.yaml", '"extends": "../shared/\\x6fne.yaml"\n')
+    repository.write("specs/folded.yaml", "extends: >-\n  ../shared/one.yaml\n")
+    repository.write("specs/alias.yaml", "name: &it ../shared/one.yaml\n? extends\n: *it\n")
+    repository.write("specs/deep/small.yaml", 'teacher:\n  "spec": ../wider.yaml\n')
     repository.write("specs/deep/smaller.yaml", "teacher: {spec: small.yaml, dtype: float32}\n")
+    repository.write("specs/words.yaml", SPEC.replace("../teacher", "org/model") + "# extends: ../shared/one.yaml\n")
     pull_request.base = repository.commit("base")
-    repository.write("specs/base/one.yaml", SPEC + "name: one\n")
+    repository.write("shared/one.yaml", SPEC + "name: one\n")
     repository.commit("change")
-    done = repository.run(SCRIPTS / "changed.sh", pull_request.base, ":(glob)specs/**/*.yaml")
-    found = ["specs/base/one.yaml", "specs/deep/small.yaml", "specs/deep/smaller.yaml", "specs/wider.yaml", ""]
-    assert done.stdout.split("\0") == found, done.stderr
+    names = ("alias", "braces", "deep/small", "deep/smaller", "folded", "quoted", "wider")
+    assert changed(pull_request, monkeypatch) == [f"specs/{name}.yaml" for name in names]
+
+
+def test_a_changed_configuration_changes_the_specs_of_its_teacher(
+    pull_request: PullRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = pull_request.repository
+    repository.write("specs/other.yaml", SPEC.replace("../teacher", "org/teacher"))
+    pull_request.base = repository.commit("base")
+    repository.write("teacher/generation_config.json", "{}")
+    repository.commit("change")
+    assert changed(pull_request, monkeypatch) == ["specs/changed one.yaml", "specs/left.yaml"]
 
 
 def test_a_good_change_is_planned_and_compared(pull_request: PullRequest) -> None:
@@ -194,7 +127,7 @@ def test_a_good_change_is_planned_and_compared(pull_request: PullRequest) -> Non
     assert "| student.layers.drop | [1] | [0] |" in text
     assert re.search(r"\| num_hidden_layers \| 2 \| 1 \| 50\.0% \|", text)
     assert str(repository.folder) not in text and "specs/left.yaml" not in text
-    assert text in (pull_request.folder / "runner" / "summary").read_text()
+    assert text in (pull_request.folder / "_runner" / "summary").read_text()
     assert repository.git("worktree", "list").count("\n") == 0, "what was checked out for the base is gone"
 
 
@@ -206,7 +139,8 @@ def test_wrong_specs_are_reported_and_fail(pull_request: PullRequest) -> None:
     done = pull_request.report(PLAN="false")
     assert done.returncode == 1 and "specs/changed one.yaml:3:3: student.layer" in done.stderr
     assert "**There are mistakes in the specs.**" in pull_request.text
-    assert pull_request.text.count("\n~~~~~~\n") == 1, "what stands in a spec does not end the block"
+    lines = pull_request.text.splitlines()
+    assert all(not line or line.startswith("    ") for line in lines[2:]), "what stands in a spec stays in the block"
 
 
 def test_one_comment_a_pull_request_written_over(pull_request: PullRequest) -> None:

@@ -1,0 +1,42 @@
+"""Text of a message that holds what somebody else wrote: on one line, without control characters, and not too long."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+# A quoted value, or a run of characters without a space, is cut beyond this; most paths are shorter.
+LONGEST = 300
+_SHOWN = 80  # characters of a cut value that stay
+
+_QUOTED = re.compile(rf"`([^`]{{{LONGEST},}})`")
+_RUN = re.compile(rf"\S{{{LONGEST},}}")
+_NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+# Control and format characters, lone surrogates, unassigned and private ones, line and paragraph separators: what a
+# terminal obeys, what turns the order of letters round, and what cannot be written as UTF-8.
+_HIDDEN = {"Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp"}
+
+
+def one_line(text: str) -> str:
+    """`text` with every character that moves a cursor, begins a line or is not seen as its escape: a newline becomes
+    `\\n`."""
+    return text if text.isprintable() else "".join(_visible(one) for one in text)
+
+
+def message_text(text: str) -> str:
+    """The same, with quoted values and unbroken runs of more than `LONGEST` characters cut to their beginning."""
+    text = _QUOTED.sub(lambda found: f"`{_cut(found[1])}`", one_line(text))
+    return _RUN.sub(lambda found: _cut(found[0]), text)
+
+
+def _cut(value: str) -> str:
+    return f"{value[:_SHOWN]} ... ({len(value):,} characters)"
+
+
+def _visible(one: str) -> str:
+    if unicodedata.category(one) not in _HIDDEN:
+        return one
+    code = ord(one)
+    return _NAMED.get(one) or (
+        f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+    )
