@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from minitron.cli import builds, figures, interrupts, options
-from minitron.cli.build_sections import training_section, verification_section
+from minitron.cli.build_sections import build_sections, training_section, verification_section
 from minitron.cli.device import pick_device, use_threads
 from minitron.cli.drafts import load_whole
 from minitron.cli.failures import FAILED
@@ -99,9 +99,7 @@ def train(
     threads: options.Threads = None,
 ) -> None:
     """Execute the training plan of a build; what an interrupted run has done is not done again."""
-    builds.require_build(build)
-    if not (build / TRAINING).is_file():
-        raise UsageError(f"{build}: has no {TRAINING}, its spec has no `distill` block; add one and compile again")
+    builds.require_training_plan(build)
     quiet_libraries()
     _train(build, pick_device(device), threads)
     progress = builds.training_progress(build)
@@ -216,16 +214,7 @@ def show(
         _write_report(builds.require_build(build), as_json=as_json)
         return
     content = builds.show_document(builds.require_build(build))
-    sections: list[Section] = []
-    if content["plan"] is not None:
-        sections += plan_sections(content["plan"])
-    if content["verification"] is not None:
-        sections.append(verification_section(content["verification"]))
-    if content["training"] is not None:
-        sections.append(training_section(content["training"]))
-    if content["results"] is not None:
-        sections += results_sections(content["results"])
-    show_sections([*sections, _places(build)], content, as_json=as_json)
+    show_sections([*build_sections(content), _places(build)], content, as_json=as_json)
 
 
 def _write_report(build: Path, *, as_json: bool) -> None:

@@ -5,10 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from minitron.cli import figures
+from minitron.cli.plan_sections import plan_sections
+from minitron.cli.results_sections import results_sections
 from minitron.cli.sections import Column, Document, Section, entries, part
 
 # The order in which the models of a build always stand.
 MODELS = ("teacher", "corrected_teacher", "pruned", "distilled")
+
+
+def build_sections(content: Document) -> list[Section]:
+    """Everything that is known about a build (`builds.show_document`): plan, checks, training, results."""
+    sections: list[Section] = []
+    if content["plan"] is not None:
+        sections += plan_sections(content["plan"])
+    if content["verification"] is not None:
+        sections.append(verification_section(content["verification"]))
+    if content["training"] is not None:
+        sections.append(training_section(content["training"]))
+    if content["results"] is not None:
+        sections += results_sections(content["results"])
+    return sections
 
 
 def verification_section(verification: Document) -> Section:

@@ -38,6 +38,13 @@ def require_build(build: Path) -> Path:
     return build
 
 
+def require_training_plan(build: Path) -> Path:
+    """`build` when there is something to train; UsageError with what to do about it when there is not."""
+    if not (require_build(build) / TRAINING).is_file():
+        raise UsageError(f"{build}: has no {TRAINING}, its spec has no `distill` block; add one and compile again")
+    return build
+
+
 def build_folder(output: Path | None, loaded: LoadedSpec) -> Path:
     """Where a spec is built: `output`, or builds/NAME beside it. UsageError where something else is there."""
     build = output or build_of(loaded)

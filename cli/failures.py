@@ -6,7 +6,7 @@ import errno
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from minitron.specs.errors import MinitronError, SpecError, SpecInvalid
+from minitron.specs.errors import MinitronError, Refused, SpecError, SpecInvalid
 
 DONE = 0
 FAILED = 1
@@ -47,6 +47,8 @@ def failure_of(error: BaseException) -> Failure:
     """What to say about `error`, and with which exit code. Never raises: this is where every error ends."""
     if isinstance(error, SpecInvalid):
         return Failure(error.exit_code, tuple(error.errors))
+    if isinstance(error, Refused):
+        return Failure(error.exit_code, tuple(SpecError("", 0, 0, "", str(problem)) for problem in error.problems))
     if isinstance(error, MinitronError):
         return _failure(error.exit_code, str(error))
     if isinstance(error, KeyboardInterrupt):

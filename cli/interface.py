@@ -1,0 +1,221 @@
+"""The Python interface (`import minitron`): the commands' steps as functions, their results as objects that show themselves
+in a terminal and in a notebook as the commands show them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from minitron.cli import builds
+from minitron.cli.build_sections import build_sections
+from minitron.cli.device import pick_device, use_threads
+from minitron.cli.libraries import quiet_libraries
+from minitron.cli.lock_command import follow_lock
+from minitron.cli.markdown import markdown
+from minitron.cli.plan_sections import plan_sections
+from minitron.cli.progress import progress_for
+from minitron.cli.render import stderr_console, terminal
+from minitron.cli.sections import Document, Section
+from minitron.specs import LoadedSpec, load_spec
+from minitron.specs.builds import MODEL, STUDENT
+from minitron.specs.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from minitron.compiler import Plan as CompilerPlan
+
+# Columns of a table that is printed: wide enough for a reason in a plan.
+_WIDTH = 160
+
+
+class _Shown:
+    """Shows itself as sections: `print` writes tables, a notebook renders markdown."""
+
+    def sections(self) -> list[Section]:
+        """What is shown."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        console = Console(width=_WIDTH, highlight=False, markup=False, emoji=False, color_system=None)
+        with console.capture() as captured:
+            console.print(terminal(self.sections()))
+        return captured.get()
+
+    def _repr_markdown_(self) -> str:
+        return markdown(self.sections())
+
+
+@dataclass(frozen=True, repr=False)
+class Plan(_Shown):
+    """What a spec comes to for its teacher: the preview that `minitron plan` prints."""
+
+    spec: LoadedSpec
+    """The spec, under its lock file where it has one."""
+    build: Path
+    """The folder that it would be compiled into."""
+    document: Document
+    """What `minitron plan --json` prints (docs/json.md)."""
+    resolved: CompilerPlan = field(compare=False)
+    """The compiler's own plan, from which a compile goes on."""
+
+    @property
+    def teacher(self) -> Document:
+        """Parameters, bytes, FLOPs and widths of the teacher."""
+        return dict(self.document["teacher"])
+
+    @property
+    def student(self) -> Document:
+        """The same of the student."""
+        return dict(self.document["student"])
+
+    @property
+    def stale(self) -> str | None:
+        """Why the build folder is not what this spec compiles to; None where it is up to date."""
+        from minitron.compiler import why_stale
+
+        return why_stale(self.build, self.spec)
+
+    def sections(self) -> list[Section]:
+        """What `minitron plan` prints."""
+        return plan_sections(self.document)
+
+    def __repr__(self) -> str:
+        return f"<Plan of {self.spec.path}>"
+
+
+@dataclass(frozen=True, repr=False)
+class Build(_Shown):
+    """A build folder. `Build("builds/NAME")` opens one that was compiled before; UsageError where there is none."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", builds.require_build(Path(self.path)))
+
+    def capture(self, *, device: str | None = None, threads: int | None = None, quiet: bool = False) -> Document:
+        """Stores samples of the teacher's distribution, for `teacher_logits: {sampled: N}`; returns {samples, tokens, bytes,
+        folder}. What is there is not drawn again."""
+        from minitron.runtime import record
+
+        return record(self.path, **_work(device, threads, quiet))
+
+    def train(self, *, device: str | None = None, threads: int | None = None, quiet: bool = False) -> Document:
+        """Executes the training plan and returns `training`; an interrupted training goes on, a finished one is left.
+
+        UsageError where the spec has no `distill` block; WorkError for broken files, a full disk, a loss that is not finite.
+        """
+        from minitron.runtime import train
+
+        builds.require_training_plan(self.path)
+        train(self.path, **_work(device, threads, quiet))
+        return self.training or {}
+
+    def evaluate(self, *, device: str | None = None, threads: int | None = None, quiet: bool = False) -> Document:
+        """Measures teacher, pruned and distilled model side by side and returns `results`."""
+        from minitron.runtime import evaluate
+
+        return evaluate(self.path, **_work(device, threads, quiet))
+
+    def report(self) -> Path:
+        """Writes report.html, one page with charts that needs no network, and returns its path."""
+        from minitron.cli.report import write_report
+
+        return write_report(self.path)
+
+    @property
+    def student(self) -> Path:
+        """The folder of the pruned student, for `AutoModelForCausalLM.from_pretrained`."""
+        return self.path / STUDENT
+
+    @property
+    def model(self) -> Path:
+        """The folder of the distilled student; it is there once training is finished."""
+        return self.path / MODEL
+
+    @property
+    def plan(self) -> Document | None:
+        """plan.json."""
+        return self._document("plan")
+
+    @property
+    def verification(self) -> Document | None:
+        """verification.json: what was checked against what, with the numbers."""
+        return self._document("verification")
+
+    @property
+    def training(self) -> Document | None:
+        """{total_tokens, steps, first, last} of the training so far; None where none has begun."""
+        return self._document("training")
+
+    @property
+    def results(self) -> Document | None:
+        """results.json; None before the first `evaluate`."""
+        return self._document("results")
+
+    def sections(self) -> list[Section]:
+        """What `minitron show` prints."""
+        return build_sections(builds.show_document(self.path))
+
+    def _document(self, name: str) -> Document | None:
+        document: Document | None = builds.show_document(self.path)[name]
+        return document
+
+    def __repr__(self) -> str:
+        return f"Build({str(self.path)!r})"
+
+
+def load_spec_file(path: Path, overrides: Mapping[str, Any] | Sequence[str]) -> LoadedSpec:
+    """`minitron.load`."""
+    if isinstance(overrides, Mapping):
+        overrides = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    return load_spec(path, overrides)
+
+
+def make_plan(
+    spec: LoadedSpec | str | Path, build: str | Path | None, *, device: str | None, mfu: float | None, locked: bool
+) -> Plan:
+    """`minitron.plan`."""
+    quiet_libraries()
+    from minitron.compiler import make_plan as resolve
+    from minitron.compiler import read_outlook
+
+    outlook = read_outlook(device, mfu, None)
+    loaded = follow_lock(spec if isinstance(spec, LoadedSpec) else load_spec(Path(spec)), locked=locked)
+    folder = builds.build_folder(None if build is None else Path(build), loaded)
+    resolved = resolve(loaded, build=folder)
+    return Plan(loaded, folder, resolved.to_json(outlook=outlook), resolved)
+
+
+def compile_into(
+    spec: LoadedSpec | Plan | str | Path,
+    build: str | Path | None,
+    *,
+    device: str | None,
+    threads: int | None,
+    locked: bool,
+    quiet: bool,
+) -> Build:
+    """`minitron.compile`."""
+    quiet_libraries()
+    from minitron.compiler import compile_spec
+
+    if isinstance(spec, Plan):
+        loaded, folder = spec.spec, spec.build
+    else:
+        loaded = follow_lock(spec if isinstance(spec, LoadedSpec) else load_spec(Path(spec)), locked=locked)
+        folder = builds.build_folder(None, loaded)
+    folder = folder if build is None else builds.build_folder(Path(build), loaded)
+    compile_spec(loaded, folder, **_work(device, threads, quiet))
+    return Build(folder)
+
+
+def _work(device: str | None, threads: int | None, quiet: bool) -> dict[str, Any]:
+    """The device and the progress of long work, as compiler and runtime take them."""
+    quiet_libraries()
+    use_threads(threads)
+    progress: Progress = Silent() if quiet else progress_for(stderr_console())
+    return {"device": pick_device(device), "progress": progress}
