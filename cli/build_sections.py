@@ -9,9 +9,6 @@ from minitron.cli.plan_sections import plan_sections
 from minitron.cli.results_sections import results_sections
 from minitron.cli.sections import Column, Document, Section, entries, part
 
-# The order in which the models of a build always stand.
-MODELS = ("teacher", "corrected_teacher", "pruned", "distilled")
-
 
 def build_sections(content: Document) -> list[Section]:
     """Everything that is known about a build (`builds.show_document`): plan, checks, training, results."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from minitron.cli import figures
-from minitron.cli.build_sections import MODELS
 from minitron.cli.sections import Column, Document, Section, entries, part
+
+# The order in which the models of a build always stand.
+MODELS = ("teacher", "corrected_teacher", "pruned", "distilled")
 
 
 def results_sections(results: Document) -> list[Section]:

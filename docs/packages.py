@@ -83,7 +83,8 @@ def reduced(found: Arrows) -> Arrows:
     def follows(room: str, one: str) -> bool:
         others = found[room] - {one}
         return room not in reach(found, one) and any(
-            one in reach(found, other) and not {room, other} & (reach(found, one) | reach(found, other)) for other in others
+            one in reach(found, other) and not {room, other} & (reach(found, one) | reach(found, other))
+            for other in others
         )
 
     return {room: {one for one in others if not follows(room, one)} for room, others in found.items()}

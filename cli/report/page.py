@@ -9,7 +9,7 @@ import yaml
 
 from minitron import __version__
 from minitron.cli import figures
-from minitron.cli.build_sections import MODELS, training_section, verification_section
+from minitron.cli.build_sections import training_section, verification_section
 from minitron.cli.plan_sections import plan_sections
 from minitron.cli.report.curves import Curves
 from minitron.cli.report.importance import importance
@@ -18,7 +18,7 @@ from minitron.cli.report.scores import ScoredAxis
 from minitron.cli.report.style import CSS
 from minitron.cli.report.tables import section_table
 from minitron.cli.report.training import held_out_references, training_curves
-from minitron.cli.results_sections import results_sections
+from minitron.cli.results_sections import MODELS, results_sections
 from minitron.cli.sections import Document, part
 
 # No source for scripts, images, fonts or anything else: a browser holds the page to being self-contained.

@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 
 from minitron.cli import figures
-from minitron.cli.build_sections import MODELS
 from minitron.cli.report.charts import Reference, line_chart
 from minitron.cli.report.curves import Curves, Figure
 from minitron.cli.report.markup import Markup, element
 from minitron.cli.report.tables import details, table
+from minitron.cli.results_sections import MODELS
 from minitron.cli.sections import Column, Document, part
 
 # The first ones in this order; whatever else a record holds follows under its own name.

@@ -87,14 +87,14 @@ def test_the_page_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     names: dict[str, Any] = {}
     shown = [cell(source, names) for source in blocks(ROOT / "docs" / "python.md")]
     text = capsys.readouterr().out
-    first, _, _, ratio, axes, _, passed, parameters, losses, recovered, stale = shown
+    first, _, _, ratio, axes, _, passed, parameters, losses, again, stale = shown
     assert first is None, "the spec leaves hidden_size as it is"
     assert "student.hiden_size | unknown key `hiden_size` | did you mean `hidden_size`?" in text
     assert 0 < ratio < 1 and axes["hidden_size"] == "exact" and passed is True
     assert re.search(r"hidden_size +32 +24 +75.0%", text), "a plan prints as the command prints it"
     assert len(re.findall(r"^(16|24|32) \d+ \d+$", text, flags=re.MULTILINE)) == 3
     assert parameters == names["plan"].student["parameters"]
-    assert list(losses) == ["teacher", "pruned", "distilled"] and isinstance(recovered, float)
+    assert list(losses) == ["teacher", "pruned", "distilled"] and again == parameters
     assert stale is None
     build = names["build"]
     assert build.path == folder / "builds" / "tiny" and (build.path / "report.html").is_file()
