@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from minitron.runtime.order import blend_place, blend_quotas, mix, shuffled
-from minitron.runtime.tokens import TextEncoder, TokenArray, stream_key, token_stream
+from minitron.runtime.stream import NOTHING, Array, Largest, Tokens, TokenStream
+from minitron.runtime.tokens import TextEncoder, stream_key, token_stream
 from minitron.specs.data import BlendPart, DataSource, Source
 from minitron.specs.documents import content_hash
 from minitron.specs.errors import WorkError
@@ -68,24 +69,48 @@ class Windows:
     stream is masked.
     """
 
-    stream: TokenArray
+    stream: Tokens
     length: int
     bos: int | None
+    learnt: Tokens | None = None
+    """For each token whether its prediction is trained; None: all are."""
+
+    largest: Largest = NOTHING
+    """The largest token of the stream: the models must have it."""
 
     def __len__(self) -> int:
         predicted = len(self.stream) - (self.bos is None)
         return -(-predicted // self.length)
 
-    def window(self, index: int) -> tuple[TokenArray, TokenArray]:
+    def digest(self) -> str:
+        """A hash of all that is read and learnt."""
+        digest = hashlib.sha256()
+        for part in (self.stream, self.learnt):
+            digest.update(b"all" if part is None else np.ascontiguousarray(part[0 : len(part)]).tobytes())
+        return digest.hexdigest()
+
+    def window(self, index: int) -> tuple[Array, Array]:
         """Read and predicted tokens, as many of one as of the other, at most `length`."""
-        start = index * self.length
+        span = self._span(index)
+        content = self.stream[span].astype(np.int64)
         if self.bos is None:
-            span = self.stream[start : start + self.length + 1].astype(np.int64)
-            return span[:-1], span[1:]
-        content = self.stream[start : start + self.length].astype(np.int64)
+            return content[:-1], content[1:]
         if content[0] == self.bos:
             content = content[1:]
         return np.concatenate(([self.bos], content[:-1])).astype(np.int64)[: len(content)], content
+
+    def _span(self, index: int) -> slice:
+        """The tokens that a window is made of."""
+        start = index * self.length
+        return slice(start, start + self.length + (self.bos is None))
+
+    def _valid(self, index: int, predicted: Array) -> Array:
+        """Which of the predicted tokens are learnt."""
+        valid: Array = np.ones(len(predicted), bool) if self.bos is None else predicted != self.bos
+        if self.learnt is None or not len(predicted):
+            return valid
+        marks: Array = self.learnt[self._span(index)].astype(bool)
+        return valid & marks[-len(predicted) :]
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The windows `indices`, padded with token 0 and masked. Padding stands last, where no causal model sees it."""
@@ -94,7 +119,7 @@ class Windows:
         for row, index in enumerate(indices):
             read, predicted = self.window(index)
             inputs[row, : len(read)], labels[row, : len(read)] = read, predicted
-            valid[row, : len(read)] = True if self.bos is None else predicted != self.bos
+            valid[row, : len(read)] = self._valid(index, predicted)
         return Batch.of(torch.from_numpy(inputs), torch.from_numpy(labels), torch.from_numpy(valid))
 
 
@@ -105,6 +130,11 @@ class Corpus:
     sources: tuple[Windows, ...]
     quotas: tuple[int, ...]
     seed: int
+
+    @property
+    def largest(self) -> Largest:
+        """The largest token of all sources."""
+        return max((source.largest for source in self.sources), key=lambda one: one.id)
 
     def place(self, sample: int) -> tuple[int, int]:
         """Source and window of the global sample with this index."""
@@ -142,7 +172,7 @@ def _parts(data: DataSource) -> tuple[Source, ...]:
 def _limits(data: DataSource, tokens: int) -> list[int | None]:
     """How much of each part is read. A streamed data set has no end that one could wait for: as many tokens as training
     can use of it. The rest is read whole, so that a short training sees all of it."""
-    shares = [part.weight if isinstance(part, BlendPart) else 1.0 for part in _parts(data)]
+    shares = [part.share if isinstance(part, BlendPart) else 1.0 for part in _parts(data)]
     whole = sum(shares)
     return [
         math.ceil(tokens * share / whole) + 1 if part.streaming else None
@@ -152,7 +182,7 @@ def _limits(data: DataSource, tokens: int) -> list[int | None]:
 
 def data_hash(data: Data, encoder: TextEncoder, tokens: int) -> str:
     """Of everything that decides the samples of a source, whatever folder it lies in."""
-    weights = [part.weight if isinstance(part, BlendPart) else 1.0 for part in _parts(data.source)]
+    weights = [part.share if isinstance(part, BlendPart) else 1.0 for part in _parts(data.source)]
     limits = _limits(data.source, tokens)
     keys = [stream_key(content, encoder, limit) for content, limit in zip(data.contents, limits, strict=True)]
     return hashlib.sha256(repr((weights, keys)).encode()).hexdigest()
@@ -167,7 +197,7 @@ def open_corpus(
     for part, content, limit in zip(parts, data.contents, _limits(data.source, tokens), strict=True):
         stream = token_stream(part, content, encoder, cache, progress, limit=limit)
         windows.append(_windows(stream, length, encoder))
-    weights = [part.weight for part in parts if isinstance(part, BlendPart)]
+    weights = [part.share for part in parts if isinstance(part, BlendPart)]
     return Corpus(tuple(windows), tuple(blend_quotas(weights)) if weights else (1,), seed)
 
 
@@ -186,8 +216,8 @@ def open_held_out(
     return _windows(token_stream(data, content, encoder, cache, progress, limit=limit), length, encoder)
 
 
-def _windows(stream: TokenArray, length: int, encoder: TextEncoder) -> Windows:
-    windows = Windows(stream, length, encoder.bos)
+def _windows(stream: TokenStream, length: int, encoder: TextEncoder) -> Windows:
+    windows = Windows(stream.tokens, length, encoder.bos, stream.learnt, stream.largest)
     if len(stream) < 2:
         raise WorkError(f"the data has {len(stream)} tokens, too few to predict one from another; name more data")
     return windows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from minitron.runtime.data import Windows
 from minitron.runtime.generate import continue_greedily, tokens_per_second
 from minitron.runtime.held_out import held_out
 from minitron.runtime.measurements import Measurements, key_of
-from minitron.runtime.models import DTYPES, LanguageModel, open_model, weight_bytes
+from minitron.runtime.models import DTYPES, LanguageModel, check_read, open_model, weight_bytes
 from minitron.runtime.plan import LoadedPlan
 from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.world import World
@@ -104,6 +103,7 @@ class MeasuredModel:
         key = "teacher" if self.name in ("teacher", "corrected_teacher") else "student"
         dtype = DTYPES[self.plan.dtype]
         model = open_model(self.folder, dtype, by.world.device, self.plan, key)
+        check_read(model, by.encoder.tokenizer, [by.windows.largest] if by.windows is not None else [])
         for one in measurements:
             figures: dict[str, float | str] = {"model": self.name, "measured": one.name}
             try:
@@ -163,7 +163,7 @@ class MeasuredModel:
 
     def _held_out(self, base: dict[str, Any], windows: Windows) -> Measurement:
         by = self.instruments
-        text = hashlib.sha256(windows.stream.tobytes()).hexdigest()
+        text = windows.digest()
 
         def make(model: LanguageModel) -> dict[str, Any]:
             loss = held_out(model, windows, by.world, batch_size=by.batch_size)

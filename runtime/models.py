@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from minitron.runtime.loss import Head
 from minitron.runtime.plan import LoadedPlan
+from minitron.runtime.stream import Largest
 from minitron.specs.builds import CONFIG
 from minitron.specs.errors import Problem, Refused, WorkError, first_line
 from minitron.specs.generation_settings import FILE as GENERATION
@@ -282,32 +283,41 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def check_vocabularies(
-    loaded: LoadedPlan, teacher: LanguageModel | None, student: LanguageModel, tokenizer: Tokenizer
+    loaded: LoadedPlan,
+    teacher: LanguageModel | None,
+    student: LanguageModel,
+    tokenizer: Tokenizer,
+    read: Iterable[Largest],
 ) -> None:
-    """Teacher and student must speak of the same tokens. Refused where they do not."""
+    """Teacher and student must speak of the same tokens, and have all that were read. Refused where they do not."""
     ours = student.head.vocabulary
     if teacher is not None and (theirs := teacher.head.vocabulary) != ours:
         message = f"the teacher has a vocabulary of {theirs} tokens and the student one of {ours}"
         raise Refused(
             [Problem("teacher.model", message, "distillation compares them token by token: use one tokenizer")]
         )
-    _check_vocabulary(loaded, student, tokenizer)
+    check_read(student, tokenizer, read)
     if teacher is not None:
         _check_tokenizer(loaded, tokenizer)
 
 
-def check_teacher(loaded: LoadedPlan, teacher: LanguageModel, tokenizer: Tokenizer) -> None:
-    """The teacher must speak of the tokenizer's tokens. Refused where it does not."""
-    _check_vocabulary(loaded, teacher, tokenizer)
+def check_teacher(loaded: LoadedPlan, teacher: LanguageModel, tokenizer: Tokenizer, read: Iterable[Largest]) -> None:
+    """The teacher must speak of the tokenizer's tokens, and have all that were read. Refused where it does not."""
+    check_read(teacher, tokenizer, read)
     _check_tokenizer(loaded, tokenizer)
 
 
-def _check_vocabulary(loaded: LoadedPlan, model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """The model has a row for every token. Refused where it has not."""
+def check_read(model: LanguageModel, tokenizer: Tokenizer, read: Iterable[Largest]) -> None:
+    """The model has a row for every token that was read; a tokenizer may know tokens that no document has. Refused, with
+    token and document, where it has not."""
     ours = model.head.vocabulary
-    if len(tokenizer) > ours:
-        message = f"the tokenizer knows {len(tokenizer)} tokens and the models only {ours}"
-        raise Refused([Problem("tokenizer", message, "write the folder with the teacher's tokenizer")])
+    for largest in read:
+        if largest.id >= ours:
+            token = tokenizer.convert_ids_to_tokens(largest.id) if largest.id < len(tokenizer) else None
+            named = f" (`{token}`)" if token is not None else ""
+            message = f"{largest.where} holds token {largest.id}{named}, and the models have a vocabulary of {ours}"
+            hint = "leave that document out of the data, or write the folder with the teacher's tokenizer"
+            raise Refused([Problem("tokenizer", message, hint)])
 
 
 def _check_tokenizer(loaded: LoadedPlan, tokenizer: Tokenizer) -> None:

@@ -115,7 +115,7 @@ def _draw_missing(loaded: LoadedPlan, index: Index, samples: int, session: Sessi
     world, progress = session.world, session.progress
     corpus = session.open_corpus(plan)
     teacher = load_teacher(loaded, world)
-    check_teacher(loaded, teacher, session.encoder.tokenizer)
+    check_teacher(loaded, teacher, session.encoder.tokenizer, [corpus.largest])
     shards = math.ceil(samples / index.shard_samples)
     mine = [
         range(number * index.shard_samples, min((number + 1) * index.shard_samples, samples))

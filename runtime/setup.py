@@ -115,7 +115,8 @@ def prepare(session: Session, loaded: LoadedPlan, identity: dict[str, Any]) -> R
     if needs_teacher(plan):
         teacher = load_teacher(loaded, world)
     student = _load_student(loaded, world)
-    check_vocabularies(loaded, teacher, student, encoder.tokenizer)
+    read = [corpus.largest, *([windows.largest] if windows is not None else [])]
+    check_vocabularies(loaded, teacher, student, encoder.tokenizer, read)
     if student.positions is not None and plan.sequence_length > student.positions:
         message = f"{plan.sequence_length} tokens are more than the {student.positions} that the models can read"
         raise Refused([Problem("sequence_length", message, f"write at most {student.positions}")])

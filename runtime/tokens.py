@@ -1,28 +1,49 @@
-"""Documents to one long stream of token ids, written once and then memory-mapped."""
+"""Documents to one long stream of token ids, written once, in shards, and then memory-mapped."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from minitron.runtime.disk import writing
 from minitron.runtime.models import Tokenizer, load_tokenizer
-from minitron.specs.atomic import atomic_folder
+from minitron.runtime.stream import (
+    FORMAT_VERSION,
+    INDEX,
+    Array,
+    Largest,
+    ShardIndex,
+    Shards,
+    TokenStream,
+    read_shard_index,
+    write_shard,
+)
+from minitron.specs.atomic import remove_leftovers, write_text
 from minitron.specs.data import Source
-from minitron.specs.documents import Document, data_files, iter_documents
+from minitron.specs.documents import Piece, Tally, data_files, iter_pieces, size_of
+from minitron.specs.documents.megatron import open_megatron
+from minitron.specs.documents.opening import COMPRESSED
+from minitron.specs.encoding import Encoded, Encoder, recipe_of
+from minitron.specs.encoding.pool import encode_all
 from minitron.specs.errors import WorkError
 from minitron.specs.progress import Progress
 
-_LAYOUT = 1
+_LAYOUT = 2
 """Counts up when the same documents would become another stream."""
 
-_BATCH_CHARACTERS = 1 << 20
+_SHARD_TOKENS = 1 << 26
+"""Tokens of a shard: half a minute of work, which is what a kill costs."""
+
+_SCANNED = 1 << 24
+"""Tokens in memory at one time while the largest is looked for."""
+
+_CHECKED_BYTES = 1 << 30
+"""A stream up to this size is checked whole when it is opened; of a larger one each block when it is first read."""
 
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -34,8 +55,6 @@ _TOKENIZER_FILES = (
     "chat_template*",
 )
 
-TokenArray = np.ndarray[Any, np.dtype[Any]]
-
 
 @dataclass(frozen=True)
 class TextEncoder:
@@ -44,8 +63,11 @@ class TextEncoder:
 
     tokenizer: Tokenizer
     fingerprint: str
-    bos: int | None
-    eos: int | None
+    encoder: Encoder
+
+    @property
+    def bos(self) -> int | None:
+        return self.encoder.recipe.bos
 
     @classmethod
     def load(cls, folder: Path) -> TextEncoder:
@@ -53,40 +75,11 @@ class TextEncoder:
         digest = hashlib.sha256()
         for file in sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()}):
             digest.update(f"\n{file.name} ".encode() + hashlib.sha256(file.read_bytes()).digest())
-        ids = tokenizer("a").input_ids
-        bos = tokenizer.bos_token_id
-        return cls(
-            tokenizer, digest.hexdigest(), bos if bos is not None and ids[:1] == [bos] else None, tokenizer.eos_token_id
-        )
-
-    def encode(self, documents: list[Document]) -> list[list[int]]:
-        """Token ids of each document, BOS and EOS included. WorkError for chat data that the template refuses."""
-        texts = [document if isinstance(document, str) else self._render(document) for document in documents]
-        encoded = self.tokenizer(texts, add_special_tokens=False).input_ids
-        return [self._framed(ids) for ids in encoded]
+        return cls(tokenizer, digest.hexdigest(), Encoder(recipe_of(tokenizer), tokenizer))
 
     def text(self, ids: Sequence[int]) -> str:
         """What a model wrote, without its special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-    def _framed(self, ids: list[int]) -> list[int]:
-        # A chat template may have written them already.
-        before = [self.bos] if self.bos is not None and ids[:1] != [self.bos] else []
-        after = [self.eos] if self.eos is not None and ids[-1:] != [self.eos] else []
-        return [*before, *ids, *after]
-
-    def _render(self, messages: list[dict[str, Any]]) -> str:
-        if self.tokenizer.chat_template is None:
-            raise WorkError(
-                "the data is chat messages and the tokenizer has no chat template; add chat_template.jinja to the "
-                "tokenizer's folder, or name a `text_field`"
-            )
-        try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-        except Exception as error:  # a template is a program: it raises what it likes
-            raise WorkError(
-                f"the tokenizer's chat template cannot render a document ({error}); check its messages"
-            ) from None
 
 
 def stream_key(content: str, encoder: TextEncoder, limit: int | None) -> str:
@@ -98,69 +91,189 @@ def stream_key(content: str, encoder: TextEncoder, limit: int | None) -> str:
 
 def token_stream(
     source: Source, content: str, encoder: TextEncoder, cache: Path, progress: Progress, *, limit: int | None = None
-) -> TokenArray:
+) -> TokenStream:
     """All tokens of a resolved source (at most `limit`), one after the other, read-only and memory-mapped. `content` is
     the source's hash.
 
-    The first call writes them to `cache`, every later one finds them there, without a look at the source.
+    The first call writes them to `cache`, every later one finds them there, without a look at the source. A call that was
+    killed is gone on with, and damaged shards are made again. Tokens of Megatron-LM are read where they are.
     """
+    if source.megatron is not None:
+        return _megatron(source, content, encoder, cache, limit)
     folder = cache / stream_key(content, encoder, limit)
-    wide = len(encoder.tokenizer) > 1 << 16
-    if not folder.is_dir():
-        with writing(str(folder)), atomic_folder(folder) as temporary:
-            dtype = np.dtype(np.uint32 if wide else np.uint16)
-            with (temporary / "tokens.bin").open("wb") as file:
-                documents, tokens = _write(_heard(source, progress), encoder, file, dtype, limit)
-            about = {"format_version": _LAYOUT, "tokens": tokens, "documents": documents, "dtype": dtype.name}
-            (temporary / "stream.json").write_text(json.dumps(about), encoding="utf-8")
-        progress.message(f"tokenized {documents} documents: {tokens} tokens")
-    try:
-        about = json.loads((folder / "stream.json").read_text(encoding="utf-8"))
-        stream: TokenArray = np.memmap(folder / "tokens.bin", np.dtype(about["dtype"]), "r")
-    except (OSError, ValueError, KeyError) as error:
-        raise WorkError(f"{folder}: the tokenized data cannot be read ({error}); delete that folder") from None
-    if len(stream) != about["tokens"]:
-        raise WorkError(
-            f"{folder}: the tokenized data has {len(stream)} of {about['tokens']} tokens; delete that folder"
-        )
+    stream = _finished(folder, progress)
+    if stream is None:
+        with writing(str(folder)):
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)
+            writer = _Writer(folder, len(encoder.tokenizer), progress)
+            tally = _write(source, encoder.encoder, writer, limit, progress)
+            about = {
+                "format_version": FORMAT_VERSION, "shards": writer.number, "tokens": writer.tokens,
+                "documents": writer.documents, "empty": tally.empty, "skipped": tally.skipped, "repaired": tally.repaired,
+            }  # fmt: skip
+            write_text(folder / INDEX, json.dumps(about) + "\n")
+        stream = TokenStream.open(folder, writer.number)
+        progress.message(f"tokenized {writer.documents} documents: {len(stream)} tokens")
+        for note in tally.notes():
+            progress.message(note)
     return stream
 
 
-def _heard(source: Source, progress: Progress) -> Iterator[Document]:
+def _finished(folder: Path, progress: Progress) -> TokenStream | None:
+    """The stream in a folder; None where it is not there, not whole or damaged."""
+    try:
+        about = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        if about["format_version"] != FORMAT_VERSION:
+            return None
+        stream = TokenStream.open(folder, int(about["shards"]))
+        size = sum(array.nbytes for array in stream.tokens.arrays)
+        for part in (stream.tokens, stream.learnt):
+            if part is not None and size <= _CHECKED_BYTES:
+                part.check_all()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, WorkError) as error:
+        progress.message(f"the tokenized data is made anew: {error}")
+        (folder / INDEX).unlink(missing_ok=True)
+        return None
+    return stream
+
+
+def _write(source: Source, encoder: Encoder, writer: _Writer, limit: int | None, progress: Progress) -> Tally:
+    """Writes the shards that are not there yet, and counts what was left out."""
+    tally = Tally()
+    if limit is None or writer.tokens < limit:
+        for batch in encode_all(encoder, _heard(source, tally, progress), skip=writer.pieces):
+            for one in batch:
+                writer.add(one, None if limit is None else limit - writer.tokens)
+            if limit is not None and writer.tokens >= limit:
+                break
+        writer.flush()
+    for reason in writer.refused:
+        tally.skip(reason)
+    return tally
+
+
+class _Writer:
+    """Collects tokens and writes a shard whenever there are enough for one; goes on behind the whole shards of an earlier
+    process."""
+
+    def __init__(self, folder: Path, vocabulary: int, progress: Progress) -> None:
+        self.folder = folder
+        self.dtype = np.dtype(np.uint32 if vocabulary > 1 << 16 else np.uint16)
+        self.number = self.tokens = self.pieces = self.documents = 0
+        self.refused: list[str] = []
+        self._waiting: list[Encoded] = []
+        self._count = 0
+        for index in _whole_shards(folder):
+            self.number, self.tokens = self.number + 1, self.tokens + index.tokens
+            self.pieces, self.documents = index.pieces, index.documents
+            self.refused += index.refused
+        if self.number:
+            progress.message(f"going on with the tokenized data after {self.tokens} tokens")
+
+    def add(self, one: Encoded, room: int | None) -> None:
+        if room is not None and room <= 0:
+            return
+        if room is not None and len(one.ids) > room:
+            one = replace(one, ids=one.ids[:room], learnt=None if one.learnt is None else one.learnt[:room])
+        self._waiting.append(one)
+        self._count += len(one.ids)
+        self.tokens += len(one.ids)
+        if self._count >= _SHARD_TOKENS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is waiting; nothing where nothing is and a shard is there already."""
+        if not self._waiting and self.number:
+            return
+        waiting, self._waiting, self._count = self._waiting, [], 0
+        ids = np.concatenate([np.zeros(0, np.uint32), *(one.ids for one in waiting)])
+        largest = _largest(ids, waiting)
+        if largest.id > (1 << 8 * self.dtype.itemsize) - 1:
+            self.dtype = np.dtype(np.uint32)
+        refused = [one.error for one in waiting if one.error is not None]
+        self.pieces += len(waiting)
+        self.documents += sum(one.ends and one.error is None for one in waiting)
+        self.refused += refused
+        write_shard(
+            self.folder, self.number, ids.astype(self.dtype), _marks(waiting),
+            pieces=self.pieces, documents=self.documents, refused=refused, largest=largest,
+        )  # fmt: skip
+        self.number += 1
+
+
+def _largest(ids: Array, waiting: list[Encoded]) -> Largest:
+    if not len(ids):
+        return Largest()
+    place, largest = int(ids.argmax()), int(ids.max())
+    ends = np.cumsum([len(one.ids) for one in waiting])
+    return Largest(largest, waiting[int(np.searchsorted(ends, place, side="right"))].where)
+
+
+def _marks(waiting: list[Encoded]) -> Array | None:
+    """Which tokens are learnt; None where all are."""
+    if all(one.learnt is None for one in waiting):
+        return None
+    return np.concatenate([np.ones(len(one.ids), bool) if one.learnt is None else one.learnt for one in waiting])
+
+
+def _whole_shards(folder: Path) -> list[ShardIndex]:
+    """The shards from the first on that an earlier process has written, their contents checked."""
+    found: list[ShardIndex] = []
+    while True:
+        try:
+            index = read_shard_index(folder, len(found))
+            stream = TokenStream.of(folder, [*found, index])
+            for part in (stream.tokens, stream.learnt):
+                if part is not None:
+                    part.check(len(found))
+        except (OSError, ValueError, WorkError):
+            return found
+        found.append(index)
+
+
+def _megatron(source: Source, content: str, encoder: TextEncoder, cache: Path, limit: int | None) -> TokenStream:
+    """Tokens of Megatron-LM, where they lie; kept in `cache` is what only reading all of them tells, the largest."""
+    assert source.megatron is not None
+    arrays = [open_megatron(Path(entry)).tokens for entry in source.megatron]
+    known = cache / f"{stream_key(content, encoder, None)}.json"
+    try:
+        largest = Largest(**json.loads(known.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        largest = max(
+            (_largest_mapped(array, entry) for array, entry in zip(arrays, source.megatron, strict=True)),
+            key=lambda one: one.id,
+        )
+        with writing(str(known)):
+            write_text(known, json.dumps(asdict(largest)) + "\n")
+    if limit is not None:
+        ends = np.cumsum([len(array) for array in arrays])
+        rooms = [max(0, limit - int(end) + len(array)) for array, end in zip(arrays, ends, strict=True)]
+        arrays = [array[:room] for array, room in zip(arrays, rooms, strict=True)]
+    return TokenStream(Shards(arrays, [[] for _ in arrays], cache, "tokens"), None, largest)
+
+
+def _largest_mapped(array: Array, where: str) -> Largest:
+    parts = (array[start : start + _SCANNED] for start in range(0, len(array), _SCANNED))
+    smallest, largest = 0, -1
+    for part in parts:
+        smallest, largest = min(smallest, int(part.min())), max(largest, int(part.max()))
+    if smallest < 0:
+        raise WorkError(f"{where}: holds the token {smallest}; token ids begin with 0")
+    return Largest(largest, where)
+
+
+def _heard(source: Source, tally: Tally, progress: Progress) -> Iterator[Piece]:
     """The documents, with progress in bytes where the files tell how many there are."""
-    if source.kind not in ("text", "jsonl"):
-        yield from iter_documents(source)
+    files = data_files(source) if source.kind in ("text", "jsonl") else []
+    if not files or any(file.suffix in COMPRESSED for file in files):
+        yield from iter_pieces(source, tally)
         return
-    with progress.task("tokenize", sum(file.stat().st_size for file in data_files(source)), "bytes") as task:
-        for document in iter_documents(source):
-            yield document
-            task.advance(len(document.encode()) if isinstance(document, str) else len(json.dumps(document)))
-
-
-def _write(
-    documents: Iterable[Document], encoder: TextEncoder, file: Any, dtype: np.dtype[Any], limit: int | None
-) -> tuple[int, int]:
-    """Returns how many documents and tokens were written."""
-    count, written = 0, 0
-    for batch in _batches(documents):
-        for ids in encoder.encode(batch):
-            room = len(ids) if limit is None else min(len(ids), limit - written)
-            file.write(np.asarray(ids[:room], dtype).tobytes())
-            count, written = count + 1, written + room
-            if written == limit:
-                return count, written
-    return count, written
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Enough at a time for a tokenizer that works in parallel, never more than fits in memory."""
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document) if isinstance(document, str) else sum(len(str(message)) for message in document)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    with progress.task("tokenize", sum(file.stat().st_size for file in files), "bytes") as task:
+        for piece in iter_pieces(source, tally):
+            yield piece
+            content = piece.content
+            whole = isinstance(content, str) and not content.isascii()
+            task.advance(len(content.encode()) if whole and isinstance(content, str) else size_of(content))

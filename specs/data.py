@@ -15,22 +15,40 @@ from pydantic import (
     model_validator,
 )
 
-from minitron.specs.blocks.base import Block, Listed, PositiveFloat, Text, wrong
+from minitron.specs.blocks.base import Block, Count, Listed, PositiveFloat, Revision, Text, wrong
 from minitron.specs.suggest import closest, one_of
 
 STDLIB_PREFIX = "python-stdlib:"
 STDLIB_SPLITS = ("train", "held_out")
 
 # Which options go with which kind of source, and the defaults that are then filled in.
+_CONTENTS = ("text_field", "messages_field", "prompt_field", "ids_field")
+_ROWS = (*_CONTENTS, "completion_field", "tools_field", "system", "train_on", "on_error")
 _KINDS: Mapping[str, tuple[str, ...]] = {
-    "text": ("document",),
-    "jsonl": ("text_field", "messages_field"),
-    "parquet": ("text_field", "messages_field"),
-    "dataset": ("text_field", "messages_field", "subset", "split", "revision", "streaming"),
+    "text": ("document", "on_error"),
+    "jsonl": _ROWS,
+    "parquet": _ROWS,
+    "dataset": (*_ROWS, "subset", "split", "revision", "streaming"),
+    "megatron": (),
     "blend": (),
 }
-_DEFAULTS = {"document": "file", "text_field": "text", "split": "train", "streaming": False}
+_DEFAULTS = {
+    "document": "file",
+    "text_field": "text",
+    "completion_field": "completion",
+    "train_on": "all",
+    "split": "train",
+    "streaming": False,
+    "on_error": "fail",
+}
 _OPTIONS = sorted({option for options in _KINDS.values() for option in options})
+# Which of the row options go with what a row holds; `on_error` goes with all of them.
+_BELONGS: Mapping[str, tuple[str, ...]] = {
+    "completion_field": ("prompt_field",),
+    "tools_field": ("messages_field",),
+    "train_on": ("messages_field", "prompt_field"),
+    "system": ("messages_field", "prompt_field"),
+}
 
 
 def _check_pattern(pattern: str) -> str:
@@ -64,14 +82,15 @@ def _say_one_kind(schema: dict[str, Any], model: type[BaseModel]) -> None:
 
 
 class Source(Block, json_schema_extra=_say_one_kind):
-    """One source of documents: `text`, `jsonl`, `parquet` or `dataset`."""
+    """One source of documents: `text`, `jsonl`, `parquet`, `dataset` or `megatron`."""
 
     text: Patterns | None = None
     """Text files or patterns (`corpus/**/*.txt`), relative to this file; or `python-stdlib:train` and
-    `python-stdlib:held_out`: the source of the running Python's standard library."""
+    `python-stdlib:held_out`: the source of the running Python's standard library. Also compressed: .gz, .bz2, .xz, .zst."""
 
     jsonl: Patterns | None = None
-    """Files or patterns of JSON Lines, one document a line, relative to this file."""
+    """Files or patterns of JSON Lines, one document a line, or of JSON arrays, one document an element; relative to this
+    file, also compressed: .gz, .bz2, .xz, .zst."""
 
     parquet: Patterns | None = None
     """Parquet files or patterns, one document a row, relative to this file."""
@@ -79,15 +98,43 @@ class Source(Block, json_schema_extra=_say_one_kind):
     dataset: Text | None = None
     """A data set of the Hugging Face Hub by id, or a folder relative to this file."""
 
+    megatron: Patterns | None = None
+    """Tokens of Megatron-LM: `.bin` files or patterns, each with its `.idx` beside it; read as they are."""
+
     document: Literal["file", "line", "paragraph"] | None = None
     """With `text`: what one document is. `file`: a whole file; `line`: each line that is not empty; `paragraph`: what
     stands between blank lines. Left out: `file`."""
 
     text_field: Text | None = None
-    """With `jsonl`, `parquet` and `dataset`: the field that holds the text. Left out: `text`."""
+    """With `jsonl`, `parquet` and `dataset`: the field that holds the text; `content.body` is a field inside a field. Left
+    out: `text`."""
 
     messages_field: Text | None = None
     """Instead of `text_field`: the field that holds chat messages, rendered with the tokenizer's chat template."""
+
+    prompt_field: Text | None = None
+    """Instead of `text_field`: the field that holds a prompt, whose answer is in `completion_field`. With a chat template they
+    are rendered as a user's and an assistant's message, without one they follow each other."""
+
+    completion_field: Text | None = None
+    """With `prompt_field`: the field that holds the answer. Left out: `completion`."""
+
+    ids_field: Text | None = None
+    """Instead of `text_field`: the field that holds token ids, which are read as they are."""
+
+    tools_field: Text | None = None
+    """With `messages_field`: the field that holds the tools which the chat template is told of; rows may lack it."""
+
+    system: Text | None = None
+    """With `messages_field` and `prompt_field`: the system message of conversations that begin with none."""
+
+    train_on: Literal["assistant", "all"] | None = None
+    """With `messages_field` and `prompt_field`: the loss is taken on the assistant's tokens alone, or on `all`. Left out:
+    `all`."""
+
+    on_error: Literal["fail", "skip"] | None = None
+    """A document that cannot be read: `fail` ends the command, `skip` leaves the document out and counts it. Left out:
+    `fail`."""
 
     subset: Text | None = None
     """With `dataset`: its configuration, for data sets that have several."""
@@ -95,7 +142,7 @@ class Source(Block, json_schema_extra=_say_one_kind):
     split: Text | None = None
     """With `dataset`: its split. Left out: `train`."""
 
-    revision: Text | None = None
+    revision: Revision | None = None
     """With `dataset`: branch, tag or commit; the lock file pins the commit."""
 
     streaming: bool | None = None
@@ -116,9 +163,10 @@ class Source(Block, json_schema_extra=_say_one_kind):
         options = _KINDS[kinds[0]] if len(kinds) == 1 else ()
         given = {key: item for key, item in value.items() if item is not None}
         defaults = {option: _DEFAULTS[option] for option in options if option in _DEFAULTS and option not in given}
-        if "messages_field" in given:
+        contents = next((key for key in _CONTENTS if key in given), "text_field")
+        if contents != "text_field":
             defaults.pop("text_field", None)
-        return given | defaults
+        return given | {key: item for key, item in defaults.items() if contents in _BELONGS.get(key, (contents,))}
 
     @model_validator(mode="after")
     def _check(self) -> Source:
@@ -133,8 +181,13 @@ class Source(Block, json_schema_extra=_say_one_kind):
             if getattr(self, option) is not None and option not in _KINDS[kinds[0]]:
                 fitting = one_of([f"`{kind}`" for kind in possible if option in _KINDS[kind]])
                 raise wrong(f"`{option}` goes with {fitting}, not with `{kinds[0]}`", "leave it out")
-        if self.text_field is not None and self.messages_field is not None:
-            raise wrong("says both `text_field` and `messages_field`", "keep one of them")
+        contents = [option for option in _CONTENTS if getattr(self, option) is not None]
+        if len(contents) > 1:
+            raise wrong(f"says both `{contents[0]}` and `{contents[1]}`", "keep one of them")
+        for option, fitting_contents in _BELONGS.items():
+            if getattr(self, option) is not None and not set(contents) & set(fitting_contents):
+                fitting = one_of([f"`{name}`" for name in fitting_contents])
+                raise wrong(f"`{option}` goes with {fitting}", f"add {fitting}, or leave it out")
         return self
 
     @model_serializer(mode="wrap")
@@ -146,12 +199,34 @@ class Source(Block, json_schema_extra=_say_one_kind):
 class BlendPart(Source):
     """One source of a blend."""
 
-    weight: PositiveFloat
+    weight: PositiveFloat | None = None
     """Share of the text that comes from this source, in proportion to the other weights."""
+
+    tokens: Count | None = None
+    """Instead of `weight`: the number of tokens of the training that come from this source."""
+
+    @property
+    def share(self) -> float:
+        """In proportion to the shares of the other parts."""
+        return float(self.weight if self.weight is not None else self.tokens or 0)
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> BlendPart:
+        if (self.weight is None) == (self.tokens is None):
+            said = "says neither `weight` nor `tokens`" if self.weight is None else "says both `weight` and `tokens`"
+            raise wrong(f"{said}: how much comes from this source", "write one of them")
+        return self
 
 
 class DataSource(Source):
-    """Where documents come from: exactly one of `text`, `jsonl`, `parquet`, `dataset` and `blend`."""
+    """Where documents come from: exactly one of `text`, `jsonl`, `parquet`, `dataset`, `megatron` and `blend`."""
 
     blend: Annotated[Listed[BlendPart], Field(min_length=1)] | None = None
-    """Several sources, mixed by weight: `[{weight: 0.7, text: [...]}, {weight: 0.3, jsonl: [...]}]`."""
+    """Several sources, mixed by weight: `[{weight: 0.7, text: [...]}, {weight: 0.3, jsonl: [...]}]`; or by `tokens`, each
+    part its budget."""
+
+    @model_validator(mode="after")
+    def _one_measure_for_all(self) -> DataSource:
+        if self.blend is not None and len({part.weight is None for part in self.blend}) > 1:
+            raise wrong("mixes parts by `weight` with parts by `tokens`", "write one of the two for every part")
+        return self

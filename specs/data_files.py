@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
+import itertools
 import json
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
 from minitron.specs.data import STDLIB_PREFIX, DataSource, Source
 from minitron.specs.errors import Problem, Refused, SpecError, WorkError, located
+from minitron.specs.file_hashes import file_hash
 from minitron.specs.load import LoadedSpec
 from minitron.specs.spec import Spec
 
@@ -74,12 +79,27 @@ def _expand(pattern: str, folder: Path) -> list[str]:
     if pattern.startswith(STDLIB_PREFIX):
         return [pattern]
     path = folder.absolute() / pattern
-    if path.is_file():  # before patterns: brackets may stand in a file's own name
+    try:
+        mode = path.stat().st_mode  # before patterns: brackets may stand in a file's own name
+    except (OSError, ValueError) as error:
+        # A name that no file can have: too long, or with a NUL.
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            raise FileNotFoundError(f"{shown_path(pattern)} is no name of a file", "write a path") from None
+        return _matches(pattern, folder)
+    if stat.S_ISREG(mode):
         return [str(path)]
-    if path.is_dir():
+    if stat.S_ISDIR(mode):
         raise FileNotFoundError(
             f"`{pattern}` is a folder", f"name the files in it, such as {pattern.rstrip('/')}/**/*.txt"
         )
+    raise FileNotFoundError(
+        f"`{pattern}` is not a regular file", "write its contents to a file: data is read more than once"
+    )
+
+
+def _matches(pattern: str, folder: Path) -> list[str]:
+    if glob.has_magic(pattern):
+        _check_root(pattern, folder)
     # Not Path.glob, which refuses absolute patterns.
     found = (folder.absolute() / match for match in glob.glob(pattern, root_dir=folder, recursive=True))  # noqa: PTH207
     files = sorted(str(file) for file in found if file.is_file())
@@ -92,9 +112,37 @@ def _expand(pattern: str, folder: Path) -> list[str]:
     raise FileNotFoundError(f"there is no file `{pattern}`", f"paths are relative to {folder.absolute()}")
 
 
+_WHOLE_MACHINE = ("/", "/proc", "/sys", "/dev")
+"""Below these a search for files does not end, or finds what is none."""
+
+
+def _check_root(pattern: str, folder: Path) -> None:
+    """`**` begins below a folder of the user's, not below the root of the file system."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return
+    fixed = itertools.takewhile(lambda part: not glob.has_magic(part), parts)
+    root = Path(os.path.normpath(folder.absolute().joinpath(*fixed)))
+    if any(str(one) in _WHOLE_MACHINE[1:] for one in (root, *root.parents)) or str(root) == _WHOLE_MACHINE[0]:
+        raise FileNotFoundError(f"`{pattern}` searches all of {root}", "name the folder that holds the data")
+
+
+def shown_path(text: str) -> str:
+    """A path in a message: what cannot be printed written out, its middle left out where it is long."""
+    plain = text.encode("unicode_escape").decode() if not text.isprintable() else text
+    return f"`{plain if len(plain) <= 120 else f'{plain[:80]}...{plain[-30:]}'}`"
+
+
 def _dataset(name: str, folder: Path, at: str, problems: list[Problem]) -> str:
     path = folder.absolute() / name
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except (OSError, ValueError):
+        problems.append(Problem(f"{at}.dataset", f"{shown_path(name)} is no name of a data set", "write owner/name"))
+        return name
+    if is_folder and os.path.normpath(path) in _WHOLE_MACHINE:
+        problems.append(Problem(f"{at}.dataset", f"`{name}` is no data set", "name the folder that holds the data"))
+    if is_folder:
         return str(path)
     if name.startswith((".", "/")):
         message = f"there is no folder `{name}`"
@@ -112,6 +160,8 @@ def data_files(source: Source) -> list[Path]:
     files: list[Path] = []
     for entry in getattr(source, source.kind):
         files += stdlib(entry) if entry.startswith(STDLIB_PREFIX) else [Path(entry)]
+    if source.megatron is not None:
+        files += [file.with_suffix(".idx") for file in files]
     return files
 
 
@@ -129,7 +179,7 @@ def content_hash(source: Source) -> str:
     """
     digest = hashlib.sha256()
     # Files count by name and content, parts of a blend by their own hash, and how much of the data is read not at all.
-    elsewhere = {"text", "jsonl", "parquet", "blend", "samples", "sequence_length"}
+    elsewhere = {"text", "jsonl", "parquet", "megatron", "blend", "samples", "sequence_length"}
     options = {key: value for key, value in source.model_dump(mode="json").items() if key not in elsewhere}
     if source.dataset is not None and data_files(source):
         options["dataset"] = "folder"
@@ -139,13 +189,34 @@ def content_hash(source: Source) -> str:
             digest.update(content_hash(part).encode())
         return digest.hexdigest()
     for file in data_files(source):
-        try:
-            with file.open("rb") as handle:
-                contents = hashlib.file_digest(handle, "sha256")
-        except OSError as error:
-            raise unreadable(file, error) from None
-        digest.update(f"\n{contents.hexdigest()} {file.name}".encode())
+        digest.update(f"\n{data_file_hash(file)} {file.name}".encode())
     return digest.hexdigest()
+
+
+HASHED_WHOLE = 64 << 20
+"""Bytes up to which a file is hashed whole."""
+
+_PIECES, _PIECE = 64, 64 << 10
+"""Of a larger file, this many pieces of this many bytes, from its beginning to its end."""
+
+
+def data_file_hash(file: Path) -> str:
+    """`sha256:...` of a file's contents; of a large file `sampled:...`, of its size and of pieces from all over it, so that
+    terabytes are told apart in seconds. WorkError for a file that cannot be read."""
+    try:
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise WorkError(f"{file}: is not a regular file; write its contents to one")
+        if found.st_size <= HASHED_WHOLE:
+            return file_hash(file)
+        digest = hashlib.sha256(str(found.st_size).encode())
+        with file.open("rb") as handle:
+            for piece in range(_PIECES):
+                handle.seek((found.st_size - _PIECE) * piece // (_PIECES - 1))
+                digest.update(handle.read(_PIECE))
+        return f"sampled:{digest.hexdigest()}"
+    except OSError as error:
+        raise unreadable(file, error) from None
 
 
 def unreadable(file: Path, error: OSError) -> WorkError:

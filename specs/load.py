@@ -127,7 +127,6 @@ STAND_INS: Mapping[str, Any] = {
     "data": {"text": "unnamed"},
     "tokens": 1,
     "sampled": 1,
-    "weight": 1.0,
     "task": "unnamed",
     "source": "unnamed",
     "scores": {},

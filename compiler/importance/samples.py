@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from minitron.specs.documents import DataSource, Document, iter_documents
+from minitron.specs.documents import DataSource, iter_pieces
+from minitron.specs.encoding import Encoder, recipe_of
+from minitron.specs.encoding.pool import encode_all
 from minitron.specs.errors import UsageError, WorkError
 
 POOL = 8  # sequences read for each one used, so that the samples come from all over the data
@@ -28,49 +31,53 @@ class SampleConfig:
 def calibration_samples(source: DataSource, tokenizer: Any, vocab_size: int, config: SampleConfig) -> torch.Tensor:
     """Token ids [samples, sequence_length], int64; fewer samples where the data has no more.
 
-    Documents follow each other, separated by the end-of-text token; every sequence begins with the token that the
-    tokenizer puts first, because models that were trained so are off without it.
+    Documents follow each other as in training, BOS before and EOS after each where the tokenizer has them; every sequence
+    begins with BOS once, because models that were trained so are off without it. Nothing is read beyond what is needed.
     """
-    first = _first_token(tokenizer)
-    room = config.sequence_length - len(first)
-    wanted = min(config.samples * POOL, max(config.samples, POOL_TOKENS // config.sequence_length))
-    stream: list[int] = []
-    chunks: list[list[int]] = []
-    for tokens in _tokens(iter_documents(source), tokenizer):
-        stream += tokens
-        while len(stream) >= room and len(chunks) < wanted:
-            chunks.append(first + stream[:room])
-            stream = stream[room:]
-        if len(chunks) >= wanted:
+    encoder = Encoder(recipe_of(tokenizer), tokenizer)
+    length = config.sequence_length
+    wanted = min(config.samples * POOL, max(config.samples, POOL_TOKENS // length))
+    rows = []
+    for row in _rows(_tokens(source, encoder, vocab_size, tokenizer), length, encoder.recipe.bos):
+        rows.append(row)
+        if len(rows) >= wanted:
             break
-    if not chunks:
+    if not rows:
         raise WorkError(
-            f"the calibration data has fewer than {config.sequence_length} tokens; name more data, or a shorter sequence_length"
+            f"the calibration data has fewer than {length} tokens; name more data, or a shorter sequence_length"
         )
-    count = min(config.samples, len(chunks))
-    ids = torch.tensor([chunks[i * len(chunks) // count] for i in range(count)], dtype=torch.long)
-    if int(ids.max()) >= vocab_size:
-        raise UsageError(
-            f"the tokenizer yields token {int(ids.max())}, and the teacher's vocabulary has {vocab_size}: "
-            "tokenizer and model do not belong together"
-        )
-    return ids
+    count = min(config.samples, len(rows))
+    return torch.from_numpy(np.stack([rows[i * len(rows) // count] for i in range(count)]))
 
 
-def _first_token(tokenizer: Any) -> list[int]:
-    ids = list(tokenizer("a").input_ids)
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and ids and ids[0] == bos else []
-
-
-def _tokens(documents: Iterable[Document], tokenizer: Any) -> Iterator[list[int]]:
-    end = tokenizer.eos_token_id
-    for document in documents:
-        if not isinstance(document, str):
-            if not getattr(tokenizer, "chat_template", None):
+def _tokens(source: DataSource, encoder: Encoder, vocab_size: int, tokenizer: Any) -> Iterator[np.ndarray[Any, Any]]:
+    """The stream that training would read, in parts. UsageError for a token that the model does not have."""
+    for batch in encode_all(encoder, iter_pieces(source), processes=1, small=_HERE):
+        for one in batch:
+            if len(one.ids) and int(one.ids.max()) >= vocab_size:
+                token = int(one.ids.max())
                 raise UsageError(
-                    "the data has chat messages and the teacher's tokenizer has no chat template; name text_field"
+                    f"{one.where} yields token {token} (`{tokenizer.convert_ids_to_tokens(token)}`), and the teacher's "
+                    f"vocabulary has {vocab_size}; leave that document out, or copy the tokenizer that belongs to the model"
                 )
-            document = str(tokenizer.apply_chat_template(document, tokenize=False))
-        ids = list(tokenizer(document, add_special_tokens=False, verbose=False).input_ids)
-        yield ids if end is None else [*ids, end]
+            yield one.ids.astype(np.int64)
+
+
+_HERE = 1 << 62
+"""Characters that are encoded in this process: all of them, since reading stops early. (Chat templates run in another.)"""
+
+
+def _rows(parts: Iterator[np.ndarray[Any, Any]], length: int, bos: int | None) -> Iterator[np.ndarray[Any, Any]]:
+    """Consecutive sequences of the stream; each begins with BOS, its own or one that is put there."""
+    stream = np.zeros(0, np.int64)
+    for part in parts:
+        stream = np.concatenate([stream, part])
+        start = 0
+        while len(stream) - start >= length:
+            if bos is None or stream[start] == bos:
+                row, start = stream[start : start + length], start + length
+            else:
+                row = np.concatenate([[bos], stream[start : start + length - 1]])
+                start += length - 1
+            yield row
+        stream = stream[start:]

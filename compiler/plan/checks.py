@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.teacher.checkpoint import Checkpoint
-from minitron.compiler.teacher.tokenizer import last_token, load_tokenizer, tokenizer_files
+from minitron.compiler.teacher.tokenizer import lacking_tokens, load_tokenizer, tokenizer_files
 from minitron.specs.data_files import data_sources, resolve
 from minitron.specs.documents import check_readable
 from minitron.specs.errors import Refused, SpecError, UsageError, WorkError, located
@@ -47,29 +47,49 @@ def check_documents(loaded: LoadedSpec) -> list[SpecError]:
     return errors
 
 
-def check_tokenizer(loaded: LoadedSpec, checkpoint: Checkpoint) -> list[SpecError]:
-    """Text is turned into tokens that the teacher has; nothing is said where there is no tokenizer to be looked at."""
+def check_tokenizer(loaded: LoadedSpec, checkpoint: Checkpoint) -> tuple[list[SpecError], list[str]]:
+    """Text is turned into tokens that the teacher has. Errors, and remarks on tokens that only some documents would need;
+    nothing is said where there is no tokenizer to be looked at."""
     sources = list(data_sources(loaded.spec))
     if not sources or not any(tokenizer_files(checkpoint.folder)):
-        return []
+        return [], []
     at = "teacher.model" if loaded.spec.teacher.spec is None else "teacher.spec"
     try:
         tokenizer = load_tokenizer(checkpoint.folder)
     except UsageError as error:
-        return [loaded.error(at, str(error))]
-    errors = []
-    last, size = last_token(checkpoint.folder), int(checkpoint.config.vocab_size)
-    if last is not None and last >= size:
-        message = f"its tokenizer knows tokens up to number {last}, and the model has a vocabulary of {size}"
+        return [loaded.error(at, str(error))], []
+    errors, remarks = [], []
+    size = int(checkpoint.config.vocab_size)
+    lacking = lacking_tokens(tokenizer, size)
+    if lacking.ordinary:
+        message = f"its tokenizer knows {lacking.ordinary}, and the model has a vocabulary of {size}"
         errors.append(loaded.error(at, message, "copy the tokenizer files that belong to this model"))
+    if lacking.added:
+        remarks.append(
+            f"the tokenizer knows {lacking.added}, and the model has a vocabulary of {size}: a document that holds such a "
+            "token is refused when it is read"
+        )
+    if lacking.framing:
+        message = f"its tokenizer puts {lacking.framing} around documents, and the model has a vocabulary of {size}"
+        errors.append(loaded.error(at, message, "name another token in tokenizer_config.json"))
     if not getattr(tokenizer, "chat_template", None):
         errors += [
             loaded.error(f"{path}.messages_field", "the teacher's tokenizer has no chat template", "name text_field")
             for source_at, source in sources
             for path, _, part in source_parts(source_at, source)
-            if part.messages_field is not None
+            if part.messages_field is not None  # pairs do without a template
         ]
-    return errors
+    return errors, remarks
+
+
+def check_padding(loaded: LoadedSpec, checkpoint: Checkpoint) -> list[SpecError]:
+    """The padding token is one of the vocabulary: no embedding can be built otherwise."""
+    padding, size = getattr(checkpoint.config, "pad_token_id", None), getattr(checkpoint.config, "vocab_size", None)
+    if not isinstance(padding, int) or not isinstance(size, int) or -size <= padding < size:
+        return []
+    at = "teacher.model" if loaded.spec.teacher.spec is None else "teacher.spec"
+    message = f"`pad_token_id` in its config.json is {padding}, and the model has a vocabulary of {size}"
+    return [loaded.error(at, message, "write null, or a token of the vocabulary, as `pad_token_id`")]
 
 
 def check_pairs(loaded: LoadedSpec, teacher_layers: int, student_layers: int) -> list[SpecError]:

@@ -23,7 +23,7 @@ from minitron.compiler.estimate.kv_cache import cache_layers
 from minitron.compiler.estimate.training_defaults import place_teacher
 from minitron.compiler.graph.names import dtype_of
 from minitron.compiler.importance.select import Selection, leading, selection_json, wanted_heads
-from minitron.compiler.plan.checks import check_documents, check_lengths, check_pairs, check_tokenizer
+from minitron.compiler.plan.checks import check_documents, check_lengths, check_padding, check_pairs, check_tokenizer
 from minitron.compiler.plan.prove import prove, proved
 from minitron.compiler.plan.recovery import recovery_remarks, rotation_of
 from minitron.compiler.roles.lm_head import find_head
@@ -185,7 +185,10 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
         raise SpecInvalid([*errors, *error.errors]) from None
     except UsageError as error:
         raise SpecInvalid([*errors, loaded.error(at, str(error))]) from None
-    errors += check_tokenizer(loaded, checkpoint)
+    wrong_tokens, remarks = check_tokenizer(loaded, checkpoint)
+    errors += wrong_tokens
+    if padding := check_padding(loaded, checkpoint):
+        raise SpecInvalid([*errors, *padding])
     try:
         captured, checkpoint = _capture(loaded, checkpoint)
         table = analyse(captured)
@@ -222,7 +225,8 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
     teacher_cost, student_cost = _both_costs(captured, table, roles, targets, layers, head, config, model, plain)
     return Plan(
         loaded, build, checkpoint, captured, table, roles, ends, head, targets, config, model, teacher_cost, student_cost,
-        (*_remarks(checkpoint, captured), *recovery_remarks(loaded, checkpoint, targets, rotation, model)), rotation,
+        (*_remarks(checkpoint, captured), *remarks, *recovery_remarks(loaded, checkpoint, targets, rotation, model)),
+        rotation,
     )  # fmt: skip
 
 
@@ -240,8 +244,13 @@ def with_weights(plan: Plan, progress: Progress) -> Plan:
         check_headers(plan.captured, checkpoint)
     except UsageError as error:
         raise SpecInvalid([plan.loaded.error("teacher.model", str(error))]) from None
-    of_recovery = recovery_remarks(plan.loaded, checkpoint, plan.targets, plan.rotation, plan.model)
-    return replace(plan, checkpoint=checkpoint, remarks=(*_remarks(checkpoint, plan.captured), *of_recovery))
+
+    def told(known: Checkpoint) -> tuple[str, ...]:
+        of_recovery = recovery_remarks(plan.loaded, known, plan.targets, plan.rotation, plan.model)
+        return (*_remarks(known, plan.captured), *of_recovery)
+
+    others = (remark for remark in plan.remarks if remark not in told(plan.checkpoint))
+    return replace(plan, checkpoint=checkpoint, remarks=(*told(checkpoint), *others))
 
 
 def _capture(loaded: LoadedSpec, checkpoint: Checkpoint) -> tuple[Captured, Checkpoint]:

@@ -128,7 +128,10 @@ def _cached_commit(repo: str, revision: str, kind: Kind) -> str | None:
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type=kind)
     if is_commit(revision):
         return revision if (folder / "snapshots" / revision).is_dir() else None
+    refs = folder / "refs"
     try:
-        return (folder / "refs" / revision).read_text(encoding="utf-8").strip()
-    except OSError:
+        inside = (refs / revision).resolve().is_relative_to(refs.resolve())
+        commit = (refs / revision).read_text(encoding="utf-8").strip() if inside else None
+    except (OSError, ValueError):
         return None
+    return commit if is_commit(commit) else None

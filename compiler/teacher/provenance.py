@@ -17,9 +17,8 @@ from minitron.compiler.teacher.tokenizer import tokenizer_files
 from minitron.specs.builds import CONFIG, PLAN, build_of, finished_note, result_of
 from minitron.specs.chain import above
 from minitron.specs.data import STDLIB_PREFIX, Source
-from minitron.specs.data_files import data_files, data_sources, resolve, stdlib, unreadable
+from minitron.specs.data_files import data_file_hash, data_files, data_sources, resolve, stdlib
 from minitron.specs.errors import MinitronError, SpecInvalid, UsageError, placing
-from minitron.specs.file_hashes import file_hash
 from minitron.specs.load import LoadedSpec
 from minitron.specs.lockfile import Inputs, source_parts
 from minitron.specs.weight_files import find_weight_files
@@ -39,7 +38,7 @@ def observe(loaded: LoadedSpec, *, offline_will_do: bool = True) -> Inputs:
     inputs: Inputs = {"teacher": teacher}
     if folder is not None:
         inputs["tokenizer"] = {
-            path.relative_to(folder).as_posix(): _file_hash(path) for path in tokenizer_files(folder)
+            path.relative_to(folder).as_posix(): data_file_hash(path) for path in tokenizer_files(folder)
         }
     written = dict(data_sources(loaded.written or loaded.spec))
     data: Inputs = {}
@@ -112,10 +111,10 @@ def _teacher(loaded: LoadedSpec) -> tuple[Inputs, Path | None]:
     config = folder / CONFIG
     if not config.is_file():
         raise SpecInvalid([loaded.error("teacher.model", f"{folder} has no config.json", "name a Hugging Face model")])
-    part["config"] = _file_hash(config)
+    part["config"] = data_file_hash(config)
     generation = folder / "generation_config.json"
     if generation.is_file():
-        part["generation_config"] = _file_hash(generation)
+        part["generation_config"] = data_file_hash(generation)
     # Of a model on the Hub the commit says all of this, and the weights may not be here.
     if not local.is_dir():
         return part, folder
@@ -167,7 +166,7 @@ def _source(source: Source, written: Source, folder: Path, offline_will_do: bool
         if entry.startswith(STDLIB_PREFIX):
             part[entry] = _together(stdlib(entry), folder)
         else:
-            part[Path(os.path.relpath(entry, folder)).as_posix()] = _file_hash(Path(entry))
+            part[Path(os.path.relpath(entry, folder)).as_posix()] = data_file_hash(Path(entry))
     return part
 
 
@@ -183,14 +182,7 @@ def _folder(loaded: LoadedSpec, name: str) -> Inputs:
 
 def _together(files: list[Path], folder: Path) -> str:
     """One hash of many files: of their names and contents."""
-    return _sha256(f"{path.name} {_file_hash(path)}\n".encode() for path in files)
-
-
-def _file_hash(path: Path) -> str:
-    try:
-        return file_hash(path)
-    except OSError as error:
-        raise unreadable(path, error) from None
+    return _sha256(f"{path.name} {data_file_hash(path)}\n".encode() for path in files)
 
 
 def _sha256(parts: Iterable[bytes]) -> str:

@@ -1,26 +1,49 @@
-"""The tokenizer of a checkpoint folder: its files, loading it, the last token that it knows."""
+"""The tokenizer of a checkpoint folder: its files, loading it, and the tokens that a model lacks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minitron.compiler.teacher.model_config import in_one_line, load_config
 from minitron.specs.builds import CONFIG
+from minitron.specs.encoding import recipe_of
 from minitron.specs.errors import UsageError
-from minitron.specs.json_files import read_json
 
 
-def last_token(folder: Path) -> int | None:
-    """The highest token number of the tokenizer in a folder; None where tokenizer.json is not there or is none."""
-    try:
-        document = read_json(folder / "tokenizer.json")
-        vocabulary = document["model"]["vocab"]
-        numbers = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
-        return int(max([*numbers, *(token["id"] for token in document.get("added_tokens") or ())]))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
+@dataclass(frozen=True)
+class LackingTokens:
+    """Tokens of a tokenizer that a model has no row for, in words; empty where there are none."""
+
+    ordinary: str
+    """Those that text is made of: the tokenizer is another model's."""
+
+    added: str
+    """Those that were added to it, as a padding token is, and the model never resized."""
+
+    framing: str
+    """Those of them that stand around every document."""
+
+
+def lacking_tokens(tokenizer: Any, size: int) -> LackingTokens:
+    """The tokens from number `size` on, by what they are."""
+    beyond = {int(number): str(token) for token, number in tokenizer.get_vocab().items() if number >= size}
+    added = {number: token for number, token in beyond.items() if number in tokenizer.added_tokens_decoder}
+    recipe = recipe_of(tokenizer)
+    around = {number: token for number, token in added.items() if number in (recipe.bos, recipe.eos)}
+    ordinary = {number: token for number, token in beyond.items() if number not in added}
+    return LackingTokens(*(_in_words(tokens) for tokens in (ordinary, added if not around else {}, around)))
+
+
+def _in_words(tokens: dict[int, str]) -> str:
+    """`<pad>` as token 32000, and 3 more"""
+    if not tokens:
+        return ""
+    first = min(tokens)
+    more = f", and {len(tokens) - 1} more" if len(tokens) > 1 else ""
+    return f"`{tokens[first]}` as token {first}{more}"
 
 
 TOKENIZER_FILES = (

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeAlias, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    WithJsonSchema,
+)
 from pydantic_core import PydanticCustomError
 
 from minitron.specs.source import YesNo
@@ -112,6 +122,20 @@ NonNegativeFloat: TypeAlias = Annotated[float, Field(ge=0)]
 
 # An empty name or path is never meant.
 Text: TypeAlias = Annotated[str, Field(min_length=1)]
+
+
+_REVISION = re.compile(r"[A-Za-z0-9][\w.+@=-]*(/[\w.+@=-]+)*", re.ASCII)
+
+
+def _check_revision(value: str) -> str:
+    """As git names branches and tags: nothing that leads out of a folder of them."""
+    if not _REVISION.fullmatch(value) or ".." in value:
+        raise wrong("{given} is no branch, tag or commit", "write a name such as main or v1.0, or a commit")
+    return value
+
+
+Revision: TypeAlias = Annotated[Text, AfterValidator(_check_revision)]
+"""A branch, a tag or a commit."""
 
 
 # --- widths ---

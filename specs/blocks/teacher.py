@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from minitron.specs.blocks.base import Block, Text
+from minitron.specs.blocks.base import Block, Revision, Text
 
 
 class Teacher(Block, json_schema_extra={"oneOf": [{"required": ["model"]}, {"required": ["spec"]}]}):
@@ -16,7 +16,7 @@ class Teacher(Block, json_schema_extra={"oneOf": [{"required": ["model"]}, {"req
     spec: Text | None = None
     """Instead of `model`: a spec, relative to this file, whose result is the teacher (a chain 15B -> 8B -> 4B)."""
 
-    revision: Text | None = None
+    revision: Revision | None = None
     """Branch, tag or commit of a Hugging Face id; the lock file pins the commit. Left out: the main branch."""
 
     dtype: Literal["bfloat16", "float32", "float16"] | None = None

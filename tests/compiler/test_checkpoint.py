@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from minitron.compiler.capture.models import build_meta, canonical_names, quiet
+from minitron.compiler.importance.samples import SampleConfig, calibration_samples
 from minitron.compiler.plan.plan import make_plan
 from minitron.compiler.teacher.checkpoint import Checkpoint, open_checkpoint
-from minitron.compiler.teacher.tokenizer import last_token
 from minitron.compiler.weights.source import StreamedWeights, check_headers, open_weights
+from minitron.specs.data import DataSource
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError
 from minitron.specs.weight_files import INDEX, SINGLE
 from tests import models
@@ -322,26 +323,14 @@ def test_tied_teachers_need_no_second_copy(tmp_path: Path) -> None:
 class TestVocabulary:
     """A tokenizer of another model is noticed before anything is computed."""
 
-    def test_the_highest_token_is_read_from_the_file(self, tmp_path: Path) -> None:
-        tokenizer = {"model": {"vocab": {"a": 0, "b": 7}}, "added_tokens": [{"id": 9}]}
-        (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
-        assert last_token(tmp_path) == 9
-        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": [["a", -1.0], ["b", -2.0]]}}))
-        assert last_token(tmp_path) == 1
-
-    @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"model": {}}', '{"model": {"vocab": {}}}'])
-    def test_what_cannot_be_read_says_nothing(self, tmp_path: Path, content: str | None) -> None:
-        if content is not None:
-            (tmp_path / "tokenizer.json").write_text(content)
-        assert last_token(tmp_path) is None
-
     def test_more_tokens_than_the_model_has_are_refused_with_all_other_errors(
         self, foundry: Foundry, tmp_path: Path
     ) -> None:
         shutil.copytree(foundry.teacher("llama"), tmp_path / "teacher")
         path = tmp_path / "teacher" / "tokenizer.json"
         tokenizer = json.loads(path.read_text())
-        tokenizer["added_tokens"][0]["id"] = models.VOCABULARY
+        vocabulary = tokenizer["model"]["vocab"]
+        vocabulary[next(reversed(vocabulary))] = models.VOCABULARY
         path.write_text(json.dumps(tokenizer))
         data = {"text": ["nowhere.txt"]}
         loaded = foundry.load(
@@ -354,10 +343,54 @@ class TestVocabulary:
             "teacher.model", "student.hidden_size", "student.num_attention_heads", "importance.data.text.0",
         }  # fmt: skip
         assert (
-            f"up to number {models.VOCABULARY}, and the model has a vocabulary of {models.VOCABULARY}"
+            f"as token {models.VOCABULARY}, and the model has a vocabulary of {models.VOCABULARY}"
             in found["teacher.model"].message
         )
         assert all(error.line for error in found.values())
+
+    def test_a_token_that_was_added_and_never_resized_is_a_remark(self, foundry: Foundry, tmp_path: Path) -> None:
+        folder = with_added_token(foundry, tmp_path, "<image>")
+        plan = foundry.plan(folder, {"hidden_size": 24})
+        (remark,) = [one for one in plan.remarks if "<image>" in one]
+        assert f"the tokenizer knows `<image>` as token {models.VOCABULARY}, and the model has a vocabulary" in remark
+
+    def test_a_document_that_holds_it_is_refused(self, foundry: Foundry, tmp_path: Path) -> None:
+        folder = with_added_token(foundry, tmp_path, "<image>")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        (tmp_path / "a.txt").write_text("the cat sat\nthe <image> sat\n" * 40)
+        source = DataSource(text=(str(tmp_path / "a.txt"),), document="line")
+        with pytest.raises(
+            UsageError, match=r"a\.txt:2 yields token 96 \(`<image>`\), and the teacher's vocabulary has 96"
+        ):
+            calibration_samples(source, tokenizer, models.VOCABULARY, SampleConfig(4, 16))
+
+    def test_an_end_token_that_the_model_lacks(self, foundry: Foundry, tmp_path: Path) -> None:
+        folder = with_added_token(foundry, tmp_path, "<end>")
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<end>"}))
+        with pytest.raises(
+            SpecInvalid, match=r"its tokenizer puts `<end>` as token 96 around documents, and the model"
+        ):
+            foundry.plan(folder, {"hidden_size": 24})
+
+    def test_a_padding_token_outside_the_vocabulary(self, foundry: Foundry, tmp_path: Path) -> None:
+        shutil.copytree(foundry.teacher("llama"), tmp_path / "teacher")
+        path = tmp_path / "teacher" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": models.VOCABULARY}))
+        with pytest.raises(
+            SpecInvalid, match=r"`pad_token_id` in its config\.json is 96, and the model has a vocabulary of 96"
+        ):
+            foundry.plan(tmp_path / "teacher", {"hidden_size": 24})
+
+
+def with_added_token(foundry: Foundry, tmp_path: Path, token: str) -> Path:
+    """A teacher whose tokenizer has one token more than the model."""
+    shutil.copytree(foundry.teacher("llama"), tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "teacher")
+    filling = [f"<{number}>" for number in range(len(tokenizer), models.VOCABULARY)]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*filling, token]})
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
 
 
 def test_a_configuration_of_more_layers_than_the_files_hold(foundry: Foundry, tmp_path: Path) -> None:

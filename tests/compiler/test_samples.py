@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from minitron.compiler.importance.samples import SampleConfig, calibration_samples
@@ -17,7 +18,7 @@ from minitron.specs.errors import UsageError, WorkError
 from tests.models import VOCABULARY, save_tokenizer, text
 
 LINES = text(60).splitlines()
-END = 2
+BEGIN, END = 1, 2
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +36,14 @@ def tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-class Beginning:
+@pytest.fixture
+def beginning(folder: Path) -> Any:
     """A tokenizer that puts the beginning-of-text token first, as those of Llama and Gemma do."""
-
-    bos_token_id, eos_token_id = 1, END
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-
-    def __call__(self, words: str, add_special_tokens: bool = True, **others: Any) -> Any:
-        result = self.inner(words, add_special_tokens=False, **others)
-        if add_special_tokens:
-            result["input_ids"] = [1, *result["input_ids"]]
-        return result
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", BEGIN)]
+    )
+    return tokenizer
 
 
 def corpus(folder: Path) -> DataSource:
@@ -79,13 +75,18 @@ def test_few_samples_come_from_all_over_a_larger_corpus(folder: Path, tokenizer:
     assert where == sorted(where) and where[0] == 0 and where[-1] >= len(every) * 3 // 4
 
 
-def test_each_sequence_begins_with_the_token_that_the_model_was_trained_to_see_first(
-    folder: Path, tokenizer: Any
+def test_each_sequence_begins_once_with_the_token_that_the_model_was_trained_to_see_first(
+    folder: Path, beginning: Any
 ) -> None:
-    """And none has it in the middle: documents are read without it."""
-    ids = samples(corpus(folder), Beginning(tokenizer), 1000, 32)
-    assert (ids[:, 0] == 1).all() and not (ids[:, 1:] == 1).any()
-    assert ids[:, 1:].flatten().tolist() == stream(tokenizer)[: len(ids) * 31]
+    """As in training, every document inside of it has that token too; no sequence begins with two."""
+    ids = samples(corpus(folder), beginning, 1000, 32)
+    assert (ids[:, 0] == BEGIN).all() and not (ids[:, 1] == BEGIN).any()
+    whole = [token for line in LINES for token in [BEGIN, *beginning(line, add_special_tokens=False).input_ids, END]]
+    place = 0
+    for row in ids.tolist():
+        start = place if whole[place] == BEGIN else place - 1
+        assert row == [BEGIN, *whole[start + 1 : start + 32]]
+        place = start + 32
 
 
 def test_a_tokenizer_that_puts_nothing_first_gets_nothing_first(folder: Path, tokenizer: Any) -> None:
@@ -95,7 +96,7 @@ def test_a_tokenizer_that_puts_nothing_first_gets_nothing_first(folder: Path, to
 def test_chats_are_rendered_with_the_template(folder: Path, tokenizer: Any) -> None:
     source = DataSource(jsonl=(str(folder / "chat.jsonl"),), messages_field="messages")
     with pytest.raises(
-        UsageError, match="chat messages and the teacher's tokenizer has no chat template; name text_field"
+        WorkError, match=r"chat\.jsonl:1: is a conversation and the tokenizer has no chat template; add"
     ):
         samples(source, tokenizer, 4, 32)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -110,7 +111,7 @@ def test_too_little_text(folder: Path, tokenizer: Any) -> None:
 
 def test_a_tokenizer_of_another_model(folder: Path, tokenizer: Any) -> None:
     largest = max(stream(tokenizer))
-    words = f"the tokenizer yields token {largest}, and the teacher's vocabulary has {largest}: tokenizer and model"
+    words = rf"corpus\.txt:\d+ yields token {largest} \(`.+`\), and the teacher's vocabulary has {largest}; leave"
     with pytest.raises(UsageError, match=words):
         samples(corpus(folder), tokenizer, 1000, 32, vocabulary=largest)
     samples(corpus(folder), tokenizer, 1000, 32, vocabulary=largest + 1)

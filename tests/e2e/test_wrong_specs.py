@@ -120,7 +120,7 @@ evaluate:
 """
 EVERYWHERE = {
     (2, "teacher.model", "is not a whole safetensors file"),
-    (2, "teacher.model", "its tokenizer knows tokens up to number"),
+    (2, "teacher.model", "its tokenizer knows `"),
     (4, "teacher.colour", "unknown key"),
     (6, "student.hidden_size", "64 is not between 1 and the teacher's 32"),
     (8, "student.num_key_value_heads", "cannot share 3 query heads"),

@@ -14,7 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitron.specs import WorkError
-from minitron.specs.documents import DataSource, check_data, content_hash, data_files, iter_documents, resolve
+from minitron.specs.documents import (
+    Conversation,
+    DataSource,
+    check_data,
+    content_hash,
+    data_files,
+    iter_documents,
+    resolve,
+)
 from minitron.specs.errors import Refused
 from tests.specs.conftest import Load
 from tests.specs.specimens import SMALL
@@ -163,7 +171,7 @@ def test_a_row_is_a_document(tmp_path: Path) -> None:
 
 def test_messages_are_handed_on_as_they_are(tmp_path: Path) -> None:
     rows(tmp_path / "a.jsonl", {"chat": CHAT})
-    assert read(tmp_path, jsonl="a.jsonl", messages_field="chat") == [CHAT]
+    assert read(tmp_path, jsonl="a.jsonl", messages_field="chat") == [Conversation(CHAT)]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +188,7 @@ def test_messages_are_handed_on_as_they_are(tmp_path: Path) -> None:
         ("{}", {}, "has no field `text`; there is nothing"),
         ('{"text": 3}', {}, "`text` is not text; name the field that holds the text as `text_field`"),
         ('{"text": "a"}', {"messages_field": "text"}, "`text` is not a list of messages such as"),
-        ('{"text": []}', {"messages_field": "text"}, "`text` is not a list of messages such as"),
+        ('{"text": [{}]}', {"messages_field": "text"}, "`text` is not a list of messages such as"),
         ('{"chat": "a"}', {"messages_field": "text"}, "there is `chat`: write one of them as `messages_field`"),
     ],
 )
@@ -208,7 +216,7 @@ def test_a_parquet_row_is_a_document(tmp_path: Path) -> None:
 
 def test_parquet_messages(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", chat=[CHAT])
-    assert read(tmp_path, parquet="a.parquet", messages_field="chat") == [CHAT]
+    assert read(tmp_path, parquet="a.parquet", messages_field="chat") == [Conversation(CHAT)]
 
 
 TOOLS = [
@@ -231,15 +239,15 @@ def test_messages_have_the_keys_that_were_written_whatever_they_are_stored_in(tm
         datasets.Dataset.from_dict({"chat": TOOLS}).save_to_disk(tmp_path / "data")
     else:
         rows(tmp_path / "data", *({"chat": chat} for chat in TOOLS))
-    assert read(tmp_path, **{kind: "data"}, messages_field="chat") == TOOLS
+    assert read(tmp_path, **{kind: "data"}, messages_field="chat") == [Conversation(chat) for chat in TOOLS]
 
 
 def test_wrong_parquet_is_refused(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", body=["x"])
     with pytest.raises(WorkError, match="has no field `text`; there is `body`"):
         read(tmp_path, parquet="a.parquet")
-    parquet(tmp_path / "b.parquet", text=["x", None])
-    with pytest.raises(WorkError, match="row 2: `text` is not text"):
+    parquet(tmp_path / "b.parquet", text=[1, 2])
+    with pytest.raises(WorkError, match="row 1: `text` is not text"):
         read(tmp_path, parquet="b.parquet")
     (tmp_path / "c.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(WorkError, match=r"c\.parquet: is not a whole parquet file"):

@@ -238,7 +238,7 @@ WRONG = {
         "5:11",
         "distill.data",
         "no source",
-        "write one of text, jsonl, parquet, dataset or blend",
+        "write one of text, jsonl, parquet, dataset, megatron or blend",
     ),
     "a misspelled source": Wrong(
         SMALL.replace("{data: {text: [a.txt]}, tok", "{data: {txt: [a.txt]}, tok"),

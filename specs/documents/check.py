@@ -1,0 +1,127 @@
+"""Finds in seconds what is wrong with data, before hours are spent: small sources are read whole, of large ones samples."""
+
+from __future__ import annotations
+
+import codecs
+import itertools
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO
+
+from minitron.specs.data import DataSource, Source
+from minitron.specs.data_files import data_files
+from minitron.specs.documents.json_array import elements
+from minitron.specs.documents.kinds import Tally
+from minitron.specs.documents.megatron import open_megatron
+from minitron.specs.documents.opening import BLOCK, COMPRESSED, check_utf8, not_utf8, open_bytes
+from minitron.specs.documents.readers import describe, is_array, json_line, parquet_rows, read_source
+from minitron.specs.documents.rows import RowReader
+from minitron.specs.errors import WorkError
+
+WHOLE_BYTES = 8 << 20
+"""A source up to this size is read whole: a few tenths of a second."""
+
+PLACES = 16
+"""Places in a larger file that are looked at, from its beginning to near its end."""
+
+SAMPLED_ROWS = 32
+"""Rows that are read at each place."""
+
+SAMPLED_FILES = 128
+"""Of more files than this, so many are looked at, the first and the last among them."""
+
+
+def check_readable(source: Source) -> None:
+    """There is a document in a resolved source, and its files are what the source says: their form, their columns, the rows
+    that are looked at. WorkError for the first fault.
+
+    Of the Hub nothing is read: it needs a network. Under `on_error: skip` only the absence of any document is a fault.
+    """
+    if isinstance(source, DataSource) and source.blend is not None:
+        for part in source.blend:
+            check_readable(part)
+        return
+    if source.dataset is not None or (source.parquet is not None and find_spec("pyarrow") is None):
+        return
+    files = data_files(source)
+    small = source.on_error != "skip" and sum(_size(file) for file in files) <= WHOLE_BYTES
+    if not small and source.on_error != "skip":
+        for file in _spread(files):
+            _look_into(file, source)
+    pieces = read_source(source, Tally())
+    if next(pieces, None) is None:
+        raise WorkError(f"there is no document in {describe(source)}; name other data in the spec")
+    if small:
+        for _ in pieces:
+            pass
+
+
+def _spread(files: list[Path]) -> list[Path]:
+    count = min(len(files), SAMPLED_FILES)
+    return [files[index * (len(files) - 1) // max(1, count - 1)] for index in range(count)]
+
+
+def _size(file: Path) -> int:
+    """What a file holds cannot be less than this; whether it can be read is found out by reading it."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
+
+
+def _look_into(file: Path, source: Source) -> None:
+    if source.megatron is not None:
+        open_megatron(file)
+    elif source.parquet is not None:
+        reader = RowReader(source, Tally())
+        for row, where in parquet_rows(file, reader, limit=SAMPLED_ROWS):
+            reader.read(row, where)
+    elif source.jsonl is not None:
+        _look_into_json(file, source)
+    elif _size(file) <= BLOCK:
+        check_utf8(file)
+    else:
+        with open_bytes(file) as handle:
+            for block in _blocks(handle, file):
+                try:
+                    # A block may begin and end inside a character.
+                    trimmed = block.lstrip(bytes(range(0x80, 0xC0))) if handle.tell() > len(block) else block
+                    codecs.getincrementaldecoder("utf-8")().decode(trimmed)
+                except UnicodeDecodeError as error:
+                    raise not_utf8(str(file), error) from None
+
+
+def _look_into_json(file: Path, source: Source) -> None:
+    reader = RowReader(source, Tally())
+    with open_bytes(file) as handle:
+        if is_array(handle):
+            for row, where in itertools.islice(elements(handle, str(file)), SAMPLED_ROWS):
+                reader.read(row, where)
+            return
+        for number, line in enumerate(itertools.islice(handle, SAMPLED_ROWS), 1):
+            if line.strip():
+                where = f"{file}:{number}"
+                reader.read(json_line(line.removeprefix(codecs.BOM_UTF8), where), where)
+        if file.suffix in COMPRESSED:
+            return
+        for place in _places(file):
+            handle.seek(place)
+            handle.readline()  # the rest of a line
+            for _ in range(SAMPLED_ROWS):
+                where = f"{file}: the line at byte {handle.tell()}"
+                if (line := handle.readline()).strip():
+                    reader.read(json_line(line, where), where)
+
+
+def _places(file: Path) -> list[int]:
+    size = _size(file)
+    return [size * place // PLACES for place in range(1, PLACES)]
+
+
+def _blocks(handle: IO[bytes], file: Path) -> Iterator[bytes]:
+    yield handle.read(BLOCK)
+    if file.suffix not in COMPRESSED:
+        for place in _places(file):
+            handle.seek(place)
+            yield handle.read(BLOCK // PLACES)

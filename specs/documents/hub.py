@@ -1,0 +1,99 @@
+"""Reads data sets of the Hugging Face Hub, and folders that hold one, with the `datasets` library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from minitron.specs.data import Source
+from minitron.specs.documents.opening import packages_missing
+from minitron.specs.errors import WorkError
+
+
+def dataset_rows(source: Source) -> Iterator[tuple[Any, str]]:
+    """(row, place) of the source's split, which streaming fetches as they are read."""
+    rows, read = iter(_load(source)), 0
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # as in `_load`
+            raise WorkError(
+                f"the data set {source.dataset} cannot be read after {read} rows ({_reason(error)}); check the network and "
+                "run the command again, or write a folder that holds the data"
+            ) from None
+        read += 1
+        yield row, f"data set {source.dataset} row {read}"
+
+
+def _load(source: Source) -> Iterable[Any]:
+    assert source.dataset is not None and source.split is not None
+    try:
+        import datasets
+    except ImportError:
+        raise packages_missing("reading data sets") from None
+    folder = Path(source.dataset)
+    saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    try:
+        if saved:
+            loaded: Any = datasets.load_from_disk(source.dataset)
+        else:
+            loaded = datasets.load_dataset(
+                source.dataset,
+                source.subset,
+                split=None if folder.is_absolute() else source.split,
+                revision=source.revision,
+                streaming=bool(source.streaming),
+            )
+    except Exception as error:  # the library raises a dozen kinds, from several packages, for data that cannot be read
+        raise WorkError(
+            f"the data set {source.dataset} cannot be loaded ({_reason(error)}); check its name, `subset`, `split` and "
+            "`revision`, and the network; without a network, write a folder that holds it"
+        ) from None
+    # Of a folder all splits are there, or it is one by itself, whatever the split is called.
+    if isinstance(loaded, dict):
+        return _split(loaded, source)
+    if saved and _sliced(source.split):
+        return _split({source.split.partition("[")[0]: loaded}, source)
+    return loaded  # type: ignore[no-any-return]
+
+
+def _sliced(split: str) -> bool:
+    return "[" in split or "+" in split
+
+
+def _split(loaded: dict[str, Any], source: Source) -> Iterable[Any]:
+    """A split of those that were loaded, or what `train[:50%]` and `train+test` make of them."""
+    import datasets
+
+    wanted = str(source.split)
+    there = ", ".join(f"`{name}`" for name in loaded)
+    if wanted in loaded:
+        return loaded[wanted]  # type: ignore[no-any-return]
+    if not _sliced(wanted):
+        raise WorkError(f"the data set {source.dataset} has no split `{wanted}`; write one of {there}")
+    if source.streaming:
+        raise WorkError(
+            f"the data set {source.dataset} is streamed, and `{wanted}` needs its length; write one of {there}, or "
+            "`streaming: false`"
+        )
+    try:
+        sizes = {name: len(part) for name, part in loaded.items()}
+        spans = datasets.ReadInstruction.from_spec(wanted).to_absolute(sizes)
+    except Exception as error:
+        raise WorkError(
+            f"the data set {source.dataset} has no split `{wanted}` ({_reason(error)}); write one of {there}, or a part of "
+            "one such as train[:50%]"
+        ) from None
+    parts = [loaded[span.splitname] for span in spans]
+    chosen = [
+        part.select(range(span.from_ or 0, len(part) if span.to is None else span.to))
+        for span, part in zip(spans, parts, strict=True)
+    ]
+    return datasets.concatenate_datasets(chosen)  # type: ignore[no-any-return]
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

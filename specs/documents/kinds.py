@@ -1,0 +1,93 @@
+"""The documents that sources yield, and the count of what was read and left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+Message: TypeAlias = dict[str, Any]
+
+SHOWN = 3
+"""Reasons that a tally keeps: enough to see of which kind they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Chat messages, rendered with the tokenizer's chat template by whoever holds a tokenizer."""
+
+    messages: list[Message]
+    tools: list[Any] | None = None
+    train_on: Literal["assistant", "all"] = "all"
+    pair: bool = False
+    """A prompt and its completion: without a chat template they are plain text, one after the other."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """A document that was tokenized by others."""
+
+    ids: Sequence[int]
+
+
+Document: TypeAlias = str | Conversation | TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A document, or a part of a text too long to be held in memory; `where` names it in messages."""
+
+    content: Document
+    where: str
+    begins: bool = True
+    """Whether a document begins here; otherwise the piece goes on where the one before ended."""
+
+    ends: bool = True
+    lenient: bool = False
+    """Whether the document is left out and counted where it cannot be rendered (`on_error: skip`)."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """The number of documents that were read and of those that were left out."""
+
+    documents: int = 0
+    empty: int = 0
+    """Documents without anything but white space, and those that are null."""
+
+    skipped: int = 0
+    """Documents that could not be read, under `on_error: skip`."""
+
+    repaired: int = 0
+    """Documents in which halves of surrogate pairs were replaced by U+FFFD."""
+
+    reasons: list[str] = field(default_factory=list)
+    """Why the first few were skipped."""
+
+    def skip(self, reason: str) -> None:
+        self.skipped += 1
+        if len(self.reasons) < SHOWN:
+            self.reasons.append(reason)
+
+    def add(self, other: Tally) -> None:
+        for name in ("documents", "empty", "skipped", "repaired"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.reasons = [*self.reasons, *other.reasons][:SHOWN]
+
+    def notes(self) -> list[str]:
+        """What a user should know of it, a sentence each."""
+        notes = []
+        if self.skipped:
+            notes.append(f"{self.skipped} documents could not be read and were left out, such as {self.reasons[0]}")
+        if self.repaired:
+            notes.append(f"in {self.repaired} documents halves of surrogate pairs were replaced by U+FFFD")
+        return notes
+
+
+def size_of(document: Document) -> int:
+    """Roughly the number of characters, for proportions and for cutting work into batches."""
+    if isinstance(document, str):
+        return len(document)
+    if isinstance(document, TokenIds):
+        return 4 * len(document.ids)
+    return sum(len(str(message)) for message in document.messages)

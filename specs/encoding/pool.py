@@ -1,0 +1,158 @@
+"""Encodes batches of documents in several processes, and gives their tokens in the order of the documents.
+
+Processes and not threads: the tokenizer library releases the interpreter's lock, and what becomes of its tokens in Python
+does not. Chat templates run in no other place (`specs.encoding.chat`).
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
+
+import minitron
+from minitron.specs.documents.kinds import Conversation, Piece, size_of
+from minitron.specs.encoding.encoder import Encoded, Encoder
+from minitron.specs.encoding.worker import read_answer, request
+from minitron.specs.errors import WorkError
+
+_BATCH_CHARACTERS = 1 << 20
+_BATCH_DOCUMENTS = 4096
+
+SMALL = 8 * _BATCH_CHARACTERS
+"""Characters up to which text is encoded in this process: others take longer to start."""
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def encode_all(
+    encoder: Encoder, pieces: Iterable[Piece], *, skip: int = 0, processes: int | None = None, small: int = SMALL
+) -> Iterator[list[Encoded]]:
+    """The tokens of all pieces, a batch at a time, in order. WorkError as for `Encoder.encode`.
+
+    The first `skip` pieces, as the encoder prepares them, are passed over: an earlier process had them. The first `small`
+    characters of text are encoded here. `processes` is the number of cores where it is left out; 0 encodes text here,
+    however long it is.
+    """
+    batches = _batches(itertools.islice(encoder.prepare(pieces), skip, None))
+    processes = cores() if processes is None else processes
+    library = encoder.recipe.tokenizer is not None
+    done = 0
+    for batch in batches:
+        chat = any(isinstance(piece.content, Conversation) for piece in batch)
+        if (chat and library) or (done >= small and library and processes > 0):
+            with _pool(encoder, max(1, processes)) as pool:
+                yield from pool.encode(batch, batches)
+            return
+        yield encoder.encode(batch)
+        done += sum(size_of(piece.content) for piece in batch)
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Enough at a time to be worth a message, never more than fits in memory."""
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += size_of(piece.content)
+        if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class _Pool:
+    def __init__(self, encoder: Encoder, processes: int) -> None:
+        self.encoder, self.processes = encoder, processes
+        self.idle: SimpleQueue[subprocess.Popen[bytes] | None] = SimpleQueue()
+        self.started: list[subprocess.Popen[bytes]] = []
+        self.threads = ThreadPoolExecutor(processes)
+        self.lock, self.closed = Lock(), False
+        for _ in range(processes):
+            self.idle.put(None)  # each is started when there is work for it
+
+    def encode(self, first: list[Piece], rest: Iterator[list[Piece]]) -> Iterator[list[Encoded]]:
+        waiting: collections.deque[Future[list[Encoded]]] = collections.deque([self.threads.submit(self._ask, first)])
+        for batch in rest:
+            waiting.append(self.threads.submit(self._ask, batch))
+            while len(waiting) > 2 * self.processes or (waiting and waiting[0].done()):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def _ask(self, batch: list[Piece]) -> list[Encoded]:
+        process = self.idle.get() or self._start()
+        try:
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write(request(batch))
+            process.stdin.flush()
+            return read_answer(process.stdout)
+        except (EOFError, OSError):
+            code = process.wait()
+            raise WorkError(
+                f"{batch[0].where}: the process that encodes this document and the {len(batch) - 1} behind it ended with "
+                f"code {code}; where it is the chat template that takes endless time or memory, mend it, else make more "
+                "memory free"
+            ) from None
+        finally:
+            self.idle.put(process if process.poll() is None else None)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "minitron.specs.encoding.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=_environment(),
+            start_new_session=True,  # Ctrl-C is for the process that asks
+        )
+        with self.lock:
+            self.started.append(process)
+            if self.closed:
+                process.kill()
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(self.encoder.recipe.to_json()).encode() + b"\n")
+        return process
+
+    def close(self) -> None:
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        with self.lock:
+            self.closed = True
+            for process in self.started:
+                process.kill()
+        self.threads.shutdown()  # what was asked of them ends with them
+        for process in self.started:
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    stream.close()
+
+
+def _environment() -> dict[str, str]:
+    """That of this process, one thread to each other one, and the same `minitron` in it."""
+    here = str(Path(minitron.__file__).resolve().parent.parent)
+    path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+    one = dict.fromkeys(("RAYON_NUM_THREADS", "OMP_NUM_THREADS"), "1")
+    return os.environ | one | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+@contextmanager
+def _pool(encoder: Encoder, processes: int) -> Iterator[_Pool]:
+    pool = _Pool(encoder, processes)
+    try:
+        yield pool
+    finally:
+        pool.close()
