@@ -30,10 +30,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from minitron.cli.libraries import quiet_libraries
-from minitron.compiler import Plan, compile_spec, read_outlook
+from minitron.compiler import Plan, compile_spec, read_hardware
 from minitron.compiler import compile as compile_module
 from minitron.compiler.compile import write_training_plan
 from minitron.compiler.estimate.activations import Living
+from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.estimate.hardware import ASSUMED_MFU
 from minitron.specs import load_spec
 from minitron.specs.progress import Silent
@@ -176,10 +177,10 @@ def make_spec(folder: Path, shape: dict[str, Any]) -> Path:
 def compare(name: str, shape: dict[str, Any], folder: Path, device: str, variants: Sequence[str]) -> list[Row]:
     """Compiles and trains one shape, and sets estimate beside measurement."""
     spec, build = make_spec(folder, shape), folder / "build"
-    outlook = read_outlook("cuda" if device.startswith("cuda") else "cpu", None, None)
+    hardware = read_hardware("cuda" if device.startswith("cuda") else "cpu", None, None)
     with measuring(device, compile_module, "calibrate", inside=True) as calibrations:
         plan = compile_spec(load_spec(spec), build, device=device, progress=Silent())
-    (phase,) = (one for one in plan.phases(outlook) if one["name"] == "calibrate")
+    (phase,) = (one for one in plan.phases(hardware) if one["name"] == "calibrate")
     rows = [
         Row(name, "calibrate: peak bytes", phase["peak_memory_bytes"], calibrations[0].peak),
         Row(name, "calibrate: FLOPs", phase["flops"], calibrations[0].flops),
@@ -191,7 +192,7 @@ def compare(name: str, shape: dict[str, Any], folder: Path, device: str, variant
         write_training_plan(varied, build, "estimates")
         with measuring(device, train_module, "train_step") as steps:
             train_module.train(build, device=device, progress=Silent())
-        distill = next(one for one in varied.phases(outlook) if one["name"] == "distill")
+        distill = next(one for one in varied.phases(hardware) if one["name"] == "distill")
         flops, peak = steps[-1].flops, steps[-2].peak  # the optimizer has its moments by then
         rows += [
             Row(name, f"{variant}: peak bytes", distill["peak_memory_bytes"], peak),
@@ -208,8 +209,8 @@ def spared(plan: Plan) -> int:
     length, half = distill.sequence_length, distill.sequence_length // 2
     forwards = 1 + distill.gradient_checkpointing
     student = int((forwards + 2.5) * length) - (forwards + 2) * half
-    pairs = (length - half) * plan.teacher_costs.attention_flops_per_pair
-    return GLOBAL_BATCH * length * (pairs + student * plan.student_costs.attention_flops_per_pair)
+    pairs = (length - half) * Estimate(plan).teacher_costs.attention_flops_per_pair
+    return GLOBAL_BATCH * length * (pairs + student * Estimate(plan).student_costs.attention_flops_per_pair)
 
 
 @dataclass(frozen=True)

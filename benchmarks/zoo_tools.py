@@ -86,12 +86,12 @@ def prune_with_minitron(folder: Path, request: dict[str, Any], attention: str) -
     }
     (folder / "spec.yaml").write_text(yaml.safe_dump(spec), encoding="utf-8")
     plan = compile_spec(load_spec(folder / "spec.yaml"), build, device="cpu", progress=Silent())
-    captured = plan.captured
+    captured = plan.teacher.captured
     scores = ScoreTable.from_tensors(load_file(build / "scores.safetensors"))
-    selection = select(plan.targets, plan.roles, scores, captured.layer_count, contiguous=False)
+    selection = select(plan.targets, plan.teacher.roles, scores, captured.layer_count, contiguous=False)
     buffers = load_buffers(build_meta(captured.config, torch.float32, captured.attention))
     student = driver.rewrite(plan, selection, buffers)
-    fetch = student_weights(open_weights(captured, plan.checkpoint), student.recipes, captured.number_format)
+    fetch = student_weights(open_weights(captured, plan.checkpoint), student.recipes, captured.stored_dtype)
     settings = Settings("cpu", torch.float32, plan.dtype)
     executor = Executor(student.graph_module, captured.layer_of, fetch, student.buffers, settings)
     ids, found = token_ids(captured.config.vocab_size, captured.length or TOKENS[1]), []

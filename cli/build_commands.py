@@ -186,10 +186,10 @@ def _make(loaded: LoadedSpec, build: Path, device: str, threads: int | None, *, 
         say(f"compile: {build} is up to date with {loaded.path}, skipped")
     else:
         # Printed before the long work and not after it: a wrong width is seen while it costs nothing.
-        from minitron.compiler import make_plan
+        from minitron.compiler import make_plan, plan_document
 
         plan = make_plan(loaded, build=build, weights=True)
-        show_sections(plan_sections(content := plan.to_json()), content)
+        show_sections(plan_sections(content := plan_document(plan)), content)
         write("")
         _compile(loaded, build, device, threads, plan)
     interrupts.check()

@@ -40,7 +40,7 @@ def _side(path: Path) -> Side:
 
     loaded = load_whole(path, ())
     quiet_libraries()
-    from minitron.compiler import make_plan
+    from minitron.compiler import make_plan, plan_document
 
-    plan = make_plan(follow_lock(loaded, locked=False), build=build_of(loaded)).to_json()
+    plan = plan_document(make_plan(follow_lock(loaded, locked=False), build=build_of(loaded)))
     return Side(str(path), plan, loaded.resolved, None)

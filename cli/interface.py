@@ -181,13 +181,13 @@ def make_plan(
     """`minitron.plan`."""
     quiet_libraries()
     from minitron.compiler import make_plan as resolve
-    from minitron.compiler import read_outlook
+    from minitron.compiler import plan_document, read_hardware
 
-    outlook = read_outlook(device, mfu, None)
+    hardware = read_hardware(device, mfu, None)
     loaded = follow_lock(spec if isinstance(spec, LoadedSpec) else load_spec(Path(spec)), locked=locked)
     folder = builds.build_folder(None if build is None else Path(build), loaded)
     resolved = resolve(loaded, build=folder)
-    return Plan(loaded, folder, resolved.to_json(outlook=outlook), resolved)
+    return Plan(loaded, folder, plan_document(resolved, hardware=hardware), resolved)
 
 
 def compile_into(

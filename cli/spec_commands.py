@@ -138,13 +138,13 @@ def preview(
     from minitron.cli.libraries import quiet_libraries
 
     quiet_libraries()
-    from minitron.compiler import make_plan, read_outlook, why_stale
+    from minitron.compiler import make_plan, plan_document, read_hardware, why_stale
 
     errors: list[SpecError] = []
-    plan, outlook = None, None
+    plan, hardware = None, None
     # All in one go: what is wrong with the call, with the spec, and with it for this teacher.
     try:
-        outlook = read_outlook(device, mfu, measured)
+        hardware = read_hardware(device, mfu, measured)
     except UsageError as error:
         errors += failure_of(error).errors
     try:
@@ -153,9 +153,9 @@ def preview(
         plan = make_plan(loaded, build=build)
     except UsageError as error:
         errors += failure_of(error).errors
-    if plan is None or outlook is None:
+    if plan is None or hardware is None:
         raise SpecInvalid(errors)
-    content = plan.to_json(outlook=outlook)
+    content = plan_document(plan, hardware=hardware)
     show_sections(plan_sections(content), content, as_json=rendering.as_json, as_markdown=rendering.as_markdown)
     if rendering.detailed_exitcode and (stale := why_stale(build, loaded)) is not None:
         say(f"{build} is {stale}")

@@ -1,8 +1,9 @@
 """The compiler: spec and teacher -> build folder."""
 
 from minitron.compiler.compile import compile_spec
-from minitron.compiler.estimate.hardware import read_outlook
+from minitron.compiler.estimate.hardware import read_hardware
 from minitron.compiler.plan.plan import Plan, make_plan
+from minitron.compiler.plan_document import plan_document
 from minitron.compiler.teacher.lock import apply_lock, make_lock
 from minitron.compiler.teacher.open_teacher import why_not_finished, why_stale
 
@@ -12,7 +13,8 @@ __all__ = [
     "compile_spec",
     "make_lock",
     "make_plan",
-    "read_outlook",
+    "plan_document",
+    "read_hardware",
     "why_not_finished",
     "why_stale",
 ]

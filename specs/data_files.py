@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from minitron.specs.data import STDLIB_PREFIX, DataSource, Source
-from minitron.specs.errors import Problem, Refused, SpecError, WorkError, located
+from minitron.specs.errors import Problem, Refused, WorkError
 from minitron.specs.file_hashes import file_hash
 from minitron.specs.load import LoadedSpec
 from minitron.specs.spec import Spec
@@ -35,8 +35,8 @@ def resolve(source: S, folder: Path, *, at: str = "data") -> S:
     return resolved
 
 
-def check_data(loaded: LoadedSpec) -> list[SpecError]:
-    """What is wrong with the data that a spec names: all of it, at its places."""
+def check_data(loaded: LoadedSpec) -> list[Problem]:
+    """Everything that is wrong with the data that a spec names."""
     problems: list[Problem] = []
     for at, source in data_sources(loaded.spec):
         _resolved(source, loaded.folder, at, problems)
@@ -44,7 +44,7 @@ def check_data(loaded: LoadedSpec) -> list[SpecError]:
     if evaluate is not None and evaluate.data_dir is not None and not (loaded.folder / evaluate.data_dir).is_dir():
         message = f"there is no folder `{evaluate.data_dir}`"
         problems.append(Problem("evaluate.data_dir", message, f"paths are relative to {loaded.folder.absolute()}"))
-    return located(problems, loaded)
+    return problems
 
 
 def data_sources(spec: Spec) -> Iterator[tuple[str, DataSource]]:

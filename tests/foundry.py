@@ -8,8 +8,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from minitron.compiler import Plan, compile_spec, make_plan
-from minitron.compiler import compile as compile_module
+from minitron.compiler.capture import capture as capture_module
 from minitron.compiler.capture.models import build_meta, quiet
+from minitron.compiler.compile import Stages, verify
 from minitron.compiler.emit import program as program_module
 from minitron.compiler.graph.executor import Executor, Settings
 from minitron.compiler.graph.names import Fetch
 from minitron.compiler.importance.select import Selection
-from minitron.compiler.plan import plan as plan_module
-from minitron.compiler.verify import checks as verify
+from minitron.compiler.verify.checks import Check, skipped
+from minitron.compiler.verify.run import CHECKS, Routes
+from minitron.compiler.verify.run import program as program_check
 from minitron.compiler.weights.buffers import load_buffers
 from minitron.compiler.weights.source import open_weights
 from minitron.specs import LoadedSpec, load_spec
@@ -37,6 +39,17 @@ from tests import models
 LONGEST_NAME = 200  # characters of a folder's name; file systems take 255 bytes
 
 CALIBRATION: dict[str, Any] = {"document": "line", "samples": 6, "sequence_length": 48}
+
+
+def _program_left_out(routes: Routes) -> Check:
+    return skipped("program", "left out in this test")
+
+
+# A compile that writes no student.pt2, in half the time.
+WITHOUT_PROGRAM = Stages(
+    write_program=lambda compilation, student: None,
+    verify=partial(verify, wanted=[_program_left_out if check is program_check else check for check in CHECKS]),
+)
 
 
 @dataclass(frozen=True)
@@ -93,10 +106,10 @@ class Foundry:
         self._captured: dict[str, Any] = {}
 
     @contextmanager
-    def shortened(self, program: bool = True) -> Iterator[None]:
+    def shortened(self) -> Iterator[None]:
         """Two savings that change no result: a model is captured once however often it is compiled, and student.pt2 is
-        run by a process that stands ready. Without `program` none is written, which halves what a compile takes."""
-        original = plan_module.capture
+        run by a process that stands ready."""
+        original = capture_module.capture
 
         def capture(config: Any, dtype: torch.dtype = torch.float32, *rest: Any) -> Any:
             key = f"{config.model_type} {dtype} {rest} {config.to_json_string(use_diff=False)}"
@@ -105,13 +118,8 @@ class Foundry:
             return self._captured[key]
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(plan_module, "capture", capture)
+            patch.setattr(capture_module, "capture", capture)
             patch.setattr(program_module, "subprocess", self.apprentice)
-            if not program:
-                patch.setattr(compile_module, "build_program", lambda *args: None)
-                patch.setattr(compile_module, "save_program", lambda *args: None)
-                left_out = verify.skipped("program", "left out in this test")
-                patch.setattr(verify, "check_program", lambda *args, **kwargs: left_out)
             yield
 
     def teacher(self, family: str, dtype: str = "float32", **changes: Any) -> Path:
@@ -168,16 +176,21 @@ class Foundry:
         *,
         program: bool = True,
         selection: Selection | None = None,
+        stages: Stages | None = None,
+        plan: Plan | None = None,
     ) -> Build:
-        """`compile_spec` on the CPU, into a folder of the caller's own."""
-        with self.shortened(program):
-            plan = compile_spec(loaded, folder, device="cpu", progress=progress or Silent(), selection=selection)
+        """`compile_spec` on the CPU, into a folder of the caller's own. `selection` is taken instead of one by scores."""
+        stages = stages or (Stages() if program else WITHOUT_PROGRAM)
+        if selection is not None:
+            stages = replace(stages, select=lambda plan, scores: selection)
+        with self.shortened():
+            plan = compile_spec(loaded, folder, device="cpu", progress=progress or Silent(), plan=plan, stages=stages)
             return Build(folder, loaded, plan)
 
 
 def teacher_model(plan: Plan) -> Any:
     """The teacher as any user loads it, in fp32."""
-    return load_model(plan.checkpoint.folder, plan.captured.attention)
+    return load_model(plan.checkpoint.folder, plan.teacher.captured.attention)
 
 
 def load_model(folder: Path, attention: str = "sdpa") -> Any:
@@ -200,7 +213,7 @@ def token_ids(rows: int = 2, length: int = 24, seed: int = 0) -> torch.Tensor:
 
 def executor(plan: Plan, fetch: Fetch | None = None) -> Executor:
     """The teacher's graph, ready to run on the weights of its checkpoint."""
-    captured = plan.captured
+    captured = plan.teacher.captured
     buffers = load_buffers(build_meta(captured.config, torch.float32, captured.attention))
     settings = Settings("cpu", torch.float32, plan.dtype)
     fetch = fetch or open_weights(captured, plan.checkpoint).get

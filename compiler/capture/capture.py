@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,8 +105,16 @@ class Captured:
             return None
         return int(path[len(prefix) :].split(".", 1)[0])
 
-    def number_format(self, name: str) -> torch.dtype:
-        """What a stored tensor is held in: the model's dtype, or float32 where its code keeps that whatever it is loaded in."""
+    def renumbered(self, name: str, numbers: Mapping[int, int]) -> str:
+        """A parameter's name once its layer has its new number; `numbers` maps old to new."""
+        layer = self.layer_in_path(name)
+        if layer is None:
+            return name
+        prefix = f"{self.layer_path}.{layer}."
+        return f"{self.layer_path}.{numbers[layer]}.{name.removeprefix(prefix)}"
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype of a stored tensor: the model's, or float32 where its code keeps that whatever it is loaded in."""
         kept = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
         path, _, key = name.rpartition(".")
         value: torch.Tensor = getattr(self.model.get_submodule(path), key)

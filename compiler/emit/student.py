@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,37 +28,45 @@ Make = Callable[[str], torch.Tensor]
 
 
 def student_weights(
-    source: WeightSource, recipes: Mapping[str, Recipe], number_format: Callable[[str], torch.dtype]
+    source: WeightSource, recipes: Mapping[str, Recipe], stored_dtype: Callable[[str], torch.dtype]
 ) -> Make:
-    """Student parameter name -> tensor, made when it is asked for. `number_format` is by the teacher's name."""
+    """Student parameter name -> tensor, made when it is asked for. `stored_dtype` is by the teacher's name."""
 
     def make(name: str) -> torch.Tensor:
         recipe = recipes[name]
         weight = source.get(recipe.source)
-        return recipe.make(weight.to(number_format(recipe.source)))
+        return recipe.make(weight.to(stored_dtype(recipe.source)))
 
     return make
 
 
+@dataclass(frozen=True)
+class StudentFolder:
+    """The contents of student/ beside its weights.
+
+    config, model   the student's configuration, and the model on the meta device that it describes
+    dtype           that of the weights, as the configuration names it
+    teacher_folder  where tokenizer files and the generation configuration are copied from
+    card            the model card, Markdown
+    """
+
+    config: Any
+    model: torch.nn.Module
+    dtype: torch.dtype
+    teacher_folder: Path
+    card: str
+
+
 def write_student(
-    target: Path,
-    config: Any,
-    model: torch.nn.Module,
-    make: Make,
-    *,
-    streamed: bool,
-    dtype: torch.dtype,
-    teacher_folder: Path,
-    card: str,
-    advance: Callable[[int], None],
+    target: Path, student: StudentFolder, make: Make, *, streamed: bool, advance: Callable[[int], None]
 ) -> None:
-    """Writes `target` whole or not at all. `model` is the student on the meta device.
+    """Writes `target` whole or not at all; `make` gives each tensor when its turn comes.
 
     With `streamed` one shard is in memory at a time; else transformers writes the model, undoing its own conversions.
     """
     with atomic_folder(target) as folder:
-        config = copy.deepcopy(config)
-        config.dtype = dtype
+        config, model = copy.deepcopy(student.config), student.model
+        config.dtype = student.dtype
         config.architectures = [type(model).__name__]
         if streamed:
             _write_shards(folder, list(stored_tensors(model)), make, advance)
@@ -70,12 +79,12 @@ def write_student(
                 _assign(loaded, value, make(name))
                 advance(value.numel() * value.element_size())
             loaded.tie_weights()
-            loaded.config.dtype = dtype
+            loaded.config.dtype = student.dtype
             with quiet():
                 loaded.save_pretrained(folder)
                 config.save_pretrained(folder)
-        _copy_others(teacher_folder, folder)
-        (folder / CARD).write_text(card, encoding="utf-8")
+        _copy_others(student.teacher_folder, folder)
+        (folder / CARD).write_text(student.card, encoding="utf-8")
 
 
 def _assign(model: torch.nn.Module, old: torch.Tensor, new: torch.Tensor) -> None:

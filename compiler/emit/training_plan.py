@@ -47,17 +47,16 @@ def training_plan(
     loaded: LoadedSpec,
     build: Path,
     checkpoint: Checkpoint,
-    head: HeadPlan,
+    heads: Mapping[str, HeadPlan],
     layers: str,
     fingerprint: str,
     costs: Mapping[str, ModelCosts],
 ) -> EvaluationPlan:
-    """The plan; a TrainingPlan where the spec distils. `head` and `layers`, the module list of the decoder layers, are those
-    of both models, `costs` has those of `teacher` and `student`; `fingerprint` identifies the pruned student that training
-    starts from."""
+    """The plan; a TrainingPlan where the spec distils. `layers`, the module list of the decoder layers, is that of both models;
+    `heads` and `costs` have those of `teacher` and `student`; `fingerprint` identifies the student that is trained."""
     spec = loaded.spec
     distill, evaluate = spec.distill, spec.evaluate
-    shared: dict[str, Any] = {"dtype": spec.teacher.dtype or checkpoint.dtype, "head": head, "layers": layers}
+    shared: dict[str, Any] = {"dtype": spec.teacher.dtype or checkpoint.dtype, "layers": layers}
     flops: dict[str, int | None] = {
         side: None if distill is None else costs[side].forward_flops_per_token(distill.sequence_length)
         for side in ("teacher", "student")
@@ -79,9 +78,10 @@ def training_plan(
             model=checkpoint.name if checkpoint.commit is not None else _relative(checkpoint.folder, build),
             revision=checkpoint.commit,
             flops_per_token=flops["teacher"],
+            head=heads["teacher"],
             **shared,
         ),
-        "student": ModelPlan(model=STUDENT, flops_per_token=flops["student"], **shared),
+        "student": ModelPlan(model=STUDENT, flops_per_token=flops["student"], head=heads["student"], **shared),
         "tokenizer": STUDENT,
         "output": MODEL,
         "work": WORK,

@@ -9,34 +9,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from minitron.compiler.estimate import model_costs as costs
 from minitron.compiler.estimate.activations import Footprint, Work, footprint
 from minitron.compiler.estimate.devices import DEVICES, Cluster
-from minitron.compiler.estimate.hardware import Outlook
+from minitron.compiler.estimate.hardware import HardwareAssumptions
 from minitron.compiler.estimate.memory import (
     EXACT_PARTS,
     FP32,
     GATHERED_LAYERS,
+    CalibrationShapes,
     Layout,
     LossWork,
     Memory,
-    Reading,
+    Running,
     Shape,
     calibration_memory,
     shape_of,
     training_memory,
 )
-from minitron.compiler.estimate.training_defaults import micro_batch
+from minitron.compiler.estimate.phases import Cost, Phase
+from minitron.compiler.estimate.plan_costs import plan_costs
+from minitron.compiler.estimate.training_defaults import micro_batch, place_teacher
 from minitron.compiler.importance.batches import batch_size, block_size, compared_batches
+from minitron.compiler.plan.plan import Plan
 from minitron.specs.blocks.distill import Distill
 from minitron.specs.training_plan import divisor_within
-
-if TYPE_CHECKING:
-    from minitron.compiler.plan.plan import Plan
 
 CHUNK_ELEMENTS = 1 << 23  # logits that `minitron capture` holds at a time
 CONTEXT = 4096  # tokens before the one that is decoded, where no phase of the spec says how long sequences are
@@ -45,77 +46,57 @@ GUESSED_BYTES = 34  # a token, channel and layer, where a model cannot be run wi
 
 
 @dataclass(frozen=True)
-class Phase:
-    """One line of the plan. `does` says what for; `flops` of the whole phase, `disk` what it leaves there; `memory` is that
-    of one device."""
-
-    name: str
-    does: str
-    tokens: int
-    flops: int
-    memory: Memory
-    disk: int = 0
-
-    def to_json(self, outlook: Outlook) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "does": self.does,
-            "tokens": self.tokens,
-            "flops": self.flops,
-            "peak_memory_bytes": self.memory.peak,
-            "memory_bytes": dict(self.memory.parts),
-            "device_hours": round(outlook.hours(self.flops), 6),
-            "days": round(outlook.seconds(self.flops) / 86400, 6),
-            "disk_bytes": self.disk,
-            "device": outlook.words,
-        }
-
-
-@dataclass(frozen=True)
-class Cost:
-    """One figure. `basis` is exact (follows from shapes and the spec) or estimated."""
-
-    name: str
-    value: float
-    unit: str
-    basis: str
-    note: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "value": self.value, "unit": self.unit, "basis": self.basis, "note": self.note}
-
-
-@dataclass(frozen=True)
-class Reckoning:
-    """All that is reckoned of a plan. Models are run without data at most once each, whatever is asked."""
+class Estimate:
+    """FLOPs, memory and time of each phase of a plan. Models are run without data at most once each, whatever is asked."""
 
     plan: Plan
     _ran: dict[tuple[str, Work], Footprint] = field(default_factory=dict)
+
+    # -- costs of the models alone ------------------------------------------------------------------------------------
+
+    @cached_property
+    def _costs(self) -> tuple[costs.ModelCosts, costs.ModelCosts]:
+        return plan_costs(self.plan)
+
+    @property
+    def teacher_costs(self) -> costs.ModelCosts:
+        return self._costs[0]
+
+    @property
+    def student_costs(self) -> costs.ModelCosts:
+        return self._costs[1]
 
     # -- models -------------------------------------------------------------------------------------------------------
 
     @cached_property
     def teacher(self) -> Shape:
-        return shape_of(self.plan.captured.model, self.plan.captured.layer_path, self.plan.head.weight)
+        return shape_of(
+            self.plan.teacher.captured.model, self.plan.teacher.captured.layer_path, self.plan.teacher.head.weight
+        )
 
     @cached_property
     def student(self) -> Shape:
-        return shape_of(self.plan.model, self.plan.captured.layer_path, self.plan.head.weight)
+        return shape_of(self.plan.model, self.plan.teacher.captured.layer_path, self.plan.teacher.head.weight)
 
     def footprint(self, side: str, work: Work) -> Footprint:
         """Of one sequence; a batch of more takes as many times as much."""
         plan = self.plan
         if (side, work) not in self._ran:
-            config, model = (plan.captured.config, plan.captured.model)
-            count = plan.captured.layer_count
+            config, model = (plan.teacher.captured.config, plan.teacher.captured.model)
+            count = plan.teacher.captured.layer_count
             if side == "student":
                 config, model, count = plan.config, plan.model, plan.targets.layers
             try:
                 found = footprint(
-                    config, plan.captured.attention, plan.head.backbone, plan.captured.layer_path, count, work
+                    config,
+                    plan.teacher.captured.attention,
+                    plan.teacher.head.backbone,
+                    plan.teacher.captured.layer_path,
+                    count,
+                    work,
                 )
             except Exception:  # a modelling file may want to see data: then by the rule of thumb
-                hidden = model.get_parameter(plan.head.weight).shape[1]
+                hidden = model.get_parameter(plan.teacher.head.weight).shape[1]
                 guess = GUESSED_BYTES * hidden * work.length * work.sequences
                 found = Footprint(guess * count if work.training else 0, guess)
             self._ran[side, work] = found
@@ -133,10 +114,21 @@ class Reckoning:
             devices,
             micro,
             share // micro,
-            *self.plan.sharding(),
+            *self.sharding(),
             recompute=distill.gradient_checkpointing,
             offload=distill.layout.cpu_offload,
         )
+
+    def sharding(self) -> tuple[bool, bool]:
+        """Whether student and teacher are sharded where several devices train, as training.yaml has it."""
+        layout = self.distill.layout
+        teacher = layout.teacher or place_teacher(self.teacher_costs.weight_bytes)
+        return layout.student == "sharded", teacher == "sharded"
+
+    @property
+    def kept_checkpoints(self) -> int:
+        """The number of a training's checkpoints that stay on the disk."""
+        return self.distill.checkpoint.keep_last + self.distill.checkpoint.keep_best
 
     @property
     def distill(self) -> Distill:
@@ -160,19 +152,20 @@ class Reckoning:
             distill.sequence_length,
             distill.loss.chunk_tokens,
             bool(distill.loss.cross_entropy) or correction,
-            self.plan.head.softcap is not None,
+            self.plan.teacher.head.softcap is not None,
         )
         beside = not (correction or sampled)
         theirs = Work(1, distill.sequence_length, self.plan.dtype if kind == "cuda" else torch.float32)
         return training_memory(
             kind,
             layout,
-            self.teacher if correction else self.student,
-            self.teacher if beside else None,
+            Running(
+                self.teacher if correction else self.student,
+                self.footprint("teacher" if correction else "student", own).times(layout.micro_batch),
+            ),
+            Running(self.teacher, self.footprint("teacher", theirs).times(layout.micro_batch)) if beside else None,
             self._element,
             work,
-            self.footprint("teacher" if correction else "student", own).times(layout.micro_batch),
-            self.footprint("teacher", theirs).times(layout.micro_batch) if beside else Footprint(0, 0),
         )
 
     @property
@@ -187,7 +180,7 @@ class Reckoning:
     def student_flops(self) -> int:
         """Forward and backward of one token, and what is recomputed."""
         length = self.distill.sequence_length
-        forward = self.plan.student_costs.forward_flops_per_token(length)
+        forward = self.student_costs.forward_flops_per_token(length)
         if not self.distill.gradient_checkpointing:
             return 3 * forward
         head = 2 * self.student.hidden * self.student.vocabulary
@@ -195,22 +188,22 @@ class Reckoning:
 
     def token_flops(self) -> int:
         """Of one token of distillation."""
-        teacher = 0 if self.sampled else self.plan.teacher_costs.forward_flops_per_token(self.distill.sequence_length)
+        teacher = 0 if self.sampled else self.teacher_costs.forward_flops_per_token(self.distill.sequence_length)
         return teacher + self.student_flops()
 
     # -- phases -------------------------------------------------------------------------------------------------------
 
-    def phases(self, outlook: Outlook) -> list[Phase]:
+    def phases(self, hardware: HardwareAssumptions) -> list[Phase]:
         """In the order in which they are done."""
         spec, plan = self.plan.loaded.spec, self.plan
-        kind = outlook.cluster.device.kind
+        kind = hardware.cluster.device.kind
         phases = []
         if spec.importance.data is not None and plan.needs_scores:
             phases.append(self._calibrate())
         if spec.distill is None:
             return phases
-        layout, length = self.layout(outlook.cluster.count), spec.distill.sequence_length
-        forward = plan.teacher_costs.forward_flops_per_token(length)
+        layout, length = self.layout(hardware.cluster.count), spec.distill.sequence_length
+        forward = self.teacher_costs.forward_flops_per_token(length)
         if spec.teacher_correction is not None:
             tokens = spec.teacher_correction.tokens
             memory = self.training(kind, layout, correction=True)
@@ -223,7 +216,7 @@ class Reckoning:
             disk = costs.sampled_logits_bytes(tokens, draws, self.teacher.vocabulary)
             does = f"stores {draws} samples of the teacher's distribution for each token"
             phases.append(Phase("capture", does, tokens, tokens * forward, self._capturing(kind, layout), disk))
-        disk = self._checkpoints(self.student) + plan.student_costs.weight_bytes
+        disk = self._checkpoints(self.student) + self.student_costs.weight_bytes
         source = "stored samples of the teacher" if self.sampled else "the teacher, which runs beside it"
         does = f"trains the student from {source}: {self._steps(tokens)}"
         phases.append(Phase("distill", does, tokens, tokens * self.token_flops(), self.training(kind, layout), disk))
@@ -233,14 +226,14 @@ class Reckoning:
         batch, length = self.distill.global_batch_size, self.distill.sequence_length
         return f"{tokens // (batch * length)} steps of {batch} sequences of {length} tokens"
 
-    def devices(self, outlook: Outlook) -> list[dict[str, Any]]:
-        """All phases together on as many devices of each kind as `outlook` has."""
-        flops = sum(phase.flops for phase in self.phases(outlook))
-        named = outlook.cluster.device
+    def devices(self, hardware: HardwareAssumptions) -> list[dict[str, Any]]:
+        """All phases together on as many devices of each kind as `hardware` has."""
+        flops = sum(phase.flops for phase in self.phases(hardware))
+        named = hardware.cluster.device
         kinds = [*DEVICES.values(), *([] if named.name in DEVICES else [named])]
         found = []
         for device in kinds:
-            there = replace(outlook, cluster=Cluster(device, outlook.cluster.count))
+            there = replace(hardware, cluster=Cluster(device, hardware.cluster.count))
             found.append(
                 {
                     "device": there.cluster.name,
@@ -255,38 +248,37 @@ class Reckoning:
         """Scores need no logits, unless layers are ranked by the harm of dropping each."""
         data = self.plan.loaded.spec.importance.data
         assert data is not None
-        plan, captured = self.plan, self.plan.captured
-        teacher, length = plan.teacher_costs, data.sequence_length
+        plan, captured = self.plan, self.plan.teacher.captured
+        teacher, length = self.teacher_costs, data.sequence_length
         tokens = data.samples * length
         # The captured graph has its mask written out: it computes the whole square of attention.
         whole = teacher.flops_per_token + length * teacher.attention_flops_per_pair
         each = whole - 2 * self.teacher.hidden * self.teacher.vocabulary
+        metric = plan.loaded.spec.importance.depth.metric
         if plan.rotation is not None:  # the covariance of what norms yield
             each += 2 * self.teacher.hidden**2 * len(plan.rotation.sites)
-        ranked = plan.targets.named_layers is None and plan.targets.layers < captured.layer_count
-        metric = plan.loaded.spec.importance.depth.metric
-        compared = ranked and metric != "block_influence"
+        compared = plan.rank_layers and metric != "block_influence"
         if compared:
             each += (captured.layer_count + 1) * whole
         sequences = min(data.samples, batch_size(length))
         batches = min(-(-data.samples // sequences), block_size(sequences, length, self.teacher.hidden))
         waiting = min(batches, compared_batches(sequences * length, self.teacher.vocabulary))
         embedding = costs.embedding_name(captured)
-        attention = costs.attention_counts(captured, plan.roles, plan.table).values()
+        attention = costs.attention_counts(captured, plan.teacher.roles, plan.teacher.table).values()
         layers = (one for name, one in captured.model.named_parameters() if captured.layer_in_path(name) is not None)
-        reading = Reading(
+        shapes = CalibrationShapes(
             captured.model.get_parameter(embedding).numel(),
             self.teacher.vocabulary * self.teacher.hidden,
             max(one.numel() for one in layers),
             self._element,
-            embedding == plan.head.weight,
+            embedding == plan.teacher.head.weight,
             # Those of a block of the whole teacher, one batch of what a dropped layer leads to, and their difference.
             (waiting + LOGIT_COPIES) * sequences * length * self.teacher.vocabulary if compared else 0,
             max(((one.heads + one.groups) * (one.key_width + one.value_width) for one in attention), default=0),
         )
         work = Work(1, length, torch.float32)
         memory = calibration_memory(
-            self.teacher, reading, sequences, length, batches, self.footprint("teacher", work).times(sequences)
+            self.teacher, shapes, sequences, length, batches, self.footprint("teacher", work).times(sequences)
         )
         does = f"scores every axis by the activations of {data.samples} samples of {length} tokens, layer by layer"
         if compared:
@@ -312,17 +304,17 @@ class Reckoning:
 
     def _checkpoints(self, shape: Shape) -> int:
         """Weights and two moments in fp32, as many times as checkpoints are kept, and one that is being written."""
-        return 3 * 4 * shape.parameters * (self.plan.kept_checkpoints() + 1)
+        return 3 * 4 * shape.parameters * (self.kept_checkpoints + 1)
 
     # -- the list of costs --------------------------------------------------------------------------------------------
 
-    def all_costs(self, outlook: Outlook) -> list[Cost]:
+    def all_costs(self, hardware: HardwareAssumptions) -> list[Cost]:
         """Every figure with its basis, in the order in which it is shown."""
         spec = self.plan.loaded.spec
         length = spec.distill.sequence_length if spec.distill is not None else CONTEXT
         found: list[Cost] = []
-        scan = "" if self.plan.captured.length is None else ", without what its scan computes"
-        for side, model in (("teacher", self.plan.teacher_costs), ("student", self.plan.student_costs)):
+        scan = "" if self.plan.teacher.captured.length is None else ", without what its scan computes"
+        for side, model in (("teacher", self.teacher_costs), ("student", self.student_costs)):
             decode = model.flops_per_token + length * model.attention_flops_per_pair
             found += [
                 Cost(f"{side}: weights", model.weight_bytes, "bytes", "exact"),
@@ -334,11 +326,11 @@ class Reckoning:
                 ),
                 Cost(f"{side}: decode per token", decode, "FLOPs", "estimated", f"after {length} tokens{scan}"),
             ]  # fmt: skip
-        for phase in self.phases(outlook):
-            found += self._phase_costs(phase, outlook)
+        for phase in self.phases(hardware):
+            found += self._phase_costs(phase, hardware)
         return found
 
-    def _phase_costs(self, phase: Phase, outlook: Outlook) -> list[Cost]:
+    def _phase_costs(self, phase: Phase, hardware: HardwareAssumptions) -> list[Cost]:
         name = phase.name.replace("_", " ")
         found = [Cost(f"{name}: tokens", phase.tokens, "tokens", "exact")]
         found.append(Cost(f"{name}: work per token", phase.flops // phase.tokens, "FLOPs", "estimated"))
@@ -352,6 +344,6 @@ class Reckoning:
             found.append(
                 Cost(f"{name}: disk", phase.disk, "bytes", basis, "at most" if phase.name == "capture" else "")
             )
-        found.append(Cost(f"{name}: device-hours", outlook.hours(phase.flops), "hours", "estimated", outlook.words))
-        found.append(Cost(f"{name}: days", outlook.seconds(phase.flops) / 86400, "days", "estimated", outlook.words))
+        found.append(Cost(f"{name}: device-hours", hardware.hours(phase.flops), "hours", "estimated", hardware.words))
+        found.append(Cost(f"{name}: days", hardware.seconds(phase.flops) / 86400, "days", "estimated", hardware.words))
         return found

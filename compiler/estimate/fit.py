@@ -7,46 +7,46 @@ from dataclasses import replace
 from typing import Any
 
 from minitron.compiler.estimate.devices import MOST_DEVICES, Cluster
-from minitron.compiler.estimate.estimate import Reckoning
-from minitron.compiler.estimate.hardware import Outlook
+from minitron.compiler.estimate.estimate import Estimate
+from minitron.compiler.estimate.hardware import HardwareAssumptions
 from minitron.compiler.estimate.memory import Layout
 
 GIB = 2**30
 
 
-def fits_json(reckoning: Reckoning, outlook: Outlook) -> dict[str, Any]:
+def fits_json(estimate: Estimate, hardware: HardwareAssumptions) -> dict[str, Any]:
     """`fits` of a plan: {device, ok, nearest}; `nearest` is null where all fits, or where no change that is tried does.
 
     Changes are tried in this order, each alone with what stands in the spec: fewer sequences at a time, recomputation,
     both, a sharded teacher, that and both, then more devices, first as the spec is, then with all of that; where a global
     batch cannot be shared by the devices, also fewer of them.
     """
-    cluster = outlook.cluster
+    cluster = hardware.cluster
     found: dict[str, Any] = {"device": cluster.name, "ok": False, "nearest": None, "reason": None}
-    for phase in reckoning.phases(outlook):
+    for phase in estimate.phases(hardware):
         if phase.name in ("calibrate", "capture") and phase.memory.peak > cluster.device.memory_bytes:
             found["reason"] = f"{phase.name} needs {_size(phase.memory.peak)} on one device"
             found["nearest"] = f"a device with more memory for `{phase.name}`, or --device cpu for that command"
             return found
-    if reckoning.plan.loaded.spec.distill is None:
+    if estimate.plan.loaded.spec.distill is None:
         return found | {"ok": True}
-    layout = reckoning.layout(cluster.count)
-    reason = _why_not(reckoning, cluster, layout)
+    layout = estimate.layout(cluster.count)
+    reason = _why_not(estimate, cluster, layout)
     if reason is None:
         return found | {"ok": True}
     found["reason"] = reason
-    for changes, devices, changed in _changes(reckoning, cluster, layout):
-        if _why_not(reckoning, Cluster(cluster.device, devices), changed) is None:
-            found["nearest"] = " and ".join(changes) + f" ({_size(_peak(reckoning, cluster, changed))} per device)"
+    for changes, devices, changed in _changes(estimate, cluster, layout):
+        if _why_not(estimate, Cluster(cluster.device, devices), changed) is None:
+            found["nearest"] = " and ".join(changes) + f" ({_size(_peak(estimate, cluster, changed))} per device)"
             break
     return found
 
 
-def _why_not(reckoning: Reckoning, cluster: Cluster, layout: Layout) -> str | None:
-    whole = reckoning.distill.global_batch_size
+def _why_not(estimate: Estimate, cluster: Cluster, layout: Layout) -> str | None:
+    whole = estimate.distill.global_batch_size
     if whole % cluster.count:
         return f"{whole} sequences of a global batch cannot be shared equally by {cluster.count} devices"
-    peak = _peak(reckoning, cluster, layout)
+    peak = _peak(estimate, cluster, layout)
     if peak > cluster.device.memory_bytes:
         return (
             f"training needs {_size(peak)} per device, {cluster.device.name} has {_size(cluster.device.memory_bytes)}"
@@ -54,16 +54,16 @@ def _why_not(reckoning: Reckoning, cluster: Cluster, layout: Layout) -> str | No
     return None
 
 
-def _peak(reckoning: Reckoning, cluster: Cluster, layout: Layout) -> int:
-    peaks = [reckoning.training(cluster.device.kind, layout).peak]
-    if reckoning.plan.loaded.spec.teacher_correction is not None:
-        peaks.append(reckoning.training(cluster.device.kind, layout, correction=True).peak)
+def _peak(estimate: Estimate, cluster: Cluster, layout: Layout) -> int:
+    peaks = [estimate.training(cluster.device.kind, layout).peak]
+    if estimate.plan.loaded.spec.teacher_correction is not None:
+        peaks.append(estimate.training(cluster.device.kind, layout, correction=True).peak)
     return max(peaks)
 
 
-def _changes(reckoning: Reckoning, cluster: Cluster, layout: Layout) -> Iterator[tuple[list[str], int, Layout]]:
+def _changes(estimate: Estimate, cluster: Cluster, layout: Layout) -> Iterator[tuple[list[str], int, Layout]]:
     """What to write, on how many devices, and the layout that it makes."""
-    whole = reckoning.distill.global_batch_size
+    whole = estimate.distill.global_batch_size
 
     def smaller(base: Layout) -> Iterator[tuple[list[str], Layout]]:
         for micro in range(base.micro_batch - 1, 0, -1):
@@ -83,7 +83,7 @@ def _changes(reckoning: Reckoning, cluster: Cluster, layout: Layout) -> Iterator
                 yield words + more, both
 
     def sharded(base: Layout) -> Iterator[tuple[list[str], Layout]]:
-        if base.devices > 1 and not base.teacher_sharded and not reckoning.sampled:
+        if base.devices > 1 and not base.teacher_sharded and not estimate.sampled:
             words, changed = ["distill.layout.teacher: sharded"], replace(base, teacher_sharded=True)
             yield words, changed
             for more, all_of_it in each(changed):
@@ -94,7 +94,7 @@ def _changes(reckoning: Reckoning, cluster: Cluster, layout: Layout) -> Iterator
     devices = 2 * cluster.count
     while devices <= min(whole, MOST_DEVICES):
         if whole % devices == 0:
-            base = replace(reckoning.layout(devices), recompute=layout.recompute)
+            base = replace(estimate.layout(devices), recompute=layout.recompute)
             words = [f"--device {cluster.device.name}x{devices}"]
             yield words, devices, base
             for more, changed in (*each(base), *sharded(base)):
@@ -103,7 +103,7 @@ def _changes(reckoning: Reckoning, cluster: Cluster, layout: Layout) -> Iterator
     if whole % cluster.count:
         for devices in range(cluster.count - 1, 0, -1):
             if whole % devices == 0:
-                base = replace(reckoning.layout(devices), recompute=layout.recompute)
+                base = replace(estimate.layout(devices), recompute=layout.recompute)
                 words = [f"--device {Cluster(cluster.device, devices).name}"]
                 alone: list[str] = []
                 for more, changed in ((alone, base), *each(base), *sharded(base)):

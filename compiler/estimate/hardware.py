@@ -22,7 +22,7 @@ ONE_REFERENCE = Cluster(REFERENCE)
 
 
 @dataclass(frozen=True)
-class Outlook:
+class HardwareAssumptions:
     """`named`: somebody asked whether the plan fits these devices."""
 
     cluster: Cluster = ONE_REFERENCE
@@ -44,7 +44,7 @@ class Outlook:
         return f"{self.cluster.name} at {self.mfu:.3g} of its peak ({self.source})"
 
 
-def read_outlook(device: str | None, mfu: float | None, measured: str | None) -> Outlook:
+def read_hardware(device: str | None, mfu: float | None, measured: str | None) -> HardwareAssumptions:
     """From what stands on the command line; UsageError for what cannot be. `measured`: BUILD, or BUILD@DEVICE where it was
     trained on other devices than the plan is for."""
     cluster = ONE_REFERENCE if device is None else read_device(device)
@@ -54,12 +54,12 @@ def read_outlook(device: str | None, mfu: float | None, measured: str | None) ->
     if mfu is not None:
         if not 0 < mfu <= 1:
             raise UsageError(f"--mfu {mfu:g}: not a share of a device's peak; write a number such as 0.4")
-        return Outlook(cluster, mfu, "given with --mfu", named)
+        return HardwareAssumptions(cluster, mfu, "given with --mfu", named)
     if measured is None:
-        return Outlook(cluster, named=named)
+        return HardwareAssumptions(cluster, named=named)
     folder, at, where = measured.rpartition("@")
     build, on = (Path(folder), read_device(where)) if at else (Path(measured), cluster)
-    return Outlook(cluster, measured_mfu(build, on), f"measured: {build} on {on.name}", named)
+    return HardwareAssumptions(cluster, measured_mfu(build, on), f"measured: {build} on {on.name}", named)
 
 
 def measured_mfu(build: Path, cluster: Cluster) -> float:

@@ -97,21 +97,29 @@ class Memory:
     peak: int
 
 
+@dataclass(frozen=True)
+class Running:
+    """A model that runs in a training step, and what it holds for one micro batch beside its weights."""
+
+    shape: Shape
+    footprint: Footprint
+
+
 EXACT_PARTS = ("weights", "gradients", "optimizer", "teacher")
 
 
 def training_memory(
     kind: str,
     layout: Layout,
-    student: Shape,
-    teacher: Shape | None,
+    running: Running,
+    beside: Running | None,
     teacher_bytes: int,
     work: LossWork,
-    own: Footprint,
-    others: Footprint,
 ) -> Memory:
-    """`kind` is cpu or cuda; `teacher_bytes` an element of the teacher's checkpoint; `own` and `others` are the footprints
-    of student and teacher for one micro batch. `teacher` is None where none runs beside the student."""
+    """The memory of a training step: `running` is the model that learns, `beside` the teacher, None where none runs.
+    `kind` is cpu or cuda; `teacher_bytes` the bytes of an element in the teacher's checkpoint."""
+    student, own = running.shape, running.footprint
+    teacher, others = (None, Footprint(0, 0)) if beside is None else (beside.shape, beside.footprint)
     share = layout.devices if layout.shards_student else 1
     states = -(-student.parameters // share) * FP32
     if layout.offload and layout.shards_student and kind == "cuda":
@@ -170,7 +178,7 @@ def logits_bytes(kind: str, sequences: int, work: LossWork, student: Shape, teac
 
 
 @dataclass(frozen=True)
-class Reading:
+class CalibrationShapes:
     """What of scoring decides memory beside the layers, in elements: the embedding and the head, the largest tensor of a
     layer. `element` is the bytes of one in the checkpoint, `tied` whether the embedding stays in memory because it is the
     head, `logits` how many are held at a time where layers are ranked by them, else 0, `attention` the queries, keys and values
@@ -186,29 +194,29 @@ class Reading:
 
 
 def calibration_memory(
-    teacher: Shape, reading: Reading, sequences: int, length: int, batches: int, others: Footprint
+    teacher: Shape, shapes: CalibrationShapes, sequences: int, length: int, batches: int, others: Footprint
 ) -> Memory:
     """Of scoring, which holds in fp32 what one segment of the graph reads (the embedding, a layer, the head): beside the
     residual stream and masks of a block of `batches`, it reads the weights, in the checkpoint's number format one after
     the other, or takes one batch of `sequences` through them, at its widest or where its mask is added in fp32."""
     tokens = sequences * length
-    copy = 0 if reading.element == FP32 else reading.element
-    kept = FP32 * reading.embedding if reading.tied else 0
+    copy = 0 if shapes.element == FP32 else shapes.element
+    kept = FP32 * shapes.embedding if shapes.tied else 0
     stream = batches * (tokens * teacher.hidden * FP32 + tokens * length)
-    attention = tokens * (length * (1 + FP32) + reading.attention * FP32)
+    attention = tokens * (length * (1 + FP32) + shapes.attention * FP32)
     inside = others.transient - HELD_BY_MODULES * tokens * teacher.hidden * FP32
-    transient = max(inside, attention, reading.largest * copy)
-    head = 0 if reading.tied else FP32 * reading.head
-    weights = (FP32 * reading.embedding, kept + FP32 * teacher.layer, kept + head if reading.logits else 0)
+    transient = max(inside, attention, shapes.largest * copy)
+    head = 0 if shapes.tied else FP32 * shapes.head
+    weights = (FP32 * shapes.embedding, kept + FP32 * teacher.layer, kept + head if shapes.logits else 0)
     together = (
-        weights[0] + reading.embedding * copy,
+        weights[0] + shapes.embedding * copy,
         weights[1] + transient,
-        weights[2] + max(FP32 * reading.logits, 0 if reading.tied else reading.head * copy) if reading.logits else 0,
+        weights[2] + max(FP32 * shapes.logits, 0 if shapes.tied else shapes.head * copy) if shapes.logits else 0,
     )
     parts = {
         "weights": max(weights),
         "activations": stream,
         "transient": transient,
-        "logits": FP32 * reading.logits,
+        "logits": FP32 * shapes.logits,
     }
     return Memory(parts, stream + max(together))

@@ -66,6 +66,19 @@ class HeadCounts:
     value_width: int
 
 
+@dataclass(frozen=True)
+class Parts:
+    """The parameters of a model that cost otherwise than others, by name.
+
+    `embedding` is looked up and `head` multiplied; `stacked` hold the weights of experts, of which a token meets `chosen`.
+    """
+
+    embedding: str
+    head: str
+    stacked: Collection[str]
+    chosen: int | None
+
+
 def chosen_experts(roles: Roles) -> int | None:
     """How many experts a token is sent to."""
     return max((mixture.picked for mixture in roles.mixtures.values()), default=None)
@@ -73,16 +86,14 @@ def chosen_experts(roles: Roles) -> int | None:
 
 def model_costs(
     model: torch.nn.Module,
-    stacked: Collection[str],
-    chosen: int | None,
-    attention: list[HeadCounts],
-    embedding: str,
-    head: str,
-    bytes_per_weight: int,
+    parts: Parts,
+    attention: Sequence[HeadCounts],
     cache: Sequence[CacheLayer] | None,
+    bytes_per_weight: int,
 ) -> ModelCosts:
-    """`stacked`: the parameters that stack the weights of experts; `attention`: one entry a layer that attends; `cache` in
-    elements, None where it is as wide as keys and values."""
+    """The costs of a model from its shapes. `attention` has one entry a layer that attends; `cache` counts elements, and is
+    None where it is as wide as keys and values."""
+    stacked, chosen, embedding, head = parts.stacked, parts.chosen, parts.embedding, parts.head
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     sizes = {name: shape.numel() for name, shape in shapes.items()}
     total = sum(sizes.values())

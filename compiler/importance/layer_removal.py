@@ -8,19 +8,17 @@ from typing import Literal
 import numpy as np
 import torch
 
-from minitron.compiler.capture.capture import Captured
 from minitron.compiler.graph.executor import Executor
 from minitron.compiler.importance.batches import compared_batches
 from minitron.compiler.importance.scores import (
     Scores,
 )
-from minitron.compiler.roles.residual_stream import LayerEnds
+from minitron.compiler.roles.analysed import AnalysedTeacher
 from minitron.specs.progress import Progress
 
 
 def removal_scores(
-    captured: Captured,
-    ends: Sequence[LayerEnds],
+    teacher: AnalysedTeacher,
     executor: Executor,
     batches: Sequence[torch.Tensor],
     block: int,
@@ -28,6 +26,7 @@ def removal_scores(
     progress: Progress,
 ) -> Scores:
     """The harm of dropping each layer alone: the rise of the loss, or the mean squared error of the logits."""
+    captured, ends = teacher.captured, teacher.ends
     nodes = {node.name: node for node in captured.graph.nodes}
     block = min(block, compared_batches(batches[0].numel(), captured.config.vocab_size))
     harm = np.zeros(len(ends), dtype=np.float64)

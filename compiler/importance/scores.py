@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from minitron.compiler.roles.names import HEADS, HIDDEN, LAYERS
+
 Aggregation = Literal["l2", "mean", "var"]
 Scores = npt.NDArray[np.float32]
 
@@ -123,13 +125,13 @@ class ScoreTable:
         """For scores.safetensors: `hidden_size`, `layers`, `num_attention_heads.3`, `intermediate_size.3`."""
         tensors: dict[str, torch.Tensor] = {}
         if self.hidden is not None:
-            tensors["hidden_size"] = torch.from_numpy(self.hidden)
+            tensors[HIDDEN] = torch.from_numpy(self.hidden)
         if self.layers is not None:
-            tensors["num_hidden_layers"] = torch.from_numpy(self.layers)
+            tensors[LAYERS] = torch.from_numpy(self.layers)
         for key, matrix in self.covariance.items():
             tensors[f"covariance.{key}"] = torch.from_numpy(matrix)
         for layer, score in self.heads.items():
-            tensors[f"num_attention_heads.{layer}"] = torch.from_numpy(score)
+            tensors[f"{HEADS}.{layer}"] = torch.from_numpy(score)
         for name, layers in self.widths.items():
             for layer, score in layers.items():
                 tensors[f"{name}.{layer}"] = torch.from_numpy(score)
@@ -147,11 +149,11 @@ class ScoreTable:
                 covariance[layer] = tensor.numpy().astype(np.float64)
                 continue
             array = tensor.numpy().astype(np.float32)
-            if name == "hidden_size":
+            if name == HIDDEN:
                 hidden = array
-            elif name == "num_hidden_layers":
+            elif name == LAYERS:
                 layers = array
-            elif name == "num_attention_heads":
+            elif name == HEADS:
                 heads[int(layer)] = array
             else:
                 widths.setdefault(name, {})[int(layer)] = array

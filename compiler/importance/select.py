@@ -99,10 +99,8 @@ def select_heads(scores_GR: npt.NDArray[np.float32], groups: int, repeats: int) 
 
 
 def _layers(targets: Targets, scores: ScoreTable, count: int, contiguous: bool) -> tuple[int, ...]:
-    if targets.named_layers is not None:
-        return targets.named_layers
-    if targets.layers == count:
-        return tuple(range(count))
+    if not targets.rank_layers(count):
+        return targets.named_layers or tuple(range(count))
     assert scores.layers is not None
     if not contiguous:
         return tuple(int(i) for i in top(scores.layers, targets.layers))

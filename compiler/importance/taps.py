@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,8 +22,9 @@ from minitron.compiler.importance.scores import (
     over_owned_tokens,
     over_tokens,
 )
+from minitron.compiler.roles.analysed import AnalysedTeacher
 from minitron.compiler.roles.experts import Mixture
-from minitron.compiler.roles.names import NUM_EXPERTS, SCAN_HEAD_DIM, SCAN_HEADS
+from minitron.compiler.roles.names import HEADS, HIDDEN, NUM_EXPERTS, SCAN_HEAD_DIM, SCAN_HEADS
 from minitron.compiler.roles.residual_stream import LayerEnds
 from minitron.compiler.roles.roles import Roles, Width
 from minitron.compiler.roles.rotation import Site
@@ -54,9 +54,8 @@ class CalibrationConfig:
 class Taps:
     """All accumulators, and the nodes that feed them."""
 
-    def __init__(
-        self, captured: Captured, table: AxisTable, roles: Roles, ends: Sequence[LayerEnds], config: CalibrationConfig
-    ):
+    def __init__(self, teacher: AnalysedTeacher, config: CalibrationConfig):
+        table, roles, ends = teacher.table, teacher.roles, teacher.ends
         self.roles = roles
         self.space = table.space
         self.accumulators: dict[str, Accumulator] = {}
@@ -72,11 +71,11 @@ class Taps:
         self.covariance = {"hidden": Gram(), "head": Gram()}
         for norm in config.sites:
             self._covariance(norm)
-        for node in norm_outputs(captured, roles):
-            self._accumulate(node, f"hidden_size.{node.name}")
+        for node in norm_outputs(teacher.captured, roles):
+            self._accumulate(node, f"{HIDDEN}.{node.name}")
         for layer, site in roles.heads.items():
             for reader in site.readers[:1]:
-                self._accumulate(reader.value, f"num_attention_heads.{layer}")
+                self._accumulate(reader.value, f"{HEADS}.{layer}")
         for name, layers in roles.widths.items():
             for layer, width in layers.items():
                 for reader in width.readers[:1]:
@@ -216,12 +215,12 @@ class Taps:
     def table(self) -> ScoreTable:
         hidden: Scores | None = None
         for key, accumulator in self.accumulators.items():
-            if key.startswith("hidden_size."):
+            if key.startswith(f"{HIDDEN}."):
                 score = accumulator.result().numpy()
                 hidden = score if hidden is None else hidden + score
         heads = {}
         for layer, site in self.roles.heads.items():
-            key = f"num_attention_heads.{layer}"
+            key = f"{HEADS}.{layer}"
             if key in self.accumulators:
                 channels = self.accumulators[key].result().reshape(site.groups, site.repeats, -1)
                 heads[layer] = channels.norm(dim=-1).numpy()  # L2 over the width of a head

@@ -7,13 +7,18 @@ from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.compiler.teacher.tokenizer import lacking_tokens, load_tokenizer, tokenizer_files
 from minitron.specs.data_files import data_sources, resolve
 from minitron.specs.documents import check_readable
-from minitron.specs.errors import Refused, SpecError, UsageError, WorkError, located
+from minitron.specs.errors import Problem, Refused, UsageError, WorkError
 from minitron.specs.load import LoadedSpec
 from minitron.specs.lockfile import source_parts
 from minitron.specs.training_consistency import pairs_exist
 
 
-def check_lengths(loaded: LoadedSpec, captured: Captured) -> list[SpecError]:
+def teacher_key(loaded: LoadedSpec) -> str:
+    """The dotted path of the spec's value that names the teacher."""
+    return "teacher.model" if loaded.spec.teacher.spec is None else "teacher.spec"
+
+
+def check_lengths(loaded: LoadedSpec, captured: Captured) -> list[Problem]:
     """No sequence is longer than the teacher's positions."""
     longest = getattr(captured.config, "max_position_embeddings", None)
     errors = []
@@ -24,7 +29,7 @@ def check_lengths(loaded: LoadedSpec, captured: Captured) -> list[SpecError]:
     ):
         if block is not None and isinstance(longest, int) and block.sequence_length > longest:
             errors.append(
-                loaded.error(
+                Problem(
                     path,
                     f"{block.sequence_length} is more than the teacher's {longest} positions",
                     f"write at most {longest}",
@@ -33,7 +38,7 @@ def check_lengths(loaded: LoadedSpec, captured: Captured) -> list[SpecError]:
     return errors
 
 
-def check_documents(loaded: LoadedSpec) -> list[SpecError]:
+def check_documents(loaded: LoadedSpec) -> list[Problem]:
     """There is text in the files, and it is as the spec says. What names no file is not said again."""
     errors = []
     for source_at, source in data_sources(loaded.spec):
@@ -43,27 +48,27 @@ def check_documents(loaded: LoadedSpec) -> list[SpecError]:
             except Refused:
                 continue
             except WorkError as error:
-                errors.append(loaded.error(path, str(error)))
+                errors.append(Problem(path, str(error)))
     return errors
 
 
-def check_tokenizer(loaded: LoadedSpec, checkpoint: Checkpoint) -> tuple[list[SpecError], list[str]]:
+def check_tokenizer(loaded: LoadedSpec, checkpoint: Checkpoint) -> tuple[list[Problem], list[str]]:
     """Text is turned into tokens that the teacher has. Errors, and remarks on tokens that only some documents would need;
     nothing is said where there is no tokenizer to be looked at."""
     sources = list(data_sources(loaded.spec))
     if not sources or not any(tokenizer_files(checkpoint.folder)):
         return [], []
-    at = "teacher.model" if loaded.spec.teacher.spec is None else "teacher.spec"
+    at = teacher_key(loaded)
     try:
         tokenizer = load_tokenizer(checkpoint.folder)
     except UsageError as error:
-        return [loaded.error(at, str(error))], []
+        return [Problem(at, str(error))], []
     errors, remarks = [], []
     size = int(checkpoint.config.vocab_size)
     lacking = lacking_tokens(tokenizer, size)
     if lacking.ordinary:
         message = f"its tokenizer knows {lacking.ordinary}, and the model has a vocabulary of {size}"
-        errors.append(loaded.error(at, message, "copy the tokenizer files that belong to this model"))
+        errors.append(Problem(at, message, "copy the tokenizer files that belong to this model"))
     if lacking.added:
         remarks.append(
             f"the tokenizer knows {lacking.added}, and the model has a vocabulary of {size}: a document that holds such a "
@@ -71,10 +76,10 @@ def check_tokenizer(loaded: LoadedSpec, checkpoint: Checkpoint) -> tuple[list[Sp
         )
     if lacking.framing:
         message = f"its tokenizer puts {lacking.framing} around documents, and the model has a vocabulary of {size}"
-        errors.append(loaded.error(at, message, "name another token in tokenizer_config.json"))
+        errors.append(Problem(at, message, "name another token in tokenizer_config.json"))
     if not getattr(tokenizer, "chat_template", None):
         errors += [
-            loaded.error(f"{path}.messages_field", "the teacher's tokenizer has no chat template", "name text_field")
+            Problem(f"{path}.messages_field", "the teacher's tokenizer has no chat template", "name text_field")
             for source_at, source in sources
             for path, _, part in source_parts(source_at, source)
             if part.messages_field is not None  # pairs do without a template
@@ -82,20 +87,20 @@ def check_tokenizer(loaded: LoadedSpec, checkpoint: Checkpoint) -> tuple[list[Sp
     return errors, remarks
 
 
-def check_padding(loaded: LoadedSpec, checkpoint: Checkpoint) -> list[SpecError]:
+def check_padding(loaded: LoadedSpec, checkpoint: Checkpoint) -> list[Problem]:
     """The padding token is one of the vocabulary: no embedding can be built otherwise."""
     padding, size = getattr(checkpoint.config, "pad_token_id", None), getattr(checkpoint.config, "vocab_size", None)
     if not isinstance(padding, int) or not isinstance(size, int) or -size <= padding < size:
         return []
-    at = "teacher.model" if loaded.spec.teacher.spec is None else "teacher.spec"
+    at = teacher_key(loaded)
     message = f"`pad_token_id` in its config.json is {padding}, and the model has a vocabulary of {size}"
-    return [loaded.error(at, message, "write null, or a token of the vocabulary, as `pad_token_id`")]
+    return [Problem(at, message, "write null, or a token of the vocabulary, as `pad_token_id`")]
 
 
-def check_pairs(loaded: LoadedSpec, teacher_layers: int, student_layers: int) -> list[SpecError]:
+def check_pairs(loaded: LoadedSpec, teacher_layers: int, student_layers: int) -> list[Problem]:
     """The layers whose hidden states are compared are there."""
     distill = loaded.spec.distill
     hidden = distill.loss.hidden_states if distill is not None else None
     if hidden is None:
         return []
-    return located(pairs_exist(hidden, teacher_layers, student_layers, "distill.loss.hidden_states"), loaded)
+    return list(pairs_exist(hidden, teacher_layers, student_layers, "distill.loss.hidden_states"))

@@ -7,71 +7,65 @@ from typing import Any
 
 import torch
 
-from minitron.compiler.axes.table import AxisTable
-from minitron.compiler.capture.capture import FIXED_LENGTH, Captured, capture
+from minitron.compiler.capture import capture
+from minitron.compiler.capture.capture import FIXED_LENGTH, Captured
 from minitron.compiler.capture.layer_config import lists_over_layers
 from minitron.compiler.importance.select import leading, narrowing_of
 from minitron.compiler.rewrite.scale_repair import check_scalars
-from minitron.compiler.roles.roles import Roles
-from minitron.compiler.roles.widths import teacher_widths
+from minitron.compiler.roles.analysed import AnalysedTeacher
 from minitron.compiler.student.config import Key, fit, student_config
 from minitron.compiler.student.constraints import check_rows
 from minitron.compiler.student.targets import Targets, following
 from minitron.compiler.weights.recipes import recipes
-from minitron.specs.errors import SpecInvalid, UsageError
-from minitron.specs.load import LoadedSpec
+from minitron.specs.errors import Refused, UsageError
 
 
-def proved(
-    loaded: LoadedSpec, captured: Captured, table: AxisTable, roles: Roles, targets: Targets, layers: Sequence[int]
-) -> tuple[Targets, Any, torch.nn.Module]:
+def proved(teacher: AnalysedTeacher, targets: Targets, layers: Sequence[int]) -> tuple[Targets, Any, torch.nn.Module]:
     """The targets as asked for, or with what has to follow them, and the student that these describe."""
     try:
-        return targets, *prove(captured, table, roles, targets, layers)
+        return targets, *prove(teacher, targets, layers)
     except UsageError as error:
-        widths, first = teacher_widths(captured, roles, table), error
-    for followed in following(targets, widths):
+        first = error
+    for followed in following(targets, teacher.widths):
         try:
-            config, model = prove(captured, table, roles, followed, layers)
+            config, model = prove(teacher, followed, layers)
         except UsageError:
             continue
-        if wrong := check_rows(followed.widths, widths, captured, roles, loaded.error):
-            raise SpecInvalid(wrong)
+        if wrong := check_rows(followed.widths, teacher):
+            raise Refused(wrong)
         return followed, config, model
     raise first
 
 
-def prove(
-    captured: Captured, table: AxisTable, roles: Roles, targets: Targets, layers: Sequence[int]
-) -> tuple[Any, torch.nn.Module]:
-    selection = leading(targets, roles, layers)
-    narrowing = narrowing_of(selection, roles, table)
-    made = recipes(captured, table.parameters, narrowing, selection.layers)
+def prove(teacher: AnalysedTeacher, targets: Targets, layers: Sequence[int]) -> tuple[Any, torch.nn.Module]:
+    """The student's configuration and the model on the meta device that it describes. UsageError where none describes it."""
+    selection = leading(targets, teacher.roles, layers)
+    narrowing = narrowing_of(selection, teacher.roles, teacher.table)
+    made = recipes(teacher.captured, teacher.table.parameters, narrowing, selection.layers)
     shapes = {
-        name: tuple(narrowing.count(dim) for dim in table.parameters[recipe.source]) for name, recipe in made.items()
+        name: tuple(narrowing.count(dim) for dim in teacher.table.parameters[recipe.source])
+        for name, recipe in made.items()
     }
-    widths = teacher_widths(captured, roles, table)
-    also, config, model = fit(captured, targets.widths, widths, selection.layers, shapes)
-    if targets.widths or len(selection.layers) != captured.layer_count:
-        compare_constants(captured, targets, widths, selection.layers, also)
+    also, config, model = fit(teacher, targets.widths, selection.layers, shapes)
+    if targets.widths or len(selection.layers) != teacher.captured.layer_count:
+        compare_constants(teacher, targets, selection.layers, also)
     return config, model
 
 
 def compare_constants(
-    captured: Captured,
+    teacher: AnalysedTeacher,
     targets: Targets,
-    widths: Mapping[str, int],
     kept: Sequence[int],
     also: Mapping[Key, int],
 ) -> None:
     """Compares the numbers in the graphs of teacher and student, on a few layers of each kind: all of them take long."""
-    few = representatives(captured, kept)
-    length = captured.length or FIXED_LENGTH
-    narrowed = capture(student_config(captured, targets.widths, widths, few, also), captured.dtype, length)
-    if len(few) == captured.layer_count:
-        check_scalars(captured, narrowed, {layer: layer for layer in few})
+    few = representatives(teacher.captured, kept)
+    length = teacher.captured.length or FIXED_LENGTH
+    narrowed = capture.capture(student_config(teacher, targets.widths, few, also), teacher.captured.dtype, length)
+    if len(few) == teacher.captured.layer_count:
+        check_scalars(teacher.captured, narrowed, {layer: layer for layer in few})
         return
-    whole = capture(student_config(captured, {}, widths, few), captured.dtype, length)
+    whole = capture.capture(student_config(teacher, {}, few), teacher.captured.dtype, length)
     check_scalars(whole, narrowed, {layer: layer for layer in range(len(few))})
 
 

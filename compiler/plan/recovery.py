@@ -4,33 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from minitron.compiler.axes.table import AxisTable
-from minitron.compiler.capture.capture import Captured
 from minitron.compiler.capture.models import stored_tensors
+from minitron.compiler.roles.analysed import AnalysedTeacher
 from minitron.compiler.roles.names import HIDDEN
-from minitron.compiler.roles.roles import Roles
 from minitron.compiler.roles.rotation import Rotation, find_rotation
 from minitron.compiler.student.targets import Targets
 from minitron.compiler.teacher.checkpoint import Checkpoint
-from minitron.specs.errors import SpecInvalid, UsageError
+from minitron.specs.errors import Problem, Refused, UsageError
 from minitron.specs.load import LoadedSpec
 
 
-def rotation_of(
-    loaded: LoadedSpec, captured: Captured, table: AxisTable, roles: Roles, targets: Targets
-) -> Rotation | None:
+def rotation_of(loaded: LoadedSpec, teacher: AnalysedTeacher, targets: Targets) -> Rotation | None:
     """What a rotation of the residual stream does to the parameters; None where none is possible.
 
-    SpecInvalid where the spec asks for one that is not possible.
+    Refused where the spec asks for one that is not possible.
     """
+    captured = teacher.captured
     try:
-        return find_rotation(captured, table, roles)
+        return find_rotation(captured, teacher.table, teacher.roles)
     except UsageError as error:
         if loaded.spec.importance.hidden_basis == "channels" or HIDDEN not in targets.widths:
             return None
         message = f"the residual stream of this {captured.config.model_type} cannot be rotated: {error}"
-        hint = "write channels, or leave it out"
-        raise SpecInvalid([loaded.error("importance.hidden_basis", message, hint)]) from None
+        raise Refused([Problem("importance.hidden_basis", message, "write channels, or leave it out")]) from None
 
 
 def recovery_remarks(

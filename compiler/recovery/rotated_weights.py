@@ -29,6 +29,11 @@ class RotatedWeights:
         self._source, self._rotation, self._basis = source, rotation, basis.double().cpu()
         self._replaced = replaced or {}
 
+    @property
+    def unrotated(self) -> WeightSource:
+        """The teacher's weights in their own basis."""
+        return self._source
+
     def get(self, name: str) -> torch.Tensor:
         if name in self._replaced:
             return self._replaced[name]

@@ -18,7 +18,7 @@ from minitron.compiler.capture.capture import Captured
 from minitron.compiler.graph.aten import MAY_SHARE
 from minitron.compiler.graph.graph_module import attribute
 from minitron.compiler.graph.names import WRAPPER
-from minitron.compiler.rewrite.passes import Pass, PassResult
+from minitron.compiler.rewrite.passes import Pass
 from minitron.compiler.roles.residual_stream import LayerEnds
 
 
@@ -27,11 +27,11 @@ def drop_layers(captured: Captured, ends: Sequence[LayerEnds], kept: Sequence[in
     numbers = {old: new for new, old in enumerate(kept)}
     prefix = f"{WRAPPER}.{captured.layer_path}."
 
-    def run(graph_module: GraphModule) -> PassResult:
+    def run(graph_module: GraphModule) -> None:
         nodes = {node.name: node for node in graph_module.graph.nodes}
         dropped = [i for i in range(captured.layer_count) if i not in numbers]
         if not dropped:
-            return PassResult(graph_module, False, "all layers kept")
+            return
         # From the last: what a layer is given may itself come from a dropped one, whose turn is then still to come.
         for layer in reversed(dropped):
             nodes[ends[layer].leave].replace_all_uses_with(nodes[ends[layer].entry])
@@ -42,7 +42,6 @@ def drop_layers(captured: Captured, ends: Sequence[LayerEnds], kept: Sequence[in
                 number, rest = target[len(prefix) :].split(".", 1)
                 node.target = f"{prefix}{numbers[int(number)]}.{rest}"
         _move_modules(graph_module, prefix.rstrip("."), kept)
-        return PassResult(graph_module, True, f"dropped layers {dropped}")
 
     def ensures(graph_module: GraphModule) -> None:
         left = set()

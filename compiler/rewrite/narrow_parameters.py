@@ -17,7 +17,7 @@ from minitron.compiler.axes.narrowing import Narrowing
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.graph.graph_module import attribute, set_attribute
 from minitron.compiler.graph.names import strip_wrapper
-from minitron.compiler.rewrite.passes import Pass, PassResult
+from minitron.compiler.rewrite.passes import Pass
 
 
 def narrow_parameters(captured: Captured, dims_of: Mapping[str, Result], narrowing: Narrowing) -> Pass:
@@ -27,8 +27,7 @@ def narrow_parameters(captured: Captured, dims_of: Mapping[str, Result], narrowi
         dims: Dims = dims_of[name]  # type: ignore[assignment]
         return tuple(narrowing.count(dim) for dim in dims)
 
-    def run(graph_module: GraphModule) -> PassResult:
-        changed = 0
+    def run(graph_module: GraphModule) -> None:
         for node in graph_module.graph.nodes:
             if node.op != "get_attr":
                 continue
@@ -36,8 +35,6 @@ def narrow_parameters(captured: Captured, dims_of: Mapping[str, Result], narrowi
             shape = wanted(node.name)
             if tuple(old.shape) != shape:
                 set_attribute(graph_module, str(node.target), _narrowed(old, shape))
-                changed += 1
-        return PassResult(graph_module, changed > 0, f"narrowed {changed} parameters")
 
     def ensures(graph_module: GraphModule) -> None:
         for node in graph_module.graph.nodes:

@@ -11,20 +11,11 @@ from minitron.compiler.graph.graph_module import rebuild
 
 
 @dataclass(frozen=True)
-class PassResult:
-    """The graph after a pass, whether anything changed, and in one line what."""
-
-    graph_module: GraphModule
-    modified: bool
-    summary: str
-
-
-@dataclass(frozen=True)
 class Pass:
     """`run` rewrites a graph module in place; `ensures` raises AssertionError where the result is not as promised."""
 
     name: str
-    run: Callable[[GraphModule], PassResult]
+    run: Callable[[GraphModule], None]
     ensures: Callable[[GraphModule], None]
 
 
@@ -32,18 +23,15 @@ class PassFailed(AssertionError):
     """A pass did not keep its promise: a bug of ours. The message names the pass."""
 
 
-def run_passes(graph_module: GraphModule, passes: Sequence[Pass]) -> tuple[GraphModule, list[PassResult]]:
+def run_passes(graph_module: GraphModule, passes: Sequence[Pass]) -> GraphModule:
     """Runs passes over a copy of `graph_module`, in order, and checks each one's postcondition."""
     current = rebuild(graph_module)
-    results = []
     for one in passes:
-        result = one.run(current)
-        current = result.graph_module
+        one.run(current)
         current.graph.lint()
         current.recompile()
         try:
             one.ensures(current)
         except AssertionError as error:
             raise PassFailed(f"pass {one.name}: {error}") from error
-        results.append(result)
-    return current, results
+    return current

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.graph.aten import PASS_THROUGH
 from minitron.compiler.graph.names import strip_wrapper
-from minitron.compiler.weights.recipes import Recipe, renumber
+from minitron.compiler.weights.recipes import Recipe
 from minitron.specs.errors import UsageError
 
 CASTS = PASS_THROUGH | {"type_as"}
@@ -40,7 +40,7 @@ def changed_buffers(
         layer = captured.layer_in_path(name)
         if layer is not None and layer not in numbers:
             continue
-        new = renumber(captured, name, numbers)
+        new = captured.renumbered(name, numbers)
         other = student.get(new)
         if (
             other is None
@@ -77,7 +77,7 @@ def _scalars(captured: Captured, numbers: Mapping[int, int] | None) -> dict[str,
         if numbers is not None and layer is not None:
             if layer not in numbers:
                 continue
-            module = renumber(captured, module + ".", numbers).rstrip(".")
+            module = captured.renumbered(module + ".", numbers).rstrip(".")
         name = getattr(node.target, "_opname", "")
         for value in (*node.args, *node.kwargs.values()):
             if isinstance(value, float):

@@ -26,7 +26,7 @@ from minitron.compiler.axes.narrowing import Narrowing
 from minitron.compiler.axes.rules.shape import axis_bound
 from minitron.compiler.graph.aten import axis_index
 from minitron.compiler.graph.graph_module import fixed_length
-from minitron.compiler.rewrite.passes import Pass, PassResult
+from minitron.compiler.rewrite.passes import Pass
 from minitron.specs.errors import UsageError
 
 aten = torch.ops.aten
@@ -256,9 +256,9 @@ def shape_constants(dims_of: Mapping[str, Result], narrowing: Narrowing) -> Pass
     """`dims_of`: node name -> dimensions of the teacher's value."""
     sizes = _Sizes(dims_of, narrowing)
 
-    def run(graph_module: GraphModule) -> PassResult:
-        changed = sum([sizes.rewrite(node) for node in graph_module.graph.nodes])
-        return PassResult(graph_module, changed > 0, f"rewrote the sizes of {changed} operators")
+    def run(graph_module: GraphModule) -> None:
+        for node in graph_module.graph.nodes:
+            sizes.rewrite(node)
 
     def ensures(graph_module: GraphModule) -> None:
         ids = torch.zeros(2, fixed_length(graph_module.graph) or 3, dtype=torch.long, device="meta")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.graph.aten import MAY_SHARE
@@ -77,3 +77,9 @@ def adds_to_its_entry(nodes: Mapping[str, Node], end: LayerEnds) -> bool:
 
 def _is_tensor(node: Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def first_rescaling_layer(graph: Graph, ends: Sequence[LayerEnds]) -> int | None:
+    """The first layer that does more to the residual stream than to add to it; None where every layer only adds."""
+    nodes = {node.name: node for node in graph.nodes}
+    return next((i for i, end in enumerate(ends) if not adds_to_its_entry(nodes, end)), None)

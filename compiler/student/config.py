@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.capture.layer_config import with_layers
 from minitron.compiler.capture.models import build_meta, stored_tensors
+from minitron.compiler.roles.analysed import AnalysedTeacher
 from minitron.compiler.roles.names import GROUPS, HEAD_DIM, HEADS, HIDDEN, SCAN_HEAD_DIM, SCAN_HEADS, SHARED
 from minitron.compiler.student.config_keys import OTHER_KEYS, config_key
 from minitron.compiler.student.shared_experts import find_tie
@@ -31,9 +32,8 @@ def open_key(config: Any, name: str) -> str | None:
 
 
 def student_config(
-    captured: Captured,
+    teacher: AnalysedTeacher,
     widths: Mapping[str, int],
-    teacher_widths: Mapping[str, int],
     kept_layers: Sequence[int],
     also: Mapping[Key, int] | None = None,
 ) -> Any:
@@ -41,34 +41,33 @@ def student_config(
 
     `also` are further keys that have to say a width, as `fit` finds them.
     """
-    config = with_layers(captured.config, captured.layer_count, kept_layers)
-    config.dtype = captured.dtype
+    config = with_layers(teacher.captured.config, teacher.captured.layer_count, kept_layers)
+    config.dtype = teacher.captured.dtype
     for name, width in widths.items():
-        key = config_key(captured.config, name, teacher_widths[name])
+        key = config_key(teacher.captured.config, name, teacher.widths[name])
         if key is not None:
             setattr(config, key, width)
-    for name, old in teacher_widths.items():
+    for name, old in teacher.widths.items():
         key = open_key(config, name)
         if widths and key is not None:
             # What would follow from other widths is written out, for it may not follow these.
             setattr(config, key, widths.get(name, old))
-    if SHARED in widths and config_key(captured.config, SHARED, teacher_widths[SHARED]) is None:
-        tie = find_tie(captured.config, teacher_widths)
+    if SHARED in widths and config_key(teacher.captured.config, SHARED, teacher.widths[SHARED]) is None:
+        tie = find_tie(teacher.captured.config, teacher.widths)
         if tie is not None and tie.key is not None:
-            setattr(config, tie.key, widths[SHARED] // widths.get(tie.unit, teacher_widths[tie.unit]))
+            setattr(config, tie.key, widths[SHARED] // widths.get(tie.unit, teacher.widths[tie.unit]))
     for (part, key), width in (also or {}).items():
         setattr(getattr(config, part) if part else config, key, width)
-    head = head_width(captured.config)
-    if head == teacher_widths.get(HEAD_DIM) and head != head_width(config) and not derives_head_dim(config):
+    head = head_width(teacher.captured.config)
+    if head == teacher.widths.get(HEAD_DIM) and head != head_width(config) and not derives_head_dim(config):
         # Many modelling files read this key although their configuration does not declare it; the proof tells.
         config.head_dim = head
     return config
 
 
 def fit(
-    captured: Captured,
+    teacher: AnalysedTeacher,
     widths: Mapping[str, int],
-    teacher_widths: Mapping[str, int],
     kept_layers: Sequence[int],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[Mapping[Key, int], Any, torch.nn.Module]:
@@ -79,17 +78,17 @@ def fit(
     UsageError where none do.
     """
     first: UsageError | None = None
-    for also in _guesses(captured.config, widths, teacher_widths):
-        config = student_config(captured, widths, teacher_widths, kept_layers, also)
+    for also in _guesses(teacher.captured.config, widths, teacher.widths):
+        config = student_config(teacher, widths, kept_layers, also)
         try:
-            return also, config, prove(captured, config, shapes)
+            return also, config, prove(teacher.captured, config, shapes)
         except UsageError as error:
             first = first or error
     assert first is not None
-    unnamed = [name for name in widths if not _has_key(captured.config, name, teacher_widths)]
+    unnamed = [name for name in widths if not _has_key(teacher.captured.config, name, teacher.widths)]
     if unnamed:
-        raise UsageError(f"{captured.config.model_type} has no configuration key for {unnamed[0]}")
-    raise UsageError(str(first) + _mixer_tie(widths, teacher_widths))
+        raise UsageError(f"{teacher.captured.config.model_type} has no configuration key for {unnamed[0]}")
+    raise UsageError(str(first) + _mixer_tie(widths, teacher.widths))
 
 
 def _mixer_tie(widths: Mapping[str, int], teacher: Mapping[str, int]) -> str:

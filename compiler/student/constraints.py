@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 
-from minitron.compiler.capture.capture import Captured
+from minitron.compiler.roles.analysed import AnalysedTeacher
 from minitron.compiler.roles.names import (
     GROUPS,
     HEADS,
@@ -15,18 +15,13 @@ from minitron.compiler.roles.names import (
 )
 from minitron.compiler.roles.roles import Roles
 from minitron.compiler.student.shared_experts import find_tie
-from minitron.specs.errors import SpecError
+from minitron.specs.errors import Problem
 
 # torch.nn.functional.grouped_mm: "strides should be multiple of 16 bytes", on processors and on graphics cards.
 GROUPED_ROW_BYTES = 16
 
 
-MakeError = Callable[[str, str, str], SpecError]
-
-
-def check_heads(
-    wanted: dict[str, int], teacher: Mapping[str, int], shares: Collection[str], error: MakeError
-) -> list[SpecError]:
+def check_heads(wanted: dict[str, int], teacher: Mapping[str, int], shares: Collection[str]) -> list[Problem]:
     """Fills in what follows (a dropped group takes its query heads along) and checks that heads divide into groups.
 
     A count that was asked for as a share is rounded down to one that fits the other.
@@ -58,10 +53,10 @@ def check_heads(
     else:
         message = f"{heads} query heads do not divide into {groups} key-value groups"
     near = sorted(sorted(possible, key=lambda n: abs(n - heads))[:2])
-    return [error(path, message, f"write {' or '.join(map(str, near))}, or change {GROUPS}")]
+    return [Problem(path, message, f"write {' or '.join(map(str, near))}, or change {GROUPS}")]
 
 
-def check_experts(wanted: dict[str, int], roles: Roles, shares: Collection[str], error: MakeError) -> list[SpecError]:
+def check_experts(wanted: dict[str, int], roles: Roles, shares: Collection[str]) -> list[Problem]:
     """The router must find as many experts as it picks. A share is rounded down to a number that divides into its groups."""
     if NUM_EXPERTS not in wanted or not roles.mixtures:
         return []
@@ -74,18 +69,16 @@ def check_experts(wanted: dict[str, int], roles: Roles, shares: Collection[str],
     if count % groups:
         near = sorted({max(least, n) for n in (count // groups * groups, (count // groups + 1) * groups)})
         message = f"{count} experts do not divide into the {groups} groups that the router picks from"
-        return [error(path, message, f"write {' or '.join(map(str, near))}")]
+        return [Problem(path, message, f"write {' or '.join(map(str, near))}")]
     if count < least:
         message = f"{count} experts are fewer than the router needs: it sends every token to {picked}"
         if groups > 1:
             message += f", and picks among {groups} groups of experts first"
-        return [error(path, message, f"write at least {least}")]
+        return [Problem(path, message, f"write at least {least}")]
     return []
 
 
-def check_scan_heads(
-    wanted: dict[str, int], roles: Roles, shares: Collection[str], error: MakeError
-) -> list[SpecError]:
+def check_scan_heads(wanted: dict[str, int], roles: Roles, shares: Collection[str]) -> list[Problem]:
     """As many heads stay in each group. A share is rounded down to a number that divides into the groups."""
     groups = max((scan.groups for scan in roles.scans.values()), default=1)
     if SCAN_HEADS not in wanted or groups == 1:
@@ -97,31 +90,29 @@ def check_scan_heads(
         return []
     near = sorted({max(1, count // groups) * groups, (count // groups + 1) * groups})
     message = f"{count} heads do not divide into the {groups} groups that share their keys and queries"
-    return [error(f"student.{SCAN_HEADS}", message, f"write {' or '.join(map(str, near))}")]
+    return [Problem(f"student.{SCAN_HEADS}", message, f"write {' or '.join(map(str, near))}")]
 
 
-def check_rows(
-    wanted: Mapping[str, int], teacher: Mapping[str, int], captured: Captured, roles: Roles, error: MakeError
-) -> list[SpecError]:
+def check_rows(wanted: Mapping[str, int], teacher: AnalysedTeacher) -> list[Problem]:
     """Torch multiplies the sorted rows of experts only where rows of all operands take whole units of so many bytes."""
-    if not any(mixture.ends is not None for mixture in roles.mixtures.values()):
+    if not any(mixture.ends is not None for mixture in teacher.roles.mixtures.values()):
         return []
-    unit = GROUPED_ROW_BYTES // captured.dtype.itemsize
+    unit = GROUPED_ROW_BYTES // teacher.captured.dtype.itemsize
     stacked = {
         name
-        for name, layers in roles.widths.items()
+        for name, layers in teacher.roles.widths.items()
         for layer, width in layers.items()
-        if width.readers and layer in roles.mixtures and width.parents == roles.mixtures[layer].experts
+        if width.readers and layer in teacher.roles.mixtures and width.parents == teacher.roles.mixtures[layer].experts
     }
     return [
-        error(
+        Problem(
             f"student.{name}",
             f"rows of {wanted[name]} channels are none that torch can multiply expert by expert",
             f"write a multiple of {unit}: "
-            + " or ".join(str(n) for n in _multiples(wanted[name], unit, teacher[name])),
+            + " or ".join(str(n) for n in _multiples(wanted[name], unit, teacher.widths[name])),
         )
         for name in (HIDDEN, *sorted(stacked))
-        if name in wanted and wanted[name] < teacher[name] and wanted[name] % unit
+        if name in wanted and wanted[name] < teacher.widths[name] and wanted[name] % unit
     ]
 
 
@@ -130,14 +121,12 @@ def _multiples(width: int, unit: int, most: int) -> list[int]:
     return [n for n in (width // unit * unit, (width // unit + 1) * unit) if 0 < n <= most]
 
 
-def check_shared(
-    wanted: dict[str, int], teacher: Mapping[str, int], captured: Captured, shares: Collection[str], error: MakeError
-) -> list[SpecError]:
+def check_shared(wanted: dict[str, int], teacher: AnalysedTeacher, shares: Collection[str]) -> list[Problem]:
     """Where the shared expert's width is so many times that of a routed one, it follows it, or their number changes."""
-    tie = find_tie(captured.config, teacher)
+    tie = find_tie(teacher.captured.config, teacher.widths)
     if tie is None or not (SHARED in wanted or tie.unit in wanted):
         return []
-    unit = wanted.get(tie.unit, teacher[tie.unit])
+    unit = wanted.get(tie.unit, teacher.widths[tie.unit])
     if SHARED not in wanted:
         wanted[SHARED] = tie.times * unit
         return []
@@ -152,4 +141,4 @@ def check_shared(
     else:
         message = f"the configuration counts the shared expert's width in units of {tie.unit}, which is {unit}"
         hint = f"write {' or '.join(str(n * unit) for n in range(1, tie.times + 1))}, or change {tie.unit}"
-    return [error(f"student.{SHARED}", message, hint)]
+    return [Problem(f"student.{SHARED}", message, hint)]

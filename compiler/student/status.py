@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minitron.compiler.axes.notes import CHOICES
-from minitron.compiler.axes.table import AxisTable
-from minitron.compiler.capture.capture import Captured
+from minitron.compiler.roles.analysed import AnalysedTeacher
 from minitron.compiler.roles.names import (
     GROUPS,
     HEAD_DIM,
@@ -14,7 +13,6 @@ from minitron.compiler.roles.names import (
     LAYERS,
     NUM_EXPERTS,
 )
-from minitron.compiler.roles.roles import Roles
 from minitron.compiler.roles.widths import leaves_of, uniform
 
 
@@ -29,23 +27,23 @@ class AxisStatus:
     reason: str
 
 
-def status_of(name: str, captured: Captured, roles: Roles, table: AxisTable) -> tuple[str, str]:
+def status_of(name: str, teacher: AnalysedTeacher) -> tuple[str, str]:
     """Whether an axis can be narrowed, exactly or approximately, and why."""
     if name == LAYERS:
         return "exact", "a dropped layer is passed by"
-    if name in roles.refusals:
-        return "refused", roles.refusals[name]
-    leaves = leaves_of(name, roles, table)
+    if name in teacher.roles.refusals:
+        return "refused", teacher.roles.refusals[name]
+    leaves = leaves_of(name, teacher.roles, teacher.table)
     if not leaves:
-        return "refused", f"the graph of {captured.config.model_type} shows no such axis"
+        return "refused", f"the graph of {teacher.captured.config.model_type} shows no such axis"
     pins = sorted({pin for leaf in leaves for pin in leaf.pins})
     if pins:
         return "refused", str(pins[0])
     if name == HEAD_DIM:
         return "refused", "queries, keys and values have separate widths in the graph, and one key in the configuration"
-    if name in roles.widths and not uniform(w.size for w in roles.widths[name].values()):
+    if name in teacher.roles.widths and not uniform(w.size for w in teacher.roles.widths[name].values()):
         return "refused", "its width differs from layer to layer, which the configuration could not say of the student"
-    if name in (HEADS, GROUPS) and not uniform((site.groups, site.repeats) for site in roles.heads.values()):
+    if name in (HEADS, GROUPS) and not uniform((site.groups, site.repeats) for site in teacher.roles.heads.values()):
         return "refused", "its number differs from layer to layer, which the configuration could not say of the student"
     notes = sorted({(note.kind, note.place) for leaf in leaves for note in leaf.notes})
     changed = [(kind, place) for kind, place in notes if kind not in ("mean", "rms_norm", *CHOICES)]

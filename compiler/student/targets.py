@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minitron.compiler.axes.table import AxisTable
-from minitron.compiler.capture.capture import Captured
+from minitron.compiler.roles.analysed import AnalysedTeacher
 from minitron.compiler.roles.names import (
     CONVOLVED,
     COUNTS,
@@ -15,10 +14,7 @@ from minitron.compiler.roles.names import (
     HIDDEN,
     LAYERS,
 )
-from minitron.compiler.roles.roles import Roles
-from minitron.compiler.roles.widths import teacher_widths
 from minitron.compiler.student.constraints import (
-    MakeError,
     check_experts,
     check_heads,
     check_rows,
@@ -27,7 +23,7 @@ from minitron.compiler.student.constraints import (
 )
 from minitron.compiler.student.status import AxisStatus, status_of
 from minitron.specs.blocks.student import Student
-from minitron.specs.errors import SpecError
+from minitron.specs.errors import Problem
 from minitron.specs.units import Share, default_multiple
 
 
@@ -40,51 +36,55 @@ class Targets:
     named_layers: tuple[int, ...] | None
     statuses: tuple[AxisStatus, ...]
 
+    def rank_layers(self, layer_count: int) -> bool:
+        """Whether scores decide which of the teacher's `layer_count` layers stay."""
+        return self.named_layers is None and self.layers < layer_count
 
-def resolve_targets(
-    student: Student, captured: Captured, roles: Roles, table: AxisTable, error: MakeError
-) -> tuple[Targets | None, list[SpecError]]:
-    """`student` is the spec's block; `error(path, message, hint)` places an error in the spec."""
-    teacher = teacher_widths(captured, roles, table)
-    errors: list[SpecError] = []
+
+def resolve_targets(student: Student, teacher: AnalysedTeacher) -> tuple[Targets | None, list[Problem]]:
+    """The targets of `student`, the block of a spec; or None with all problems, their paths those of the spec."""
+    widest = teacher.widths
+    errors: list[Problem] = []
     wanted: dict[str, int] = {}
     for key, value in student.targets():
         path = f"student.{key}"
-        if key not in teacher:
-            errors.append(error(path, f"the teacher ({captured.config.model_type}) has no {key}", "leave it out"))
+        if key not in widest:
+            errors.append(
+                Problem(path, f"the teacher ({teacher.captured.config.model_type}) has no {key}", "leave it out")
+            )
             continue
         values = value if isinstance(value, tuple) else (value,)  # a search has several candidates
         for index, one in enumerate(values):
             here = f"{path}.{index}" if isinstance(value, tuple) else path
-            width = _width(key, one, teacher[key], student.multiple_of)
-            if not 0 < width <= teacher[key]:
-                message = f"{width} is not between 1 and the teacher's {teacher[key]}"
-                hint = f"write at most {teacher[key]}" if width > 0 else "write a larger share, or a number"
-                errors.append(error(here, message, hint))
+            width = _width(key, one, widest[key], student.multiple_of)
+            if not 0 < width <= widest[key]:
+                message = f"{width} is not between 1 and the teacher's {widest[key]}"
+                hint = f"write at most {widest[key]}" if width > 0 else "write a larger share, or a number"
+                errors.append(Problem(here, message, hint))
                 continue
-            status, reason = status_of(key, captured, roles, table)
-            if width < teacher[key] and status == "refused":
-                errors.append(error(here, f"cannot be narrowed: {reason}", f"leave it out, or write {teacher[key]}"))
+            status, reason = status_of(key, teacher)
+            if width < widest[key] and status == "refused":
+                errors.append(Problem(here, f"cannot be narrowed: {reason}", f"leave it out, or write {widest[key]}"))
             elif len(values) == 1:
                 wanted[key] = width
     shares = {key for key, value in student.targets() if isinstance(value, Share)}
-    errors += check_heads(wanted, teacher, shares, error)
-    errors += check_experts(wanted, roles, shares, error)
-    errors += check_scan_heads(wanted, roles, shares, error)
-    errors += check_rows(wanted, teacher, captured, roles, error)
-    errors += check_shared(wanted, teacher, captured, shares, error)
-    layers, named = _layers(student, captured.layer_count, wanted, error, errors)
+    errors += check_heads(wanted, widest, shares)
+    errors += check_experts(wanted, teacher.roles, shares)
+    errors += check_scan_heads(wanted, teacher.roles, shares)
+    errors += check_rows(wanted, teacher)
+    errors += check_shared(wanted, teacher, shares)
+    layers, named = _layers(student, teacher.captured.layer_count, wanted, errors)
     if errors:
         return None, errors
-    widths = {key: width for key, width in wanted.items() if key != LAYERS and width < teacher[key]}
+    widths = {key: width for key, width in wanted.items() if key != LAYERS and width < widest[key]}
     statuses = tuple(
         AxisStatus(
             name,
-            teacher[name],
-            layers if name == LAYERS else widths.get(name, teacher[name]),
-            *status_of(name, captured, roles, table),
+            widest[name],
+            layers if name == LAYERS else widths.get(name, widest[name]),
+            *status_of(name, teacher),
         )
-        for name in teacher
+        for name in widest
     )
     return Targets(widths, layers, named, statuses), []
 
@@ -129,7 +129,7 @@ def _width(key: str, value: Any, teacher: int, multiple_of: int | None) -> int:
 
 
 def _layers(
-    student: Any, count: int, wanted: dict[str, int], error: MakeError, errors: list[SpecError]
+    student: Any, count: int, wanted: dict[str, int], errors: list[Problem]
 ) -> tuple[int, tuple[int, ...] | None]:
     named = student.layers
     if named is None:
@@ -138,10 +138,10 @@ def _layers(
     numbers = named.drop if named.drop is not None else named.keep
     path = f"student.layers.{key}"
     if any(n >= count for n in numbers):
-        errors.append(error(path, f"layer {max(numbers)} does not exist", f"the teacher has layers 0 to {count - 1}"))
+        errors.append(Problem(path, f"layer {max(numbers)} does not exist", f"the teacher has layers 0 to {count - 1}"))
         return count, None
     kept = tuple(i for i in range(count) if (i in set(numbers)) == (key == "keep"))
     if not kept:
-        errors.append(error(path, "no layer would be left", "keep at least one"))
+        errors.append(Problem(path, "no layer would be left", "keep at least one"))
         return count, None
     return len(kept), kept

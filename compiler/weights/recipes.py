@@ -79,7 +79,7 @@ def recipes(
         layer = captured.layer_in_path(name)
         if layer is not None and layer not in numbers:
             continue
-        result[renumber(captured, name, numbers)] = _recipe(name, dims, narrowing)
+        result[captured.renumbered(name, numbers)] = _recipe(name, dims, narrowing)
     return result
 
 
@@ -96,12 +96,3 @@ def _recipe(name: str, dims: Dims, narrowing: Narrowing) -> Recipe:
             (beside,) = (i for i, other in enumerate(dims) if set(owners) <= set(narrowing.space.leaves(other)))
             positions.append(narrowing.positions_beside(dim, dims[beside]))
     return Recipe(name, tuple(positions), beside=beside)
-
-
-def renumber(captured: Captured, name: str, numbers: Mapping[int, int]) -> str:
-    """A parameter's name once its layer has its new number."""
-    layer = captured.layer_in_path(name)
-    if layer is None:
-        return name
-    prefix = f"{captured.layer_path}.{layer}."
-    return f"{captured.layer_path}.{numbers[layer]}.{name.removeprefix(prefix)}"

@@ -141,7 +141,7 @@ def open_weights(captured: Captured, checkpoint: Checkpoint) -> WeightSource:
     streamed = check_headers(captured, checkpoint)
     _check_tied(captured, checkpoint)
     if streamed:
-        return StreamedWeights(checkpoint, captured.number_format, _tied_names(captured, checkpoint))
+        return StreamedWeights(checkpoint, captured.stored_dtype, _tied_names(captured, checkpoint))
     from transformers import AutoModelForCausalLM
 
     try:
@@ -165,7 +165,7 @@ def open_weights(captured: Captured, checkpoint: Checkpoint) -> WeightSource:
         )
     loaded = {name: value.detach() for name, value in stored_tensors(model).items()}
     for name, value in loaded.items():
-        check_finite(value, name, str(checkpoint.folder), captured.number_format(name))
+        check_finite(value, name, str(checkpoint.folder), captured.stored_dtype(name))
     return LoadedWeights(loaded | {name: loaded[stored] for name, stored in checkpoint.aliases.items()})
 
 

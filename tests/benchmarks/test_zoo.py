@@ -34,7 +34,7 @@ def made(zoo: ModuleType, folder: Path, foundry: Foundry) -> Made:
     """The shapes that were asked for, and what became of the student, as the benchmark's processes leave it."""
     from zoo_tools import run_step
 
-    with foundry.shortened(program=False):
+    with foundry.shortened():
         assert run_step(zoo.OURS, folder, zoo.OURS) == 0
     assert run_step("reload", folder, zoo.OURS) == 0
     return json.loads((folder / "request.json").read_text())["expected"], zoo.read_outcome(folder, zoo.OURS)
@@ -77,7 +77,7 @@ def test_a_request_that_the_plan_refuses(zoo: ModuleType, folder: Path, foundry:
     (tmp_path / "request.json").write_text(json.dumps(request))
     (tmp_path / "teacher").symlink_to(folder / "teacher")
     (tmp_path / "corpus.txt").symlink_to(folder / "corpus.txt")
-    with foundry.shortened(program=False):
+    with foundry.shortened():
         assert run_step(zoo.OURS, tmp_path, zoo.OURS) == 1
     verdict, detail = zoo.classify(request["expected"], zoo.read_outcome(tmp_path, zoo.OURS))
     assert verdict == "refused" and "student.head_dim: cannot be narrowed: " in detail

@@ -58,7 +58,7 @@ def calls(
     def make_plan(loaded: Any, *, build: Path, weights: bool = False) -> Any:
         done.append("plan")
         plan["spec"] = {"name": loaded.spec.name, "path": str(loaded.path), "sha256": loaded.sha256}
-        return SimpleNamespace(to_json=lambda outlook=None: plan)
+        return SimpleNamespace(document=plan)
 
     def compile_spec(loaded: Any, build: Path, *, device: str, progress: Progress, plan: Any) -> Any:
         if (made := plan) is None:
@@ -66,7 +66,7 @@ def calls(
             done.pop()
         done.append(f"compile on {device}")
         (build / "student").mkdir(parents=True)
-        (build / "plan.json").write_text(json.dumps(made.to_json()))
+        (build / "plan.json").write_text(json.dumps(made.document))
         (build / "verification.json").write_text(json.dumps(verification))
         (build / "training.yaml").write_text("tokens: 1000000\n")
         return made
@@ -85,6 +85,7 @@ def calls(
         return results
 
     monkeypatch.setattr(minitron.compiler, "make_plan", make_plan)
+    monkeypatch.setattr(minitron.compiler, "plan_document", lambda made, hardware=None: made.document)
     monkeypatch.setattr(minitron.compiler, "compile_spec", compile_spec)
     monkeypatch.setattr(minitron.runtime, "train", train)
     monkeypatch.setattr(minitron.runtime, "evaluate", evaluate)
@@ -180,15 +181,13 @@ def test_plan_and_dry_run_print_the_same(run: Run, spec: Path, calls: list[str])
     assert not (spec.parent / "builds").exists()
 
 
-def test_a_plan_is_reckoned_for_the_devices_that_are_named(
+def test_a_plan_is_estimated_for_the_devices_that_are_named(
     run: Run, spec: Path, calls: list[str], plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
 
-    def make_plan(loaded: Any, *, build: Path) -> Any:
-        return SimpleNamespace(to_json=lambda outlook: asked.append(outlook) or plan)
-
-    monkeypatch.setattr(minitron.compiler, "make_plan", make_plan)
+    monkeypatch.setattr(minitron.compiler, "make_plan", lambda loaded, *, build: None)
+    monkeypatch.setattr(minitron.compiler, "plan_document", lambda made, hardware: asked.append(hardware) or plan)
     assert run("plan", spec, "--device", "h200x8", "--mfu", "0.4")[0] == 0
     assert run("compile", spec, "--dry-run", "--device", "a100")[0] == 0
     assert [(one.cluster.name, one.mfu) for one in asked] == [("h200x8", 0.4), ("a100-80", 0.17)]

@@ -6,7 +6,6 @@ import copy
 import io
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,7 +116,8 @@ def test_the_markdown_of_a_pull_request_has_the_same_rows(plan: dict[str, Any]) 
 def spec(monkeypatch: pytest.MonkeyPatch, plan: dict[str, Any], tmp_path: Path) -> Path:
     """A spec, and a compiler that plans `plan` for it."""
     (tmp_path / "tiny.yaml").write_text(SPEC)
-    monkeypatch.setattr(minitron.compiler, "make_plan", lambda loaded, *, build: SimpleNamespace(to_json=lambda: plan))
+    monkeypatch.setattr(minitron.compiler, "make_plan", lambda loaded, *, build: None)
+    monkeypatch.setattr(minitron.compiler, "plan_document", lambda made: plan)
     return tmp_path / "tiny.yaml"
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import AutoConfig
 
-from minitron.compiler.axes.analysis import analyse
-from minitron.compiler.axes.table import AxisTable
-from minitron.compiler.capture.capture import Captured, capture
-from minitron.compiler.roles.roles import Roles, find_roles
+from minitron.compiler.capture.capture import capture
+from minitron.compiler.roles.analysed import AnalysedTeacher, analyse_teacher
 from tests.models import COMMON, FAMILIES
 
 # Families that no teacher of the other tests is of, and what makes each itself.
@@ -31,17 +28,6 @@ MORE: dict[str, dict[str, Any]] = {
 EVERY = (*FAMILIES, *MORE)
 
 
-@dataclass(frozen=True)
-class Analysed:
-    captured: Captured
-    table: AxisTable
-    roles: Roles
-
-    def describe(self, parameter: str) -> list[str]:
-        """The dimensions of a parameter in words."""
-        return [self.table.space.describe(dim) for dim in self.table.parameters[parameter]]
-
-
 def config(family: str, **changes: Any) -> Any:
     """The configuration of a tiny model of two layers; None leaves a key out."""
     keys = COMMON | {"num_hidden_layers": 2} | (FAMILIES | MORE)[family] | changes
@@ -55,8 +41,11 @@ def config(family: str, **changes: Any) -> Any:
 
 
 @functools.cache
-def analysed(family: str, **changes: Any) -> Analysed:
+def analysed(family: str, **changes: Any) -> AnalysedTeacher:
     """`changes` replace keys of the configuration. Two layers are as good as four here."""
-    captured = capture(config(family, **changes))
-    table = analyse(captured)
-    return Analysed(captured, table, find_roles(captured, table))
+    return analyse_teacher(capture(config(family, **changes)))
+
+
+def describe(teacher: AnalysedTeacher, parameter: str) -> list[str]:
+    """The dimensions of a parameter in words."""
+    return [teacher.table.space.describe(dim) for dim in teacher.table.parameters[parameter]]

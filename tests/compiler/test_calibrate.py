@@ -47,27 +47,23 @@ def scores(
     key: str = "k",
 ) -> ScoreTable:
     return calibrate.calibrate(
-        plan.captured,
-        plan.table,
-        plan.roles,
-        plan.ends,
+        plan.teacher,
         executor(plan),
         samples,
         CalibrationConfig(width, DepthConfig(metric)),
         need_layers=need_layers,
-        partial=partial or plan.build / "partial.safetensors",
-        key=key,
+        saved=calibrate.Interrupted(partial or plan.build / "partial.safetensors", key),
         progress=progress or Silent(),
     )
 
 
 def layers_of(plan: Plan, model: Any) -> Any:
-    return model.get_submodule(plan.captured.layer_path)
+    return model.get_submodule(plan.teacher.captured.layer_path)
 
 
 def hooked(plan: Plan, samples: torch.Tensor = SAMPLES) -> dict[str, torch.Tensor]:
     """name -> [samples, tokens, channels], by running the model a sample at a time with forward hooks."""
-    norms, attention, mlp = PLACES[plan.captured.config.model_type]
+    norms, attention, mlp = PLACES[plan.teacher.captured.config.model_type]
     model = teacher_model(plan)
     found: dict[str, list[torch.Tensor]] = defaultdict(list)
 
@@ -115,16 +111,16 @@ def test_scores_are_those_of_plain_hooks(foundry: Foundry, family: str) -> None:
     plan = foundry.whole(family)
     got, values = scores(plan), hooked(plan)
     norms = [aggregate(value) for name, value in values.items() if name.startswith("norm.")]
-    assert len(norms) == 2 * plan.captured.layer_count
+    assert len(norms) == 2 * plan.teacher.captured.layer_count
     close(got.hidden, torch.stack(norms).sum(0))
-    for layer in range(plan.captured.layer_count):
-        site = plan.roles.heads[layer]
+    for layer in range(plan.teacher.captured.layer_count):
+        site = plan.teacher.roles.heads[layer]
         channels = aggregate(values[f"heads.{layer}"])
         close(got.heads[layer], channels.reshape(site.groups, site.repeats, -1).norm(dim=-1))
         if f"mlp.{layer}" in values:
             close(got.widths["intermediate_size"][layer], aggregate(values[f"mlp.{layer}"]))
-    entered = torch.stack([values[f"in.{i}"] for i in range(plan.captured.layer_count)])
-    left = torch.stack([values[f"out.{i}"] for i in range(plan.captured.layer_count)])
+    entered = torch.stack([values[f"in.{i}"] for i in range(plan.teacher.captured.layer_count)])
+    left = torch.stack([values[f"out.{i}"] for i in range(plan.teacher.captured.layer_count)])
     close(got.layers, 1 - torch.nn.functional.cosine_similarity(entered, left, dim=-1).mean((1, 2)), rtol=1e-3)
 
 
@@ -265,7 +261,7 @@ def test_the_harm_of_dropping_a_layer_is_that_of_a_model_without_it(foundry: Fou
         return float(torch.nn.functional.cross_entropy(values[:, :-1].flatten(0, 1), SAMPLES[:, 1:].flatten()))
 
     whole = logits(teacher_model(plan), SAMPLES)
-    without = [logits(without_layer(plan, i), SAMPLES) for i in range(plan.captured.layer_count)]
+    without = [logits(without_layer(plan, i), SAMPLES) for i in range(plan.teacher.captured.layer_count)]
     close(scores(plan, metric="loss").layers, torch.tensor([loss(one) - loss(whole) for one in without]), rtol=1e-3)
     mse = torch.tensor([float((one - whole).square().mean()) for one in without])
     close(scores(plan, metric="logit_mse").layers, mse, rtol=1e-3)

@@ -16,8 +16,9 @@ from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.capture import capture as capture_module
 from minitron.compiler.capture.capture import Captured, capture
 from minitron.compiler.capture.layer_kinds import Accounts, accounts
-from minitron.compiler.plan import plan as plan_module
+from minitron.compiler.plan import prove
 from minitron.compiler.plan.plan import make_plan
+from minitron.compiler.plan_document import plan_document
 from minitron.compiler.roles.roles import Roles, find_roles
 from tests.compiler.families import config
 from tests.foundry import Foundry
@@ -90,12 +91,12 @@ def test_a_plan_that_drops_layers_is_the_same(foundry: Foundry, monkeypatch: pyt
     teacher = foundry.teacher("qwen3", num_hidden_layers=6, **TWO_KINDS)
     loaded = foundry.load(teacher, {"hidden_size": 24, "num_attention_heads": 2, "layers": {"drop": [1, 2]}})
     # What compares the numbers in the graphs captures other models, of few layers.
-    monkeypatch.setattr(plan_module, "_compare_constants", lambda *_: None)
+    monkeypatch.setattr(prove, "compare_constants", lambda *_: None)
     seen = exports(monkeypatch)
-    documents = [make_plan(loaded, build=foundry.root / "once").to_json()]
+    documents = [plan_document(make_plan(loaded, build=foundry.root / "once"))]
     assert 6 not in seen
     whole_capture(monkeypatch)
-    documents.append(make_plan(loaded, build=foundry.root / "once").to_json())
+    documents.append(plan_document(make_plan(loaded, build=foundry.root / "once")))
     assert 6 in seen
     assert documents[0] == documents[1]
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from minitron.compiler import Plan, make_plan, why_not_finished, why_stale
+from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.teacher.lock import renew
 from minitron.specs import LoadedSpec, load_spec
 from minitron.specs.builds import build_of, finished_note, result_of
@@ -105,10 +106,10 @@ def test_a_plan_works_from_plans_where_nothing_was_run(specs: Path, foundry: Fou
         weights.unlink()
     plan = planned(foundry, load_spec(specs / "middle.yaml"))
     above = planned(foundry, load_spec(specs / "large.yaml"))
-    assert plan.teacher_costs == above.student_costs
-    assert plan.captured.config.to_diff_dict() == above.config.to_diff_dict()
+    assert Estimate(plan).teacher_costs == Estimate(above).student_costs
+    assert plan.teacher.captured.config.to_diff_dict() == above.config.to_diff_dict()
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers")
-    assert [getattr(plan.captured.config, key) for key in keys] == [32, 24, 2]
+    assert [getattr(plan.teacher.captured.config, key) for key in keys] == [32, 24, 2]
     assert [getattr(plan.config, key) for key in keys] == [24, 24, 2]
     assert plan.remarks[0] == (
         f"the teacher is the student that large.yaml plans: {specs}/builds/large is not compiled yet"

@@ -44,7 +44,7 @@ class Words(Silent):
 def without_layers(build: Build) -> Any:
     """The teacher as a Hugging Face model that has lost the dropped layers, lists over layers included."""
     model, kept = teacher_model(build.plan), build.document("plan.json")["selection"]["num_hidden_layers"][0]
-    layers = model.get_submodule(build.plan.captured.layer_path)
+    layers = model.get_submodule(build.plan.teacher.captured.layer_path)
     for layer in reversed(range(len(layers))):
         if layer not in kept:
             del layers[layer]
@@ -64,7 +64,7 @@ def test_named_layers_go_with_their_attention_type(foundry: Foundry, family: str
     assert build.config["layer_types"] == [whole[i] for i in kept]
     assert build.config["num_hidden_layers"] == len(kept)
     ids = token_ids(2, 40)
-    student = load_model(build.folder / "student", build.plan.captured.attention)
+    student = load_model(build.folder / "student", build.plan.teacher.captured.attention)
     torch.testing.assert_close(logits(student, ids), logits(without_layers(build), ids), rtol=1e-4, atol=1e-5)
 
 
@@ -76,7 +76,7 @@ def test_layers_that_scores_choose_go_with_their_attention_type(foundry: Foundry
     whole = teacher_model(build.plan).config.layer_types
     assert build.config["layer_types"] == [whole[i] for i in kept]
     ids = token_ids(2, 40)
-    got = logits(load_model(build.folder / "student", build.plan.captured.attention), ids)
+    got = logits(load_model(build.folder / "student", build.plan.teacher.captured.attention), ids)
     torch.testing.assert_close(got, logits(without_layers(build), ids), rtol=1e-4, atol=1e-5)
 
 

@@ -85,13 +85,13 @@ def test_nothing_is_repaired_where_nothing_changed(foundry: Foundry) -> None:
 
 def test_tables_that_differ_are_found_by_the_students_names(foundry: Foundry) -> None:
     plan = foundry.whole("gemma2")
-    same = load_buffers(plan.captured.model)
-    assert constants.changed_buffers(plan.captured, same, same, dict(enumerate(range(3)))) == []
+    same = load_buffers(plan.teacher.captured.model)
+    assert constants.changed_buffers(plan.teacher.captured, same, same, dict(enumerate(range(3)))) == []
     changed = {name: value * 1.001 for name, value in same.items()}
-    assert constants.changed_buffers(plan.captured, same, changed, dict(enumerate(range(3)))) == list(same)
+    assert constants.changed_buffers(plan.teacher.captured, same, changed, dict(enumerate(range(3)))) == list(same)
     (name,) = [name for name in same if "embed_scale" in name]
     gone = {key: value for key, value in same.items() if key != name}
-    assert constants.changed_buffers(plan.captured, same, gone, dict(enumerate(range(3)))) == [name]
+    assert constants.changed_buffers(plan.teacher.captured, same, gone, dict(enumerate(range(3)))) == [name]
 
 
 def test_a_table_that_cannot_be_repaired_refuses_the_spec(
@@ -107,7 +107,7 @@ def test_a_table_that_cannot_be_repaired_refuses_the_spec(
 
 
 def recipes_of(plan: Plan) -> dict[str, Recipe]:
-    return {name: Recipe(name, ()) for name in plan.table.parameters}
+    return {name: Recipe(name, ()) for name in plan.teacher.table.parameters}
 
 
 def test_a_factor_that_is_not_one_on_an_embedding_is_refused(foundry: Foundry) -> None:
@@ -115,7 +115,7 @@ def test_a_factor_that_is_not_one_on_an_embedding_is_refused(foundry: Foundry) -
     with pytest.raises(
         UsageError, match=r"rotary_emb.inv_freq depends on a narrowed width .* no repair is known for it"
     ):
-        constants.repair_scale(plan.captured.graph_module, "model.rotary_emb.inv_freq", 1.1, recipes_of(plan))
+        constants.repair_scale(plan.teacher.captured.graph_module, "model.rotary_emb.inv_freq", 1.1, recipes_of(plan))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minitron.compiler.estimate.devices import DEVICES, read_device
-from minitron.compiler.estimate.hardware import ASSUMED_MFU, read_outlook
+from minitron.compiler.estimate.hardware import ASSUMED_MFU, read_hardware
 from minitron.specs.errors import UsageError
 
 
@@ -36,9 +36,9 @@ def test_this_machine_has_memory_and_a_speed() -> None:
 
 class TestUtilisation:
     def test_it_is_assumed_given_or_measured(self, tmp_path: Path) -> None:
-        assert read_outlook(None, None, None).mfu == ASSUMED_MFU
-        assert not read_outlook(None, None, None).named and read_outlook("h100", None, None).named
-        assert read_outlook("h100", 0.4, None).mfu == 0.4
+        assert read_hardware(None, None, None).mfu == ASSUMED_MFU
+        assert not read_hardware(None, None, None).named and read_hardware("h100", None, None).named
+        assert read_hardware("h100", 0.4, None).mfu == 0.4
 
     @pytest.fixture
     def build(self, tmp_path: Path) -> Path:
@@ -52,22 +52,22 @@ class TestUtilisation:
         return tmp_path
 
     def test_a_training_tells_it(self, build: Path) -> None:
-        outlook = read_outlook("h100", None, str(build))
-        assert outlook.mfu == pytest.approx(0.1) and "measured" in outlook.words
-        assert read_outlook("h200x8", None, f"{build}@h100x2").mfu == pytest.approx(0.05)
+        hardware = read_hardware("h100", None, str(build))
+        assert hardware.mfu == pytest.approx(0.1) and "measured" in hardware.words
+        assert read_hardware("h200x8", None, f"{build}@h100x2").mfu == pytest.approx(0.05)
 
     def test_hours_follow_from_it(self) -> None:
-        one, eight = read_outlook("h100", 0.5, None), read_outlook("h100x8", 0.5, None)
+        one, eight = read_hardware("h100", 0.5, None), read_hardware("h100x8", 0.5, None)
         assert one.hours(989e12 * 3600) == pytest.approx(2.0) == eight.hours(989e12 * 3600)
         assert eight.seconds(989e12 * 3600) == pytest.approx(2 * 3600 / 8)
 
     @pytest.mark.parametrize("mfu", [0.0, -1.0, 1.5])
     def test_a_share_is_a_share(self, mfu: float) -> None:
         with pytest.raises(UsageError, match="not a share of a device's peak"):
-            read_outlook(None, mfu, None)
+            read_hardware(None, mfu, None)
 
     def test_a_build_that_was_not_trained(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="has no training that tells a speed"):
-            read_outlook("h100", None, str(tmp_path))
+            read_hardware("h100", None, str(tmp_path))
         with pytest.raises(UsageError, match="give one of them"):
-            read_outlook("h100", 0.4, str(tmp_path))
+            read_hardware("h100", 0.4, str(tmp_path))

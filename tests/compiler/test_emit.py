@@ -23,8 +23,11 @@ from minitron.compiler import Plan, compile
 from minitron.compiler.emit import student as emit
 from minitron.compiler.emit.model_card import model_card
 from minitron.compiler.emit.program import build_program, save_program
-from minitron.compiler.emit.student import Make, student_weights, write_student
+from minitron.compiler.emit.rewritten import RewrittenStudent
+from minitron.compiler.emit.student import Make, StudentFolder, student_weights, write_student
+from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.importance.select import leading
+from minitron.compiler.plan_document import plan_document
 from minitron.compiler.teacher.tokenizer import tokenizer_files
 from minitron.compiler.weights.buffers import load_buffers
 from minitron.compiler.weights.source import WeightSource, open_weights
@@ -40,26 +43,27 @@ class Pruned:
 
     plan: Plan
     source: WeightSource
-    student: compile.Student
+    student: RewrittenStudent
 
     @property
     def make(self) -> Make:
-        return student_weights(self.source, self.student.recipes, self.plan.captured.number_format)
+        return student_weights(self.source, self.student.recipes, self.plan.teacher.captured.stored_dtype)
 
     def write(self, target: Path, make: Make | None = None, teacher: Path | None = None) -> Path:
         """Writes it as the driver does."""
         plan = self.plan
-        write_student(
-            target, plan.config, plan.model, make or self.make, streamed=self.source.streamed, dtype=plan.dtype,
-            teacher_folder=teacher or plan.checkpoint.folder, card=model_card(plan.to_json()), advance=lambda _: None,
-        )  # fmt: skip
+        folder = teacher or plan.checkpoint.folder
+        student = StudentFolder(plan.config, plan.model, plan.dtype, folder, model_card(plan_document(plan)))
+        write_student(target, student, make or self.make, streamed=self.source.streamed, advance=lambda _: None)
         return target
 
 
 def pruned(foundry: Foundry, family: str = "llama") -> Pruned:
     plan = foundry.plan(foundry.teacher(family, num_hidden_layers=2), FFN)
-    student = compile.rewrite(plan, leading(plan.targets, plan.roles), load_buffers(plan.captured.model))
-    return Pruned(plan, open_weights(plan.captured, plan.checkpoint), student)
+    student = compile.rewrite(
+        plan, leading(plan.targets, plan.teacher.roles), load_buffers(plan.teacher.captured.model)
+    )
+    return Pruned(plan, open_weights(plan.teacher.captured, plan.checkpoint), student)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -91,7 +95,7 @@ def test_a_student_larger_than_a_shard(foundry: Foundry, tmp_path: Path, monkeyp
     held = {shard: load_file(folder / shard) for shard in shards}
     assert index["weight_map"] == {name: shard for shard, of in held.items() for name in of}
     sizes = [sum(tensor.nbytes for tensor in of.values()) for of in held.values()]
-    assert index["metadata"]["total_size"] == sum(sizes) == ready.plan.student_costs.weight_bytes
+    assert index["metadata"]["total_size"] == sum(sizes) == Estimate(ready.plan).student_costs.weight_bytes
     assert all(size <= 10_000 or len(of) == 1 for size, of in zip(sizes, held.values(), strict=True))
     assert same(tensors(folder), whole)
     ids = token_ids()
@@ -122,7 +126,7 @@ def test_a_head_that_is_the_embedding_is_written_once(
     ready = pruned(foundry, family)
     written = tensors(ready.write(tmp_path / "student"))
     assert ("lm_head.weight" in written) != tied
-    assert sum(tensor.numel() for tensor in written.values()) == ready.plan.student_costs.parameters
+    assert sum(tensor.numel() for tensor in written.values()) == Estimate(ready.plan).student_costs.parameters
     model = load_model(tmp_path / "student")
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
 
@@ -197,7 +201,8 @@ def test_the_model_card_says_what_was_made_of_what(foundry: Foundry, tmp_path: P
     _, front, text = (ready.write(tmp_path / "student") / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"
     assert "| intermediate_size | 40 | 24 |" in text
-    assert f"| parameters | {ready.plan.teacher_costs.parameters:,} | {ready.plan.student_costs.parameters:,} |" in text
+    teacher, student = Estimate(ready.plan).teacher_costs, Estimate(ready.plan).student_costs
+    assert f"| parameters | {teacher.parameters:,} | {student.parameters:,} |" in text
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])

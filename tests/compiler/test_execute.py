@@ -42,14 +42,14 @@ def test_a_bfloat16_teacher_is_run_in_float32(foundry: Foundry, family: str) -> 
 def test_each_weight_is_fetched_once_for_all_batches(foundry: Foundry, family: str) -> None:
     """Gemma's embedding is its head too, at the other end of the graph: it is not read twice either."""
     plan = foundry.whole(family)
-    source, fetched = open_weights(plan.captured, plan.checkpoint), Counter[str]()
+    source, fetched = open_weights(plan.teacher.captured, plan.checkpoint), Counter[str]()
 
     def fetch(name: str) -> torch.Tensor:
         fetched[name] += 1
         return source.get(name)
 
     executor(plan, fetch).run([token_ids(seed=seed) for seed in range(4)], output=lambda value, number: None)
-    assert set(fetched) == set(dict(plan.captured.model.named_parameters()))
+    assert set(fetched) == set(dict(plan.teacher.captured.model.named_parameters()))
     assert set(fetched.values()) == {1}
 
 
@@ -58,7 +58,7 @@ def test_layers_come_one_after_the_other_with_all_batches_in_each(foundry: Found
     seen: list[tuple[int, int]] = []
     taps = {
         end.leave: lambda value, number, layer=layer: seen.append((layer, number))  # type: ignore[misc]
-        for layer, end in enumerate(plan.ends)
+        for layer, end in enumerate(plan.teacher.ends)
     }
     executor(plan).run([token_ids(), token_ids(seed=1)], taps=taps)
     assert seen == [(layer, number) for layer in range(3) for number in (0, 1)]
@@ -72,22 +72,22 @@ def test_taps_see_what_hooks_of_the_model_see(foundry: Foundry) -> None:
         layer.register_forward_hook(lambda module, args, output: wanted.append(output))
     logits(model, ids)
     got: dict[str, torch.Tensor] = {}
-    taps = {end.leave: lambda value, number, name=end.leave: got.update({name: value}) for end in plan.ends}  # type: ignore[misc]
+    taps = {end.leave: lambda value, number, name=end.leave: got.update({name: value}) for end in plan.teacher.ends}  # type: ignore[misc]
     executor(plan).run([ids], taps=taps)
-    for end, value in zip(plan.ends, wanted, strict=True):
+    for end, value in zip(plan.teacher.ends, wanted, strict=True):
         torch.testing.assert_close(got[end.leave], value, rtol=1e-4, atol=1e-5)
 
 
 def test_what_nobody_looks_at_is_not_run(foundry: Foundry) -> None:
     """With taps alone the head, which costs most where the vocabulary is large, is neither read nor run."""
     plan = foundry.whole("llama")
-    source, fetched = open_weights(plan.captured, plan.checkpoint), set[str]()
+    source, fetched = open_weights(plan.teacher.captured, plan.checkpoint), set[str]()
 
     def fetch(name: str) -> torch.Tensor:
         fetched.add(name)
         return source.get(name)
 
-    executor(plan, fetch).run([token_ids()], taps={plan.ends[-1].leave: lambda value, number: None})
+    executor(plan, fetch).run([token_ids()], taps={plan.teacher.ends[-1].leave: lambda value, number: None})
     assert "lm_head.weight" not in fetched and "model.layers.2.mlp.down_proj.weight" in fetched
 
 
@@ -96,9 +96,9 @@ def test_a_skipped_layer_is_a_layer_less(foundry: Foundry, layer: int) -> None:
     plan = foundry.whole("llama")
     model, ids = teacher_model(plan), token_ids()
     del model.model.layers[layer]
-    nodes = {node.name: node for node in plan.captured.graph.nodes}
-    end = plan.ends[layer]
-    source = open_weights(plan.captured, plan.checkpoint)
+    nodes = {node.name: node for node in plan.teacher.captured.graph.nodes}
+    end = plan.teacher.ends[layer]
+    source = open_weights(plan.teacher.captured, plan.checkpoint)
     got: list[torch.Tensor] = []
     executor(plan, source.get).run(
         [ids], output=lambda value, number: got.append(value), skip={nodes[end.leave]: nodes[end.entry]}
@@ -110,5 +110,7 @@ def test_it_advances_once_a_batch_and_segment_whether_run_or_not(foundry: Foundr
     plan = foundry.whole("llama")
     steps: list[int] = []
     machine = executor(plan)
-    machine.run([token_ids(), token_ids()], taps={plan.ends[0].leave: lambda value, number: None}, advance=steps.append)
+    machine.run(
+        [token_ids(), token_ids()], taps={plan.teacher.ends[0].leave: lambda value, number: None}, advance=steps.append
+    )
     assert Counter(steps) == {0: machine.segments, 1: machine.segments}

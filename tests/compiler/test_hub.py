@@ -15,7 +15,7 @@ from minitron.compiler.teacher.checkpoint import fetch_weights, open_checkpoint
 from minitron.specs import load_spec
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError
 from minitron.specs.progress import Silent
-from tests.foundry import Foundry
+from tests.foundry import WITHOUT_PROGRAM, Foundry
 from tests.hub import MAIN, NEXT, Hub, put_in_cache, serving, use_cache
 
 REPO = "org/tiny"
@@ -137,11 +137,11 @@ def test_the_weights_are_those_of_the_commit_that_was_planned(
 ) -> None:
     """The same bytes as from a folder, though the branch has moved to another model by then."""
     loaded = foundry.load(Path(REPO), {"intermediate_size": 24})
-    with foundry.shortened(program=False):
+    with foundry.shortened():
         plan = make_plan(loaded, build=tmp_path / "build", weights=True)
         hub.repositories[REPO][0].update(main=NEXT, then=MAIN)
         hub.asked.clear()
-        compile_spec(loaded, tmp_path / "build", device="cpu", progress=Silent(), plan=plan)
+        compile_spec(loaded, tmp_path / "build", device="cpu", progress=Silent(), plan=plan, stages=WITHOUT_PROGRAM)
     assert "model.safetensors" in hub.fetched()
     document = json.loads((tmp_path / "build" / "plan.json").read_text())
     assert document["teacher"]["commit"] == document["inputs"]["teacher"]["commit"] == MAIN and not document["remarks"]

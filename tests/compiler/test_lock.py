@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from minitron.compiler import apply_lock, make_plan
+from minitron.compiler.plan_document import plan_document
 from minitron.compiler.teacher import provenance as inputs_module
 from minitron.compiler.teacher.lock import is_locked, renew
 from minitron.compiler.teacher.open_teacher import open_teacher
@@ -239,7 +240,7 @@ def test_a_branch_is_followed_until_there_is_a_lock(spec: Path, cache: Path, fou
     assert loaded.sha256 == load_spec(spec).sha256, "the spec is what its author wrote"
     assert open_teacher(load_spec(spec), weights=False, planned=pytest.fail).commit == NEXT
     with foundry.shortened():
-        pinned = make_plan(loaded, build=spec.parent / "build").to_json()
+        pinned = plan_document(make_plan(loaded, build=spec.parent / "build"))
     assert pinned["teacher"]["commit"] == MAIN and pinned["teacher"]["widths"]["num_hidden_layers"] == 2
     assert pinned["spec"]["pins"] == {"teacher.revision": MAIN}
     assert pinned["spec"]["resolved"]["teacher"]["revision"] == "main"

@@ -11,13 +11,15 @@ import torch
 
 from minitron.compiler.estimate.activations import Footprint, Living, Work, footprint
 from minitron.compiler.estimate.devices import Cluster, Device
-from minitron.compiler.estimate.estimate import Reckoning
+from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.estimate.fit import fits_json
-from minitron.compiler.estimate.hardware import Outlook
-from minitron.compiler.estimate.memory import Layout, LossWork, Shape, logits_bytes, training_memory
+from minitron.compiler.estimate.hardware import HardwareAssumptions
+from minitron.compiler.estimate.memory import Layout, LossWork, Running, Shape, logits_bytes, training_memory
 from minitron.compiler.importance import calibrate
 from minitron.compiler.importance.scores import WidthConfig
+from minitron.compiler.importance.taps import CalibrationConfig, DepthConfig
 from minitron.compiler.plan.plan import Plan
+from minitron.compiler.plan_document import plan_document
 from minitron.specs.progress import Silent
 from tests.foundry import Foundry, executor, token_ids
 from tests.models import tiny_config
@@ -29,7 +31,8 @@ LOSS = LossWork(length=4, chunk_tokens=4, cross_entropy=False, softcap=False)
 
 
 def held(kind: str, layout: Layout, teacher: Shape | None = TEACHER) -> dict[str, int]:
-    found = training_memory(kind, layout, STUDENT, teacher, 2, LOSS, Footprint(50, 5), Footprint(0, 7))
+    beside = None if teacher is None else Running(teacher, Footprint(0, 7))
+    found = training_memory(kind, layout, Running(STUDENT, Footprint(50, 5)), beside, 2, LOSS)
     assert found.peak <= sum(found.parts.values()) + 7
     return {**found.parts, "peak": found.peak}
 
@@ -112,13 +115,12 @@ def test_scoring_holds_what_the_plan_says(foundry: Foundry, metric: str, changes
     importance = {"data": data, "depth": {"metric": metric}}
     teacher = foundry.teacher("llama", **changes)
     plan = foundry.plan(teacher, {"num_hidden_layers": 2, "intermediate_size": 24}, importance=importance)
-    (phase,) = plan.phases()
+    (phase,) = plan_document(plan)["phases"]
     living, run, ids = Living(), executor(plan), token_ids(samples, 128)
     with living:
         calibrate.calibrate(
-            plan.captured, plan.table, plan.roles, plan.ends, run, ids,
-            calibrate.CalibrationConfig(WidthConfig(), calibrate.DepthConfig(metric)),
-            need_layers=True, partial=plan.build / "partial.safetensors", key="k", progress=Silent(),
+            plan.teacher, run, ids, CalibrationConfig(WidthConfig(), DepthConfig(metric)),
+            need_layers=True, saved=calibrate.Interrupted(plan.build / "partial.safetensors", "k"), progress=Silent(),
         )  # fmt: skip
     assert phase["peak_memory_bytes"] == pytest.approx(living.peak, rel=0.1)
 
@@ -141,17 +143,17 @@ def planned(foundry: Foundry) -> Planned:
 
 def fits(plan: Plan, memory_bytes: int, count: int = 1) -> dict[str, Any]:
     device = Device("card", memory_bytes, 1e12)
-    return fits_json(Reckoning(plan), Outlook(Cluster(device, count), named=True))
+    return fits_json(Estimate(plan), HardwareAssumptions(Cluster(device, count), named=True))
 
 
 class TestFits:
     def peak(self, plan: Plan, **changes: Any) -> int:
-        reckoning = Reckoning(plan)
-        return reckoning.training("cuda", replace(reckoning.layout(1), **changes)).peak
+        estimate = Estimate(plan)
+        return estimate.training("cuda", replace(estimate.layout(1), **changes)).peak
 
     def test_what_is_enough_fits_and_a_byte_less_does_not(self, planned: Planned) -> None:
         plan = planned(micro_batch_size=4)
-        enough = max(self.peak(plan), *(phase["peak_memory_bytes"] for phase in plan.phases()))
+        enough = max(self.peak(plan), *(phase["peak_memory_bytes"] for phase in plan_document(plan)["phases"]))
         assert fits(plan, enough) == {"device": "card", "ok": True, "nearest": None, "reason": None}
         found = fits(plan, self.peak(plan) - 1)
         assert not found["ok"] and "card has" in found["reason"]
@@ -191,16 +193,16 @@ class TestFits:
 
     def test_a_plan_says_so_only_where_a_device_is_named(self, planned: Planned) -> None:
         plan = planned()
-        assert "fits" not in plan.to_json()
-        assert plan.to_json(outlook=Outlook(named=True))["fits"] == {
+        assert "fits" not in plan_document(plan)
+        assert plan_document(plan, hardware=HardwareAssumptions(named=True))["fits"] == {
             "device": "h100", "ok": True, "nearest": None, "reason": None,
         }  # fmt: skip
-        assert {cost["basis"] for cost in plan.to_json()["costs"]} == {"exact", "estimated"}
+        assert {cost["basis"] for cost in plan_document(plan)["costs"]} == {"exact", "estimated"}
 
 
 def test_recomputing_costs_another_forward_of_the_layers(planned: Planned) -> None:
     plain, again = planned(), planned(gradient_checkpointing=True)
-    student = plain.student_costs
+    student = Estimate(plain).student_costs
     head = 2 * 32 * 96
     forward = student.forward_flops_per_token(128)
-    assert Reckoning(again).token_flops() - Reckoning(plain).token_flops() == forward - head
+    assert Estimate(again).token_flops() - Estimate(plain).token_flops() == forward - head

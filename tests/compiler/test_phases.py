@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from minitron.compiler.emit.training_plan import training_plan
-from minitron.compiler.estimate.devices import REFERENCE, Cluster
-from minitron.compiler.estimate.hardware import Outlook, read_outlook
+from minitron.compiler.estimate.estimate import Estimate
+from minitron.compiler.estimate.hardware import read_hardware
 from minitron.compiler.estimate.model_costs import ModelCosts
 from minitron.compiler.plan.plan import Plan
+from minitron.compiler.plan_document import plan_document
 from minitron.specs.training_plan import to_document
 from tests.foundry import Foundry
 
@@ -39,7 +40,7 @@ def planned(foundry: Foundry) -> Planned:
 
 
 def phases(plan: Plan) -> dict[str, dict[str, Any]]:
-    return {phase["name"]: phase for phase in plan.phases()}
+    return {phase["name"]: phase for phase in plan_document(plan)["phases"]}
 
 
 def test_the_correction_of_the_teacher_stands_before_the_distillation(planned: Planned) -> None:
@@ -52,7 +53,7 @@ def test_the_correction_of_the_teacher_stands_before_the_distillation(planned: P
     each = correction["flops"] // 6400
     assert each % 3 == 0 and found["distill"]["flops"] // TOKENS > each // 3
     # Weights, gradients and two moments in fp32, and no second model beside.
-    assert correction["peak_memory_bytes"] >= 16 * plan.teacher_costs.parameters
+    assert correction["peak_memory_bytes"] >= 16 * Estimate(plan).teacher_costs.parameters
 
 
 def test_every_phase_says_what_it_does(planned: Planned) -> None:
@@ -68,61 +69,18 @@ def test_every_phase_says_what_it_does(planned: Planned) -> None:
 
 
 def test_hours_on_every_kind_of_device(planned: Planned) -> None:
-    outlook = read_outlook("h200x8", 0.5, None)
-    document = planned({"tokens": "100000B"}).to_json(outlook=outlook)
+    hardware = read_hardware("h200x8", 0.5, None)
+    document = plan_document(planned({"tokens": "100000B"}), hardware=hardware)
     found = {one["device"]: one for one in document["devices"]}
     assert list(found) == ["a100-40x8", "a100-80x8", "h100x8", "h200x8", "b200x8"]
     whole = sum(phase["device_hours"] for phase in document["phases"])
     assert found["h200x8"]["device_hours"] == pytest.approx(whole, rel=1e-3)
     assert found["a100-80x8"]["device_hours"] == pytest.approx(whole * 989 / 312, rel=1e-3)
     assert found["h200x8"]["days"] == pytest.approx(whole / 8 / 24, rel=1e-3)
-    this = planned({}).to_json(outlook=read_outlook("cpu", None, None))["devices"][-1]
+    this = plan_document(planned({}), hardware=read_hardware("cpu", None, None))["devices"][-1]
     assert this["device"] == "this" and this["memory_bytes"] > 0, "this machine, where it was named"
 
 
 def resolved(plan: Plan, folder: Path, teacher_costs: ModelCosts | None = None) -> dict[str, Any]:
-    costs = {"teacher": teacher_costs or plan.teacher_costs, "student": plan.student_costs}
-    return to_document(training_plan(plan.loaded, folder, plan.checkpoint, plan.head, "layers", "0", costs))
-
-
-def test_the_training_plan_says_where_each_model_lies(planned: Planned, tmp_path: Path) -> None:
-    plan = planned({})
-    assert resolved(plan, tmp_path)["layout"] == {"student": "sharded", "teacher": "replicated", "cpu_offload": False}
-    large = replace(plan.teacher_costs, weight_bytes=33 * 2**30)
-    assert resolved(plan, tmp_path, large)["layout"]["teacher"] == "sharded", "it leaves no room for the student"
-    asked = {"student": "replicated", "teacher": "replicated", "cpu_offload": False}
-    assert resolved(planned({"layout": asked, "compile": True}), tmp_path, large)["layout"] == asked
-
-
-def test_the_training_plan_knows_what_a_forward_costs(planned: Planned, tmp_path: Path) -> None:
-    plan = planned({})
-    document = resolved(plan, tmp_path)
-    student, teacher = (document[side]["flops_per_token"] for side in ("student", "teacher"))
-    assert 3 * student + teacher == phases(plan)["distill"]["flops"] // TOKENS
-
-
-def test_the_training_plan_resolves_the_correction(planned: Planned, tmp_path: Path) -> None:
-    plan = planned({}, teacher_correction={"tokens": 6400})
-    document = resolved(plan, tmp_path)
-    correction = document["teacher_correction"]
-    assert correction["tokens"] == 6400 and correction["optimizer"]["lr"] == 2e-5
-    assert correction["every_tokens"] == 320  # twenty checkpoints
-    assert document["teacher"]["layers"] == document["student"]["layers"] == "layers"
-
-
-SPREAD = {"teacher_logits": {"sampled": 12}, "layout": {"teacher": "sharded"}}
-
-
-def test_a_capture_says_what_it_stores_and_spares_the_distillation_its_teacher(planned: Planned) -> None:
-    online, sampled = phases(planned({})), phases(planned({"teacher_logits": {"sampled": 12}}))
-    assert list(sampled) == ["calibrate", "capture", "distill"]
-    capture = sampled["capture"]
-    assert capture["tokens"] == TOKENS
-    assert capture["disk_bytes"] == TOKENS * (12 * (2 + 1) + 1)  # ids of 2 bytes, counts of 1, and how many there are
-    assert capture["flops"] + sampled["distill"]["flops"] == online["distill"]["flops"]
-    two = {phase["name"]: phase["memory_bytes"] for phase in planned(SPREAD).phases(Outlook(Cluster(REFERENCE, 2)))}
-    assert two["capture"]["teacher"] == -(-capture["memory_bytes"]["teacher"] // 2)
-    assert two["capture"]["gathered"] > capture["memory_bytes"]["gathered"] == 0
-    teacher = planned({}).teacher_costs
-    spared = online["distill"]["peak_memory_bytes"] - sampled["distill"]["peak_memory_bytes"]
-    assert spared >= teacher.weight_bytes == online["distill"]["memory_bytes"]["teacher"]
+    costs = {"teacher": teacher_costs or Estimate(plan).teacher_costs, "student": Estimate(plan).student_costs}
+    return to_document(training_plan(plan.loaded, folder, plan.checkpoint, plan.heads, "layers", "0", costs))

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
 from minitron.compiler import make_plan
+from minitron.compiler.plan_document import plan_document
 from tests.foundry import Build, Foundry, load_model, token_ids
 from tests.models import COMMON
 
@@ -115,7 +116,7 @@ DISTILL = {"tokens": "1M", "sequence_length": 64, "global_batch_size": 8}
 def whole_plan(foundry: Foundry) -> dict[str, Any]:
     distill = DISTILL | {"data": {"text": [str(foundry.root / "corpus.txt")]}}
     plan = foundry.plan(foundry.teacher("llama", num_hidden_layers=2), WIDTHS | LAYERS, distill=distill)
-    return plan.to_json()
+    return plan_document(plan)
 
 
 def integers(values: dict[str, Any], keys: set[str]) -> bool:
@@ -162,12 +163,12 @@ def test_the_selection_has_a_list_for_the_network_or_for_each_layer(foundry: Fou
 def test_the_configuration_alone_gives_the_same_plan_and_says_what_was_not_looked_at(
     foundry: Foundry, tmp_path: Path
 ) -> None:
-    with_weights = foundry.plan(foundry.teacher("llama", num_hidden_layers=2), WIDTHS | LAYERS).to_json()
+    with_weights = plan_document(foundry.plan(foundry.teacher("llama", num_hidden_layers=2), WIDTHS | LAYERS))
     (tmp_path / "teacher").mkdir()
     shutil.copy(foundry.teacher("llama", num_hidden_layers=2) / "config.json", tmp_path / "teacher")
     loaded = foundry.load(tmp_path / "teacher", WIDTHS | LAYERS)
     with foundry.shortened():
-        plan = make_plan(loaded, build=tmp_path / "build").to_json()
+        plan = plan_document(make_plan(loaded, build=tmp_path / "build"))
     for key in ("student", "axes", "phases"):
         assert plan[key] == with_weights[key]
     assert with_weights["remarks"] == []
@@ -187,7 +188,7 @@ def test_tensors_that_are_not_the_models_are_told_of(foundry: Foundry, tmp_path:
     path = tmp_path / "teacher" / "model.safetensors"
     extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in (0, 1)}
     save_file(load_file(path) | extra, path, metadata={"format": "pt"})
-    remarks = foundry.plan(tmp_path / "teacher", WIDTHS | LAYERS).to_json()["remarks"]
+    remarks = plan_document(foundry.plan(tmp_path / "teacher", WIDTHS | LAYERS))["remarks"]
     assert remarks == [
         "2 tensors of the checkpoint are not the model's and are ignored, such as "
         "model.layers.0.self_attn.rotary_emb.inv_freq"

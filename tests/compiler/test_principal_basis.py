@@ -116,7 +116,7 @@ def test_an_untied_head_has_its_price_and_a_matrix_of_its_own(foundry: Foundry) 
     assert plan["teacher"]["parameters"] == sum(p.numel() for p in teacher_model(build.plan).parameters())
     (remark,) = (one for one in plan["remarks"] if "untie" in one)
     assert f"{96 * 24:,} parameters" in remark
-    heads = [build.plan.teacher_head, build.plan.head]
+    heads = list(build.plan.heads.values())
     assert [head.weight for head in heads] == ["model.embed_tokens.weight", "lm_head.weight"]
 
 

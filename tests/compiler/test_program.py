@@ -101,7 +101,7 @@ def test_the_program_is_the_model_at_any_batch_and_length(ran: Ran, name: str, s
     """One and many rows and tokens, beyond a sliding window and beyond what it was traced with."""
     ids = torch.tensor([[1, 2, 3]]) if shape == "readme" else token_ids(*map(int, shape.split("x")))
     build = ran.builds[name]
-    wanted = logits(load_model(build.folder / "student", build.plan.captured.attention), ids)
+    wanted = logits(load_model(build.folder / "student", build.plan.teacher.captured.attention), ids)
     torch.testing.assert_close(ran.logits(name, shape), wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
 
 

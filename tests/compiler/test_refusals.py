@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from minitron.compiler.capture.capture import capture
 from minitron.compiler.capture.models import build_meta, canonical_names, find_layers
-from minitron.compiler.plan import plan
-from minitron.compiler.plan.plan import read_plan
+from minitron.compiler.roles import analysed
 from minitron.compiler.roles.lm_head import find_head
 from minitron.compiler.student.config import prove
 from minitron.compiler.teacher.checkpoint import open_checkpoint
@@ -91,7 +90,7 @@ def test_layers_that_cannot_be_told_apart_stay(foundry: Foundry, monkeypatch: py
     def refuse(captured: Any) -> Any:
         raise UsageError("layer 1 reads what layer 0 does not pass on")
 
-    monkeypatch.setattr(plan, "layer_ends", refuse)
+    monkeypatch.setattr(analysed, "layer_ends", refuse)
     teacher = foundry.teacher("llama", num_hidden_layers=2)
     foundry.plan(teacher, {"intermediate_size": 24})
     with pytest.raises(
@@ -135,11 +134,3 @@ def test_a_mixture_of_experts_that_lacks_one(tmp_path: Path) -> None:
     teacher = open_checkpoint(str(folder), None, tmp_path, weights=True)
     with pytest.raises(WorkError, match=r"experts\.\S+ \[3, .*\], and config\.json says \[4, .*tensors are missing"):
         open_weights(captured, teacher)
-
-
-@pytest.mark.parametrize("content", ["{", "\ufeff[", ""])
-def test_a_plan_that_is_broken(tmp_path: Path, content: str) -> None:
-    assert read_plan(tmp_path) is None
-    (tmp_path / "plan.json").write_text(content, encoding="utf-8")
-    with pytest.raises(WorkError, match=r"plan\.json is not valid JSON \(.+\); remove it and compile again"):
-        read_plan(tmp_path)

@@ -15,23 +15,24 @@ from minitron.compiler.axes.dims import Atom
 from minitron.compiler.axes.narrowing import Dependent, Indices, Narrowing
 from minitron.compiler.capture import capture as capture_module
 from minitron.compiler.capture.capture import capture
+from minitron.compiler.roles.analysed import AnalysedTeacher
 from minitron.compiler.roles.names import GROUPS, HEAD_DIM, HEADS, HIDDEN, LAYERS
 from minitron.compiler.roles.roles import find_roles, is_stack
-from minitron.compiler.roles.widths import leaves_of, teacher_widths
+from minitron.compiler.roles.widths import leaves_of
 from minitron.compiler.student.status import status_of
-from tests.compiler.families import EVERY, Analysed, analysed, config
+from tests.compiler.families import EVERY, analysed, config, describe
 from tests.models import FAMILIES, random_model
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 DENSE = [family for family in FAMILIES if family != "mixtral"]
 
 
-def widths(model: Analysed) -> dict[str, int]:
-    return teacher_widths(model.captured, model.roles, model.table)
+def widths(model: AnalysedTeacher) -> dict[str, int]:
+    return dict(model.widths)
 
 
-def status(model: Analysed, axis: str) -> tuple[str, str]:
-    return status_of(axis, model.captured, model.roles, model.table)
+def status(model: AnalysedTeacher, axis: str) -> tuple[str, str]:
+    return status_of(axis, model)
 
 
 class TestNames:
@@ -73,13 +74,13 @@ class TestNames:
 
     def test_the_vocabulary_is_no_axis_to_narrow(self) -> None:
         model = analysed("qwen3")
-        assert model.describe("model.embed_tokens.weight") == ["96!", "32"]
+        assert describe(model, "model.embed_tokens.weight") == ["96!", "32"]
         assert "vocab_size" not in widths(model)
 
     def test_fused_projections_are_read_by_their_parts(self) -> None:
         model = analysed("phi3")
         assert (
-            model.describe("model.layers.0.self_attn.qkv_proj.weight")[0]
+            describe(model, "model.layers.0.self_attn.qkv_proj.weight")[0]
             == "(2 x 2 x (4! + 4!) + 2 x (4! + 4!) + 2 x 8)"
         )
         gate, up = model.table.space.leaves(model.table.parameters["model.layers.0.mlp.gate_up_proj.weight"][0])
@@ -87,7 +88,7 @@ class TestNames:
 
     def test_interleaved_projections_are_groups_of_queries_keys_and_values(self) -> None:
         model = analysed("gpt_neox", hidden_size=64)
-        fused, hidden = model.describe("gpt_neox.layers.0.attention.query_key_value.weight")
+        fused, hidden = describe(model, "gpt_neox.layers.0.attention.query_key_value.weight")
         rotated = r"\(\((\d)! \+ \1!\) \+ (\d+)\)"
         found = re.fullmatch(rf"4 x \({rotated} \+ \(\(\1! \+ \1!\) \+ \2\) \+ 16\)", fused)
         assert found is not None and 2 * int(found[1]) + int(found[2]) == 16 and hidden == "64"
@@ -95,7 +96,7 @@ class TestNames:
     def test_a_conv1d_of_gpt2_is_a_matrix_the_other_way_round(self) -> None:
         model = analysed("gpt2")
         assert widths(model) == {HIDDEN: 32, "intermediate_size": 40, HEADS: 4, GROUPS: 4, HEAD_DIM: 8, LAYERS: 2}
-        assert model.describe("transformer.h.0.attn.c_attn.weight") == ["32", "(4 x 8 + 4 x 8 + 4 x 8)"]
+        assert describe(model, "transformer.h.0.attn.c_attn.weight") == ["32", "(4 x 8 + 4 x 8 + 4 x 8)"]
 
 
 class TestHeads:
@@ -123,7 +124,7 @@ class TestHeads:
     def test_a_head_may_be_wider_than_hidden_over_heads(self) -> None:
         model = analysed("mistral")
         assert widths(model)[HEAD_DIM] == 12
-        assert model.describe("model.layers.0.self_attn.o_proj.weight") == ["32", "2 x 2 x 12"]
+        assert describe(model, "model.layers.0.self_attn.o_proj.weight") == ["32", "2 x 2 x 12"]
 
     def test_norms_over_all_heads_leave_them_free_and_noted(self) -> None:
         model = analysed("olmo2")
@@ -171,7 +172,7 @@ class TestExperts:
     def test_mixtral_calls_the_width_of_its_experts_intermediate_size(self) -> None:
         model = analysed("mixtral")
         assert widths(model)["intermediate_size"] == 40 and widths(model)["num_experts"] == 4
-        assert model.describe("model.layers.0.mlp.experts.gate_up_proj") == ["4", "(40 + 40)", "32"]
+        assert describe(model, "model.layers.0.mlp.experts.gate_up_proj") == ["4", "(40 + 40)", "32"]
 
     def test_experts_that_are_gone_are_those_without_weight(self) -> None:
         kind, reason = status(analysed("mixtral"), "num_experts")
@@ -249,7 +250,7 @@ def _sizes(*values: int) -> list[Any]:
 # -- the names mean what they say ---------------------------------------------------------------------------------------
 
 
-def shuffled(model: Analysed, seed: int = 0) -> Narrowing:
+def shuffled(model: AnalysedTeacher, seed: int = 0) -> Narrowing:
     """Every axis that is not refused in an order of its own; the query heads of every group in another one."""
     rng = np.random.default_rng(seed)
 

@@ -9,32 +9,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minitron.compiler.roles.analysed import AnalysedTeacher
 from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN, LAYERS
-from minitron.compiler.roles.widths import teacher_widths
 from minitron.compiler.student.status import status_of
 from minitron.compiler.student.targets import Targets, resolve_targets
 from minitron.specs.blocks.student import Student
-from minitron.specs.errors import SpecError
-from tests.compiler.families import Analysed, analysed
+from minitron.specs.errors import Problem
+from tests.compiler.families import analysed
 
 
-def resolved(asked: dict[str, Any], model: Analysed | None = None) -> tuple[Targets | None, list[SpecError]]:
+def resolved(asked: dict[str, Any], model: AnalysedTeacher | None = None) -> tuple[Targets | None, list[Problem]]:
     """Of a tiny llama unless another model is given: hidden 32, feed-forward 40, two groups of two heads, two layers."""
     model = model or analysed("llama")
-
-    def error(path: str, message: str, hint: str) -> SpecError:
-        return SpecError("spec.yaml", 1, 1, path, message, hint)
-
-    return resolve_targets(Student.model_validate(asked), model.captured, model.roles, model.table, error)
+    return resolve_targets(Student.model_validate(asked), model)
 
 
-def targets(asked: dict[str, Any], model: Analysed | None = None) -> Targets:
+def targets(asked: dict[str, Any], model: AnalysedTeacher | None = None) -> Targets:
     found, errors = resolved(asked, model)
     assert not errors and found is not None, errors
     return found
 
 
-def refusal(asked: dict[str, Any], model: Analysed | None = None) -> str:
+def refusal(asked: dict[str, Any], model: AnalysedTeacher | None = None) -> str:
     """The one error, without its place."""
     found, errors = resolved(asked, model)
     assert found is None
@@ -42,7 +38,7 @@ def refusal(asked: dict[str, Any], model: Analysed | None = None) -> str:
     return f"{error.path}: {error.message}; {error.hint}"
 
 
-def heads(groups: int, repeats: int) -> Analysed:
+def heads(groups: int, repeats: int) -> AnalysedTeacher:
     """A llama whose attention is said to have other counts: the rules of heads are about numbers alone."""
     model = analysed("llama") if repeats > 1 else analysed("llama", num_key_value_heads=4)
     sites = {i: replace(site, groups=groups, repeats=repeats) for i, site in model.roles.heads.items()}
@@ -143,7 +139,7 @@ class TestRefusals:
         other = analysed("llama", intermediate_size=24).roles.widths["intermediate_size"][1]
         mixed = {"intermediate_size": {0: model.roles.widths["intermediate_size"][0], 1: other}}
         uneven = replace(model, roles=replace(model.roles, widths=mixed))
-        assert teacher_widths(uneven.captured, uneven.roles, uneven.table)["intermediate_size"] == 40
+        assert uneven.widths["intermediate_size"] == 40
         assert "its width differs from layer to layer" in refusal({"intermediate_size": 16}, uneven)
 
     @pytest.mark.parametrize("key", [HEADS, GROUPS])
@@ -259,10 +255,10 @@ class TestLayers:
 
 def test_layers_are_always_exact() -> None:
     model = analysed("llama")
-    assert status_of(LAYERS, model.captured, model.roles, model.table) == ("exact", "a dropped layer is passed by")
+    assert status_of(LAYERS, model) == ("exact", "a dropped layer is passed by")
 
 
 def test_an_axis_that_the_graph_does_not_show() -> None:
     model = analysed("llama")
-    kind, reason = status_of("num_experts", model.captured, model.roles, model.table)
+    kind, reason = status_of("num_experts", model)
     assert (kind, reason) == ("refused", "the graph of llama shows no such axis")

@@ -18,31 +18,32 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minitron.compiler import Plan, compile
+from minitron.compiler import Plan
 from minitron.compiler.axes.narrowing import Narrowing
+from minitron.compiler.compile import Compilation, Stages
+from minitron.compiler.emit.rewritten import RewrittenStudent
 from minitron.compiler.student import config as student_config
 from minitron.compiler.verify import checks as verify
-from minitron.compiler.weights.recipes import Recipe
+from minitron.compiler.verify import run
+from minitron.compiler.verify.checks import Check
 from minitron.specs.errors import WorkError
 from tests.foundry import Folder, Foundry
 
 CHECKS = {"widths", "reload", "masked", "permutation", "program", "head"}
 FFN = {"intermediate_size": 24}
 
-Break = Callable[[pytest.MonkeyPatch], None]
-
-
-def around(patch: pytest.MonkeyPatch, name: str, after: Callable[..., Any]) -> None:
-    """Wraps a stage of the driver: `after(result, *arguments)` is what it returns instead."""
-    original = getattr(compile, name)
-    patch.setattr(compile, name, lambda *args, **kwargs: after(original(*args, **kwargs), *args))
+Break = Callable[[Stages], Stages]
 
 
 def tampered_file(name: str, change: Callable[[Path], None]) -> Break:
     """Changes a file of the build once everything is written, before it is verified."""
 
-    def spoil(patch: pytest.MonkeyPatch) -> None:
-        around(patch, "emit", lambda result, plan, student, source, build, progress: change(build / name))
+    def spoil(stages: Stages) -> Stages:
+        def emit(compilation: Compilation, student: RewrittenStudent) -> None:
+            stages.emit(compilation, student)
+            change(compilation.build / name)
+
+        return replace(stages, emit=emit)
 
     return spoil
 
@@ -66,82 +67,73 @@ def one_tensor_less(path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def other_channels(recipe: Recipe) -> Recipe:
+def with_other_channels(student: RewrittenStudent) -> RewrittenStudent:
     """Another list of as many columns: what a slip in the index arithmetic would yield."""
+    name = "model.layers.0.mlp.down_proj.weight"
+    recipe = student.recipes[name]
     rows, columns = recipe.positions
     assert columns is not None
-    return replace(recipe, positions=(rows, np.setdiff1d(np.arange(40), columns)[: len(columns)].repeat(2)[:24]))
+    other = replace(recipe, positions=(rows, np.setdiff1d(np.arange(40), columns)[: len(columns)].repeat(2)[:24]))
+    return replace(student, recipes={**student.recipes, name: other})
 
 
-def wrong_list_on_disk(patch: pytest.MonkeyPatch) -> None:
-    original = compile.emit
-
-    def emit(plan: Any, student: Any, *rest: Any) -> None:
-        name = "model.layers.0.mlp.down_proj.weight"
-        made = {**student.recipes, name: other_channels(student.recipes[name])}
-        original(plan, replace(student, recipes=made), *rest)
-
-    patch.setattr(compile, "emit", emit)
+def wrong_list_on_disk(stages: Stages) -> Stages:
+    return replace(stages, emit=lambda compilation, student: stages.emit(compilation, with_other_channels(student)))
 
 
-def wrong_list_everywhere(patch: pytest.MonkeyPatch) -> None:
+def wrong_list_everywhere(stages: Stages) -> Stages:
     """In memory and on disk alike: reloading agrees with itself, and is still not the teacher without some neurons."""
-
-    def spoil(student: compile.Student, *_: Any) -> compile.Student:
-        name = "model.layers.0.mlp.down_proj.weight"
-        return replace(student, recipes={**student.recipes, name: other_channels(student.recipes[name])})
-
-    around(patch, "rewrite", spoil)
+    return replace(stages, rewrite=lambda *args: with_other_channels(stages.rewrite(*args)))
 
 
-def norms_of_all_channels(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(compile, "masked_reference", lambda graph_module, table, narrowing: graph_module)
-
-
-def axis_that_has_an_order(patch: pytest.MonkeyPatch) -> None:
+def axis_that_has_an_order(stages: Stages) -> Stages:
     """The channels of a rotated query, as if nobody had pinned them."""
 
-    def spoil(student: compile.Student, plan: Plan, *_: Any) -> compile.Student:
-        leaves = plan.table.space.leaves(plan.table.parameters["model.layers.0.self_attn.k_proj.weight"][0])
+    def rewrite(plan: Plan, *rest: Any) -> RewrittenStudent:
+        student, table = stages.rewrite(plan, *rest), plan.teacher.table
+        leaves = table.space.leaves(table.parameters["model.layers.0.self_attn.k_proj.weight"][0])
         rotated = next(leaf for leaf in leaves if leaf.pins)
-        whole = np.arange(rotated.size.coefficient)
-        kept = {**student.narrowing.kept, rotated: whole}
-        return replace(student, narrowing=Narrowing(plan.table.space, kept, student.narrowing.dependent))
+        kept = {**student.narrowing.kept, rotated: np.arange(rotated.size.coefficient)}
+        return replace(student, narrowing=Narrowing(table.space, kept, student.narrowing.dependent))
 
-    around(patch, "rewrite", spoil)
+    return replace(stages, rewrite=rewrite)
 
 
 def graph_with(old: Any, new: Any) -> Break:
     """student.pt2 of another function on the same weights."""
 
-    def spoil(patch: pytest.MonkeyPatch) -> None:
-        original = compile.build_program
-
-        def build(graph_module: Any, buffers: Any) -> Any:
-            other = copy.deepcopy(graph_module)
+    def spoil(stages: Stages) -> Stages:
+        def write_program(compilation: Compilation, student: RewrittenStudent) -> None:
+            other = copy.deepcopy(student.graph_module)
             for node in other.graph.nodes:
                 if node.target is old:
                     node.target = new
             other.recompile()
-            return original(other, buffers)
+            stages.write_program(compilation, replace(student, graph_module=other))
 
-        patch.setattr(compile, "build_program", build)
+        return replace(stages, write_program=write_program)
 
     return spoil
 
 
-def program_of_the_teacher(patch: pytest.MonkeyPatch) -> None:
-    original_emit = compile.emit
+def program_of_the_teacher(stages: Stages) -> Stages:
+    def write_program(compilation: Compilation, student: RewrittenStudent) -> None:
+        whole = compilation.plan.teacher.captured.graph_module
+        stages.write_program(compilation, replace(student, graph_module=whole))
 
-    def emit(plan: Plan, student: compile.Student, *rest: Any) -> None:
-        original_emit(plan, replace(student, graph_module=plan.captured.graph_module), *rest)
-
-    patch.setattr(compile, "emit", emit)
+    return replace(stages, write_program=write_program)
 
 
 def head(**changes: Any) -> Break:
-    def spoil(patch: pytest.MonkeyPatch) -> None:
-        around(patch, "make_plan", lambda made, *_: replace(made, head=replace(made.head, **changes)))
+    """A description of the head that is not the model's."""
+
+    def spoil(stages: Stages) -> Stages:
+        def verify(compilation: Compilation, *rest: Any) -> list[Check]:
+            teacher = compilation.plan.teacher
+            other = replace(teacher, head=teacher.head.model_copy(update=changes))
+            return stages.verify(replace(compilation, plan=replace(compilation.plan, teacher=other)), *rest)
+
+        return replace(stages, verify=verify)
 
     return spoil
 
@@ -167,7 +159,6 @@ CASES = {
     "a tensor missing on disk": Case(tampered_file("student/model.safetensors", one_tensor_less), {"reload"}, FFN),
     "a wrong index list on disk": Case(wrong_list_on_disk, {"reload"}, FFN),
     "a wrong index list": Case(wrong_list_everywhere, {"masked"}, FFN),
-    "the mean square of a norm over all channels": Case(norms_of_all_channels, {"masked"}, {"hidden_size": 24}),
     "an axis whose order matters": Case(axis_that_has_an_order, {"permutation"}, FFN),
     "a program of another function": Case(
         graph_with(torch.ops.aten.silu.default, torch.ops.aten.relu.default), {"program"}, FFN
@@ -182,14 +173,11 @@ UNLOADABLE = {"widths", "reload"}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_broken_is_noticed(
-    foundry: Foundry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_what_is_broken_is_noticed(foundry: Foundry, tmp_path: Path, name: str) -> None:
     case = CASES[name]
     loaded = foundry.load(foundry.teacher(case.family, num_hidden_layers=2), case.student)
-    case.spoil(monkeypatch)
     with pytest.raises(WorkError, match="the student failed its check `") as caught:
-        foundry.compile(loaded, tmp_path)
+        foundry.compile(loaded, tmp_path, stages=case.spoil(Stages()))
     left = Folder(tmp_path)
     document = left.document("verification.json")
     assert document["passed"] is False
@@ -201,15 +189,24 @@ def test_what_is_broken_is_noticed(
     json.loads((tmp_path / "verification.json").read_text(), parse_constant=pytest.fail)
 
 
+def test_the_mean_square_of_a_norm_over_all_channels(
+    foundry: Foundry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reference whose norms are not taken over the kept channels is not the student's function, and is noticed."""
+    monkeypatch.setattr(run, "masked_reference", lambda graph_module, table, narrowing: graph_module)
+    with pytest.raises(WorkError, match="failed its check `masked`"):
+        foundry.compile(foundry.load(foundry.teacher("llama", num_hidden_layers=2), {"hidden_size": 24}), tmp_path)
+
+
 def test_layer_lists_that_do_not_follow_the_layers(
     foundry: Foundry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hugging Face sees only that the list is as long as the layers are many; the masks are other ones."""
     original = student_config.student_config
 
-    def stale(captured: Any, widths: Any, old: Any, kept: Any, also: Any = None) -> Any:
-        config = original(captured, widths, old, kept, also)
-        config.layer_types = captured.config.layer_types[: len(kept)]
+    def stale(teacher: Any, widths: Any, kept: Any, also: Any = None) -> Any:
+        config = original(teacher, widths, kept, also)
+        config.layer_types = teacher.captured.config.layer_types[: len(kept)]
         return config
 
     loaded = foundry.load(foundry.teacher("gemma2"), {"layers": {"drop": [0]}}, importance=None)
@@ -220,9 +217,7 @@ def test_layer_lists_that_do_not_follow_the_layers(
     assert not checks["reload"]["passed"] and checks["reload"]["max_error"] > 1e-2
 
 
-def test_a_compile_that_fails_leaves_no_older_verdict(
-    foundry: Foundry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compile_that_fails_leaves_no_older_verdict(foundry: Foundry, tmp_path: Path) -> None:
     """Also where it fails before there is anything to verify: the verdict of the student before it does not stay."""
     loaded = foundry.load(foundry.teacher("llama", num_hidden_layers=2), {"layers": {"drop": [0]}}, importance=None)
     assert foundry.compile(loaded, tmp_path).document("verification.json")["passed"]
@@ -230,9 +225,8 @@ def test_a_compile_that_fails_leaves_no_older_verdict(
     def full_disk(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(compile, "save_program", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        foundry.compile(loaded, tmp_path)
+        foundry.compile(loaded, tmp_path, stages=Stages(write_program=full_disk))
     assert not (tmp_path / "verification.json").exists()
 
 

@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 
 from minitron.compiler import make_plan
+from minitron.compiler.capture import capture as capture_module
+from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.estimate.memory import Memory
 from minitron.compiler.estimate.model_costs import ModelCosts
-from minitron.compiler.plan import plan as plan_module
+from minitron.compiler.plan import prove
 from minitron.compiler.plan.plan import Plan
+from minitron.compiler.plan_document import plan_document
 from minitron.compiler.student.status import AxisStatus
 from minitron.specs import load_spec, recipe_names, recipe_text
 from tests.output import conforms
@@ -68,7 +71,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Planned]:
             teacher.mkdir(parents=True)
             shutil.copy(config, teacher / "config.json")
     captured: dict[str, Any] = {}
-    original = plan_module.capture
+    original = capture_module.capture
 
     def capture(config: Any, *arguments: Any) -> Any:
         key = config.to_json_string(use_diff=False)
@@ -79,9 +82,9 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Planned]:
     found: dict[str, Planned] = {}
     before = ""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_module, "capture", capture)
+        patch.setattr(capture_module, "capture", capture)
         # Captures two small models more for every plan, to compare constants of the graph: nothing that is asked here.
-        patch.setattr(plan_module, "_compare_constants", lambda *_: None)
+        patch.setattr(prove, "compare_constants", lambda *_: None)
         specs = [path for path in folder.rglob("*.yaml") if not any(part.startswith(".") for part in path.parts)]
         for path in sorted(specs, key=lambda path: (path.parent, first_teacher(path))):
             if first_teacher(path) != before:
@@ -90,16 +93,17 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Planned]:
             loaded = load_spec(path)
             plan = make_plan(loaded, build=folder / "builds")
             found[loaded.spec.name] = Planned(
-                plan.teacher_costs, plan.student_costs, plan.captured.config, plan.config,
-                tuple(plan.targets.statuses), plan.remarks, plan.to_json() if loaded.spec.name == WHOLE else None,
+                Estimate(plan).teacher_costs, Estimate(plan).student_costs, plan.teacher.captured.config, plan.config,
+                tuple(plan.targets.statuses), plan.remarks, plan_document(plan) if loaded.spec.name == WHOLE else None,
                 distilling(plan) if loaded.spec.name == WHOLE else (),
             )  # fmt: skip
     return found
 
 
 def distilling(plan: Plan) -> tuple[Memory, ...]:
-    layout = plan.reckoning.layout(8)
-    return tuple(plan.reckoning.training("cuda", replace(layout, recompute=again)) for again in (False, True))
+    estimate = Estimate(plan)
+    layout = estimate.layout(8)
+    return tuple(estimate.training("cuda", replace(layout, recompute=again)) for again in (False, True))
 
 
 def first_teacher(path: Path) -> str:

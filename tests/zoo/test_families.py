@@ -192,9 +192,9 @@ def in_memory(build: Build) -> Any:
     """The student as a Hugging Face model that never was on disk: a fresh one, filled from the teacher in memory."""
     plan = build.plan
     scores = ScoreTable.from_tensors(build.tensors_of("scores.safetensors"))
-    selection = select(plan.targets, plan.roles, scores, plan.captured.layer_count, contiguous=False)
-    assert selection_json(selection, plan.roles) == build.document("plan.json")["selection"]
-    tables = load_buffers(build_meta(plan.captured.config, torch.float32, plan.captured.attention))
+    selection = select(plan.targets, plan.teacher.roles, scores, plan.teacher.captured.layer_count, contiguous=False)
+    assert selection_json(selection, plan.teacher.roles) == build.document("plan.json")["selection"]
+    tables = load_buffers(build_meta(plan.teacher.captured.config, torch.float32, plan.teacher.captured.attention))
     made = compile.rewrite(plan, selection, tables).recipes
     teacher = dict(teacher_model(plan).named_parameters())
     with quiet(), torch.no_grad():

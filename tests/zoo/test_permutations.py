@@ -26,26 +26,28 @@ def whole(foundry: Foundry, family: str) -> Plan:
 
 def leaves_of_parameters(plan: Plan) -> set[Atom]:
     """Everything that parameters are made of, but for the vocabulary: its order is the tokenizer's."""
-    space = plan.table.space
-    result = next(node for node in plan.captured.graph.nodes if node.op == "output").args[0]
+    space = plan.teacher.table.space
+    result = next(node for node in plan.teacher.captured.graph.nodes if node.op == "output").args[0]
     while isinstance(result, tuple | list):
         (result,) = result
-    vocabulary = set(space.leaves(plan.table.nodes[result][-1]))
-    every = {leaf for dims in plan.table.parameters.values() for dim in dims for leaf in space.leaves(dim)}
+    vocabulary = set(space.leaves(plan.teacher.table.nodes[result][-1]))
+    every = {leaf for dims in plan.teacher.table.parameters.values() for dim in dims for leaf in space.leaves(dim)}
     return {leaf for leaf in every - vocabulary if leaf.size.coefficient > 1}
 
 
 def named(plan: Plan) -> set[Atom]:
     """The leaves of all axes that a spec may name and these families have."""
-    heads = [atom for site in plan.roles.heads.values() for atom in (site.group, site.repeat) if atom is not None]
-    widths = [width.leaf for width in plan.roles.widths["intermediate_size"].values()]
-    return {plan.roles.hidden.leaf, *heads, *widths}
+    heads = [
+        atom for site in plan.teacher.roles.heads.values() for atom in (site.group, site.repeat) if atom is not None
+    ]
+    widths = [width.leaf for width in plan.teacher.roles.widths["intermediate_size"].values()]
+    return {plan.teacher.roles.hidden.leaf, *heads, *widths}
 
 
 def turned(plan: Plan, leaves: Collection[Atom]) -> Narrowing:
     """Each of these leaves in another order; query heads in another order in each key-value group."""
     rng = np.random.default_rng(0)
-    parents = {site.repeat: site.group for site in plan.roles.heads.values() if site.repeat and site.group}
+    parents = {site.repeat: site.group for site in plan.teacher.roles.heads.values() if site.repeat and site.group}
     kept: dict[Atom, Indices] = {}
     dependent: dict[Atom, Dependent] = {}
     for leaf in sorted(leaves, key=lambda one: one.number):
@@ -56,7 +58,7 @@ def turned(plan: Plan, leaves: Collection[Atom]) -> Narrowing:
             dependent[leaf] = Dependent((parents[leaf],), lists, count)
         else:
             kept[leaf] = another_order(rng, count)
-    return Narrowing(plan.table.space, kept, dependent)
+    return Narrowing(plan.teacher.table.space, kept, dependent)
 
 
 def another_order(rng: np.random.Generator, count: int) -> Indices:
@@ -79,10 +81,10 @@ class Teacher:
     def error(self, leaves: Collection[Atom]) -> tuple[float, int]:
         """How far the logits move over the largest of them, and how many parameters were changed."""
         made = recipes(
-            self.plan.captured,
-            self.plan.table.parameters,
+            self.plan.teacher.captured,
+            self.plan.teacher.table.parameters,
             turned(self.plan, leaves),
-            range(self.plan.captured.layer_count),
+            range(self.plan.teacher.captured.layer_count),
         )
         changed = 0
         with torch.no_grad():
@@ -104,7 +106,7 @@ def test_what_is_free_has_no_order(foundry: Foundry, family: str) -> None:
         error, changed = teacher.error({leaf})
         assert changed > 0 and error < 1e-5, f"{leaf} has an order"
     error, changed = teacher.error(free)
-    space, parameters = plan.table.space, plan.table.parameters.values()
+    space, parameters = plan.teacher.table.space, plan.teacher.table.parameters.values()
     assert changed == sum(any(free & set(space.leaves(dim)) for dim in dims) for dims in parameters)
     assert error < 1e-5
 

@@ -1,0 +1,32 @@
+"""Remarks of a plan: what a user should know and no axis says."""
+
+from __future__ import annotations
+
+from minitron.compiler.capture.capture import Captured
+from minitron.compiler.graph.names import dtype_of
+from minitron.compiler.teacher.checkpoint import Checkpoint
+from minitron.compiler.teacher.tokenizer import tokenizer_files
+
+
+def remarks_on(checkpoint: Checkpoint, captured: Captured) -> tuple[str, ...]:
+    """Sentences on the checkpoint's files, and on a graph that is of one sequence length."""
+    remarks = [checkpoint.remark] if checkpoint.remark else []
+    if checkpoint.folder.is_dir() and not any(tokenizer_files(checkpoint.folder)):
+        remarks.append("no tokenizer files are there: they could not be compared with the vocabulary")
+    own = dtype_of(checkpoint.dtype)
+    if checkpoint.tensors and captured.dtype != own:
+        old, new = (str(one).removeprefix("torch.") for one in (own, captured.dtype))
+        remarks.append(f"the teacher's weights are {old} and are held as {new}, as the student's are (teacher.dtype)")
+    if captured.length is not None:
+        remarks.append(
+            f"the code of {captured.config.model_type} depends on the number of tokens: its graph is of {captured.length}, "
+            f"calibration samples are read in pieces of {captured.length}, and student.pt2 runs on {captured.length} only"
+        )
+    if checkpoint.tensors:
+        known = set(captured.canonical)
+        extra = [name for name in checkpoint.tensors if name not in known]
+        if extra and all(name in checkpoint.tensors for name in set(captured.canonical.values())):
+            remarks.append(
+                f"{len(extra)} tensors of the checkpoint are not the model's and are ignored, such as {extra[0]}"
+            )
+    return tuple(remarks)
