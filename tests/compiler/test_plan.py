@@ -77,7 +77,7 @@ def test_the_cache_of_a_token_is_what_generation_holds(foundry: Foundry, family:
 @pytest.mark.parametrize("family", ["deepseek_v3", "mistral"])
 def test_the_cache_is_what_each_layer_keeps(foundry: Foundry, family: str) -> None:
     """A latent vector instead of keys and values; of a sliding window only its last tokens, the newest beside them."""
-    costs = foundry.whole(family, num_hidden_layers=2).teacher_costs
+    costs = Estimate(foundry.whole(family, num_hidden_layers=2)).teacher_costs
     model = load_model(foundry.teacher(family, num_hidden_layers=2))
     for tokens in (3, 20):
         with torch.no_grad():
