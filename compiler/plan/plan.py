@@ -16,7 +16,12 @@ from minitron.compiler.capture.models import build_meta, canonical_names
 from minitron.compiler.graph.names import dtype_of
 from minitron.compiler.importance.select import Selection, leading
 from minitron.compiler.plan.checks import (
-    check_documents, check_lengths, check_padding, check_pairs, check_tokenizer, teacher_key,
+    check_documents,
+    check_lengths,
+    check_padding,
+    check_pairs,
+    check_tokenizer,
+    teacher_key,
 )
 from minitron.compiler.plan.prove import prove, proved
 from minitron.compiler.plan.recovery import recovery_remarks, rotation_of
@@ -120,54 +125,6 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
     targets, wrong = resolve_targets(spec.student, teacher)
     problems += [*wrong, *check_lengths(loaded, teacher.captured)]
     if targets is not None:
-<<<<<<< HEAD
-        errors += check_pairs(loaded, captured.layer_count, targets.layers)
-    if targets is None or errors:
-        raise SpecInvalid(errors)
-    ends: tuple[LayerEnds, ...] = ()
-    try:
-        ends = tuple(layer_ends(captured))
-    except UsageError as error:
-        if targets.layers != captured.layer_count:
-            raise SpecInvalid([loaded.error("student", f"no layer can be dropped: {error}")]) from None
-    targets = _told_of_layers(captured, ends, targets)
-    rotation = rotation_of(loaded, captured, table, roles, targets)
-    try:
-        layers = leading(targets, roles).layers
-        targets, config, model = proved(loaded, captured, table, roles, targets, layers)
-    except UsageError as error:
-        raise SpecInvalid([loaded.error("student", str(error))]) from None
-    plain = _as_stored(checkpoint, captured)
-    teacher_cost, student_cost = _both_costs(captured, table, roles, targets, layers, head, config, model, plain)
-    return Plan(
-        loaded, build, checkpoint, captured, table, roles, ends, head, targets, config, model, teacher_cost, student_cost,
-        (*_remarks(checkpoint, captured), *remarks, *recovery_remarks(loaded, checkpoint, targets, rotation, model)),
-        rotation,
-    )  # fmt: skip
-
-
-def with_weights(plan: Plan, progress: Progress) -> Plan:
-    """The plan with its teacher's weights on this machine, fetched at the commit that was planned. SpecInvalid where they
-    are not to be had or contradict the configuration, WorkError where they are broken."""
-    if plan.checkpoint.commit is None:
-        return plan
-    if not plan.checkpoint.on_disk:
-        progress.message(f"fetching the weights of {plan.checkpoint.name}")
-    try:
-        checkpoint = fetch_weights(plan.checkpoint)
-        if plan.checkpoint.aliases:
-            checkpoint = untie(checkpoint, plan.checkpoint.config, plan.checkpoint.aliases)
-        check_headers(plan.captured, checkpoint)
-    except UsageError as error:
-        raise SpecInvalid([plan.loaded.error("teacher.model", str(error))]) from None
-
-    def told(known: Checkpoint) -> tuple[str, ...]:
-        of_recovery = recovery_remarks(plan.loaded, known, plan.targets, plan.rotation, plan.model)
-        return (*_remarks(known, plan.captured), *of_recovery)
-
-    others = (remark for remark in plan.remarks if remark not in told(plan.checkpoint))
-    return replace(plan, checkpoint=checkpoint, remarks=(*told(checkpoint), *others))
-=======
         problems += check_pairs(loaded, teacher.captured.layer_count, targets.layers)
         if targets.layers != teacher.captured.layer_count and teacher.no_ends:
             problems.append(Problem("student", f"no layer can be dropped: {teacher.no_ends}"))
@@ -185,7 +142,6 @@ def with_weights(plan: Plan, progress: Progress) -> Plan:
 def _remarks(plan: Plan) -> tuple[str, ...]:
     of_recovery = recovery_remarks(plan.loaded, plan.checkpoint, plan.targets, plan.rotation, plan.model)
     return (*remarks_on(plan.checkpoint, plan.teacher.captured), *plan.of_tokenizer, *of_recovery)
->>>>>>> adc1d75 (A plan is pure data: the analysed teacher travels as one, estimates and documents are made above it; the driver has stages that tests replace; problems get their places at the edge; a test holds the arrows)
 
 
 def _capture(loaded: LoadedSpec, checkpoint: Checkpoint) -> tuple[Captured, Checkpoint]:
