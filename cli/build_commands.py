@@ -14,7 +14,7 @@ from minitron.cli.drafts import load_whole
 from minitron.cli.failures import FAILED
 from minitron.cli.libraries import quiet_libraries
 from minitron.cli.lock_command import follow_lock
-from minitron.cli.plan_sections import plan_sections
+from minitron.cli.plan_summary import shown_plan
 from minitron.cli.progress import progress_for
 from minitron.cli.ranks import first_process, only_process
 from minitron.cli.render import document, say, show_sections, stderr_console, write
@@ -54,10 +54,11 @@ def compile_command(
     locked: options.Locked = False,
     mfu: options.Mfu = None,
     measured: options.Measured = None,
+    full: options.Full = False,
 ) -> None:
     """Score, select, rewrite, write the pruned student and its training plan, verify."""
     if dry_run:
-        rendering = Rendering(as_json, as_markdown, detailed_exitcode)
+        rendering = Rendering(as_json, as_markdown, detailed_exitcode, full)
         preview(spec, overrides or (), output, rendering, locked=locked, device=device, mfu=mfu, measured=measured)
         return
     if as_markdown or detailed_exitcode or mfu is not None or measured is not None:
@@ -70,7 +71,7 @@ def compile_command(
     _compile(loaded, build, pick_device(device), threads)
     plan = read_document(build / PLAN) or {}
     verification = read_document(build / VERIFICATION) or {}
-    sections = [*plan_sections(plan), verification_section(verification), _places(build)]
+    sections = [*shown_plan(plan, full=full), verification_section(verification), _places(build)]
     show_sections(sections, plan, as_json=as_json)
 
 
@@ -189,7 +190,7 @@ def _make(loaded: LoadedSpec, build: Path, device: str, threads: int | None, *, 
         from minitron.compiler import make_plan, plan_document
 
         plan = make_plan(loaded, build=build, weights=True)
-        show_sections(plan_sections(content := plan_document(plan)), content)
+        show_sections(shown_plan(content := plan_document(plan), full=False), content)
         write("")
         _compile(loaded, build, device, threads, plan)
     interrupts.check()
@@ -205,6 +206,7 @@ def _make(loaded: LoadedSpec, build: Path, device: str, threads: int | None, *, 
 def show(
     build: options.BuildFolder,
     as_json: options.Json = False,
+    full: options.Full = False,
     as_html: Annotated[
         bool, typer.Option("--html", help="Write BUILD/report.html, one page with charts that needs nothing else.")
     ] = False,
@@ -214,7 +216,7 @@ def show(
         _write_report(builds.require_build(build), as_json=as_json)
         return
     content = builds.show_document(builds.require_build(build))
-    show_sections([*build_sections(content), _places(build)], content, as_json=as_json)
+    show_sections([*build_sections(content, full=full), _places(build)], content, as_json=as_json)
 
 
 def _write_report(build: Path, *, as_json: bool) -> None:

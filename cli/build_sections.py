@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from minitron.cli import figures
-from minitron.cli.plan_sections import plan_sections
+from minitron.cli.plan_summary import shown_plan
 from minitron.cli.results_sections import results_sections
 from minitron.cli.sections import Column, Document, Section, entries, part
 
 
-def build_sections(content: Document) -> list[Section]:
+def build_sections(content: Document, *, full: bool = False) -> list[Section]:
     """Everything that is known about a build (`builds.show_document`): plan, checks, training, results."""
     sections: list[Section] = []
     if content["plan"] is not None:
-        sections += plan_sections(content["plan"])
+        sections += shown_plan(content["plan"], full=full)
     if content["verification"] is not None:
         sections.append(verification_section(content["verification"]))
     if content["training"] is not None:

@@ -83,6 +83,22 @@ def duration(seconds: float | None) -> str:
     return f"{whole // _SECONDS_A_DAY}d{whole % _SECONDS_A_DAY // 3600:02d}h"
 
 
+def about(seconds: float | None) -> str:
+    """An estimated time in one unit: `under 1 s`, `42 s`, `3 min`, `2.5 h`, `12 days`."""
+    if seconds is None:
+        return NOTHING
+    for unit, length, limit in (("s", 1, 90), ("min", 60, 5400), ("h", 3600, 2 * _SECONDS_A_DAY)):
+        if seconds < limit:
+            value = seconds / length
+            return f"under 1 {unit}" if value < 1 else f"{value:.1f} {unit}" if unit == "h" else f"{value:.0f} {unit}"
+    return f"{seconds / _SECONDS_A_DAY:.{1 if seconds < 10 * _SECONDS_A_DAY else 0}f} days"
+
+
+def plural(number: int, noun: str) -> str:
+    """`1 step`, `1,000 steps`."""
+    return f"{count(number)} {noun}" + ("" if number == 1 else "s")
+
+
 def hours(value: float | None) -> str:
     """Device-hours, where a tenth of a second and a year both occur: 0.004 -> `0.004`, 1234.5 -> `1,235`."""
     if value is None:

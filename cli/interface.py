@@ -17,7 +17,7 @@ from minitron.cli.device import pick_device, use_threads
 from minitron.cli.libraries import quiet_libraries
 from minitron.cli.lock_command import follow_lock
 from minitron.cli.markdown import markdown
-from minitron.cli.plan_sections import plan_sections
+from minitron.cli.plan_summary import shown_plan
 from minitron.cli.progress import progress_for
 from minitron.cli.render import stderr_console, terminal
 from minitron.cli.sections import Document, Section
@@ -81,7 +81,7 @@ class Plan(_Shown):
 
     def sections(self) -> list[Section]:
         """What `minitron plan` prints."""
-        return plan_sections(self.document)
+        return shown_plan(self.document, full=False)
 
     def __repr__(self) -> str:
         return f"<Plan of {self.spec.path}>"

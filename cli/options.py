@@ -23,6 +23,7 @@ Overrides = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print markdown tables, for a pull request.")]
+Full = Annotated[bool, typer.Option("--full", help="Show every width, axis, cost and device, not the summary alone.")]
 DetailedExitcode = Annotated[
     bool, typer.Option("--detailed-exitcode", help="Exit with 0 when BUILD is up to date with SPEC, with 3 when not.")
 ]
@@ -39,7 +40,7 @@ Threads = Annotated[
 PlannedDevice = Annotated[
     str | None,
     typer.Option(
-        "--device", metavar="DEVICE", help="Reckon for these devices and say whether it fits: h200x8, a100, this."
+        "--device", metavar="DEVICE", help="Estimate for these devices and say whether it fits: h200x8, a100, this."
     ),
 ]
 Mfu = Annotated[

@@ -14,7 +14,7 @@ def plan_sections(plan: Document) -> list[Section]:
     sections = [_models(plan), _axes(plan)]
     sections += [
         one
-        for one in (_phases(plan), _devices(plan), _costs(plan), selection_section(plan), _fits(plan))
+        for one in (_phases(plan), _devices(plan), _costs(plan), selection_section(plan), fits_section(plan))
         if one is not None
     ]
     return sections
@@ -67,9 +67,15 @@ def _models(plan: Document) -> Section:
     spec = part(plan, "spec")
     columns = (Column(""), Column("teacher", right=True), Column("student", right=True), Column("kept", right=True))
     rows = tuple(
-        (label, written(old, kind), written(new, kind), _ratio(old, new) if comparable else "")
+        (label, written(old, kind), written(new, kind), ratio(old, new) if comparable else "")
         for label, old, new, kind, comparable in model_rows(plan)
     )
+    return Section(f"Plan {spec.get('name', '')}".rstrip(), columns, rows, origin_notes(plan))
+
+
+def origin_notes(plan: Document) -> tuple[str, ...]:
+    """The spec and the teacher that a plan is of, and what there is to remark on them."""
+    spec = part(plan, "spec")
     digest = str(spec.get("sha256", ""))[:12]
     notes = [f"spec {spec.get('path', figures.NOTHING)}, sha256 {digest}"] if spec else []
     teacher = part(plan, "teacher")
@@ -77,12 +83,11 @@ def _models(plan: Document) -> Section:
         commit = teacher.get("commit")
         pinned = ", pinned by the lock file" if "teacher.revision" in part(spec, "pins") else ""
         notes.append(f"teacher {teacher['model']}" + (f" at commit {str(commit)[:12]}{pinned}" if commit else ""))
-    notes += [str(remark) for remark in plan.get("remarks") or ()]
-    return Section(f"Plan {spec.get('name', '')}".rstrip(), columns, rows, tuple(notes))
+    return (*notes, *(str(remark) for remark in plan.get("remarks") or ()))
 
 
-def _ratio(old: Any, new: Any) -> str:
-    """Share of a width or cost that is kept; of a per-layer list the mean counts."""
+def ratio(old: Any, new: Any) -> str:
+    """The share of a width or cost that is kept; of a per-layer list the mean counts."""
     return figures.percent(_mean(new), _mean(old))
 
 
@@ -190,7 +195,8 @@ def _cost(value: Any, unit: str) -> str:
     return figures.short(value) if unit == "FLOPs" else figures.count(value)
 
 
-def _fits(plan: Document) -> Section | None:
+def fits_section(plan: Document) -> Section | None:
+    """Whether the phases fit a device, where one was named, and which change makes them."""
     fits = part(plan, "fits")
     if not fits:
         return None

@@ -14,7 +14,7 @@ from minitron.cli.builds import build_folder
 from minitron.cli.drafts import load_whole
 from minitron.cli.failures import WRONG, errors_document, failure_of
 from minitron.cli.lock_command import follow_lock
-from minitron.cli.plan_sections import plan_sections
+from minitron.cli.plan_summary import shown_plan
 from minitron.cli.render import document, say, show_sections, write
 from minitron.cli.sections import Document
 from minitron.specs import load_spec, unavailable
@@ -106,9 +106,10 @@ def plan(
     device: options.PlannedDevice = None,
     mfu: options.Mfu = None,
     measured: options.Measured = None,
+    full: options.Full = False,
 ) -> None:
     """Preview: check every width against the teacher and print what would be done and what it would cost."""
-    rendering = Rendering(as_json, as_markdown, detailed_exitcode)
+    rendering = Rendering(as_json, as_markdown, detailed_exitcode, full)
     preview(spec, overrides or (), output, rendering, locked=locked, device=device, mfu=mfu, measured=measured)
 
 
@@ -119,6 +120,7 @@ class Rendering:
     as_json: bool
     as_markdown: bool
     detailed_exitcode: bool
+    full: bool = False
 
 
 def preview(
@@ -156,7 +158,9 @@ def preview(
     if plan is None or hardware is None:
         raise SpecInvalid(errors)
     content = plan_document(plan, hardware=hardware)
-    show_sections(plan_sections(content), content, as_json=rendering.as_json, as_markdown=rendering.as_markdown)
-    if rendering.detailed_exitcode and (stale := why_stale(build, loaded)) is not None:
+    stale = why_stale(build, loaded)
+    sections = shown_plan(content, full=rendering.full, build=f"{build} is {stale or 'up to date'}")
+    show_sections(sections, content, as_json=rendering.as_json, as_markdown=rendering.as_markdown)
+    if rendering.detailed_exitcode and stale is not None:
         say(f"{build} is {stale}")
         raise typer.Exit(NOT_UP_TO_DATE)

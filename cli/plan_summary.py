@@ -1,0 +1,115 @@
+"""The first screen of a plan: what changes, what training it means, what it takes; the rest stands behind `--full`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minitron.cli import figures
+from minitron.cli.plan_sections import (
+    fits_section,
+    model_rows,
+    origin_notes,
+    plan_sections,
+    ratio,
+    selection_section,
+    written,
+)
+from minitron.cli.sections import Column, Document, Section, entries, part
+
+# Of the costs of a model, those that decide whether it is worth having.
+_SHOWN = {"parameters", "weights", "KV cache per token", "FLOPs per token"}
+
+
+def shown_plan(plan: Document, *, full: bool, build: str | None = None) -> list[Section]:
+    """The sections of a plan: the summary, or with `full` everything; `build` says what is in the build folder."""
+    sections = plan_sections(plan) if full else summary(plan)
+    return [*sections, *([Section("Build", notes=(build,))] if build else ())]
+
+
+def summary(plan: Document) -> list[Section]:
+    """What changes, how the student is trained, what each phase takes, whether it fits, what was kept."""
+    found = (_changes(plan), _training(plan), _phases(plan), selection_section(plan), fits_section(plan))
+    return [section for section in found if section is not None]
+
+
+def _changes(plan: Document) -> Section:
+    columns = (Column(""), Column("teacher", right=True), Column("student", right=True), Column("kept", right=True))
+    widths = part(part(plan, "teacher"), "widths").keys() | part(part(plan, "student"), "widths").keys()
+    rows = tuple(
+        (label, written(old, kind), written(new, kind), ratio(old, new))
+        for label, old, new, kind, _ in model_rows(plan)
+        if label in _SHOWN or (label in widths and old != new)
+    )
+    notes = [_exactness(plan), *origin_notes(plan)]
+    return Section(f"Plan {part(plan, 'spec').get('name', '')}".rstrip(), columns, rows, tuple(filter(None, notes)))
+
+
+def _exactness(plan: Document) -> str:
+    """One line on the axes that are narrowed: which are the same as zeroing what is dropped, which are not."""
+    narrowed = [one for one in entries(plan, "axes") if one.get("teacher") != one.get("student")]
+    if not narrowed:
+        return "no axis changes"
+    others = [str(one.get("axis")) for one in narrowed if one.get("status") != "exact"]
+    if not others:
+        return "exact on every axis: the same as zeroing what is dropped"
+    return f"approximate: {', '.join(others)}; `--full` says why"
+
+
+def _training(plan: Document) -> Section | None:
+    """What drives the loss: tokens, steps, batch, rate."""
+    distill = part(part(part(plan, "spec"), "resolved"), "distill")
+    tokens, length, batch = (distill.get(key) for key in ("tokens", "sequence_length", "global_batch_size"))
+    if not (isinstance(tokens, int) and isinstance(length, int) and isinstance(batch, int)):
+        return None
+    optimizer = part(distill, "optimizer")
+    # At least one step: a training of fewer tokens than a batch has one.
+    steps = max(1, tokens // (length * batch))
+    rows = [
+        ("tokens", figures.count(tokens)),
+        (
+            "steps",
+            f"{figures.count(steps)} of {figures.plural(batch, 'sequence')} of {figures.plural(length, 'token')}",
+        ),
+        (
+            "learning rate",
+            f"{_rate(optimizer.get('lr'))} to {_rate(optimizer.get('min_lr'))}, "
+            f"after {figures.plural(optimizer.get('warmup_steps') or 0, 'step')} of warm-up",
+        ),
+    ]
+    correction = part(part(part(plan, "spec"), "resolved"), "teacher_correction")
+    if correction.get("tokens"):
+        rows.append(("teacher correction", f"{figures.count(correction['tokens'])} tokens"))
+    return Section("Training", (Column(""), Column("")), tuple(rows))
+
+
+def _rate(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else figures.NOTHING
+
+
+def _phases(plan: Document) -> Section | None:
+    """A row a phase: memory, disk and time, in units that people use."""
+    phases = entries(plan, "phases")
+    if not phases:
+        return None
+    columns = (
+        Column("phase"),
+        Column("tokens", right=True),
+        Column("memory", right=True),
+        Column("disk", right=True),
+        Column("time", right=True),
+    )
+    rows = tuple(
+        (
+            str(one.get("name", "")),
+            figures.short(one.get("tokens")),
+            figures.size(one.get("peak_memory_bytes")),
+            figures.size(one.get("disk_bytes") or None),
+            figures.about(None if one.get("days") is None else 86_400 * float(one["days"])),
+        )
+        for one in phases
+    )
+    notes = [f"time on {device}" for device in dict.fromkeys(str(one["device"]) for one in phases if one.get("device"))]
+    hours = sum(float(one.get("device_hours") or 0) for one in phases)
+    if hours >= 1:
+        notes.append(f"{figures.hours(hours)} device-hours in all")
+    return Section("Phases", columns, rows, tuple(notes))
