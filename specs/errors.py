@@ -88,7 +88,10 @@ class SpecInvalid(UsageError):
 
     def __init__(self, errors: Sequence[SpecError]) -> None:
         assert errors, "SpecInvalid without an error"
-        self.errors = sorted(errors, key=lambda e: (e.file, e.line, e.column, e.path))
+        found = sorted(errors, key=lambda e: (e.file, e.line, e.column, e.path))
+        # What one block takes from another (`inherit`) is wrong once, at the place where it is written.
+        keys = [(e.file, e.line, e.column, e.message) if e.line else e for e in found]
+        self.errors = [e for i, e in enumerate(found) if keys[i] not in keys[:i]]
         super().__init__("\n".join(str(e) for e in self.errors))
 
     def __reduce__(self) -> tuple[type[SpecInvalid], tuple[list[SpecError]]]:

@@ -17,6 +17,7 @@ from minitron.specs import shape, source
 from minitron.specs.consistency import CONSTRAINTS
 from minitron.specs.errors import SpecError, SpecInvalid, UsageError, located
 from minitron.specs.extends import read_with_bases
+from minitron.specs.inherit import inherit
 from minitron.specs.overrides import apply_override
 from minitron.specs.shape import from_dotted
 from minitron.specs.spec import Spec
@@ -96,6 +97,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> LoadedSpec:
     tree, errors = read_with_bases(_read(path), str(path))
     for override in overrides:
         tree = apply_override(tree, override)
+    tree = inherit(tree)
     # An empty block (`recovery:` with every line below commented out) is one that was left out.
     written = {key: source.plain(entry.node) for key, entry in tree.entries.items()}
     values = {"name": path.stem} | {key: value for key, value in written.items() if value is not None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from minitron.specs.blocks.base import Block, wrong
 from minitron.specs.blocks.distill import Distill
@@ -16,6 +16,7 @@ from minitron.specs.blocks.search import Search
 from minitron.specs.blocks.student import Student
 from minitron.specs.blocks.teacher import Teacher
 from minitron.specs.blocks.teacher_correction import TeacherCorrection
+from minitron.specs.blocks.training import fit_warmup
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
@@ -67,3 +68,13 @@ class Spec(Block):
 
     evaluate: Evaluate | None = None
     """What is measured of teacher, pruned student and distilled student."""
+
+    @model_validator(mode="after")
+    def _fit_correction(self) -> Spec:
+        """Fits the warm-up of the teacher's own training to its tokens, which come in the batches of `distill`."""
+        if self.teacher_correction is None or self.distill is None:
+            return self
+        batch = self.distill.sequence_length * self.distill.global_batch_size
+        optimizer = fit_warmup(self.teacher_correction.optimizer, self.teacher_correction.tokens // batch)
+        correction = self.teacher_correction.model_copy(update={"optimizer": optimizer})
+        return self.model_copy(update={"teacher_correction": correction})

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from minitron.specs.blocks.base import (
     LONGER,
@@ -19,7 +19,7 @@ from minitron.specs.blocks.base import (
     is_longer,
     word_or,
 )
-from minitron.specs.blocks.training import Optimizer
+from minitron.specs.blocks.training import Optimizer, fit_warmup
 from minitron.specs.data import DataSource
 
 
@@ -126,6 +126,10 @@ class CheckpointSettings(Block):
     """The one with the lowest held-out loss is kept as well, of those that were saved when it was measured."""
 
 
+# Where the batch is not written, a training has at least this many steps.
+LEAST_STEPS = 300
+
+
 class Distill(Block):
     """How the student learns from the teacher. Left out, `minitron compile` prunes and nothing is trained."""
 
@@ -143,7 +147,7 @@ class Distill(Block):
     tokenizer has them; attention reaches across documents."""
 
     global_batch_size: PositiveInt = 768
-    """Sequences in an optimizer step, over all devices."""
+    """Sequences in an optimizer step, over all devices. Left out: 768, and fewer where `tokens` would not make 300 steps."""
 
     micro_batch_size: PositiveInt | None = None
     """At most this many sequences go through the model at one time: each device takes the largest divisor of its share of
@@ -169,3 +173,14 @@ class Distill(Block):
 
     seed: NonNegativeInt = 0
     """Decides the order of the data."""
+
+    @model_validator(mode="after")
+    def _fit_to_tokens(self) -> Distill:
+        """Fits batch and warm-up to the tokens, where neither is written: the defaults are those of long trainings."""
+        changes: dict[str, Any] = {}
+        batch = self.global_batch_size
+        if not self.model_fields_set & {"global_batch_size", "micro_batch_size"}:
+            batch = max(1, min(batch, self.tokens // (self.sequence_length * LEAST_STEPS)))
+            changes["global_batch_size"] = batch
+        optimizer = fit_warmup(self.optimizer, self.tokens // (self.sequence_length * batch))
+        return self.model_copy(update=changes | {"optimizer": optimizer})

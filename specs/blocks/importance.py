@@ -46,7 +46,7 @@ class Importance(Block):
     """How it is decided which channels, heads, neurons and layers stay."""
 
     data: CalibrationData | None = None
-    """Calibration data; required where scores decide something."""
+    """Calibration data, where scores decide something. Left out: that of `distill.data`, in sequences of the same length."""
 
     width: WidthScores = WidthScores()
     """Scores of channels, heads and neurons."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field
 
@@ -24,7 +24,7 @@ class Optimizer(Block):
     """The learning rate at the end."""
 
     warmup_steps: NonNegativeInt = 60
-    """Steps from 0 to `lr`."""
+    """Steps from 0 to `lr`. Left out: 60, and at most 2% of all steps."""
 
     schedule: Literal["cosine"] = "cosine"
     """The course from `lr` to `min_lr`."""
@@ -49,4 +49,17 @@ class CorrectionOptimizer(Optimizer):
     """The highest learning rate."""
 
     warmup_steps: NonNegativeInt = 120
-    """Steps from 0 to `lr`."""
+    """Steps from 0 to `lr`. Left out: 120, and at most 2% of all steps."""
+
+
+Kind = TypeVar("Kind", bound=Optimizer)
+# A warm-up that is not written is at most this share of all steps.
+WARMUP_SHARE = 0.02
+
+
+def fit_warmup(optimizer: Kind, steps: int) -> Kind:
+    """The optimizer with a warm-up that suits a training of `steps` steps, where none is written."""
+    fitting = int(WARMUP_SHARE * steps)
+    if "warmup_steps" in optimizer.model_fields_set or optimizer.warmup_steps <= fitting:
+        return optimizer
+    return optimizer.model_copy(update={"warmup_steps": fitting})

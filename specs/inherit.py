@@ -1,0 +1,42 @@
+"""What a block takes from another where it says nothing itself."""
+
+from __future__ import annotations
+
+from minitron.specs.source import Entry, Mapping, Node, Scalar
+
+# Keys of `student` whose value needs no scores.
+_UNSCORED = {"layers", "multiple_of"}
+
+
+def inherit(tree: Mapping) -> Mapping:
+    """The tree with `importance.data` taken from `distill.data` where scores are needed and it is left out: the documents that
+    the student is trained on, in sequences of the same length. Places stay those of `distill.data`."""
+    data, student = _at(tree, "distill", "data"), _at(tree, "student")
+    scored = isinstance(student, Mapping) and not student.entries.keys() <= _UNSCORED
+    importance = _at(tree, "importance")
+    if not scored or not isinstance(data, Mapping) or not _missing(_at(tree, "importance", "data")):
+        return tree
+    if not _missing(importance) and not isinstance(importance, Mapping):
+        return tree
+    distill = tree.entries["distill"].node
+    assert isinstance(distill, Mapping), "it holds data"
+    taken = dict(data.entries)
+    if "sequence_length" in distill.entries:
+        taken["sequence_length"] = distill.entries["sequence_length"]
+    place = distill.entries["data"].place
+    kept = dict(importance.entries) if isinstance(importance, Mapping) else {}
+    kept["data"] = Entry(place, Mapping(place, taken))
+    at = tree.entries["importance"].place if "importance" in tree.entries else place
+    return Mapping(tree.place, dict(tree.entries) | {"importance": Entry(at, Mapping(at, kept))})
+
+
+def _at(node: Node | None, *path: str) -> Node | None:
+    for key in path:
+        if not isinstance(node, Mapping) or key not in node.entries:
+            return None
+        node = node.entries[key].node
+    return node
+
+
+def _missing(node: Node | None) -> bool:
+    return node is None or (isinstance(node, Scalar) and node.value is None)
