@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from minitron.runtime.disk import writing
 from minitron.runtime.models import LanguageModel, quiet
 from minitron.runtime.world import World
 from minitron.specs.atomic import atomic_folder
-from minitron.specs.builds import CARD
+from minitron.specs.builds import CARD, CONFIG
 from minitron.specs.generation_settings import FILE as GENERATION
+from minitron.specs.model_config import with_older_keys
 
 _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 """What else a model's folder may hold its weights in: they would not be the new ones."""
@@ -61,6 +63,7 @@ def write_model(
     with writing(str(target)), atomic_folder(target) as temporary:
         with quiet():
             student.module.save_pretrained(temporary, state_dict=weights)
+        _keep_older_keys(source / CONFIG, temporary / CONFIG)
         for file in [*source.iterdir(), *(source / _TEMPLATES).glob("*.jinja")]:
             place = temporary / file.relative_to(source)
             other_weights = ".safetensors" in file.name or file.suffix in _WEIGHTS
@@ -73,6 +76,12 @@ def write_model(
         texts = {CARD: model_card(before, name, report)} | dict(files or {})
         for file_name, text in texts.items():
             (temporary / file_name).write_text(text, encoding="utf-8")
+
+
+def _keep_older_keys(source: Path, written: Path) -> None:
+    """Gives a configuration the keys for older loaders that the one that the model was loaded with has."""
+    before, now = (json.loads(path.read_text(encoding="utf-8-sig")) for path in (source, written))
+    written.write_text(json.dumps(with_older_keys(now, before), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def model_card(before: str, name: str, report: Sequence[str]) -> str:

@@ -30,6 +30,24 @@ CALLING = (
 DTYPE_KEYS = ("dtype", "torch_dtype")
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "decoder_layers")
 
+ROPE_SCALING = "rope_scaling"
+OLDER_ROTARY_KEYS = (
+    "rope_theta", "rotary_emb_base", "rope_base", "global_rope_theta", "local_rope_theta", "rope_local_base_freq",
+    "swa_rope_theta", "partial_rotary_factor", "rotary_pct",
+)  # fmt: skip
+"""Keys of rotary embeddings before transformers 5, beside `rope_scaling`."""
+
+
+def with_dtype(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that says its dtype in the older key too."""
+    return {**config, "torch_dtype": config["dtype"]} if isinstance(config.get("dtype"), str) else dict(config)
+
+
+def with_older_keys(config: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that transformers has written anew, with the older keys that the one that it was read from has."""
+    older = {key: source[key] for key in (*OLDER_ROTARY_KEYS, ROPE_SCALING) if key in source and key not in config}
+    return {**with_dtype(config), **older}
+
 
 def read_model_config(folder: Path) -> dict[str, Any]:
     """The configuration of the model in a folder. UsageError where it cannot be one, with the reason."""

@@ -35,6 +35,7 @@ def with_layers(config: Any, count: int, kept: Sequence[int]) -> Any:
         for key, value in lists_over_layers(config, count).items():
             setattr(changed, key, [value[i] for i in kept])
         _follow_experts(changed, count, kept)
+        _follow_lists(changed)
         changed.num_hidden_layers = len(kept)
     return changed
 
@@ -67,3 +68,36 @@ def _follow_experts(config: Any, count: int, kept: Sequence[int]) -> None:
         if sparse and len(sparse) == sparse[-1] - sparse[0] + 1:
             config.moe_layer_start_index, config.moe_layer_end_index = sparse[0], sparse[-1]
             config.moe_layer_interval = 1
+
+
+def _follow_lists(config: Any) -> None:
+    """Makes keys that say by a rule what a list over the layers says agree with the list, or removes them.
+
+    transformers 5 reads the lists alone; other loaders, and those of older versions, read the rules.
+    """
+    kinds, rotary = getattr(config, "layer_types", None), getattr(config, "no_rope_layers", None)
+    said: dict[str, int | None] = {}
+    if isinstance(kinds, list):
+        full = [kind == "full_attention" for kind in kinds]
+        first = next((i for i, one in enumerate(full) if not one), len(full))
+        every = _every(full)
+        said |= dict.fromkeys(("sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval"), every)
+        said["global_attn_every_n_layers"] = every
+        said["max_window_layers"] = None if any(full[first:]) else first
+    if isinstance(rotary, list):
+        said["no_rope_layer_interval"] = _every([not one for one in rotary])
+    for key, value in said.items():
+        if not isinstance(vars(config).get(key), int):
+            continue
+        if value is not None:
+            setattr(config, key, value)
+        elif not hasattr(type(config), key):  # one that the class declares has to stay
+            delattr(config, key)
+
+
+def _every(entries: list[bool]) -> int | None:
+    """n where exactly every n-th entry is set, counted from 1; None where there is no such number."""
+    for n in range(1, len(entries) + 2):
+        if entries == [(i + 1) % n == 0 for i in range(len(entries))]:
+            return n
+    return None

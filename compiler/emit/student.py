@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from minitron.compiler.capture.models import quiet, stored_tensors
+from minitron.compiler.student.older_loaders import for_older_loaders
 from minitron.compiler.teacher.tokenizer import check_inside, tokenizer_files
 from minitron.compiler.weights.recipes import Recipe
 from minitron.compiler.weights.source import WeightSource
 from minitron.specs.atomic import atomic_folder
-from minitron.specs.builds import CARD
+from minitron.specs.builds import CARD, CONFIG
 from minitron.specs.generation_settings import FILE as GENERATION
 from minitron.specs.generation_settings import read_generation_settings
 
@@ -83,6 +84,8 @@ def write_student(
             with quiet():
                 loaded.save_pretrained(folder)
                 config.save_pretrained(folder)
+        document = for_older_loaders(config, json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+        (folder / CONFIG).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         _copy_others(student.teacher_folder, folder)
         (folder / CARD).write_text(student.card, encoding="utf-8")
 

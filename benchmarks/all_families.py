@@ -1,0 +1,124 @@
+"""Tries every family of transformers' causal language models, axis by axis, and prints right, refused or failed.
+
+    python benchmarks/all_families.py [FAMILY ...] [--plan] [--seconds 300]
+
+right: a tiny random model of the family was compiled and passed all checks; refused: with a sentence, in the plan; failed: a
+check did not pass, or anything else was raised: a bug. `--plan` stops after the plan. A family of which no tiny configuration
+can be made is left out and named. The command ends with 1 where anything failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+RIGHT, REFUSED, FAILED, LEFT_OUT = "right", "refused", "failed", "left out"
+
+
+def families() -> list[str]:
+    """The model types that transformers' mapping of causal language models has."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def _job(job: tuple[str, bool, float]) -> tuple[str, list[tuple[str, str, str]]]:
+    return job[0], examine(*job)
+
+
+def examine(family: str, plan_only: bool, seconds: float) -> list[tuple[str, str, str]]:
+    """(axis or nothing, outcome, reason) for everything that was tried; no axis is begun after `seconds`."""
+    import torch
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        return list(_tried(family, Path(folder), plan_only, time.monotonic() + seconds))
+
+
+def _tried(family: str, folder: Path, plan_only: bool, end: float) -> Iterator[tuple[str, str, str]]:
+    from benchmarks.architectures import narrower, reason
+    from minitron.specs.blocks.student import Student
+    from minitron.specs.errors import UsageError
+    from tests.foundry import Apprentice, Foundry
+    from tests.models import save_teacher
+    from tests.zoo.anything import tiny
+
+    foundry = Foundry(folder, Apprentice())
+    try:
+        config = tiny(family)
+        layers = int(config.num_hidden_layers)
+        teacher = save_teacher(folder / family, config)
+    except Exception as error:  # the family wants other keys: nothing of ours
+        yield "", LEFT_OUT, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return
+    try:
+        plan = foundry.plan(teacher, {"num_hidden_layers": layers})
+    except UsageError as error:
+        yield "", REFUSED, reason(error)
+        return
+    except Exception as error:
+        yield "", FAILED, _where(error)
+        return
+    for status in plan.targets.statuses:
+        if status.axis not in Student.model_fields or status.teacher == narrower(status.axis, status.teacher):
+            continue
+        if status.status == "refused":
+            yield status.axis, REFUSED, status.reason
+            continue
+        if time.monotonic() > end:
+            yield status.axis, LEFT_OUT, "no time was left"
+            continue
+        student = {status.axis: narrower(status.axis, status.teacher)}
+        try:
+            if plan_only:
+                foundry.plan(teacher, student)
+            else:
+                foundry.build(teacher, student, program=False)
+            yield status.axis, RIGHT, status.status
+        except UsageError as error:
+            yield status.axis, REFUSED, reason(error)
+        except Exception as error:
+            yield status.axis, FAILED, _where(error)
+
+
+def _where(error: Exception) -> str:
+    """What was raised, and the last line of this project that it came through."""
+    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "minitron" in frame.filename]
+    place = f" ({Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
+
+
+def main() -> int:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    parser = argparse.ArgumentParser(description="every causal family: right, refused or failed")
+    parser.add_argument("families", nargs="*")
+    parser.add_argument("--plan", action="store_true", help="stop after the plan")
+    parser.add_argument("--seconds", type=float, default=300.0, help="time for one family")
+    parser.add_argument("--workers", type=int, default=1)
+    args = parser.parse_args()
+    counts: Counter[str] = Counter()
+    names = args.families or families()
+    jobs = [(name, args.plan, args.seconds) for name in names]
+    # A process for a few families each: what fake tensors leave behind grows with every model.
+    with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=6) as pool:
+        for name, found in pool.imap(_job, jobs):
+            for axis, outcome, why in found:
+                counts[outcome] += 1
+                print(f"{name:24} {axis or '-':28} {outcome:9} {why}", flush=True)
+    print(", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())))
+    return 1 if counts[FAILED] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
