@@ -7,9 +7,11 @@ error.
 
 Every measurement runs in a process of its own, the methods interleaved, and the medians are compared; ours is also
 measured with twice the tokens. Memory is what forward and backward add at their peak to the inputs (resident set on a
-CPU, allocator on CUDA), the gradients included. Time is that of the last of --passes forwards and backwards. The
-gradient error is the norm of the difference to fp64 autograd over the norm, on 32 tokens whose student and teacher are a
-KL of --kl apart; the fp64 inputs are those of --dtype, so that what is counted is the loss's own error.
+CPU, allocator on CUDA), the gradients included; beside it, what is left without the head's gradient: ours is a sum in
+fp32, as a training keeps it, that of the others has the dtype of the inputs. Time is that of the last of --passes
+forwards and backwards on a CPU; on CUDA the median of 20 after 3 to warm up, by events. The gradient error is the norm of the
+difference to fp64 autograd over the norm, on 32 tokens whose student and teacher are a KL of --kl apart; the fp64 inputs
+are those of --dtype, so that what is counted is the loss's own error.
 """
 
 from __future__ import annotations
@@ -30,25 +32,28 @@ from torch import Tensor
 from minitron.runtime.loss import DistillationLoss, Head, distillation_loss
 
 ERROR_TOKENS = 32
+WARM_UP, TIMED = 3, 20  # on CUDA
 
 Inputs = tuple[
     Tensor, Tensor, Tensor, Tensor
 ]  # student hidden [T, D] and head [V, D], teacher hidden [T, E] and head [V, E]
-Method = Callable[[Inputs], Tensor]
+Method = Callable[[Inputs], tuple[Tensor, Tensor | None]]
+"""The loss, and the sum that the head's gradient was added to where that is not its `.grad`."""
 
 
-def naive(inputs: Inputs) -> Tensor:
+def naive(inputs: Inputs) -> tuple[Tensor, None]:
     """What one writes without thinking about memory: all logits, in the dtype of the inputs."""
     student_TD, student_VD, teacher_TE, teacher_VE = inputs
     with torch.no_grad():
         log_q_TV = F.log_softmax(teacher_TE @ teacher_VE.T, dim=-1)
     log_p_TV = F.log_softmax(student_TD @ student_VD.T, dim=-1)
-    return F.kl_div(log_p_TV, log_q_TV, reduction="batchmean", log_target=True)
+    return F.kl_div(log_p_TV, log_q_TV, reduction="batchmean", log_target=True), None
 
 
-def ours(inputs: Inputs) -> Tensor:
+def ours(inputs: Inputs) -> tuple[Tensor, Tensor]:
     student_TD, student_VD, teacher_TE, teacher_VE = inputs
-    return distillation_loss(
+    gradient_VD = torch.zeros(student_VD.shape, device=student_VD.device)
+    total = distillation_loss(
         DistillationLoss(),
         student_TD,
         Head(student_VD),
@@ -57,7 +62,9 @@ def ours(inputs: Inputs) -> Tensor:
         None,
         normaliser=student_TD.shape[0],
         compute_dtype=student_TD.dtype,
+        head_gradient_VD=gradient_VD,
     ).total
+    return total, gradient_VD
 
 
 def liger(compiled: bool) -> Method:
@@ -65,11 +72,10 @@ def liger(compiled: bool) -> Method:
 
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=compiled)
 
-    def method(inputs: Inputs) -> Tensor:
+    def method(inputs: Inputs) -> tuple[Tensor, None]:
         student_TD, student_VD, teacher_TE, teacher_VE = inputs
         labels_T = torch.zeros(student_TD.shape[0], dtype=torch.long, device=student_TD.device)
-        result: Tensor = loss(student_TD, student_VD, teacher_TE, teacher_VE, labels_T)
-        return result
+        return loss(student_TD, student_VD, teacher_TE, teacher_VE, labels_T), None
 
     return method
 
@@ -88,10 +94,10 @@ METHODS: dict[str, Callable[[], Method]] = {
 def make_inputs(args: argparse.Namespace, tokens: int, dtype: torch.dtype, apart: float = 1.0) -> Inputs:
     """Hidden states and heads whose distributions are as sharp as a language model's. What only one of the models has
     sets them apart, a KL of about 1; `apart` scales it."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(args.device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device=args.device)
 
     shared = min(args.hidden, args.teacher_hidden)
     teacher_TE, teacher_VE = (
@@ -123,27 +129,50 @@ def _reset_peak(device: str) -> None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
-    """One process: the peak of the last pass over the memory before it, and its time."""
+    """One process: the peak of the last pass over the memory before it, what of that is not the head's gradient, and the
+    time of a pass."""
     dtype = getattr(torch, args.dtype)
     method = METHODS[args.only]()
-    method(make_inputs(args, 8, dtype)).backward()  # libraries and thread pools
+    method(make_inputs(args, 8, dtype))[0].backward()  # libraries and thread pools
     inputs = make_inputs(args, 2 * args.tokens if args.only == TWICE else args.tokens, dtype)
-    for _ in range(args.passes):  # the first passes compile
-        inputs[0].grad = inputs[1].grad = None
+    seconds = []
+    for _ in range(WARM_UP + TIMED if args.device == "cuda" else args.passes):  # the first passes compile
+        inputs[0].grad = inputs[1].grad = sums = None
         _reset_peak(args.device)
         before = _peak(args.device)
-        start = time.perf_counter()
-        method(inputs).backward()
-        if args.device == "cuda":
+        took = _timer(args.device)
+        loss, sums = method(inputs)
+        loss.backward()
+        seconds.append(took())
+        del loss
+    peak = _peak(args.device) - before
+    gradient = sums if sums is not None else inputs[1].grad
+    assert gradient is not None
+    time_of = statistics.median(seconds[WARM_UP:]) if args.device == "cuda" else seconds[-1]
+    return {"bytes": float(peak), "beyond": float(peak - gradient.nbytes), "seconds": time_of}
+
+
+def _timer(device: str) -> Callable[[], float]:
+    """A function that says how many seconds have passed since this call, of the device's own time."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+
+        def passed() -> float:
+            end.record()
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-    return {"bytes": float(_peak(args.device) - before), "seconds": seconds}
+            return start.elapsed_time(end) / 1e3
+
+        return passed
+    began = time.perf_counter()
+    return lambda: time.perf_counter() - began
 
 
 def divergence(inputs: Inputs) -> float:
     """In nats a token, in fp64."""
     with torch.no_grad():
-        return float(naive(tuple(tensor.double() for tensor in inputs)))  # type: ignore[arg-type]
+        return float(naive(tuple(tensor.double() for tensor in inputs))[0])  # type: ignore[arg-type]
 
 
 def inputs_apart(args: argparse.Namespace, dtype: torch.dtype, kl: float) -> Inputs:
@@ -157,11 +186,13 @@ def inputs_apart(args: argparse.Namespace, dtype: torch.dtype, kl: float) -> Inp
 def gradient_error(name: str, inputs: Inputs) -> float:
     """Relative error of the gradients of student hidden states and head, the larger of the two."""
     inputs[0].grad = inputs[1].grad = None
-    METHODS[name]()(inputs).backward()
+    loss, sums = METHODS[name]()(inputs)
+    loss.backward()
     exact: Inputs = tuple(tensor.detach().double() for tensor in inputs)  # type: ignore[assignment]
     exact[0].requires_grad_(), exact[1].requires_grad_()
-    naive(exact).backward()
-    return max(_relative(inputs[i].grad, exact[i].grad) for i in (0, 1))
+    naive(exact)[0].backward()
+    head = inputs[1].grad if sums is None else sums
+    return max(_relative(inputs[0].grad, exact[0].grad), _relative(head, exact[1].grad))
 
 
 def _relative(got: Tensor | None, want: Tensor | None) -> float:
@@ -209,17 +240,17 @@ def compare(args: argparse.Namespace, names: list[str]) -> None:
             command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
             figures[name].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     medians = {
-        name: {key: statistics.median(one[key] for one in of) for key in ("bytes", "seconds")}
+        name: {key: statistics.median(one[key] for one in of) for key in ("bytes", "beyond", "seconds")}
         for name, of in figures.items()
     }
     bases = [name for name in ("naive", "minitron", "liger") if name in names]
     print(f"{args.tokens} tokens, medians of {args.repetitions} interleaved runs")
-    print(f"{'':22}{'peak MiB':>10}" + "".join(f"{f'/ {base}':>11}" for base in bases), end="")
-    print(f"{'seconds':>11}" + "".join(f"{f'/ {base}':>11}" for base in bases))
+    print(f"{'':22}{'peak MiB':>10}{'beyond head':>13}" + "".join(f"{f'/ {base}':>11}" for base in bases), end="")
+    print(f"{'ms':>11}" + "".join(f"{f'/ {base}':>11}" for base in bases))
     for name, one in medians.items():
-        memory = "".join(f"{one['bytes'] / medians[base]['bytes']:11.3f}" for base in bases)
+        memory = "".join(f"{one['bytes'] / max(1.0, medians[base]['bytes']):11.3f}" for base in bases)
         seconds = "".join(f"{one['seconds'] / medians[base]['seconds']:11.3f}" for base in bases)
-        print(f"{name:22}{one['bytes'] / 2**20:10.0f}{memory}{one['seconds']:11.2f}{seconds}")
+        print(f"{name:22}{one['bytes'] / 2**20:10.0f}{one['beyond'] / 2**20:13.0f}{memory}{one['seconds'] * 1e3:11.1f}{seconds}")
 
 
 def errors(args: argparse.Namespace, names: list[str]) -> None:
