@@ -250,7 +250,9 @@ def compare(args: argparse.Namespace, names: list[str]) -> None:
     for name, one in medians.items():
         memory = "".join(f"{one['bytes'] / max(1.0, medians[base]['bytes']):11.3f}" for base in bases)
         seconds = "".join(f"{one['seconds'] / medians[base]['seconds']:11.3f}" for base in bases)
-        print(f"{name:22}{one['bytes'] / 2**20:10.0f}{one['beyond'] / 2**20:13.0f}{memory}{one['seconds'] * 1e3:11.1f}{seconds}")
+        print(
+            f"{name:22}{one['bytes'] / 2**20:10.0f}{one['beyond'] / 2**20:13.0f}{memory}{one['seconds'] * 1e3:11.1f}{seconds}"
+        )
 
 
 def errors(args: argparse.Namespace, names: list[str]) -> None:

@@ -1,8 +1,8 @@
 """Checkpoints: whole or not at all, checked when read, the newest good one wins.
 
     train/checkpoints/step-00000120/
-        model-00001-of-00002.safetensors       fp32 master weights and buffers: the rows that rank 0 of 2 holds
-        optimizer-00001-of-00002.safetensors   exp_avg/NAME, exp_avg_sq/NAME, step/NAME
+        model-00001-of-00002.safetensors       master weights and buffers: the rows that rank 0 of 2 holds
+        optimizer-00001-of-00002.safetensors   exp_avg/NAME, exp_avg_sq/NAME, step/NAME; scales, where moments have 8 bits
         part-00001-of-00002.json               size and CRC of the two files; part 2 has its three as well
         state.json                             step, samples, tokens, what training.yaml said, how many parts
 
@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from minitron.runtime.pieces import Piece, PieceFiles, header, model_pieces, piece_of, worth_writing
+from minitron.runtime.sharding import rows_like
 from minitron.runtime.world import World
 from minitron.specs.atomic import publish_folder, remove_leftovers
 from minitron.specs.errors import WorkError
@@ -205,11 +206,11 @@ def load(checkpoint: TrainingCheckpoint, model: torch.nn.Module, optimizer: torc
 
 
 def _remembered(files: PieceFiles, name: str, parameter: torch.nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:
-    """What the optimizer knew of one parameter: tensors of its shape, spread as it is, and numbers."""
+    """What the optimizer knew of one parameter: tensors with its rows, spread as it is, and numbers."""
     for path, shape in files.shapes.items():
         key, _, of = path.partition("/")
-        if of == name and shape == tuple(parameter.shape):
-            moment = torch.zeros_like(parameter, requires_grad=False)
+        if of == name and shape and shape[0] == parameter.shape[0]:
+            moment = rows_like(parameter, shape, files.dtypes[path])
             files.fill(path, piece_of(moment))
             yield key, moment
         elif of == name:

@@ -62,6 +62,7 @@ _IDENTITY_KEYS = (
     "sequence_length",
     "global_batch_size",
     "optimizer",
+    "weights",
     "loss",
     "seed",
 )

@@ -1,16 +1,22 @@
-"""AdamW over the student's fp32 master weights."""
+"""AdamW over the student's weights."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from minitron.runtime.narrow_adamw import NarrowAdamW
 from minitron.specs.blocks.training import Optimizer
 
 
-def make_optimizer(model: torch.nn.Module, settings: Optimizer) -> torch.optim.AdamW:
+def make_optimizer(
+    model: torch.nn.Module, settings: Optimizer, *, bf16_weights: bool = False, seed: int = 0
+) -> torch.optim.Optimizer:
     """Decay for matrices, none for norms and biases: what has one dimension sets a scale or an offset and has no reason
-    to shrink (Loshchilov and Hutter, arXiv 1711.05101; the split is that of GPT-3, arXiv 2005.14165, appendix B)."""
+    to shrink (Loshchilov and Hutter, arXiv 1711.05101; the split is that of GPT-3, arXiv 2005.14165, appendix B).
+    Weights in bf16, and moments in bf16, are rounded at random by `seed`."""
     # What is spread over ranks and what is whole on each (`sharding.py`) cannot be updated in one call.
     groups = [
         {
@@ -26,13 +32,11 @@ def make_optimizer(model: torch.nn.Module, settings: Optimizer) -> torch.optim.A
         for spread in (True, False)
         for decays in (True, False)
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        fused=True,
-    )
+    groups = [group for group in groups if group["params"]]
+    shared: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
+    if bf16_weights or settings.states != "float32":
+        return NarrowAdamW(groups, states=settings.states, bf16_weights=bf16_weights, seed=seed, **shared)
+    return torch.optim.AdamW(groups, fused=True, **shared)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

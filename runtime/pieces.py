@@ -20,6 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from minitron.runtime.sharding import local
 
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8}
+"""What states are written in, by safetensors' names."""
+
 ROWS = "rows"
 """Key in the header of a file: JSON, name -> [first row, shape of the whole tensor], for tensors that are not whole."""
 
@@ -72,11 +75,14 @@ class PieceFiles:
         self._stack = ExitStack()
         self._found: dict[str, list[tuple[int, int, Any]]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
         for path in files:
             file = self._stack.enter_context(safe_open(path, framework="pt"))
             placed = json.loads((file.metadata() or {}).get(ROWS, "{}"))
             for name in file.keys():  # noqa: SIM118 (it is no mapping)
-                shape = tuple(file.get_slice(name).get_shape())
+                found = file.get_slice(name)
+                shape = tuple(found.get_shape())
+                self.dtypes[name] = _DTYPES.get(found.get_dtype(), torch.float32)
                 start, whole = placed.get(name, (0, shape))
                 self.shapes[name] = tuple(whole)
                 self._found.setdefault(name, []).append((start, start + (shape[0] if shape else 1), file))

@@ -19,7 +19,7 @@ from minitron.runtime.optimizer import make_optimizer
 from minitron.runtime.plan import LoadedPlan
 from minitron.runtime.sampled_teacher import stored_logits
 from minitron.runtime.saving import Saver
-from minitron.runtime.sharding import compile_layers, shard_student, shard_teacher
+from minitron.runtime.sharding import compile_layers, local, shard_student, shard_teacher
 from minitron.runtime.teacher_logits import StoredLogits
 from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.world import World
@@ -64,7 +64,7 @@ class Run:
     world: World
     work: Path
     student: LanguageModel
-    """fp32, in training mode."""
+    """In training mode, its weights in the plan's dtype."""
 
     teacher: LanguageModel | None
     """None where no term needs one."""
@@ -134,7 +134,9 @@ def prepare(session: Session, loaded: LoadedPlan, identity: dict[str, Any]) -> R
         stored=stored,
         corpus=corpus,
         held_out=windows,
-        optimizer=make_optimizer(student.module, plan.optimizer),
+        optimizer=make_optimizer(
+            student.module, plan.optimizer, bf16_weights=plan.weights == "bfloat16", seed=plan.seed
+        ),
         saver=Saver(
             Checkpoints(work / CHECKPOINTS, plan.checkpoint.keep_last, plan.checkpoint.keep_best),
             identity,
@@ -191,20 +193,25 @@ def load_teacher(loaded: LoadedPlan, world: World) -> LanguageModel:
 
 
 def _load_student(loaded: LoadedPlan, world: World) -> LanguageModel:
-    """The student in fp32, whole on this rank or spread over all; one rank alone spreads nothing, unless its weights
-    rest in host memory."""
+    """The student in the plan's dtype of weights, whole on this rank or spread over all; one rank alone spreads nothing,
+    unless its weights rest in host memory. On a CPU bf16 weights are held in fp32: the same numbers, and computing with
+    them takes no instructions that most CPUs lack."""
     plan = loaded.training()
+    held = DTYPES[plan.weights] if world.device.type == "cuda" else torch.float32
 
     def spread(model: LanguageModel) -> LanguageModel:
-        return shard_student(model, world, _compute_dtype(plan, world), cpu_offload=plan.layout.cpu_offload)
+        compute, offload = _compute_dtype(plan, world), plan.layout.cpu_offload
+        return shard_student(model, world, compute, cpu_offload=offload, weights=held)
 
     spreads = plan.layout.student == "sharded" and (world.size > 1 or plan.layout.cpu_offload)
     student = load_model(loaded, "student", plan.student, torch.float32, world.device, spread if spreads else None)
-    if not spreads:
-        for parameter in student.module.parameters():
+    for parameter in student.module.parameters():
+        if plan.weights == "bfloat16":
+            local(parameter.data).copy_(local(parameter.data).bfloat16())
+        if not spreads:
             # Storage of our own, aligned as every allocation is: that of a mapped file is not, and sums may depend
             # on it.
-            parameter.data = parameter.data.clone()
+            parameter.data = parameter.data.to(held, copy=True)
     if plan.compile:
         compile_layers(student)
     if plan.gradient_checkpointing:

@@ -54,16 +54,21 @@ def compile_layers(model: LanguageModel) -> None:
 
 
 def shard_student(
-    model: LanguageModel, world: World, compute_dtype: torch.dtype, *, cpu_offload: bool
+    model: LanguageModel,
+    world: World,
+    compute_dtype: torch.dtype,
+    *,
+    cpu_offload: bool,
+    weights: torch.dtype = torch.float32,
 ) -> LanguageModel:
-    """A student to train, in place: fp32 master weights, each rank its rows; gathered in `compute_dtype`, gradients
-    summed (not averaged: the loss is a share of the global mean) in fp32.
+    """A student to train, in place: master weights in fp32, or what `weights` says, each rank its rows; gathered in
+    `compute_dtype`, gradients summed (not averaged: the loss is a share of the global mean) in fp32.
 
-    `model` is on the CPU in any dtype; weights become fp32 one unit at a time, so that no rank ever holds them all.
+    `model` is on the CPU in any dtype; weights get their dtype one unit at a time, so that no rank ever holds them all.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if cpu_offload else OffloadPolicy()
-    return _shard(model, world, torch.float32, mp_policy=policy, offload_policy=offload)
+    return _shard(model, world, weights, mp_policy=policy, offload_policy=offload)
 
 
 def shard_teacher(model: LanguageModel, world: World) -> LanguageModel:
@@ -103,3 +108,15 @@ def _to_dtype(unit: nn.Module, dtype: torch.dtype) -> None:
 def local(tensor: Tensor) -> Tensor:
     """This rank's rows of a tensor; a tensor that is not spread, itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def rows_like(parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros of `shape`, whose rows lie where those of the parameter do; there are as many."""
+    if not isinstance(parameter, DTensor):
+        return torch.zeros(shape, dtype=dtype, device=parameter.device)
+    rows = parameter.to_local()
+    zeros = torch.zeros(rows.shape[0], *shape[1:], dtype=dtype, device=rows.device)
+    whole = torch.empty(shape, device="meta")
+    return DTensor.from_local(
+        zeros, parameter.device_mesh, parameter.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )

@@ -64,7 +64,7 @@ class ModelPlan(Block):
     """Folder in Hugging Face format, relative to training.yaml."""
 
     dtype: WeightDtype
-    """Dtype of the weights. A student trains in float32 and is saved in this one."""
+    """Dtype of the weights. A student trains in the dtype `weights` and is saved in this one."""
 
     head: HeadPlan
 
@@ -84,7 +84,7 @@ class TeacherPlan(ModelPlan):
 
 
 class ComputeDtype(Block):
-    """What the student's forward and backward compute in, by device; its weights and their updates are fp32."""
+    """What the student's forward and backward compute in, by device; updates are computed in fp32."""
 
     cpu: DtypeName
     cuda: DtypeName
@@ -189,6 +189,9 @@ class TrainingPlan(EvaluationPlan):
     """The most sequences in one forward; each rank takes the largest divisor of its share of the global batch."""
 
     optimizer: Optimizer
+    weights: DtypeName = "float32"
+    """What the student's weights and gradients are held in while it trains; bfloat16 is rounded at random."""
+
     loss: Loss
     seed: NonNegativeInt
     compute_dtype: ComputeDtype

@@ -101,6 +101,7 @@ def training_plan(
         global_batch_size=distill.global_batch_size,
         micro_batch_size=distill.micro_batch_size or micro_batch(distill.global_batch_size, distill.sequence_length),
         optimizer=distill.optimizer,
+        weights=distill.weights,
         loss=distill.loss,
         seed=distill.seed,
         compute_dtype=ComputeDtype(cpu="float32", cuda="bfloat16"),

@@ -117,6 +117,8 @@ class Estimate:
             *self.sharding(),
             recompute=distill.gradient_checkpointing,
             offload=distill.layout.cpu_offload,
+            bf16_weights=distill.weights == "bfloat16",
+            moments=distill.optimizer.states,
         )
 
     def sharding(self) -> tuple[bool, bool]:

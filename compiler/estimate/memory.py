@@ -1,8 +1,8 @@
 """The most memory that one device holds while it calibrates or trains, part by part.
 
-    weights      the student's in fp32, or its share where it is sharded
-    gradients    fp32, as the weights; they live from the first backward of a step to its end
-    optimizer    two moments in fp32 (AdamW)
+    weights      the student's in fp32 (on CUDA in bf16 where the spec says so), or its share where it is sharded
+    gradients    as the weights; they live from the first backward of a step to its end
+    optimizer    two moments of AdamW, in fp32, bf16 or 8 bits
     teacher      in the checkpoint's number format; fp32 on a CPU, as the runtime holds it there
     gathered     sharded models (FSDP): the unit outside the layers and two layers, whole, and a layer's whole gradient
     activations  what the student's forward keeps for the backward, for one micro batch
@@ -15,6 +15,7 @@ without data (`footprint`); how these parts meet in time is what makes the peak 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,7 +25,9 @@ from minitron.compiler.estimate.activations import Footprint
 from minitron.specs.loss_chunks import BLOCK_ELEMENTS, loss_chunks
 
 FP32 = 4
-MOMENTS = 2  # of AdamW
+MOMENT_BYTES = {"float32": 8.0, "bfloat16": 4.0, "int8": 2 + 8 / 256}
+"""Of both moments of AdamW, a parameter: 8 bits have an fp32 scale for each block of 256."""
+
 # The residual stream, a layer's input and its norm's output: modules that call each other hold them through the layer; of a
 # graph the first is in its stream, and the others are let go of when they are read for the last time.
 HELD_BY_MODULES = 3
@@ -69,6 +72,8 @@ class Layout:
     teacher_sharded: bool
     recompute: bool
     offload: bool = False
+    bf16_weights: bool = False
+    moments: str = "float32"
 
     @property
     def shards_student(self) -> bool:
@@ -121,9 +126,11 @@ def training_memory(
     student, own = running.shape, running.footprint
     teacher, others = (None, Footprint(0, 0)) if beside is None else (beside.shape, beside.footprint)
     share = layout.devices if layout.shards_student else 1
-    states = -(-student.parameters // share) * FP32
+    mine = -(-student.parameters // share)
     if layout.offload and layout.shards_student and kind == "cuda":
-        states = 0  # they rest in host memory
+        mine = 0  # they rest in host memory
+    element = 2 if layout.bf16_weights and kind == "cuda" else FP32  # a CPU holds the same numbers in fp32
+    states, moments = mine * element, math.ceil(mine * MOMENT_BYTES[layout.moments])
     compute = 2 if kind == "cuda" else FP32
     held = 0 if teacher is None else teacher.parameters * (teacher_bytes if kind == "cuda" else FP32)
     gathered = 0
@@ -136,7 +143,7 @@ def training_memory(
         gathered += (teacher.outside + GATHERED_LAYERS * teacher.layer) * each
     head_gradient = student.vocabulary * student.hidden * FP32
     logits = logits_bytes(kind, layout.micro_batch, work, student, teacher)
-    if layout.shards_student or layout.steps == 1:
+    if layout.shards_student or layout.steps == 1 or element != FP32:
         logits += head_gradient  # else it is added to the one that is there
     before = states if layout.steps > 1 else 0  # gradients of the micro batches before this one
     begun = 0 if layout.steps > 1 else head_gradient
@@ -149,14 +156,14 @@ def training_memory(
     parts = {
         "weights": states,
         "gradients": states,
-        "optimizer": MOMENTS * states,
+        "optimizer": moments,
         "teacher": held,
         "gathered": gathered,
         "activations": own.kept,
         "transient": max(own.transient, others.transient),
         "logits": logits,
     }
-    return Memory(parts, states * (1 + MOMENTS) + held + gathered + together)
+    return Memory(parts, states + moments + held + gathered + together)
 
 
 def logits_bytes(kind: str, sequences: int, work: LossWork, student: Shape, teacher: Shape | None) -> int:

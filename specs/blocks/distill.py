@@ -156,6 +156,10 @@ class Distill(Block):
     optimizer: Optimizer = Optimizer()
     """The optimizer and its schedule."""
 
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """What the student's weights and gradients are held in while it trains. `bfloat16` halves their memory; weights are rounded
+    at random, so that changes too small for bfloat16 are not lost (arXiv 2010.06192)."""
+
     loss: Loss = Loss()
     """What is minimised."""
 

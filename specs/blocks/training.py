@@ -38,6 +38,10 @@ class Optimizer(Block):
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
 
+    states: Literal["float32", "bfloat16", "int8"] = "float32"
+    """What the two moments are held in: 8, 4 or 2 bytes a parameter. `bfloat16` is rounded at random, `int8` by blocks of 256
+    (arXiv 2110.02861); norms and biases stay in `float32`."""
+
     clip_grad_norm: PositiveFloat | None = 1.0
     """Gradients of a larger norm are scaled down to it; null: never."""
 

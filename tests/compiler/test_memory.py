@@ -44,6 +44,13 @@ class TestParts:
         assert parts["teacher"] == 6000 and parts["gathered"] == 0
         assert held("cpu", ONE)["teacher"] == 12000  # fp32 there, whatever the checkpoint is in
 
+    def test_narrow_weights_and_moments(self) -> None:
+        narrow = replace(ONE, bf16_weights=True, moments="int8")
+        parts = held("cuda", narrow)
+        assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (2000, 2000, 2032)
+        assert held("cuda", replace(ONE, moments="bfloat16"))["optimizer"] == 4000
+        assert held("cpu", narrow)["weights"] == 4000  # a CPU holds the same numbers in fp32
+
     def test_sharded_models_are_divided_and_gathered_by_layers(self) -> None:
         parts = held("cuda", replace(ONE, devices=8))
         assert (parts["weights"], parts["optimizer"], parts["teacher"]) == (500, 1000, 750)
