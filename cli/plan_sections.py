@@ -14,7 +14,14 @@ def plan_sections(plan: Document) -> list[Section]:
     sections = [_models(plan), _axes(plan)]
     sections += [
         one
-        for one in (_phases(plan), _devices(plan), _costs(plan), selection_section(plan), fits_section(plan))
+        for one in (
+            _phases(plan),
+            _devices(plan),
+            _costs(plan),
+            deployment_section(plan),
+            selection_section(plan),
+            fits_section(plan),
+        )
         if one is not None
     ]
     return sections
@@ -193,6 +200,24 @@ def _cost(value: Any, unit: str) -> str:
     if unit in ("hours", "days"):
         return figures.hours(value)
     return figures.short(value) if unit == "FLOPs" else figures.count(value)
+
+
+def deployment_section(plan: Document) -> Section | None:
+    """Where the student can run, as far as its shapes decide it."""
+    found = entries(plan, "deployment")
+    if not found:
+        return None
+    columns = (Column("deployment"), Column("possible"), Column("what stands in the way"), Column("nearest widths"))
+    rows = tuple(
+        (
+            str(one.get("name")),
+            str(one.get("value")),
+            str(one.get("reason") or figures.NOTHING),
+            str(one.get("nearest") or figures.NOTHING),
+        )
+        for one in found
+    )
+    return Section("Where it can run", columns, rows)
 
 
 def fits_section(plan: Document) -> Section | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from minitron.cli import figures
 from minitron.cli.plan_sections import (
+    deployment_section,
     fits_section,
     model_rows,
     origin_notes,
@@ -28,7 +29,14 @@ def shown_plan(plan: Document, *, full: bool, build: str | None = None) -> list[
 
 def summary(plan: Document) -> list[Section]:
     """What changes, how the student is trained, what each phase takes, whether it fits, what was kept."""
-    found = (_changes(plan), _training(plan), _phases(plan), selection_section(plan), fits_section(plan))
+    found = (
+        _changes(plan),
+        _training(plan),
+        _phases(plan),
+        deployment_section(plan),
+        selection_section(plan),
+        fits_section(plan),
+    )
     return [section for section in found if section is not None]
 
 

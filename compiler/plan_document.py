@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from minitron.compiler.estimate.deployment import deployment
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.estimate.fit import fits_json
 from minitron.compiler.estimate.hardware import HardwareAssumptions
@@ -41,6 +42,7 @@ def plan_document(
         "phases": [phase.to_json(hardware) for phase in estimate.phases(hardware)],
         "costs": [cost.to_json() for cost in estimate.all_costs(hardware)],
         "devices": estimate.devices(hardware),
+        "deployment": deployment(plan.config, plan.model, student),
         "remarks": list(plan.remarks),
     }
     if hardware.named:
