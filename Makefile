@@ -43,7 +43,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  echo "Name a newer one: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { \
 	  echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,tensorboard,datasets,eval]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,tensorboard,datasets,eval,gguf]'
 	@touch $@
 
 clean:

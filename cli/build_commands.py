@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -201,6 +201,33 @@ def _make(loaded: LoadedSpec, build: Path, device: str, threads: int | None, *, 
             _capture(build, device, threads)
         _train(build, device, threads)
     interrupts.check()
+
+
+def export(
+    build: options.BuildFolder,
+    as_gguf: Annotated[bool, typer.Option("--gguf", help="Write one GGUF file, for llama.cpp.")] = False,
+    weight_type: Annotated[
+        Literal["f32", "bf16", "q8_0"], typer.Option("--type", help="How matrices are stored in it.")
+    ] = "bf16",
+    pre: Annotated[
+        str | None,
+        typer.Option("--pre", metavar="NAME", help="What llama.cpp calls the tokenizer's rules for cutting text."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="The file; BUILD/model-TYPE.gguf by default."),
+    ] = None,
+) -> None:
+    """Write the student of a build in another program's format."""
+    if not as_gguf:
+        raise UsageError("name a format to export: `minitron export BUILD --gguf`")
+    only_process("export")
+    builds.require_build(build)
+    quiet_libraries()
+    from minitron.runtime.export import export_gguf
+
+    written = export_gguf(build, output, weight_type, pre=pre, progress=progress_for(stderr_console()))
+    write(str(written))
 
 
 def show(

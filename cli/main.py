@@ -35,6 +35,7 @@ app.command("capture")(build_commands.capture)
 app.command("train")(build_commands.train)
 app.command("eval")(build_commands.evaluate)
 app.command("run")(build_commands.run)
+app.command("export")(build_commands.export)
 app.command("show")(build_commands.show)
 app.command("diff")(diff_command.diff)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -148,10 +148,26 @@ def open_model(
     On a CPU the weights are held in fp32: bf16 weights are the same numbers there, and without bf16 instructions, which
     most CPUs lack, computing in bf16 takes several times as long.
     """
+    module = open_module(folder, torch.float32 if device.type == "cpu" else dtype)
+    model = LanguageModel(module, plan.head, plan.layers)
+    _check_names(model, at)
+    if place is None:
+        module.to(device)
+    else:
+        model = place(model)
+    with torch.no_grad():
+        differs = model.gathered(lambda: _gives_other_logits(model, device))
+    model.rest()
+    if differs:
+        hint = "`bias`, `scale` or `softcap` is wrong: compile again"
+        raise Refused([Problem(f"{at}.head", "does not give the logits that the model gives", hint)])
+    return model
+
+
+def open_module(folder: Path, dtype: torch.dtype | Literal["auto"]) -> Any:
+    """The transformers model in `folder` on the CPU, in eval mode; `auto`: in the number format of its configuration."""
     weight_files(folder)
     config = model_config(folder)
-    if device.type == "cpu":
-        dtype = torch.float32
     try:
         with quiet():
             module, report = AutoModelForCausalLM.from_pretrained(
@@ -171,19 +187,7 @@ def open_model(
         raise WorkError(
             f"{folder}: the weights of {absent[0]} ({len(absent)} missing) are not in its files; make it again"
         )
-    model = LanguageModel(module.eval(), plan.head, plan.layers)
-    _check_names(model, at)
-    if place is None:
-        module.to(device)
-    else:
-        model = place(model)
-    with torch.no_grad():
-        differs = model.gathered(lambda: _gives_other_logits(model, device))
-    model.rest()
-    if differs:
-        hint = "`bias`, `scale` or `softcap` is wrong: compile again"
-        raise Refused([Problem(f"{at}.head", "does not give the logits that the model gives", hint)])
-    return model
+    return module.eval()
 
 
 def _generation(folder: Path, config: Any) -> GenerationConfig:
