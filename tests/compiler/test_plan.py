@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
 from minitron.compiler import make_plan
+from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.plan_document import plan_document
 from tests.foundry import Build, Foundry, load_model, token_ids
 from tests.models import COMMON
