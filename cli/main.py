@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from minitron import __version__
-from minitron.cli import build_commands, diff_command, interrupts, lock_command, spec_commands
+from minitron.cli import build_commands, data_command, diff_command, interrupts, lock_command, spec_commands
 from minitron.cli.failures import DONE, FAILED, INTERRUPTED, failure_of
 from minitron.cli.ranks import says
 from minitron.cli.render import document, say, write
@@ -30,6 +30,7 @@ app.command("schema")(spec_commands.schema)
 app.command("validate")(spec_commands.validate)
 app.command("lock")(lock_command.lock)
 app.command("plan")(spec_commands.plan)
+app.command("data")(data_command.data)
 app.command("compile")(build_commands.compile_command)
 app.command("capture")(build_commands.capture)
 app.command("train")(build_commands.train)

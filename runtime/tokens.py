@@ -36,8 +36,8 @@ from minitron.specs.progress import Progress
 _LAYOUT = 2
 """Counts up when the same documents would become another stream."""
 
-_SHARD_TOKENS = 1 << 26
-"""Tokens of a shard: half a minute of work, which is what a kill costs."""
+_SHARD_TOKENS = 1 << 24
+"""Tokens of a shard: a few seconds of work, which is what a kill costs, and at most 200 MB while it is written."""
 
 _SCANNED = 1 << 24
 """Tokens in memory at one time while the largest is looked for."""

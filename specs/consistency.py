@@ -202,6 +202,19 @@ def pairs_differ(spec: Spec) -> Iterator[Problem]:
         yield from training.pairs_differ(spec.distill.loss, "distill.loss")
 
 
+@constraint("distill.data", "distill.tokens")
+def budgets_make_up_the_training(spec: Spec) -> Iterator[Problem]:
+    """The tokens of a blend's parts are those of the training."""
+    parts = (spec.distill.data.blend if spec.distill is not None else None) or ()
+    if spec.distill is None or not parts or any(part.tokens is None for part in parts):
+        return
+    budget = sum(part.tokens or 0 for part in parts)
+    if budget != spec.distill.tokens:
+        shown = [format_quantity(one, COUNT_UNITS) for one in (budget, spec.distill.tokens)]
+        message = f"the parts' `tokens` make {shown[0]}, and `distill.tokens` is {shown[1]}"
+        yield Problem("distill.data.blend", message, f"write `distill.tokens: {budget}`, or other budgets")
+
+
 @constraint("distill.data", "evaluate.held_out")
 def held_out_is_held_out(spec: Spec) -> Iterator[Problem]:
     """What is trained on measures nothing."""
@@ -248,5 +261,5 @@ def _origins(source: DataSource) -> Iterator[str]:
         if part.dataset is not None:
             subset = f" ({part.subset})" if part.subset else ""
             yield f"the split `{part.split}` of `{part.dataset}`{subset}"
-        for pattern in (part.text or ()) + (part.jsonl or ()) + (part.parquet or ()):
+        for pattern in (part.text or ()) + (part.jsonl or ()) + (part.parquet or ()) + (part.megatron or ()):
             yield f"`{pattern}`"

@@ -52,6 +52,9 @@ class Tally:
     """The number of documents that were read and of those that were left out."""
 
     documents: int = 0
+    bytes: int = 0
+    """Bytes of the files' contents that were read, roughly: of their lines, or of the documents in them."""
+
     empty: int = 0
     """Documents without anything but white space, and those that are null."""
 
@@ -68,11 +71,6 @@ class Tally:
         self.skipped += 1
         if len(self.reasons) < SHOWN:
             self.reasons.append(reason)
-
-    def add(self, other: Tally) -> None:
-        for name in ("documents", "empty", "skipped", "repaired"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.reasons = [*self.reasons, *other.reasons][:SHOWN]
 
     def notes(self) -> list[str]:
         """What a user should know of it, a sentence each."""

@@ -18,7 +18,7 @@ from minitron.specs.errors import WorkError
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
-BLOCK = 1 << 20
+BLOCK = 1 << 18
 """Characters of a text that are in memory at one time."""
 
 _CUT = re.compile(r"(?<=\S\n)(?=[A-Za-z])")

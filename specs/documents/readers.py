@@ -14,7 +14,7 @@ from typing import Any
 from minitron.specs.data import STDLIB_PREFIX, Source
 from minitron.specs.data_files import stdlib, unreadable
 from minitron.specs.documents.json_array import elements
-from minitron.specs.documents.kinds import Document, Piece, Tally
+from minitron.specs.documents.kinds import Document, Piece, Tally, TokenIds, size_of
 from minitron.specs.documents.megatron import read_megatron
 from minitron.specs.documents.opening import (
     blocks,
@@ -47,9 +47,17 @@ def read_source(source: Source, tally: Tally) -> Iterator[Piece]:
         case _:
             assert source.megatron is not None
             pieces = itertools.chain.from_iterable(read_megatron(Path(entry)) for entry in source.megatron)
+    by_line = source.kind == "jsonl"  # counted where its lines are read
     for piece in pieces:
         tally.documents += piece.ends
+        tally.bytes += 0 if by_line else _bytes(piece.content)
         yield piece
+
+
+def _bytes(document: Document) -> int:
+    if isinstance(document, TokenIds):
+        return len(document.ids) * (document.ids.itemsize if hasattr(document.ids, "itemsize") else 4)
+    return len(document.encode()) if isinstance(document, str) and not document.isascii() else size_of(document)
 
 
 # --- text ---
@@ -155,6 +163,7 @@ def is_array(handle: Any) -> bool:
 
 def _json_lines(handle: Iterable[bytes], source: Source, tally: Tally, where: str) -> Iterator[tuple[Any, str]]:
     for number, line in enumerate(handle, 1):
+        tally.bytes += len(line)
         if not line.strip():
             continue
         try:

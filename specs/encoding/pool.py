@@ -25,10 +25,10 @@ from minitron.specs.encoding.encoder import Encoded, Encoder
 from minitron.specs.encoding.worker import read_answer, request
 from minitron.specs.errors import WorkError
 
-_BATCH_CHARACTERS = 1 << 20
+_BATCH_CHARACTERS = 1 << 19
 _BATCH_DOCUMENTS = 4096
 
-SMALL = 8 * _BATCH_CHARACTERS
+SMALL = 16 * _BATCH_CHARACTERS
 """Characters up to which text is encoded in this process: others take longer to start."""
 
 

@@ -364,6 +364,18 @@ def test_defaults_follow_what_a_row_holds() -> None:
     assert pairs["completion_field"] == "completion" and pairs["train_on"] == "all" and "text_field" not in pairs
 
 
+def test_token_budgets_make_up_the_training(load: Load) -> None:
+    from minitron.specs import SpecInvalid
+
+    blend = "distill: {data: {blend: [{text: a.txt, tokens: 600M}, {text: b.txt, tokens: 400M}]}, tokens: 1B}"
+    spec = SMALL.replace("distill: {data: {text: [a.txt]}, tokens: 1B}", blend)
+    load(spec)
+    with pytest.raises(
+        SpecInvalid, match=r"the parts' `tokens` make 1B, and `distill\.tokens` is 2B; write `distill\.tokens"
+    ):
+        load(spec.replace("tokens: 1B", "tokens: 2B"))
+
+
 def test_token_budgets_are_shares() -> None:
     parts = source(blend=[{"text": "a", "tokens": "300M"}, {"text": "b", "tokens": "100M"}]).blend
     assert parts is not None and [part.share for part in parts] == [3e8, 1e8]
