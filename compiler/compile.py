@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from minitron.compiler.emit.student import StudentFolder, student_weights, write
 from minitron.compiler.emit.training_plan import render, training_plan
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.graph.executor import Executor, Settings
+from minitron.compiler.graph.names import Fetch
+from minitron.compiler.importance.batches import batches_of
 from minitron.compiler.importance.calibrate import Interrupted, calibrate
 from minitron.compiler.importance.samples import SampleConfig, calibration_samples
 from minitron.compiler.importance.score_file import read_scores, write_scores
@@ -29,7 +32,9 @@ from minitron.compiler.importance.taps import CalibrationConfig, DepthConfig
 from minitron.compiler.plan.checks import teacher_key
 from minitron.compiler.plan.plan import Plan, make_plan, settled, with_weights
 from minitron.compiler.plan_document import plan_document
-from minitron.compiler.recovery.basis import principal_weights
+from minitron.compiler.recovery.basis import principal_weights, rotated_reference
+from minitron.compiler.recovery.refit import Refit, find_stages
+from minitron.compiler.recovery.refitted_weights import RefittedWeights
 from minitron.compiler.recovery.rotated_weights import RotatedWeights
 from minitron.compiler.rewrite import run_passes
 from minitron.compiler.rewrite.drop_layers import drop_layers
@@ -45,9 +50,8 @@ from minitron.compiler.verify.run import CHECKS, Routes, Subject, run_checks
 from minitron.compiler.weights.buffers import load_buffers
 from minitron.compiler.weights.recipes import recipes
 from minitron.compiler.weights.source import WeightSource, open_weights
-from minitron.specs.atomic import claim_folder, remove_leftovers, write_text
+from minitron.specs.atomic import remove_leftovers, write_text
 from minitron.specs.builds import (
-    COMPILED,
     MODEL,
     PARTIAL_SCORES,
     PLAN,
@@ -61,7 +65,7 @@ from minitron.specs.builds import (
 )
 from minitron.specs.data_files import content_hash, resolve
 from minitron.specs.errors import UsageError, WorkError, placing
-from minitron.specs.file_hashes import file_hash, folder_hashes
+from minitron.specs.file_hashes import file_hash
 from minitron.specs.load import LoadedSpec
 from minitron.specs.lockfile import Inputs, changes
 from minitron.specs.locks import only_one
@@ -167,6 +171,36 @@ def rewrite(plan: Plan, selection: Selection, buffers: Buffers) -> RewrittenStud
     return RewrittenStudent(graph_module, made, narrowing, own, bool(changed))
 
 
+def refit(
+    compilation: Compilation, student: RewrittenStudent, samples: torch.Tensor | None, scratch: Path
+) -> Compilation:
+    """The student's projections, fitted to what the teacher's yield on the calibration data; `scratch` holds them."""
+    teacher, source, settings = compilation.plan.teacher, compilation.source, compilation.settings
+    assert samples is not None
+    captured, whole = teacher.captured, teacher.captured.graph_module
+    fetch: Fetch = source.get
+    if isinstance(source, RotatedWeights):
+        assert compilation.plan.rotation is not None
+        whole, fetch = rotated_reference(whole, teacher.table, source, compilation.plan.rotation.tied)
+    by_source = {recipe.source: recipe for recipe in student.recipes.values()}
+    names = {name: recipe.source for name, recipe in student.recipes.items()}
+    refitted = RefittedWeights(source, by_source, scratch)
+    work = Refit(
+        Executor(whole, captured.layer_of, fetch, compilation.buffers, settings),
+        Executor(
+            student.graph_module, captured.layer_of, lambda name: refitted.narrowed(names[name]), student.buffers, settings
+        ),
+        fetch,
+        refitted,
+        student.narrowing.kept.get(teacher.roles.hidden.leaf),
+    )  # fmt: skip
+    stages = find_stages(teacher.table, teacher.roles, student.narrowing, set(by_source))
+    batches, block = batches_of(samples, teacher.roles.hidden.size)
+    with compilation.progress.task("refit", len(stages), "stages") as task:
+        work.run(stages, batches[:block], task)
+    return replace(compilation, source=refitted)
+
+
 def emit(compilation: Compilation, student: RewrittenStudent) -> None:
     """Writes student/."""
     plan = compilation.plan
@@ -248,16 +282,17 @@ def compile_spec(
     a failure.
     """
     plan = plan or make_plan(loaded, build=build, weights=True)
-    claim_folder(build, COMPILED, "name another with -o")
     with only_one(build, "compiling"):
-        return _compile(loaded, with_weights(plan, progress), device, progress, stages)
+        remove_leftovers(build)
+        plan = with_weights(plan, progress)
+        with tempfile.TemporaryDirectory(dir=build, prefix=".refit.", suffix=".tmp") as scratch:
+            return _compile(plan, device, progress, stages, Path(scratch))
 
 
-def _compile(loaded: LoadedSpec, plan: Plan, device: str, progress: Progress, stages: Stages) -> Plan:
+def _compile(plan: Plan, device: str, progress: Progress, stages: Stages, scratch: Path) -> Plan:
     """Makes everything in the build folder, which nobody else writes to in the meantime."""
-    build = plan.build
+    loaded, build = plan.loaded, plan.build
     inputs = with_result(loaded, observe(at_commit(loaded, plan.checkpoint.commit)))
-    remove_leftovers(build)
     source = open_weights(plan.teacher.captured, plan.checkpoint)
     compilation = Compilation(plan, source, run_buffers(plan, plan.teacher.captured.config), device, progress)
     scores, samples = stages.score(compilation)
@@ -267,6 +302,8 @@ def _compile(loaded: LoadedSpec, plan: Plan, device: str, progress: Progress, st
     plan = settled(plan, selection)
     compilation = replace(compilation, plan=plan)
     student = stages.rewrite(plan, selection, compilation.buffers)
+    if plan.refits:
+        compilation = refit(compilation, student, samples, scratch)
     fingerprint = _fingerprint(plan, selection, inputs, compilation.source)
     _guard_training(build, fingerprint)
     (build / VERIFICATION).unlink(missing_ok=True)
@@ -281,7 +318,6 @@ def _compile(loaded: LoadedSpec, plan: Plan, device: str, progress: Progress, st
         "format_version": 1,
         "passed": not failed(checks),
         "checks": [check.to_json() for check in checks],
-        "student": folder_hashes(build / STUDENT),
     }
     write_text(build / VERIFICATION, _json(verification))
     if failed(checks):
@@ -354,7 +390,7 @@ def _fingerprint(plan: Plan, selection: Selection, inputs: Inputs, source: Weigh
         json.dumps(selection_json(selection, plan.teacher.roles)),
         plan.config.to_json_string(),
         str(plan.dtype),
-        source.digest() if isinstance(source, RotatedWeights) else "",
+        source.digest() if isinstance(source, RotatedWeights | RefittedWeights) else "",
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

@@ -19,14 +19,14 @@ from minitron.runtime.data import data_hash
 from minitron.runtime.disk import writing
 from minitron.runtime.identity import resume_identity, weights_digest
 from minitron.runtime.loop import learn, measure_held_out
-from minitron.runtime.metrics import last_held_out_loss
+from minitron.runtime.metrics import read_metrics
 from minitron.runtime.models import DTYPES, model_folder
 from minitron.runtime.output import Weights, whole_weights, write_model
 from minitron.runtime.plan import LoadedPlan
 from minitron.runtime.setup import Run, Session, prepare, resume
-from minitron.specs.atomic import remove_leftovers, write_text
+from minitron.specs.atomic import write_text
 from minitron.specs.blocks.distill import LogitLoss, Loss
-from minitron.specs.builds import CARD, CHECKPOINTS, CORRECTION, METRICS, TENSORBOARD
+from minitron.specs.builds import CARD, CORRECTION, METRICS
 from minitron.specs.errors import placing
 from minitron.specs.progress import Progress
 from minitron.specs.training_plan import ModelPlan, TrainingPlan
@@ -68,7 +68,8 @@ class Correction:
     def begin(self, progress: Progress) -> None:
         """Makes the work folder one of this correction: what another one left in it goes, and what a killed one left
         beside it."""
-        remove_leftovers(self.output.parent, self.output.name)
+        for folder in self.output.parent.glob(f".{self.output.name}.*.tmp"):
+            shutil.rmtree(folder, ignore_errors=True)
         before = _read(self.work / _IDENTITY) or read_record(self.output).get("identity")
         if before is not None and before != self.identity:
             changed = sorted(
@@ -77,16 +78,9 @@ class Correction:
             progress.message(
                 f"the teacher was corrected with other settings ({', '.join(changed)}): it is corrected anew"
             )
-            self._forget()
+            shutil.rmtree(self.work, ignore_errors=True)
         with writing(str(self.work)):
             write_text(self.work / _IDENTITY, json.dumps(self.identity, indent=1) + "\n")
-
-    def _forget(self) -> None:
-        """Removes what a training with other settings wrote into the work folder, and nothing else that lies there."""
-        for name in (CHECKPOINTS, TENSORBOARD):
-            shutil.rmtree(self.work / name, ignore_errors=True)
-        for name in (METRICS, _BEFORE, _IDENTITY):
-            (self.work / name).unlink(missing_ok=True)
 
     def remember(self, loss: float) -> None:
         """Keeps the held-out loss of the teacher as it was, for a correction that is interrupted."""
@@ -175,7 +169,8 @@ def _correct(correction: Correction, session: Session) -> None:
 
 
 def _finish(correction: Correction, run: Run, weights: Weights, progress: Progress) -> None:
-    before, after = correction.before(), last_held_out_loss(run.work / METRICS)
+    lines = [line for line in read_metrics(run.work / METRICS) if "held_out_loss" in line]
+    before, after = correction.before(), lines[-1]["held_out_loss"] if lines else None
     plan = correction.plan
     files = _files(correction, before, after)
     write_model(run.student, weights, correction.source, correction.output, plan.name, [], files)

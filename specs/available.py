@@ -16,8 +16,6 @@ def unavailable(spec: Spec) -> list[Problem]:
 def _unavailable(spec: Spec) -> Iterator[Problem]:
     if spec.importance.selection == "greedy":
         yield _missing("importance.selection", "greedy", "write scores or leave it out")
-    if spec.recovery.refit == "least_squares":
-        yield _missing("recovery.refit", "least_squares", "write none or leave it out")
     if spec.recovery.merge_heads:
         yield _missing("recovery.merge_heads", "true", "write false or leave it out")
     if spec.search is not None:

@@ -44,6 +44,10 @@ CONTEXT = 4096  # tokens before the one that is decoded, where no phase of the s
 LOGIT_COPIES = 3  # logits of a batch and the two that comparing them makes
 GUESSED_BYTES = 34  # a token, channel and layer, where a model cannot be run without data (arXiv 2205.05198, section 4)
 
+REFIT_RUNS = (
+    5  # times that a layer runs while it is refitted: attention and feed-forward each read and write, and once more
+)
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -202,6 +206,8 @@ class Estimate:
         phases = []
         if spec.importance.data is not None and plan.needs_scores:
             phases.append(self._calibrate())
+        if plan.refits:
+            phases.append(self._refit(phases[-1].memory))
         if spec.distill is None:
             return phases
         layout, length = self.layout(hardware.cluster.count), spec.distill.sequence_length
@@ -286,6 +292,19 @@ class Estimate:
         if compared:
             does += ", and every layer by the harm of dropping it"
         return Phase("calibrate", does, tokens, tokens * each, memory)
+
+    def _refit(self, calibration: Memory) -> Phase:
+        """Teacher and student side by side on one block of samples: a layer runs up to each of its stages, then whole."""
+        data = self.plan.loaded.spec.importance.data
+        assert data is not None
+        length = data.sequence_length
+        sequences = min(data.samples, batch_size(length))
+        tokens = min(data.samples, sequences * block_size(sequences, length, self.teacher.hidden)) * length
+        both = self.teacher_costs.flops_per_token + self.student_costs.flops_per_token
+        own = {"student": tokens * self.student.hidden * FP32 + FP32 * self.student.layer}
+        memory = Memory({**calibration.parts, **own}, calibration.peak + own["student"])
+        does = f"fits the student's projections to the teacher's on {tokens // length} samples, layer by layer"
+        return Phase("refit", does, tokens, tokens * REFIT_RUNS * both, memory)
 
     def _capturing(self, kind: str, layout: Layout) -> Memory:
         """Of storing the teacher's samples: the teacher, a micro batch in it, a chunk of logits and of probabilities, and

@@ -8,7 +8,7 @@ batch's activations, and for every batch of the block the residual stream.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,10 @@ from minitron.compiler.graph.names import Fetch, strip_wrapper
 
 Tap = Callable[[torch.Tensor, int], None]
 """Called with a value and the number of its batch."""
+
+
+Environment = dict[Node, Any]
+"""The values of one batch that later segments read."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,38 @@ class Executor:
     @property
     def segments(self) -> int:
         return len(self._segments)
+
+    # -- one segment at a time, for two graphs that run side by side --------------------------------------------------
+
+    def start(self, batches: Sequence[torch.Tensor]) -> list[Environment]:
+        """What is known of each batch before the first segment."""
+        return [{self._input: ids.to(self._settings.device)} for ids in batches]
+
+    def names_in(self, number: int) -> list[str]:
+        """The nodes of a segment, in their order."""
+        return [node.name for node in self._segments[number].nodes]
+
+    def run_segment(self, number: int, environments: Sequence[Environment]) -> list[Environment]:
+        """Runs one segment over all batches: what is known after it."""
+        with torch.no_grad():
+            segment = self._segments[number]
+            weights = {node: self._weight(node) for node in segment.weights}
+            return [self._run_segment(segment, weights, one, {}, {}, i) for i, one in enumerate(environments)]
+
+    def values_in(
+        self, number: int, environments: Sequence[Environment], names: Collection[str]
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """For one batch after the other, the values of some nodes of a segment or of what it is given."""
+        with torch.no_grad():
+            found: dict[str, torch.Tensor] = {}
+            taps: dict[str, Tap] = {name: lambda value, _, name=name: found.__setitem__(name, value) for name in names}  # type: ignore[misc]
+            segment = self._segments[number].until(taps)
+            weights = {node: self._weight(node) for node in segment.weights}
+            for i, environment in enumerate(environments):
+                found.clear()
+                found.update((node.name, value) for node, value in environment.items() if node.name in names)
+                self._run_segment(segment, weights, environment, taps, {}, i)
+                yield dict(found)
 
     def _run_segment(
         self,

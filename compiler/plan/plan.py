@@ -80,6 +80,11 @@ class Plan:
         return principal and HIDDEN in self.targets.widths
 
     @property
+    def refits(self) -> bool:
+        """Whether projections of the student are refitted."""
+        return self.loaded.spec.recovery.refit == "least_squares" and bool(self.targets.widths)
+
+    @property
     def heads(self) -> dict[str, HeadPlan]:
         """The heads of `teacher` and `student`; that of the teacher is tied where only the student's is untied."""
         head, aliases = self.teacher.head, self.checkpoint.aliases

@@ -21,6 +21,7 @@ from minitron.compiler.emit.student import student_weights
 from minitron.compiler.graph.executor import Executor, Settings
 from minitron.compiler.graph.names import Fetch
 from minitron.compiler.recovery.basis import rotated_reference
+from minitron.compiler.recovery.refitted_weights import RefittedWeights
 from minitron.compiler.recovery.rotated_weights import RotatedWeights
 from minitron.compiler.roles.analysed import AnalysedTeacher
 from minitron.compiler.roles.rotation import Rotation
@@ -170,13 +171,12 @@ def head(routes: Routes) -> Check:
 def rotation(routes: Routes) -> Check | None:
     """The teacher in its new basis, whole and with nothing fitted, is the teacher."""
     subject, captured = routes.subject, routes.subject.teacher.captured
-    if not isinstance(subject.source, RotatedWeights):
+    source = subject.source.source if isinstance(subject.source, RefittedWeights) else subject.source
+    if not isinstance(source, RotatedWeights):
         return None
     assert subject.rotation is not None
-    graph_module, fetch = rotated_reference(
-        captured.graph_module, subject.teacher.table, subject.source, subject.rotation.tied
-    )
-    whole = routes.graph(captured.graph_module, subject.source.unrotated.get, subject.buffers)
+    graph_module, fetch = rotated_reference(captured.graph_module, subject.teacher.table, source, subject.rotation.tied)
+    whole = routes.graph(captured.graph_module, source.unrotated.get, subject.buffers)
     turned = routes.graph(graph_module, fetch, subject.buffers)
     detail = "the teacher on its principal components, all of them kept, against itself"
     return checks.compare("rotation", turned, whole, detail, ROTATION_TOLERANCE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +12,6 @@ import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedTokenizerFast
-
-from minitron.runtime.metrics import iter_metrics
-from minitron.specs.file_hashes import folder_hashes
 
 WORDS = [
     "the",
@@ -172,12 +168,6 @@ def write_plan(build: Path, **changes: Any) -> None:
     (build / "training.yaml").write_text(yaml.safe_dump(plan(**changes), sort_keys=False), encoding="utf-8")
 
 
-def verify(build: Path) -> None:
-    """Writes verification.json, as a compile whose checks pass would, for student/ as it lies there."""
-    document = {"format_version": 1, "passed": True, "checks": [], "student": folder_hashes(build / "student")}
-    (build / "verification.json").write_text(json.dumps(document), encoding="utf-8")
-
-
 def make_build(root: Path, teacher: Any = None, student: Any = None, *, bos: bool = True, **changes: Any) -> Path:
     """Teacher, pruned student, texts and training.yaml under `root`; the build folder is `root/build`."""
     build = root / "build"
@@ -189,13 +179,7 @@ def make_build(root: Path, teacher: Any = None, student: Any = None, *, bos: boo
     (root / "train.txt").write_text(text(120, seed=3), encoding="utf-8")
     (root / "valid.txt").write_text(text(30, seed=4), encoding="utf-8")
     write_plan(build, **changes)
-    verify(build)
     return build
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines of a metrics.jsonl."""
-    return list(iter_metrics(path))
 
 
 CLOCKED = ("tokens_per_second", "memory_bytes", "mfu")

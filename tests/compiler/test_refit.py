@@ -1,0 +1,121 @@
+"""`recovery.refit: least_squares`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minitron.compiler.axes.narrowing import Narrowing
+from minitron.compiler.compile import Stages, run_buffers
+from minitron.compiler.estimate.estimate import Estimate
+from minitron.compiler.estimate.hardware import HardwareAssumptions
+from minitron.compiler.graph.executor import Executor, Settings
+from minitron.compiler.importance.select import Selection
+from minitron.compiler.recovery.refit import Refit, find_stages
+from minitron.compiler.recovery.refitted_weights import RefittedWeights
+from minitron.compiler.teacher.tokenizer import load_tokenizer
+from minitron.compiler.weights.recipes import recipes
+from minitron.compiler.weights.source import open_weights
+from minitron.specs.progress import Silent
+from tests.foundry import Build, Foundry, load_model, logits, teacher_model, token_ids
+from tests.models import save_teacher, text, tiny_config
+
+REFIT = {"refit": "least_squares"}
+
+
+def error(build: Build, ids: torch.Tensor) -> float:
+    """Mean squared difference of logits from the teacher's."""
+    student = load_model(build.folder / "student", build.plan.teacher.captured.attention)
+    return float((logits(student, ids) - logits(teacher_model(build.plan), ids)).square().mean())
+
+
+def of_text(build: Build) -> torch.Tensor:
+    """Token ids of text like that of the calibration: what a refit learns of."""
+    tokenizer = load_tokenizer(build.teacher)
+    return torch.tensor(tokenizer(text(100, seed=5)).input_ids[: 16 * 48]).reshape(16, 48)
+
+
+@pytest.mark.parametrize(
+    ("family", "student", "importance"),
+    [
+        ("llama", {"hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 2}, {}),
+        ("phi3", {"intermediate_size": 24}, {}),  # gate and up in one matrix
+        ("llama", {"hidden_size": 24, "num_hidden_layers": 2}, {"hidden_basis": "principal"}),
+        ("qwen3", {"hidden_size": 24}, {"hidden_basis": "principal"}),  # a tied head
+    ],
+)
+def test_a_refit_is_nearer_and_all_that_is_checked_still_holds(
+    foundry: Foundry, family: str, student: dict[str, Any], importance: dict[str, Any]
+) -> None:
+    calibration = {"data": foundry.calibration | {"samples": 60}, **importance}
+    teacher = foundry.teacher(family)
+    cut = foundry.build(teacher, student, program=False, importance=calibration)
+    refitted = foundry.build(teacher, student, program=False, importance=calibration, recovery=REFIT)
+    ids = of_text(cut)
+    assert error(refitted, ids) < 0.95 * error(cut, ids)
+    assert all(check["passed"] for check in refitted.checks.values())
+    assert refitted.checks["masked"]["exact"] == cut.checks["masked"]["exact"]
+    assert ("rotation" in refitted.checks) == ("rotation" in cut.checks)
+    assert not [path for path in refitted.folder.iterdir() if path.name.startswith(".")]
+
+
+def test_neurons_that_others_repeat_are_made_up_for(foundry: Foundry, tmp_path: Path) -> None:
+    """Sixteen neurons do what sixteen others do: without them, the down projections of the others take over."""
+    teacher = save_teacher(tmp_path / "teacher", tiny_config("llama", num_hidden_layers=2))
+    path = teacher / "model.safetensors"
+    weights = load_file(path)
+    for name, weight in weights.items():
+        if "gate_proj" in name or "up_proj" in name:
+            weight[24:] = weight[:16]
+    save_file(weights, path, metadata={"format": "pt"})
+    chosen = Selection((0, 1), widths={"intermediate_size": {i: np.arange(24) for i in (0, 1)}})
+    stages = replace(Stages(), select=lambda plan, scores: chosen)
+    builds = [
+        foundry.compile(
+            foundry.load(teacher, {"intermediate_size": 24}, recovery=recovery), tmp_path / name, program=False,
+            stages=stages,
+        )
+        for name, recovery in (("cut", {}), ("refitted", REFIT))
+    ]  # fmt: skip
+    ids = of_text(builds[0])
+    assert error(builds[1], ids) < 0.01 * error(builds[0], ids)
+
+
+def test_where_nothing_is_narrowed_nothing_changes(foundry: Foundry, tmp_path: Path) -> None:
+    """All indices are kept, and every projection is refitted."""
+    plan = foundry.whole("llama", num_hidden_layers=2)
+    teacher, source = plan.teacher, open_weights(plan.teacher.captured, plan.checkpoint)
+    leaves = [teacher.roles.hidden.leaf, *(w.leaf for w in teacher.roles.widths["intermediate_size"].values())]
+    narrowing = Narrowing(teacher.table.space, {leaf: np.arange(leaf.size.coefficient) for leaf in leaves})
+    made = recipes(teacher.captured, teacher.table.parameters, narrowing, [0, 1])
+    buffers, settings = run_buffers(plan, plan.teacher.captured.config), Settings("cpu", torch.float32, plan.dtype)
+    refitted = RefittedWeights(source, made, tmp_path)
+    graph = teacher.captured.graph_module
+    executors = [
+        Executor(graph, teacher.captured.layer_of, fetch, buffers, settings)
+        for fetch in (source.get, refitted.narrowed)
+    ]
+    stages = find_stages(teacher.table, teacher.roles, narrowing, set(made))
+    names = {one.parameter for stage in stages for one in stage.projections}
+    assert len(names) == 15  # all projections of two layers, and the head
+    with Silent().task("refit", 1, "stages") as task:
+        Refit(executors[0], executors[1], source.get, refitted, None).run(stages, [token_ids(4, 32)], task)
+    for name in names:
+        torch.testing.assert_close(refitted.narrowed(name), source.get(name), rtol=0, atol=1e-6)
+        assert (tmp_path / "0.safetensors").exists()
+
+
+def test_the_plan_has_a_phase_for_it(foundry: Foundry) -> None:
+    teacher = foundry.teacher("llama")
+    plan = foundry.plan(teacher, {"intermediate_size": 24}, recovery=REFIT)
+    phases = {phase.name: phase for phase in Estimate(plan).phases(HardwareAssumptions())}
+    assert list(phases) == ["calibrate", "refit"]
+    assert phases["refit"].tokens == 6 * 48 and phases["refit"].flops > phases["calibrate"].flops
+    assert phases["refit"].memory.peak > phases["calibrate"].memory.peak
+    assert not foundry.plan(teacher, {"num_hidden_layers": 2}, recovery=REFIT).refits  # nothing is narrowed
