@@ -32,7 +32,7 @@ def analyse(captured: Captured) -> AxisTable:
     attentions = [AttentionSite(node, heads, value) for node, heads, value in tracer.attentions]
     attentions += _softmax_attention(tracer)
     tracer.space.settle()
-    _hold_what_rows_depend_on(tracer)
+    _pin_axes_whose_sort_order_is_observed(tracer)
     return AxisTable(
         tracer.space, tracer.parameters, tracer.nodes, tracer.contractions, attentions, dict(tracer.unknown),
         tracer.meanings, tracer.sorted,
@@ -49,23 +49,23 @@ def visit(t: Tracer, node: Node) -> None:
         t.nodes[node] = [t.space.fresh(size) for size in t.sizes(node)]
         t.ordered += t.dims(node)
     elif node.op == "output":
-        t.read_as_numbers(node)
+        t.pin_operands_as_values(node)
     elif node.target is operator.getitem:
         source, position = node.args
         t.nodes[node] = t.nodes[source][position]  # type: ignore[index,assignment]
         if (source, position) in t.meanings:
-            t.means(node, t.meanings[source, position])
+            t.set_meaning(node, t.meanings[source, position])
     elif node.op == "call_function" and (isinstance(value, torch.Tensor | list | tuple) or value is None):
         rule: Callable[[Tracer, Node], Result] | None = RULES.get(node.target)
         t.nodes[node] = rule(t, node) if rule is not None else t.opaque(node)
         treatment = POSITIONS.get(node.target)
         if treatment is None:
-            t.read_as_numbers(node)
+            t.pin_operands_as_values(node)
         elif treatment != "own":
-            t.carry(node, treatment)
+            t.forward_meaning(node, treatment)
         _check(t, node)
     elif node.op == "call_function" and node.target not in SIZES_ONLY:
-        t.read_as_numbers(node)
+        t.pin_operands_as_values(node)
 
 
 def _check(t: Tracer, node: Node) -> None:
@@ -111,7 +111,7 @@ def _softmax_attention(t: Tracer) -> list[AttentionSite]:
     return sites
 
 
-def _hold_what_rows_depend_on(t: Tracer) -> None:
+def _pin_axes_whose_sort_order_is_observed(t: Tracer) -> None:
     """Rows that were put in the order of an axis, and whose order turned out to matter, hold the numbering of that axis.
 
     That axis may itself be one of rows, so this goes on until nothing is left to hold.

@@ -13,7 +13,7 @@ from minitron.compiler.axes.dims import Atom, Dim, Dims, Note, Result, Size, Spa
 from minitron.compiler.axes.index_meaning import Meaning, Offsets, Positions, Sorted
 from minitron.compiler.axes.table import Contraction, each
 from minitron.compiler.capture.capture import Captured
-from minitron.compiler.graph.aten import op_name
+from minitron.compiler.graph.aten import argument, op_name
 
 
 class Tracer:
@@ -42,21 +42,9 @@ class Tracer:
         """All tensor operands."""
         return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
 
-    def arg(self, node: Node, index: int, default: Any = None, name: str | None = None) -> Any:
-        """An argument by its position in the schema, wherever it was written."""
-        if index < len(node.args):
-            return node.args[index]
-        if isinstance(node.target, torch._ops.OpOverload):
-            arguments = node.target._schema.arguments
-            named = name or (arguments[index].name if index < len(arguments) else None)
-            if named in node.kwargs:
-                return node.kwargs[named]
-        return default
-
-    def named(self, node: Node, name: str, default: Any = None) -> Any:
-        """An argument by its name in the schema, for operators that differ in its position, or do not all have it."""
-        names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-        return self.arg(node, names.index(name), default) if name in names else default
+    def arg(self, node: Node, which: int | str, default: Any = None) -> Any:
+        """An argument by its position or name in the schema, as `graph.aten.argument` reads it."""
+        return argument(node, which, default)
 
     def integer(self, node: Node, index: int) -> int:
         value = self.arg(node, index)
@@ -103,7 +91,7 @@ class Tracer:
     def note(self, dim: Dim, kind: str, node: Node) -> None:
         self.space.note(dim, Note(kind, node.name, self.place(node)))
 
-    def lose(self, dim: Dim, size: Size, reason: str, place: str) -> Dim:
+    def untracked(self, dim: Dim, size: Size, reason: str, place: str) -> Dim:
         """A new dimension, of `size`, for indices of `dim` that the algebra cannot follow: the widths in both are pinned.
 
         Batch and sequence are no widths: nothing stands against cutting them.
@@ -117,7 +105,7 @@ class Tracer:
     def opaque(self, node: Node) -> Result:
         """Nothing is known of this operator: everything it touches is pinned."""
         place = self.place(node)
-        self.read_as_numbers(node)
+        self.pin_operands_as_values(node)
         self.unknown.setdefault(op_name(node), []).append(self.captured.module_of(node))
         reason = "an operator that the analysis has no rule for"
         for operand in node.all_input_nodes:
@@ -136,42 +124,42 @@ class Tracer:
         """The axis that the values of an operand are positions along, for rules that treat them so."""
         meaning = self.meanings.get(operand) if isinstance(operand, Node) else None
         if isinstance(meaning, Offsets):  # only `grouped_mm` knows what these are
-            self.numbers(meaning, "")
+            self.pin_as_values(meaning, "")
         return meaning if isinstance(meaning, Positions) else None
 
-    def means(self, node: Node, meaning: Meaning, result: int | None = None) -> None:
-        """Says what the values of a node, or of one of its results, stand for."""
+    def set_meaning(self, node: Node, meaning: Meaning, result: int | None = None) -> None:
+        """Records what the values of a node, or of one of its results, stand for."""
         self.meanings[node if result is None else (node, result)] = meaning
 
-    def numbers(self, meaning: Meaning | None, place: str) -> None:
+    def pin_as_values(self, meaning: Meaning | None, place: str) -> None:
         """What `place` reads are numbers: the axis that they count cannot be numbered anew."""
         if isinstance(meaning, Positions):
             self.space.pin(meaning.of, meaning.reason, meaning.place or place)
         elif isinstance(meaning, Offsets):
             self.space.pin(meaning.of, "its order matters", place)
 
-    def read_as_numbers(self, node: Node) -> None:
+    def pin_operands_as_values(self, node: Node) -> None:
         """`node` reads all of its operands as numbers."""
         for operand in node.all_input_nodes:
-            self.numbers(self.meanings.get(operand), self.place(node))
+            self.pin_as_values(self.meanings.get(operand), self.place(node))
 
-    def carry(self, node: Node, how: str) -> None:
+    def forward_meaning(self, node: Node, how: str) -> None:
         """The values of the results are those of the first operand, or some of them."""
         meaning = self.meanings.get(node.args[0])
         if meaning is None:
             return
         if how == "some" and not isinstance(meaning, Positions):
-            self.numbers(meaning, self.place(node))
+            self.pin_as_values(meaning, self.place(node))
             return
         for result in [None] if self.is_single(node) else range(len(self.result_sizes(node))):
-            self.means(node, replace(meaning, source=node) if how == "some" else meaning, result)
+            self.set_meaning(node, replace(meaning, source=node) if how == "some" else meaning, result)
 
     def is_sorted_by(self, rows: Dim, source: Node) -> bool:
         """Whether rows stand in the order of the positions in `source`."""
         roots = self.space.flat(rows)
         return any(len(roots) == 1 and self.space.find(s.rows) is roots[0] and s.source is source for s in self.sorted)
 
-    def anew(self, dim: Dim) -> Dim:
+    def fresh_rows(self, dim: Dim) -> Dim:
         """The same dimension with rows (batch, sequence and what they make up) of its own."""
         rows = {self.space.find(s.rows) for s in self.sorted}
         result: list[Atom] = []

@@ -24,7 +24,7 @@ from minitron.compiler.capture.layer_kinds import Accounts, accounts
 from minitron.compiler.capture.models import build_meta, build_model, canonical_names, find_layers, quiet
 from minitron.compiler.capture.replicate_layers import repeat_layers
 from minitron.compiler.capture.rotary import replace_overwritten
-from minitron.compiler.graph.aten import PASS_THROUGH, RESHAPES
+from minitron.compiler.graph.aten import PASS_THROUGH, RESHAPES, op_name
 from minitron.compiler.graph.graph_module import empty_meta, fixed_length, rebuild
 from minitron.compiler.graph.names import WRAPPER, strip_wrapper
 from minitron.specs.errors import UsageError
@@ -126,7 +126,7 @@ class Captured:
         """The canonical name of the parameter that token ids index, whatever views the ids are taken through."""
         ids = {next(node for node in self.graph.nodes if node.op == "placeholder")}
         for node in self.graph.nodes:
-            name = getattr(node.target, "_opname", None)
+            name = op_name(node)
             if name in RESHAPES and node.args[0] in ids:
                 ids.add(node)
             elif name == "embedding" and node.args[1] in ids:
@@ -136,7 +136,7 @@ class Captured:
     def parameter_behind(self, node: Any) -> str | None:
         """The canonical name of the parameter that a node reads, looked at through transposes and casts."""
         while isinstance(node, Node) and node.op == "call_function":
-            name = getattr(node.target, "_opname", None)
+            name = op_name(node)
             if name not in PASS_THROUGH:
                 return None
             node = node.args[0]
@@ -241,12 +241,12 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0][:300] if text else ''}"
 
 
-def _hands_on(node: Node) -> bool:
+def _is_noop_cast(node: Node) -> bool:
     """Whether a node yields just what it is given: a conversion to the number format and device that it has.
 
     Layers hand a common table to one another so, and would seem to read it of the layer before.
     """
-    if getattr(node.target, "_opname", "") not in ("to", "alias", "detach") or not isinstance(node.args[0], Node):
+    if op_name(node) not in ("to", "alias", "detach") or not isinstance(node.args[0], Node):
         return False
     old, new = node.args[0].meta.get("val"), node.meta.get("val")
     if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
@@ -283,7 +283,7 @@ def _export(config: Any, dtype: torch.dtype, attention: str, length: int | None)
         elif node.target is torch.ops.aten.view.default:
             # Export's fake tensors may lie in memory as those of another kernel do, where a view needs no copy.
             node.target = torch.ops.aten.reshape.default
-        elif _hands_on(node):
+        elif _is_noop_cast(node):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
     replace_overwritten(module.graph)

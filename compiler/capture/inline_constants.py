@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
+from minitron.compiler.graph.aten import op_name
 from minitron.compiler.graph.graph_module import attribute
 from minitron.specs.errors import UsageError
 
@@ -31,7 +32,7 @@ def inline(module: GraphModule, known: Collection[str], named: str) -> None:
         if not isinstance(value, torch.Tensor) or value.numel() != 1 or value.is_meta:
             raise UsageError(f"its code makes a tensor of its own while it runs, {name}")
         for user in list(node.users):
-            if getattr(user.target, "_opname", "") == "lift_fresh_copy":
+            if op_name(user) == "lift_fresh_copy":
                 _write(module, user, value)
         if node.users:
             raise UsageError(f"its code makes a tensor of its own while it runs, {name}")

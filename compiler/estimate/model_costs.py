@@ -11,6 +11,7 @@ import torch
 from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.estimate.kv_cache import CacheLayer
+from minitron.compiler.graph.aten import op_name
 from minitron.compiler.roles.experts import is_stack
 from minitron.compiler.roles.roles import Roles
 
@@ -129,7 +130,7 @@ def attention_counts(captured: Captured, roles: Roles, table: AxisTable) -> dict
         heads = roles.heads[layer]
         value = site.node.meta["val"].shape[-1]
         query: Any = site.node.args[0]
-        key = query.meta["val"].shape[-1] if getattr(site.node.target, "_opname", "").startswith("scaled") else value
+        key = query.meta["val"].shape[-1] if op_name(site.node).startswith("scaled") else value
         counts[layer] = HeadCounts(heads.groups, heads.groups * heads.repeats, int(key), int(value))
     return counts
 

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.capture.capture import Captured
-from minitron.compiler.graph.aten import MOVES
+from minitron.compiler.graph.aten import MOVES, is_op
 from minitron.compiler.graph.executor import Tap
 from minitron.compiler.importance.covariance import Gram
 from minitron.compiler.importance.scores import (
@@ -261,7 +261,7 @@ def norm_outputs(captured: Captured, roles: Roles) -> list[Node]:
         if reader.weight is None or captured.layer_in_path(reader.weight) is None:
             continue
         node = reader.value
-        while getattr(node.target, "_opname", "") in MOVES and isinstance(node.args[0], Node):
+        while is_op(node, MOVES) and isinstance(node.args[0], Node):
             node = node.args[0]
         if node not in result and node.meta["val"].dim() == 3:
             result.append(node)

@@ -19,12 +19,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from minitron.compiler.capture.capture import Captured
-from minitron.compiler.graph.aten import PASS_THROUGH
+from minitron.compiler.graph.aten import PASS_THROUGH, is_op, op_name
 from minitron.compiler.graph.names import strip_wrapper
 from minitron.compiler.weights.recipes import Recipe
 from minitron.specs.errors import UsageError
 
-CASTS = PASS_THROUGH | {"type_as"}
 EQUAL = 1e-6  # two constants closer than this (relative) are one constant computed in two ways
 
 
@@ -78,7 +77,7 @@ def _scalars(captured: Captured, numbers: Mapping[int, int] | None) -> dict[str,
             if layer not in numbers:
                 continue
             module = captured.renumbered(module + ".", numbers).rstrip(".")
-        name = getattr(node.target, "_opname", "")
+        name = op_name(node)
         for value in (*node.args, *node.kwargs.values()):
             if isinstance(value, float):
                 result.setdefault(module, []).append((name, value))
@@ -95,10 +94,10 @@ def repair_scale(graph_module: GraphModule, name: str, ratio: float, recipes: di
     )
     table = next(n for n in graph_module.graph.nodes if n.op == "get_attr" and strip_wrapper(str(n.target)) == name)
     products = list(_readers(table))
-    if len(products) != 1 or not _is(products[0], "mul"):
+    if len(products) != 1 or not is_op(products[0], {"mul"}):
         raise UsageError(refusal)
     others = [_behind(a) for a in products[0].args if isinstance(a, Node) and _behind(a) is not table]
-    if len(others) != 1 or not _is(others[0], "embedding"):
+    if len(others) != 1 or not is_op(others[0], {"embedding"}):
         raise UsageError(refusal)
     weight = others[0].args[0]
     assert isinstance(weight, Node)
@@ -113,14 +112,14 @@ def repair_scale(graph_module: GraphModule, name: str, ratio: float, recipes: di
 
 def _repair_head(reader: Node, ratio: float, recipes: dict[str, Recipe], refusal: str) -> None:
     """Divides the norm in front of a tied head by `ratio`."""
-    if not _is(reader, "linear"):
+    if not is_op(reader, {"linear"}):
         raise UsageError(refusal)
     norm = _behind(reader.args[0])
-    if not _is(norm, "mul") or any(_behind(user) is not norm and user is not reader for user in _readers(norm)):
+    if not is_op(norm, {"mul"}) or any(_behind(user) is not norm and user is not reader for user in _readers(norm)):
         raise UsageError(refusal)
     for operand in norm.args:
         node, shift = _behind(operand), 0.0
-        if _is(node, "add") and isinstance(node.args[1], int | float):
+        if is_op(node, {"add"}) and isinstance(node.args[1], int | float):
             node, shift = _behind(node.args[0]), float(node.args[1])
         if isinstance(node, Node) and node.op == "get_attr":
             key = strip_wrapper(str(node.target))
@@ -130,13 +129,9 @@ def _repair_head(reader: Node, ratio: float, recipes: dict[str, Recipe], refusal
     raise UsageError(refusal)
 
 
-def _is(node: Any, name: str) -> bool:
-    return isinstance(node, Node) and getattr(node.target, "_opname", "") == name
-
-
 def _behind(node: Any) -> Any:
     """The node that a value comes from, through casts and moves."""
-    while isinstance(node, Node) and node.op == "call_function" and getattr(node.target, "_opname", "") in CASTS:
+    while is_op(node, PASS_THROUGH):
         node = node.args[0]
     return node
 
@@ -145,7 +140,7 @@ def _readers(node: Node) -> list[Node]:
     """Who reads a value, through casts and moves."""
     result: list[Node] = []
     for user in node.users:
-        if getattr(user.target, "_opname", "") in CASTS and user.args[0] is node:
+        if op_name(user) in PASS_THROUGH and user.args[0] is node:
             result += _readers(user)
         elif user.op == "call_function":
             result.append(user)

@@ -24,7 +24,7 @@ from torch.fx.node import map_aggregate
 from minitron.compiler.axes.dims import Dim, Dims, Result, size_of
 from minitron.compiler.axes.narrowing import Narrowing
 from minitron.compiler.axes.rules.shape import axis_bound
-from minitron.compiler.graph.aten import axis_index
+from minitron.compiler.graph.aten import argument, axis_index
 from minitron.compiler.graph.graph_module import fixed_length
 from minitron.compiler.rewrite.passes import Pass
 from minitron.specs.errors import UsageError
@@ -90,12 +90,12 @@ def _sizes(s: _Sizes, node: Node) -> None:
 
 def _slice(s: _Sizes, node: Node) -> None:
     dims = s.dims(node.args[0])
-    axis = axis_index(_arg(node, 1, 0), len(dims))
-    dim, step = dims[axis], _arg(node, 4, 1)
+    axis = axis_index(argument(node, 1, 0), len(dims))
+    dim, step = dims[axis], argument(node, 4, 1)
     if step != 1 or not s.narrowing.touches(dim):
         return
     size = size_of(dim).coefficient
-    start, stop = _arg(node, 2, None), _arg(node, 3, None)
+    start, stop = argument(node, 2, None), argument(node, 3, None)
     new_start = s.offset(dim, axis_bound(start, size, 0))
     new_stop = s.offset(dim, axis_bound(stop, size, size))
     node.args = (node.args[0], axis, new_start, new_stop)
@@ -103,7 +103,7 @@ def _slice(s: _Sizes, node: Node) -> None:
 
 def _narrow(s: _Sizes, node: Node) -> None:
     dims = s.dims(node.args[0])
-    axis, start, length = (int(_arg(node, i, 0)) for i in (1, 2, 3))
+    axis, start, length = (int(argument(node, i, 0)) for i in (1, 2, 3))
     begin = s.offset(dims[axis], start)
     node.args = (node.args[0], axis, begin, s.offset(dims[axis], start + length) - begin)
 
@@ -111,7 +111,7 @@ def _narrow(s: _Sizes, node: Node) -> None:
 def _split(s: _Sizes, node: Node) -> None:
     """All of split, split_with_sizes and chunk become split_with_sizes where their pieces change."""
     dims = s.dims(node.args[0])
-    axis = axis_index(_arg(node, 2, 0), len(dims))
+    axis = axis_index(argument(node, 2, 0), len(dims))
     if not s.narrowing.touches(dims[axis]):
         return
     pieces: list[Dims] = s.dims_of[node.name]  # type: ignore[assignment]
@@ -127,14 +127,14 @@ def _normalised_shape(s: _Sizes, node: Node) -> None:
 
 
 def _unflatten(s: _Sizes, node: Node) -> None:
-    axis, old = int(_arg(node, 1, 0)), list(_arg(node, 2, []))
+    axis, old = int(argument(node, 1, 0)), list(argument(node, 2, []))
     dims = s.dims(node)
     axis = axis_index(axis, len(dims) - len(old) + 1)
     node.update_arg(2, [s.left(dim, size) for dim, size in zip(dims[axis : axis + len(old)], old, strict=True)])
 
 
 def _repeat_interleave(s: _Sizes, node: Node) -> None:
-    axis = axis_index(_arg(node, 2, 0), len(s.dims(node)))
+    axis = axis_index(argument(node, 2, 0), len(s.dims(node)))
     before, after = s.dims(node.args[0])[axis], s.dims(node)[axis]
     node.update_arg(1, s.narrowing.count(after) // s.narrowing.count(before))
     if isinstance(node.kwargs.get("output_size"), int):
@@ -145,7 +145,7 @@ def _repeat(s: _Sizes, node: Node) -> None:
     """How often a dimension is written out follows the narrowed axis that it becomes."""
     before, after = s.dims(node.args[0]), s.dims(node)
     before = [()] * (len(after) - len(before)) + before
-    old: list[Any] = list(_arg(node, 1, []))
+    old: list[Any] = list(argument(node, 1, []))
     old = [1] * (len(after) - len(old)) + old
     new = [
         s.narrowing.count(b) // s.narrowing.count(a) if isinstance(times, int) else times
@@ -157,7 +157,7 @@ def _repeat(s: _Sizes, node: Node) -> None:
 def _squeeze(s: _Sizes, node: Node) -> None:
     """Of the dimensions that may be dropped, those of size one in the teacher: a width that is narrowed to one stays."""
     dims = s.dims(node.args[0])
-    named: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", range(len(dims)))
+    named: Any = argument(node, "dim", range(len(dims)))
     wanted = {axis_index(axis, len(dims)) for axis in ([named] if isinstance(named, int) else named)}
     node.target = aten.squeeze.dims
     node.args = (node.args[0], [axis for axis, dim in enumerate(dims) if axis in wanted and size_of(dim).is_one])
@@ -166,10 +166,10 @@ def _squeeze(s: _Sizes, node: Node) -> None:
 
 def _conv1d(s: _Sizes, node: Node) -> None:
     """One group of all channels, or a group for every channel: the analysis looks into no others."""
-    if _arg(node, 6, 1) != 1:
-        stride, padding, dilation = (_arg(node, 3 + i, [default]) for i, default in enumerate((1, 0, 1)))
+    if argument(node, 6, 1) != 1:
+        stride, padding, dilation = (argument(node, 3 + i, [default]) for i, default in enumerate((1, 0, 1)))
         groups = s.narrowing.count(s.dims(node.args[0])[-2])
-        node.args = (*node.args[:2], _arg(node, 2, None), stride, padding, dilation, groups)
+        node.args = (*node.args[:2], argument(node, 2, None), stride, padding, dilation, groups)
         node.kwargs = {}
 
 
@@ -192,13 +192,6 @@ def _arange(s: _Sizes, node: Node) -> None:
     if s.narrowing.touches(dim):
         node.target = aten.arange.default
         node.args = (s.narrowing.count(dim),)
-
-
-def _arg(node: Node, index: int, default: Any) -> Any:
-    if index < len(node.args):
-        return node.args[index]
-    assert isinstance(node.target, torch._ops.OpOverload)
-    return node.kwargs.get(node.target._schema.arguments[index].name, default)
 
 
 HANDLERS: dict[Any, Callable[[_Sizes, Node], None]] = {

@@ -14,7 +14,7 @@ from torch.fx import Node
 from minitron.compiler.axes.dims import Atom, Dim, Dims
 from minitron.compiler.axes.index_meaning import Offsets
 from minitron.compiler.axes.table import AxisTable, Contraction
-from minitron.compiler.graph.aten import axis_index
+from minitron.compiler.graph.aten import argument, axis_index, op_name
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ def find_mixture(table: AxisTable, down: Contraction, experts: Dim, length: int 
     picks: dict[Dim, int] = {}
     for node in _rankings(table, flat):
         dims = table.dims(node.args[0])  # type: ignore[arg-type]
-        axis = axis_index(node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", -1), len(dims))  # type: ignore[arg-type]
+        axis = axis_index(argument(node, "dim", -1), len(dims))
         ranked = table.space.flat(dims[axis])
-        count = node.args[1] if len(node.args) > 1 else node.kwargs.get("k")
+        count = argument(node, "k")
         picks[ranked] = max(picks.get(ranked, 1), count if isinstance(count, int) else 1)
     rows = [
         one.rows.size.coefficient // (length or 1) for one in table.sorted if set(table.space.flat(one.by)) == set(flat)
@@ -81,7 +81,7 @@ def find_mixture(table: AxisTable, down: Contraction, experts: Dim, length: int 
 def _rankings(table: AxisTable, experts: Dim) -> Iterator[Node]:
     """The operators that pick among experts, or among groups of them."""
     for node in table.nodes:
-        if getattr(node.target, "_opname", "") == "topk":
+        if op_name(node) == "topk":
             dims = table.dims(node.args[0])  # type: ignore[arg-type]
             if any(atom in experts for dim in dims for atom in table.space.flat(dim)):
                 yield node
@@ -93,7 +93,7 @@ def _weighted(table: AxisTable, product: Node) -> Node:
     node = product
     while len(node.users) == 1:
         user = next(iter(node.users))
-        name = getattr(user.target, "_opname", "")
+        name = op_name(user)
         if name not in ("mul", "mul_", "add", "add_", "to", "_to_copy"):
             break
         if [table.space.flat(dim) for dim in table.dims(user)] != axes:
@@ -102,7 +102,7 @@ def _weighted(table: AxisTable, product: Node) -> Node:
     return node
 
 
-def lists_may_differ(table: AxisTable, leaf: Atom, owners: Dim) -> bool:
+def prunable_per_owner(table: AxisTable, leaf: Atom, owners: Dim) -> bool:
     """Whether what is kept of `leaf` may differ with the index of `owners`: the channels of each expert, say.
 
     That is so where no value ever holds those of two owners at once: every value and weight that has the leaf also has the

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from minitron.compiler.capture.capture import Captured
-from minitron.compiler.graph.aten import NEUTRAL
+from minitron.compiler.graph.aten import NEUTRAL, argument, is_op, op_name
 from minitron.specs.errors import UsageError
 from minitron.specs.training_plan import HeadPlan
 
@@ -22,32 +22,32 @@ def find_head(captured: Captured) -> HeadPlan:
     while isinstance(node, tuple | list):
         (node,) = node
     scale, softcap = 1.0, None
-    while not _is(node, "linear"):
-        if _is(node, *NEUTRAL):
+    while not is_op(node, {"linear"}):
+        if is_op(node, NEUTRAL):
             node = node.args[0]
-        elif _is(node, "mul", "div") and isinstance(node.args[1], int | float):
+        elif is_op(node, {"mul", "div"}) and isinstance(node.args[1], int | float):
             factor = float(node.args[1])
             inner = node.args[0]
-            if _is(node, "mul") and _is(inner, "tanh") and scale == 1.0 and softcap is None:
+            if is_op(node, {"mul"}) and is_op(inner, {"tanh"}) and scale == 1.0 and softcap is None:
                 quotient = inner.args[0]
-                if not (_is(quotient, "div") and quotient.args[1] == node.args[1]):
+                if not (is_op(quotient, {"div"}) and quotient.args[1] == node.args[1]):
                     raise _unknown(captured, inner)
                 softcap, node = factor, quotient.args[0]
                 continue
-            scale *= factor if _is(node, "mul") else 1.0 / factor
+            scale *= factor if is_op(node, {"mul"}) else 1.0 / factor
             node = inner
         else:
             raise _unknown(captured, node)
     weight = captured.parameter_behind(node.args[1])
-    bias_node = node.args[2] if len(node.args) > 2 else None
+    bias_node = argument(node, "bias")
     bias = captured.parameter_behind(bias_node) if bias_node is not None else None
     module = captured.module_of(node)
     source = node.args[0]
     while not captured.module_of(source).startswith(backbone):
-        if _is(source, *NEUTRAL):
+        if is_op(source, NEUTRAL):
             source = source.args[0]
-        elif _is(source, "mul", "div") and isinstance(source.args[1], int | float) and bias is None:
-            scale *= float(source.args[1]) if _is(source, "mul") else 1.0 / float(source.args[1])
+        elif is_op(source, {"mul", "div"}) and isinstance(source.args[1], int | float) and bias is None:
+            scale *= float(source.args[1]) if is_op(source, {"mul"}) else 1.0 / float(source.args[1])
             source = source.args[0]
         else:
             raise _unknown(captured, source)
@@ -56,12 +56,8 @@ def find_head(captured: Captured) -> HeadPlan:
     return HeadPlan(backbone=backbone, module=module, weight=weight, bias=bias, scale=scale, softcap=softcap)
 
 
-def _is(node: Any, *names: str) -> bool:
-    return isinstance(node, Node) and getattr(node.target, "_opname", "") in names
-
-
 def _unknown(captured: Captured, node: Any) -> UsageError:
-    name = getattr(getattr(node, "target", None), "_opname", str(node))
+    name = op_name(node) if isinstance(node, Node) else str(node)
     return UsageError(
         f"{captured.config.model_type}: the logits come from the last hidden state through {name}, which the distillation "
         "loss does not know"

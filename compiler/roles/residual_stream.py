@@ -9,7 +9,7 @@ import torch
 from torch.fx import Graph, Node
 
 from minitron.compiler.capture.capture import Captured
-from minitron.compiler.graph.aten import MAY_SHARE
+from minitron.compiler.graph.aten import RESHAPES, argument, op_name
 from minitron.specs.errors import UsageError
 
 
@@ -54,7 +54,7 @@ def layer_ends(captured: Captured) -> list[LayerEnds]:
 
 
 # What they yield is what they are given, or zero where that is zero.
-HANDED_ON = {*MAY_SHARE, "dropout", "clone", "_to_copy", "alias", "detach", "view", "add", "add_"}
+HANDED_ON = RESHAPES | {"dropout", "add", "add_"}
 
 
 def adds_to_its_entry(nodes: Mapping[str, Node], end: LayerEnds) -> bool:
@@ -67,8 +67,8 @@ def adds_to_its_entry(nodes: Mapping[str, Node], end: LayerEnds) -> bool:
         node = left.pop()
         if node is entry:
             return True
-        name = getattr(node.target, "_opname", "")
-        if node in seen or name not in HANDED_ON or node.kwargs.get("alpha", 1) != 1:
+        name = op_name(node)
+        if node in seen or name not in HANDED_ON or argument(node, "alpha", 1) != 1:
             continue
         seen.add(node)
         left += node.all_input_nodes if name.startswith("add") else node.all_input_nodes[:1]

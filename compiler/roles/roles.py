@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from minitron.compiler.axes.dims import Atom, Dim
 from minitron.compiler.axes.table import AxisTable, Contraction
 from minitron.compiler.capture.capture import Captured
-from minitron.compiler.roles.experts import Mixture, find_mixture, is_stack, lists_may_differ
+from minitron.compiler.roles.experts import Mixture, find_mixture, is_stack, prunable_per_owner
 from minitron.compiler.roles.names import CONVOLVED, NUM_EXPERTS, SCAN_HEAD_DIM, SCAN_HEADS
 from minitron.compiler.roles.ssm_heads import Scan, channels_apart, find_scans, heads_apart
 from minitron.specs.errors import UsageError
@@ -180,9 +180,9 @@ def _widths(
             yield name, layer, Width(leaves[0], readers)
             continue
         mixtures[layer] = find_mixture(table, contraction, experts, captured.length)
-        apart = lists_may_differ(table, leaves[0], experts)
+        apart = prunable_per_owner(table, leaves[0], experts)
         yield name, layer, Width(leaves[0], readers, experts if apart else ())
-        if experts[-1] not in seen and (len(experts) == 1 or lists_may_differ(table, experts[-1], experts[:-1])):
+        if experts[-1] not in seen and (len(experts) == 1 or prunable_per_owner(table, experts[-1], experts[:-1])):
             seen.add(experts[-1])
             yield NUM_EXPERTS, layer, Width(experts[-1], (), experts[:-1], mixtures[layer].groups)
 

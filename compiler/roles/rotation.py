@@ -22,17 +22,16 @@ from torch.fx import Node
 from minitron.compiler.axes.dims import Atom
 from minitron.compiler.axes.table import AxisTable, Contraction
 from minitron.compiler.capture.capture import Captured
-from minitron.compiler.graph.aten import op_name
+from minitron.compiler.graph.aten import MOVES, argument, op_name
 from minitron.compiler.roles.roles import Roles
 from minitron.specs.errors import UsageError
 
 ADDS = {"add", "add_", "sub"}
 PRODUCTS = {"mul", "div", "mul_", "div_"}
-COPIES = {
-    "view", "reshape", "contiguous", "to", "alias", "type_as", "clone", "_to_copy", "transpose", "permute", "flatten",
-    "detach", "dropout", "unsqueeze", "squeeze", "expand", "index", "index_select", "slice", "narrow", "cat", "stack",
-    "split", "split_with_sizes", "chunk", "select", "repeat", "repeat_interleave", "index_put", "index_put_",
-    "index_add", "index_add_", "view_as", "reshape_as", "expand_as", "getitem", "t", "mT", "numpy_T", "movedim", "pad",
+SAME_VALUES = MOVES | {
+    "dropout", "unsqueeze", "squeeze", "expand", "expand_as", "index", "index_select", "slice", "narrow", "cat", "stack",
+    "split", "split_with_sizes", "chunk", "select", "repeat", "repeat_interleave", "index_put", "index_put_", "index_add",
+    "index_add_", "getitem", "movedim", "pad",
 }  # fmt: skip
 LIKE_ANOTHER = {"type_as", "view_as", "reshape_as", "expand_as"}
 ZEROS = {"zeros", "zeros_like", "new_zeros"}
@@ -196,7 +195,7 @@ class _Walk:
             return _State("square")
         if name in ("mean", "sum", "linalg_vector_norm", "norm"):
             return self._reduction(node, name, first)
-        if name in COPIES and all(one == first for one in others):
+        if name in SAME_VALUES and all(one == first for one in others):
             return first if self._touched(node) else None
         raise self._refusal(node, "takes the channels of the residual stream one by one, which a rotation mixes")
 
@@ -208,7 +207,7 @@ class _Walk:
             self._carries(state.parameter)
             self.written.add(state.parameter)
             return STREAM
-        if name in COPIES and node.args[0] is source:
+        if name in SAME_VALUES and node.args[0] is source:
             return state
         if name in ("add", "add_") and state.kind == "vector" and isinstance(node.args[1], int | float):
             return _State("vector", state.parameter, state.shift + float(node.args[1]))
@@ -266,14 +265,14 @@ class _Walk:
             self.sites.setdefault(one.value.name, Site(one.value.name))
 
     def _whole_norm(self, node: Node) -> _State:
-        weight = node.args[2] if len(node.args) > 2 else node.kwargs.get("weight")
+        weight = argument(node, "weight")
         source = node.args[0]
         assert isinstance(source, Node)
         if self.states.get(source) != STREAM:
             raise self._refusal(node, "normalises what is no longer the residual stream alone")
         if weight is None:
             return STREAM
-        state = self.states[weight]  # type: ignore[index]
+        state = self.states[weight]
         return _State("weighted", state.parameter, state.shift, Site(source.name, normalised=False))
 
     def _sum(self, node: Node, operands: list[Node]) -> _State:
@@ -322,7 +321,7 @@ class _Walk:
 
     @staticmethod
     def _order(node: Node) -> Any:
-        return node.args[1] if len(node.args) > 1 else node.kwargs.get("ord", node.kwargs.get("p", 2))
+        return argument(node, "ord", argument(node, "p", 2))
 
     def _result(self) -> Rotation:
         tied: Tied | None = None

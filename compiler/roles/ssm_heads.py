@@ -16,7 +16,7 @@ import torch
 from minitron.compiler.axes.dims import Atom, Dim
 from minitron.compiler.axes.table import AxisTable, Contraction
 from minitron.compiler.capture.capture import Captured
-from minitron.compiler.roles.experts import lists_may_differ
+from minitron.compiler.roles.experts import prunable_per_owner
 from minitron.compiler.roles.names import SCAN_HEADS
 
 
@@ -70,9 +70,9 @@ def find_scans(captured: Captured, table: AxisTable, hidden: Atom, taken: Collec
 
 def heads_apart(table: AxisTable, scan: Scan) -> bool:
     """Whether what is kept of the heads may differ from group to group."""
-    return len(scan.heads) == 2 and lists_may_differ(table, scan.heads[1], scan.heads[:1])
+    return len(scan.heads) == 2 and prunable_per_owner(table, scan.heads[1], scan.heads[:1])
 
 
 def channels_apart(table: AxisTable, scan: Scan) -> bool:
     """Whether what is kept of a head's channels may differ from head to head."""
-    return lists_may_differ(table, scan.channel, scan.heads)
+    return prunable_per_owner(table, scan.channel, scan.heads)

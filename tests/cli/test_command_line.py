@@ -272,7 +272,7 @@ def test_train_and_eval_work_on_a_build(run: Run, spec: Path, calls: list[str]) 
     assert code == 0 and set(json.loads(out)["models"]) == {"teacher", "pruned", "distilled"}
 
 
-def test_eval_hands_on_what_is_asked_for(run: Run, build: Path, calls: list[str]) -> None:
+def test_eval_is_noop_cast_what_is_asked_for(run: Run, build: Path, calls: list[str]) -> None:
     assert run("eval", build, "--tasks", "mmlu, gsm8k", "--limit", "5")[0] == 0
     assert calls == ["eval {'tasks': ['mmlu', 'gsm8k'], 'limit': 5}"]
     code, _, err = run("eval", build, "--tasks", ",")

@@ -28,7 +28,7 @@ def sdpa(t: Tracer, node: torch.fx.Node) -> Result:
     if repeats is None:
         return t.opaque(node)
     t.space.unify(heads, (*key_groups, *t.space.fresh(repeats, broadcast=True)), place)
-    if t.arg(node, 6, None, "scale") is None:
+    if t.arg(node, "scale") is None:
         t.space.pin(width, "the scale of attention is derived from it", place)
     t.note(columns, "softmax", node)
     mask = t.arg(node, 3)

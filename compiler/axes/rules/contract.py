@@ -81,4 +81,4 @@ def conv1d(t: Tracer, node: torch.fx.Node) -> Result:
     if bias is not None:
         t.space.unify(written, t.dims(bias)[0], place)
     t.space.pin(kernel, "the offsets of a filter", place)
-    return [*batch, written, t.lose(length, t.sizes(node)[-1], "filtered along its order", place)]
+    return [*batch, written, t.untracked(length, t.sizes(node)[-1], "filtered along its order", place)]

@@ -45,9 +45,9 @@ def elementwise(t: Tracer, node: torch.fx.Node) -> Result:
 @rule(*COPIES, positions="own")
 def copies(t: Tracer, node: torch.fx.Node) -> Dims:
     if node.meta["val"].dtype in WIDE:
-        t.carry(node, "same")
+        t.forward_meaning(node, "same")
     else:
-        t.read_as_numbers(node)
+        t.pin_operands_as_values(node)
     return t.dims(node.args[0])
 
 
@@ -59,7 +59,7 @@ def nothing(t: Tracer, node: torch.fx.Node) -> Dims:
 @rule(*LIKE, positions="own")
 def like(t: Tracer, node: torch.fx.Node) -> Dims:
     """The sizes of another value; its widths follow, but rows are rows of their own: nothing says in what order."""
-    return [t.anew(dim) for dim in t.dims(node.args[0])]
+    return [t.fresh_rows(dim) for dim in t.dims(node.args[0])]
 
 
 @rule(aten._assert_tensor_metadata, positions="own")

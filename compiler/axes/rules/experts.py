@@ -25,7 +25,7 @@ def grouped_mm(t: Tracer, node: torch.fx.Node) -> Result:
     t.space.unify(experts, t.dims(offsets)[0], t.place(node))
     ends = t.meanings.get(offsets)
     if not isinstance(ends, Offsets) or not t.is_sorted_by(rows, ends.source):
-        t.read_as_numbers(node)
+        t.pin_operands_as_values(node)
         t.space.pin(rows, "its order decides which expert takes it", t.place(node))
         t.space.pin(experts, "rows are given to its indices by numbers", t.place(node))
     return [rows, written]

@@ -34,8 +34,8 @@ def arange(t: Tracer, node: torch.fx.Node) -> Dims:
     """0, 1, 2, ..: every index of a new axis is its own position along it. Other starts and steps are numbers."""
     dims = [t.space.fresh(size) for size in t.sizes(node)]
     integer = not node.meta["val"].dtype.is_floating_point
-    if integer and t.named(node, "start", 0) == 0 and t.named(node, "step", 1) == 1:
-        t.means(node, Positions(dims[0], node, COUNTED, t.place(node)))
+    if integer and t.arg(node, "start", 0) == 0 and t.arg(node, "step", 1) == 1:
+        t.set_meaning(node, Positions(dims[0], node, COUNTED, t.place(node)))
     else:
         t.space.pin(dims[0], COUNTED, t.place(node))
     return dims

@@ -26,14 +26,14 @@ def addressed(t: Tracer, node: torch.fx.Node, dim: Dim, index: Any, reason: str 
         return
     t.space.pin(dim, reason, t.place(node))
     if positions is not None:
-        t.numbers(positions, t.place(node))
+        t.pin_as_values(positions, t.place(node))
 
 
 def values_picked(t: Tracer, node: torch.fx.Node) -> None:
     """Positions that are picked out of others are positions too."""
     picked = t.positions(node.args[0])
     if picked is not None:
-        t.means(node, replace(picked, source=node))
+        t.set_meaning(node, replace(picked, source=node))
 
 
 @rule(aten.embedding.default, positions="own")
@@ -89,9 +89,9 @@ def index_put(t: Tracer, node: torch.fx.Node) -> Result:
     t.broadcast([place, t.dims(values)], len(place), t.place(node))
     written = t.positions(values)
     if t.positions(node.args[0]) is not None or (written is not None and not is_blank(node.args[0])):
-        t.read_as_numbers(node)
+        t.pin_operands_as_values(node)
     elif written is not None:
-        t.means(node, replace(written, source=node))
+        t.set_meaning(node, replace(written, source=node))
     return t.dims(node.args[0])
 
 
@@ -121,7 +121,7 @@ def index_add(t: Tracer, node: torch.fx.Node) -> Dims:
     dims, source = t.dims(node.args[0]), list(t.dims(t.arg(node, 3)))
     axis = axis_index(t.integer(node, 1), len(dims))
     for written in (node.args[0], t.arg(node, 3)):
-        t.numbers(t.positions(written), t.place(node))
+        t.pin_as_values(t.positions(written), t.place(node))
     addressed(t, node, dims[axis], t.arg(node, 2))
     t.broadcast([t.dims(t.arg(node, 2)), [source[axis]]], 1, t.place(node))
     source[axis] = ()
@@ -147,7 +147,7 @@ def scatter(t: Tracer, node: torch.fx.Node) -> Dims:
     dims, picked = t.dims(node.args[0]), t.dims(t.arg(node, 2))
     aligned(t, node, dims, picked)
     for written in (node.args[0], t.arg(node, 3)):
-        t.numbers(t.positions(written), t.place(node))
+        t.pin_as_values(t.positions(written), t.place(node))
     source = t.dims(t.arg(node, 3))
     for a, b in zip(source, picked, strict=False):
         walked_together(t, node, a, b)
@@ -183,10 +183,10 @@ def one_hot(t: Tracer, node: torch.fx.Node) -> Dims:
 def histc(t: Tracer, node: torch.fx.Node) -> Dims:
     """How often each position occurs, where there is one bin for each."""
     positions, bins = t.positions(node.args[0]), t.sizes(node)[0]
-    whole = t.named(node, "min", 0) == 0 and t.named(node, "max", 0) == bins.coefficient - 1
+    whole = t.arg(node, "min", 0) == 0 and t.arg(node, "max", 0) == bins.coefficient - 1
     axis = classes_of(t, node, positions, bins if whole else None)
     if positions is not None and axis == positions.of:
-        t.means(node, Counts(positions.of, positions.source))
+        t.set_meaning(node, Counts(positions.of, positions.source))
     return [axis]
 
 
@@ -199,7 +199,7 @@ def bincount(t: Tracer, node: torch.fx.Node) -> Dims:
 def classes_of(t: Tracer, node: torch.fx.Node, positions: Positions | None, classes: Size | None) -> Dim:
     if positions is not None and classes == size_of(positions.of):
         return positions.of
-    t.numbers(positions, t.place(node))
+    t.pin_as_values(positions, t.place(node))
     axis = t.space.fresh(t.sizes(node)[-1])
     t.space.pin(axis, "its indices are computed positions", t.place(node))
     return axis
@@ -213,7 +213,7 @@ def floor_divide(t: Tracer, node: torch.fx.Node) -> Dims:
     if positions is not None and slow is not None and node.target == aten.floor_divide.default:
         rest, fast = t.space.reshape([positions.of], [slow, Size(by)], t.place(node))
         t.space.pin(fast, "what positions are divided by", t.place(node))
-        t.means(node, replace(positions, of=rest, source=node))
+        t.set_meaning(node, replace(positions, of=rest, source=node))
     else:
-        t.read_as_numbers(node)
+        t.pin_operands_as_values(node)
     return t.broadcast([t.dims(operand) for operand in t.operands(node)], t.rank(node), t.place(node))

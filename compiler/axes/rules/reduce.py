@@ -10,13 +10,13 @@ from minitron.compiler.axes.dims import Dim, Dims, Result, size_of
 from minitron.compiler.axes.index_meaning import AS_NUMBERS, Counts, Offsets, Positions, Sorted
 from minitron.compiler.axes.rules.registry import rule
 from minitron.compiler.axes.tracer import Tracer
-from minitron.compiler.graph.aten import axis_index
+from minitron.compiler.graph.aten import axis_index, op_name
 
 aten = torch.ops.aten
 
 
 def reduced_axes(t: Tracer, node: torch.fx.Node, rank: int) -> set[int]:
-    named = t.named(node, "dim")
+    named = t.arg(node, "dim")
     if named is None or named == []:
         return set(range(rank))
     return {axis_index(i, rank) for i in ([named] if isinstance(named, int) else named)}
@@ -38,17 +38,17 @@ def mean(t: Tracer, node: torch.fx.Node) -> Dims:
     """Zeros change a mean by a factor, as long as they still are zeros where it is taken."""
     (value,) = node.all_input_nodes
     rank = t.rank(value)
-    off = any(shifted(t, value, axis - rank) for axis in reduced_axes(t, node, rank))
+    off = any(adds_constant(t, value, axis - rank) for axis in reduced_axes(t, node, rank))
     return reduce(t, node, "variance" if off else "mean")
 
 
-def shifted(t: Tracer, value: torch.fx.Node, axis: int) -> bool:
+def adds_constant(t: Tracer, value: torch.fx.Node, axis: int) -> bool:
     """Whether one number is added to every entry along `axis` on the way to `value`: what were zeros are none then.
 
     `axis` counts from the last, as broadcasting does.
     """
     while value.op == "call_function":
-        name = getattr(value.target, "_opname", "")
+        name = op_name(value)
         if name in ("add", "sub", "rsub"):
             operands = [one for one in value.args[:2] if isinstance(one, torch.fx.Node)]
             return len(operands) < 2 or any(t.rank(one) < -axis or not t.dims(one)[axis] for one in operands)
@@ -68,9 +68,9 @@ def total(t: Tracer, node: torch.fx.Node) -> Dims:
 
 def vanishes(t: Tracer, value: Any, dim: Dim) -> bool:
     """Whether a value is zero along `dim` wherever the weights that it is made with are: a product, viewed in some way."""
-    while getattr(value.target, "_opname", "") in ("view", "reshape", "transpose", "permute", "to", "_unsafe_view"):
+    while op_name(value) in ("view", "reshape", "transpose", "permute", "to", "_unsafe_view"):
         value = value.args[0]
-    if getattr(value.target, "_opname", "") not in ("linear", "matmul", "bmm", "mm"):
+    if op_name(value) not in ("linear", "matmul", "bmm", "mm"):
         return False
     name = t.captured.parameter_behind(value.args[1])
     if name is None:
@@ -129,9 +129,9 @@ def cumsum(t: Tracer, node: torch.fx.Node) -> Result:
     """Of counts, the running sum is where the rows of each index end: `grouped_mm` knows that from its own operand."""
     counts = t.meanings.get(node.args[0])
     if isinstance(counts, Counts) and t.rank(node) == 1:
-        t.means(node, Offsets(counts.of, counts.source))
+        t.set_meaning(node, Offsets(counts.of, counts.source))
         return t.dims(node.args[0])
-    t.read_as_numbers(node)
+    t.pin_operands_as_values(node)
     return ordered(t, node)
 
 
@@ -139,14 +139,14 @@ def cumsum(t: Tracer, node: torch.fx.Node) -> Result:
 def ordered(t: Tracer, node: torch.fx.Node) -> Result:
     """The order along an axis matters: it cannot be permuted, so it is pinned."""
     dims = list(t.dims(node.args[0]))
-    axes = t.named(node, "dims" if node.target in (aten.flip.default, aten.roll.default) else "dim", [])
+    axes = t.arg(node, "dims" if node.target in (aten.flip.default, aten.roll.default) else "dim", [])
     if axes == []:  # `roll` over all elements, whatever axis they stand in
         return t.opaque(node)
     for axis in [axes] if isinstance(axes, int) else axes:
         index = axis_index(axis, len(dims))
         t.space.pin(dims[index], "its order matters", t.place(node))
         if t.sizes(node)[index].symbols:
-            dims[index] = t.lose(dims[index], t.sizes(node)[index], "its order matters", t.place(node))
+            dims[index] = t.untracked(dims[index], t.sizes(node)[index], "its order matters", t.place(node))
     return dims
 
 
@@ -167,9 +167,9 @@ def diff(t: Tracer, node: torch.fx.Node) -> Dims:
 def topk(t: Tracer, node: torch.fx.Node) -> Result:
     """The largest values, and the positions that they had; how many there are is no width of the model."""
     dims = t.dims(node.args[0])
-    axis = axis_index(t.named(node, "dim", -1), len(dims))
+    axis = axis_index(t.arg(node, "dim", -1), len(dims))
     t.note(dims[axis], "topk", node)
-    t.means(node, Positions(dims[axis], node), 1)
+    t.set_meaning(node, Positions(dims[axis], node), 1)
     return [_ranked(t, node, dims, axis)] * 2
 
 
@@ -180,19 +180,19 @@ def sort(t: Tracer, node: torch.fx.Node) -> Result:
     Of a vector of positions along some axis, the rows that come out are grouped by the indices of that axis.
     """
     dims = t.dims(node.args[0])
-    axis = axis_index(t.named(node, "dim", -1), len(dims))
+    axis = axis_index(t.arg(node, "dim", -1), len(dims))
     values = t.positions(node.args[0])
     rows = t.space.fresh(t.result_sizes(node)[0][axis]) if dims else ()
     if values is not None and len(dims) == 1 and rows and size_of(dims[0]).symbols:
         widths = tuple(atom for atom in t.space.flat(dims[0]) if atom.size.coefficient != 1)
         t.space.pin(widths, "its entries are put in their order", t.place(node))
         t.sorted.append(Sorted(rows[0], values.of, values.source, t.place(node)))
-        t.means(node, values, 0)
-        t.means(node, Positions(dims[0], node), 1)
+        t.set_meaning(node, values, 0)
+        t.set_meaning(node, Positions(dims[0], node), 1)
         return [[rows], [rows]]
-    t.read_as_numbers(node)
+    t.pin_operands_as_values(node)
     t.space.pin(dims[axis] if dims else (), "its entries are put in their order", t.place(node))
-    t.means(node, Positions(dims[axis] if dims else (), node), 1)
+    t.set_meaning(node, Positions(dims[axis] if dims else (), node), 1)
     return [_ranked(t, node, dims, axis)] * 2
 
 
@@ -210,7 +210,7 @@ def extreme(t: Tracer, node: torch.fx.Node) -> Result:
     single = t.is_single(node)
     if len(axes) == 1:
         (axis,) = axes
-        t.means(node, Positions(dims[axis], node), None if single else 1)
+        t.set_meaning(node, Positions(dims[axis], node), None if single else 1)
     else:
         for axis in axes:
             t.space.pin(dims[axis], AS_NUMBERS, t.place(node))

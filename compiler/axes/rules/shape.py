@@ -159,7 +159,7 @@ def cat(t: Tracer, node: torch.fx.Node) -> Dims:
         return result
     reason = "joined with an axis of no fixed size"
     for piece in pieces:
-        result[axis] = t.lose(piece[axis], size, reason, place)
+        result[axis] = t.untracked(piece[axis], size, reason, place)
     return result
 
 
@@ -168,12 +168,12 @@ def _positions_of_one_axis(t: Tracer, node: torch.fx.Node) -> None:
     meanings = [t.positions(piece) for piece in t.arg(node, 0)]
     first = meanings[0]
     if first is None or any(other is None or size_of(other.of) != size_of(first.of) for other in meanings):
-        t.read_as_numbers(node)
+        t.pin_operands_as_values(node)
         return
     for other in meanings:
         assert other is not None
         t.space.unify(first.of, other.of, t.place(node))
-    t.means(node, replace(first, source=node))
+    t.set_meaning(node, replace(first, source=node))
 
 
 @rule(aten.stack.default)
@@ -196,7 +196,7 @@ def slice_(t: Tracer, node: torch.fx.Node) -> Dims:
     if size == wanted and step == 1:
         return dims
     if size.symbols or not all(bound is None or isinstance(bound, int) for bound in (start, stop)):
-        dims[axis] = t.lose(dims[axis], wanted, "cut at a position that is not fixed", t.place(node))
+        dims[axis] = t.untracked(dims[axis], wanted, "cut at a position that is not fixed", t.place(node))
         return dims
     begin = axis_bound(start, size.coefficient, 0)
     if step == 1:
@@ -205,7 +205,7 @@ def slice_(t: Tracer, node: torch.fx.Node) -> Dims:
     elif wanted.coefficient * step == size.coefficient:
         dims[axis], _ = t.space.interleaved(dims[axis], step, t.place(node))
     else:
-        dims[axis] = t.lose(dims[axis], wanted, f"a slice with step {step} takes only a part of it", t.place(node))
+        dims[axis] = t.untracked(dims[axis], wanted, f"a slice with step {step} takes only a part of it", t.place(node))
     return dims
 
 
@@ -222,7 +222,7 @@ def narrow(t: Tracer, node: torch.fx.Node) -> Dims:
     axis, start, length = axis_index(t.integer(node, 1), len(dims)), t.arg(node, 2), t.arg(node, 3)
     size, wanted = size_of(dims[axis]), t.sizes(node)[axis]
     if size.symbols or not (isinstance(start, int) and isinstance(length, int)):
-        dims[axis] = t.lose(dims[axis], wanted, "cut at a position that is not fixed", t.place(node))
+        dims[axis] = t.untracked(dims[axis], wanted, "cut at a position that is not fixed", t.place(node))
     else:
         start = axis_bound(start, size.coefficient, 0)
         dims[axis] = t.space.slice(dims[axis], start, start + length, t.place(node))
@@ -241,7 +241,7 @@ def split(t: Tracer, node: torch.fx.Node) -> list[Dims]:
         if fixed:
             piece = t.space.slice(dims[axis], position, position + size.coefficient, t.place(node))
         else:
-            piece = t.lose(dims[axis], size, "cut at a position that is not fixed", t.place(node))
+            piece = t.untracked(dims[axis], size, "cut at a position that is not fixed", t.place(node))
         position += size.coefficient
         results.append([piece if i == axis else dim for i, dim in enumerate(dims)])
     return results
@@ -254,7 +254,7 @@ def glu(t: Tracer, node: torch.fx.Node) -> Dims:
     axis = axis_index(t.arg(node, 1, -1), len(dims))
     half, whole = t.sizes(node)[axis], size_of(dims[axis])
     if whole.symbols:
-        dims[axis] = t.lose(dims[axis], half, "cut at a position that is not fixed", t.place(node))
+        dims[axis] = t.untracked(dims[axis], half, "cut at a position that is not fixed", t.place(node))
         return dims
     first = t.space.slice(dims[axis], 0, half.coefficient, t.place(node))
     t.space.unify(first, t.space.slice(dims[axis], half.coefficient, whole.coefficient, t.place(node)), t.place(node))
@@ -269,7 +269,7 @@ def pad(t: Tracer, node: torch.fx.Node) -> Dims:
     widths = t.arg(node, 1)
     for back in range(1, len(widths) // 2 + 1):
         if widths[2 * back - 2] != 0 or widths[2 * back - 1] != 0:
-            dims[-back] = t.lose(dims[-back], sizes[-back], "padded at its ends", t.place(node))
+            dims[-back] = t.untracked(dims[-back], sizes[-back], "padded at its ends", t.place(node))
     return dims
 
 
