@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from minitron.compiler.capture.models import quiet, stored_tensors
-from minitron.compiler.student.older_loaders import for_older_loaders
+from minitron.compiler.emit.older_loaders import for_older_loaders
 from minitron.compiler.teacher.tokenizer import check_inside, tokenizer_files
 from minitron.compiler.weights.recipes import Recipe
 from minitron.compiler.weights.source import WeightSource

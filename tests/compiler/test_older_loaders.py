@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from minitron.compiler.capture.layer_config import with_layers
-from minitron.compiler.student.older_loaders import for_older_loaders
+from minitron.compiler.emit.older_loaders import for_older_loaders
 from tests.foundry import Foundry
 from tests.models import ROTARY, tiny_config
 
