@@ -96,29 +96,55 @@ class Build(_Shown):
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", builds.require_build(Path(self.path)))
 
-    def capture(self, *, device: str | None = None, threads: int | None = None, quiet: bool = False) -> Document:
+    def capture(
+        self,
+        *,
+        device: str | None = None,
+        threads: int | None = None,
+        quiet: bool = False,
+        outside: bool = False,
+    ) -> Document:
         """Stores samples of the teacher's distribution, for `teacher_logits: {sampled: N}`; returns {samples, tokens, bytes,
-        folder}. What is there is not drawn again."""
+        folder}. What is there is not drawn again. `outside` lets `work` lie outside of the build."""
         from minitron.runtime import record
 
-        return record(self.path, **_work(device, threads, quiet))
+        return record(self.path, **_work(device, threads, quiet), outside=outside)
 
-    def train(self, *, device: str | None = None, threads: int | None = None, quiet: bool = False) -> Document:
+    def train(
+        self,
+        *,
+        device: str | None = None,
+        threads: int | None = None,
+        quiet: bool = False,
+        unverified: bool = False,
+        outside: bool = False,
+    ) -> Document:
         """Executes the training plan and returns `training`; an interrupted training goes on, a finished one is left.
+        `unverified` takes a student whose verification is missing or failed, `outside` lets `work` and `output` lie outside of
+        the build.
 
         UsageError where the spec has no `distill` block; WorkError for broken files, a full disk, a loss that is not finite.
         """
         from minitron.runtime import train
 
         builds.require_training_plan(self.path)
-        train(self.path, **_work(device, threads, quiet))
+        train(self.path, **_work(device, threads, quiet), unverified=unverified, outside=outside)
         return self.training or {}
 
-    def evaluate(self, *, device: str | None = None, threads: int | None = None, quiet: bool = False) -> Document:
-        """Measures teacher, pruned and distilled model side by side and returns `results`."""
+    def evaluate(
+        self,
+        *,
+        device: str | None = None,
+        threads: int | None = None,
+        quiet: bool = False,
+        unverified: bool = False,
+        outside: bool = False,
+    ) -> Document:
+        """Measures teacher, pruned and distilled model side by side and returns `results`; `unverified` and `outside` are as
+        for `train`."""
         from minitron.runtime import evaluate
 
-        return evaluate(self.path, **_work(device, threads, quiet))
+        return evaluate(self.path, **_work(device, threads, quiet), unverified=unverified, outside=outside)
 
     def report(self) -> Path:
         """Writes report.html, one page with charts that needs no network, and returns its path."""

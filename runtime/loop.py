@@ -26,7 +26,8 @@ _SHOWN = ("loss", "held_out_loss", "lr", "mfu", "memory_bytes")
 
 
 def learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progress, name: str = "train") -> None:
-    """Step after step until all tokens are learnt; held-out loss and checkpoints each so many tokens and at the end.
+    """Step after step until all tokens are learnt; held-out loss and checkpoints each time that the plan's number
+    of tokens was learnt, and at the end.
 
     What is measured and saved when depends on the tokens alone, so a training that was killed is the same training.
     """

@@ -109,7 +109,7 @@ def load_model(
 ) -> LanguageModel:
     """The model that the plan names under `at` (`teacher` or `student`), in eval mode, its head checked.
 
-    `place` is called with the model on the CPU, in the number format that its files have where that is narrower than
+    `place` is called with the model on the CPU, in the dtype that its files have where that is narrower than
     `dtype`; None: it goes to `device` in `dtype`. Refused where the plan and the model do not fit, UsageError where
     there is no model, WorkError for broken files.
     """
@@ -133,7 +133,7 @@ def model_folder(loaded: LoadedPlan, at: str, plan: ModelPlan) -> Path:
         wanted = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
         revision = getattr(plan, "revision", None)
         return Path(snapshot_download(plan.model, revision=revision, allow_patterns=wanted))
-    except Exception as error:  # network, permissions, cache: a dozen kinds for one thing, that it is not to be had
+    except Exception as error:  # network, permissions, cache: a dozen kinds for one thing: it could not be fetched
         reason = first_line(error)
         raise WorkError(
             f"{plan.model} cannot be fetched from the Hugging Face Hub ({reason}); go online, or write a folder"
@@ -165,7 +165,7 @@ def open_model(
 
 
 def open_module(folder: Path, dtype: torch.dtype | Literal["auto"]) -> Any:
-    """The transformers model in `folder` on the CPU, in eval mode; `auto`: in the number format of its configuration."""
+    """The transformers model in `folder` on the CPU, in eval mode; `auto`: in the dtype of its configuration."""
     weight_files(folder)
     config = model_config(folder)
     try:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 _MASK = 2**64 - 1
 _ROUNDS = 6
 BLEND_BLOCK = 10_000
-"""Within each block of so many samples every source of a blend has exactly its share, to one part in the block."""
+"""Within each block of this many samples every source of a blend has exactly its share, to one part in the block."""
 
 
 def mix(*numbers: int) -> int:

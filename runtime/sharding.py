@@ -99,7 +99,7 @@ def _shard(model: LanguageModel, world: World, dtype: torch.dtype | None, **poli
 
 
 def _to_dtype(unit: nn.Module, dtype: torch.dtype) -> None:
-    """The parameters of a unit that are still whole, in `dtype`. Not its buffers: their number format is their own."""
+    """The parameters of a unit that are still whole, in `dtype`. Not its buffers: these have a dtype of their own."""
     for parameter in unit.parameters():
         if not isinstance(parameter, DTensor):
             parameter.data = parameter.data.to(dtype)

@@ -22,6 +22,7 @@ from minitron.runtime.order import mix
 from minitron.runtime.schedule import learning_rate
 from minitron.runtime.setup import Run
 from minitron.specs.atomic import atomic_path
+from minitron.specs.builds import CHECKPOINTS
 from minitron.specs.errors import WorkError
 
 
@@ -139,7 +140,14 @@ def _not_finite(run: Run, state: TrainerState, batch: Batch, what: str) -> WorkE
             save_file({"input_ids": batch.input_ids_BL, "labels": batch.labels_BL}, temporary)
     except WorkError as error:
         saved = f"the batch could not be saved ({error})"
-    return WorkError(
-        f"the {what} at step {state.step + 1}: the last checkpoint was kept and {saved}. "
-        f"Often the learning rate is too high: lower `optimizer.lr`, delete {run.work / 'checkpoints'} and train again"
+    newest = next(iter(run.saver.checkpoints.names()), None)
+    kept = "no checkpoint was written yet" if newest is None else f"the checkpoint {newest.name} was kept"
+    advice = (
+        f"Often the learning rate is too high: lower `optimizer.lr`, delete {run.work / CHECKPOINTS} and train again"
     )
+    if state.step == 0:
+        advice = (
+            "Nothing has been learnt yet, so it is not the learning rate: look for values that are not finite in the weights "
+            "of teacher and student, and for a `dtype` or `compute_dtype` that is too narrow for the model"
+        )
+    return WorkError(f"the {what} at step {state.step + 1}: {kept} and {saved}. {advice}")

@@ -39,7 +39,7 @@ _FORMAT = 1
 
 _SHARDS = 128
 _SHARD_TOKENS = 1 << 15, 1 << 23
-"""About so many shards, each within these bounds: what a kill costs, and how many files a large capture leaves."""
+"""About this many shards, each within these bounds: what a kill costs, and how many files a large capture leaves."""
 
 _AGAIN = "`minitron capture` makes again what is missing"
 
@@ -157,7 +157,7 @@ def read_shard(folder: Path, number: int, key: str) -> Shard:
 
 
 def has_shard(folder: Path, number: int, key: str, samples: int) -> bool:
-    """Whether a whole shard of at least so many samples is there."""
+    """Tells whether a whole shard of at least `samples` samples is there."""
     try:
         return len(read_shard(folder, number, key).tokens) >= samples
     except (OSError, ValueError):

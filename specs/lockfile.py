@@ -34,7 +34,7 @@ HEADER = """\
 """
 # One comment a block, for those who see the file in a review.
 COMMENTS = {
-    "teacher": "Hashes are of config.json and of the tensors' names, number formats and shapes; no weight is read. Of a "
+    "teacher": "Hashes are of config.json and of the tensors' names, dtypes and shapes; no weight is read. Of a "
     "model on the\n# Hub the commit is what plan, compile and run take, wherever its revision points by now.",
     "tokenizer": "Every file that makes up the tokenizer.",
     "data": "Contents by file, or the commit of a data set on the Hub; of many files, one hash of all.",

@@ -22,7 +22,7 @@ from minitron.runtime.generate import plain_generation
 from minitron.runtime.models import LanguageModel, Tokenizer, quiet
 from minitron.runtime.world import World
 from minitron.specs.blocks.benchmarks import Benchmark
-from minitron.specs.errors import WorkError
+from minitron.specs.errors import WorkError, first_line
 
 _ANSWER_TOKENS = 256
 """What the harness lets an answer have where its task says nothing."""
@@ -83,7 +83,7 @@ def run(
             results = _evaluate(tasks, suite.limit, model, tokenizer, world, batch_size)
         except Exception as error:
             kind = WorkError if world.size == 1 else Unfinished
-            raise kind(f"lm-eval could not run {found.benchmark.task} ({_reason(error)})") from error
+            raise kind(f"lm-eval could not run {found.benchmark.task} ({first_line(error)})") from error
     score = world.from_leader(lambda: _score(found, results, tasks))
     extra = {"limit": suite.limit, "max_answer_tokens": max((one for one in shortened.values() if one), default=None)}
     return score | {key: value for key, value in extra.items() if value is not None}
@@ -100,14 +100,10 @@ def load_tasks(suite: Suite, found: Found, folder: Path, world: World) -> Any:
     if world.any(failure is not None):
         if isinstance(failure, WorkError):
             raise failure
-        reason = "another process could not load it" if failure is None else _reason(failure)
+        reason = "another process could not load it" if failure is None else first_line(failure)
         advice = "; check the network, from where tasks fetch what they need" if suite.data_dir is None else ""
         raise WorkError(f"lm-eval could not load {found.benchmark.task} ({reason}){advice}") from failure
     return loaded
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _load(suite: Suite, found: Found, folder: Path) -> Any:

@@ -117,7 +117,7 @@ class CheckpointSettings(Block):
     """What is kept to go on from after an interruption."""
 
     every_tokens: Count | None = None
-    """A checkpoint each so many tokens. Left out: twenty over the whole training."""
+    """A checkpoint each time that this many tokens were trained on. Left out: twenty over the whole training."""
 
     keep_last: PositiveInt = 2
     """How many checkpoints are kept."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from minitron.specs.data import Source
 from minitron.specs.documents.opening import packages_missing
-from minitron.specs.errors import WorkError
+from minitron.specs.errors import WorkError, first_line
 
 
 def dataset_rows(source: Source) -> Iterator[tuple[Any, str]]:
@@ -21,7 +21,7 @@ def dataset_rows(source: Source) -> Iterator[tuple[Any, str]]:
             return
         except Exception as error:  # as in `_load`
             raise WorkError(
-                f"the data set {source.dataset} cannot be read after {read} rows ({_reason(error)}); check the network and "
+                f"the data set {source.dataset} cannot be read after {read} rows ({first_line(error)}); check the network and "
                 "run the command again, or write a folder that holds the data"
             ) from None
         read += 1
@@ -49,7 +49,7 @@ def _load(source: Source) -> Iterable[Any]:
             )
     except Exception as error:  # the library raises a dozen kinds, from several packages, for data that cannot be read
         raise WorkError(
-            f"the data set {source.dataset} cannot be loaded ({_reason(error)}); check its name, `subset`, `split` and "
+            f"the data set {source.dataset} cannot be loaded ({first_line(error)}); check its name, `subset`, `split` and "
             "`revision`, and the network; without a network, write a folder that holds it"
         ) from None
     # Of a folder all splits are there, or it is one by itself, whatever the split is called.
@@ -84,7 +84,7 @@ def _split(loaded: dict[str, Any], source: Source) -> Iterable[Any]:
         spans = datasets.ReadInstruction.from_spec(wanted).to_absolute(sizes)
     except Exception as error:
         raise WorkError(
-            f"the data set {source.dataset} has no split `{wanted}` ({_reason(error)}); write one of {there}, or a part of "
+            f"the data set {source.dataset} has no split `{wanted}` ({first_line(error)}); write one of {there}, or a part of "
             "one such as train[:50%]"
         ) from None
     parts = [loaded[span.splitname] for span in spans]
@@ -93,7 +93,3 @@ def _split(loaded: dict[str, Any], source: Source) -> Iterable[Any]:
         for span, part in zip(spans, parts, strict=True)
     ]
     return datasets.concatenate_datasets(chosen)  # type: ignore[no-any-return]
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from minitron.specs.data_files import unreadable
-from minitron.specs.errors import WorkError
+from minitron.specs.errors import WorkError, first_line
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
@@ -51,7 +51,7 @@ def open_bytes(file: Path) -> Iterator[IO[bytes]]:
 
 
 def _damaged(file: Path, error: Exception) -> WorkError:
-    reason = str(error).strip().split("\n")[0]
+    reason = first_line(error)
     return WorkError(f"{file}: is not a whole {file.suffix} file ({reason}); write it again, or leave it out")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from minitron.specs.documents.kinds import Conversation
 from minitron.specs.encoding.recipe import EncodingRecipe
-from minitron.specs.errors import WorkError
+from minitron.specs.errors import WorkError, first_line
 
 RENDER_SECONDS = 10.0
 """For one conversation; real templates take milliseconds."""
@@ -120,7 +120,7 @@ def _errors(where: str) -> Iterator[None]:
             f"{where}: the tokenizer's chat template takes more than {RENDER_BYTES >> 30} GiB of memory; check it for loops"
         ) from None
     except Exception as error:  # a template is a program: it raises what it likes
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise WorkError(
             f"{where}: the tokenizer's chat template cannot render this document ({reason}); check its messages"
         ) from None

@@ -132,7 +132,7 @@ def test_a_loss_that_is_no_number_stops_all_and_each_keeps_its_batch(build: Path
     save_file(tensors, file, {"format": "pt"})
     output, _ = (process := torchrun(build, 2)).communicate(timeout=120)
     saved = build / "train" / "not-finite-step-1-rank-*.safetensors"
-    said = f"error: the loss is nan at step 1: the last checkpoint was kept and the batch was saved as {saved}"
+    said = f"error: the loss is nan at step 1: no checkpoint was written yet and the batch was saved as {saved}"
     assert process.returncode == 1 and output.count(said) == 1, output
     assert [load_file(part)["input_ids"].shape for part in saved.parent.glob(saved.name)] == [(2, 16)] * 2
 

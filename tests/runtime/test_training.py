@@ -312,7 +312,8 @@ def test_what_a_user_sees_when_a_loss_is_no_number(build: Path, capsys: pytest.C
     edit(build / "student" / "model.safetensors", lambda tensors: tensors["lm_head.weight"][5].fill_(torch.nan))
     assert command_line(["train", str(build), "--device", "cpu"]) == 1
     said = capsys.readouterr().err
-    assert f"error: the loss is nan at step 1: the last checkpoint was kept and the batch was saved as {build}" in said
+    assert f"error: the loss is nan at step 1: no checkpoint was written yet and the batch was saved as {build}" in said
+    assert "so it is not the learning rate: look for values that are not finite in the weights" in said
     assert "Traceback" not in said
 
 
