@@ -58,7 +58,11 @@ def failure_of(error: BaseException) -> Failure:
         return _failure(FAILED, *_os_words(error))
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         # The name and not the class: torch's own OutOfMemoryError would need an import of torch to be compared with.
-        return _failure(FAILED, "out of memory", "a smaller micro_batch_size or sequence_length needs less")
+        return _failure(
+            FAILED,
+            "out of memory",
+            "make memory free; a smaller micro_batch_size or sequence_length trains in less",
+        )
     if is_call_error(error):
         refusal = _call_words(error)
         return _failure(WRONG, refusal) if refusal else Failure(WRONG, ())

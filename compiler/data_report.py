@@ -10,7 +10,7 @@ from minitron.compiler.plan.plan import make_plan
 from minitron.compiler.teacher.open_teacher import open_teacher
 from minitron.compiler.teacher.tokenizer import load_tokenizer
 from minitron.specs.data import BlendPart, DataSource, Source
-from minitron.specs.data_files import data_sources, resolve
+from minitron.specs.data_files import resolve, sources_as_read
 from minitron.specs.documents.readers import describe
 from minitron.specs.encoding import Encoder, recipe_of
 from minitron.specs.encoding.survey import SURVEYED, Survey, survey
@@ -26,7 +26,7 @@ def describe_data(loaded: LoadedSpec, progress: Progress, *, everything: bool = 
 
     SpecInvalid for data or a tokenizer that is not there, with the place; the same for documents that cannot be read.
     """
-    sources = list(data_sources(loaded.spec))
+    sources = list(sources_as_read(loaded.spec))
     if not sources:
         raise SpecInvalid(
             [loaded.error("", "names no data", "add `importance.data`, `distill.data` or `evaluate.held_out`")]

@@ -13,6 +13,7 @@ from minitron.specs.builds import TRAINING
 from minitron.specs.data import DataSource
 from minitron.specs.data_files import resolve
 from minitron.specs.errors import SpecError, SpecInvalid, UsageError, located
+from minitron.specs.small_files import read_small
 from minitron.specs.training_plan import TRAINING_KEYS, EvaluationPlan, TrainingPlan, problems
 from minitron.specs.translate import Places, translate
 
@@ -58,7 +59,7 @@ def read_training_plan(build: Path) -> LoadedPlan:
     if not build.is_dir():
         raise UsageError(f"{build}: there is no such build folder; `minitron compile SPEC -o {build}` makes one")
     try:
-        content = path.read_bytes()
+        content = read_small(path)
     except FileNotFoundError:
         raise UsageError(f"{build} has no {TRAINING}; `minitron compile SPEC -o {build}` writes it") from None
     except OSError as error:

@@ -216,6 +216,25 @@ def budgets_make_up_the_training(spec: Spec) -> Iterator[Problem]:
 
 
 @constraint("distill.data", "evaluate.held_out")
+def held_out_documents_can_be_chosen(spec: Spec) -> Iterator[Problem]:
+    """A share of the training data is a share of documents that are read one by one."""
+    held_out = spec.evaluate.held_out if spec.evaluate is not None else None
+    if held_out is None or held_out.fraction is None:
+        return
+    if spec.distill is None:
+        yield Problem(
+            "evaluate.held_out.fraction", "is of `distill.data`, and there is none", "name a source of documents"
+        )
+    elif held_out.fraction == 0:
+        yield Problem("evaluate.held_out.fraction", "0 is no share of the documents", "write a share such as 1%")
+    else:
+        for part in spec.distill.data.blend or [spec.distill.data]:
+            if part.megatron is not None:
+                message = "tokens of Megatron-LM are read as they lie, and no document of them can be left out"
+                yield Problem("evaluate.held_out.fraction", message, "name other held-out documents")
+
+
+@constraint("distill.data", "evaluate.held_out")
 def held_out_is_held_out(spec: Spec) -> Iterator[Problem]:
     """What is trained on measures nothing."""
     if spec.distill is None or spec.evaluate is None or spec.evaluate.held_out is None:

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from minitron.specs.blocks.base import Block, Count, Listed, PositiveFloat, Revision, Text, wrong
+from minitron.specs.blocks.base import Block, Count, Fraction, Listed, PositiveFloat, Revision, Text, wrong
 from minitron.specs.suggest import closest, one_of
 
 STDLIB_PREFIX = "python-stdlib:"
@@ -23,9 +23,10 @@ STDLIB_SPLITS = ("train", "held_out")
 
 # Which options go with which kind of source, and the defaults that are then filled in.
 _CONTENTS = ("text_field", "messages_field", "prompt_field", "ids_field")
-_ROWS = (*_CONTENTS, "completion_field", "tools_field", "system", "train_on", "on_error")
+_EVERY = ("on_error", "only", "leave_out")
+_ROWS = (*_CONTENTS, "completion_field", "tools_field", "system", "train_on", *_EVERY)
 _KINDS: Mapping[str, tuple[str, ...]] = {
-    "text": ("document", "on_error"),
+    "text": ("document", *_EVERY),
     "jsonl": _ROWS,
     "parquet": _ROWS,
     "dataset": (*_ROWS, "subset", "split", "revision", "streaming"),
@@ -77,7 +78,7 @@ Patterns: TypeAlias = Annotated[
 
 def _say_one_kind(schema: dict[str, Any], model: type[BaseModel]) -> None:
     """Tells editors that exactly one kind of source is given."""
-    kinds = [kind for kind in _KINDS if kind in model.model_fields]
+    kinds = [kind for kind in (*_KINDS, "fraction") if kind in model.model_fields]
     schema["oneOf"] = [{"required": [kind], "properties": {kind: {"not": {"type": "null"}}}} for kind in kinds]
 
 
@@ -148,6 +149,12 @@ class Source(Block, json_schema_extra=_say_one_kind):
     streaming: bool | None = None
     """With `dataset`: read over the network as it goes instead of downloading first. Left out: false."""
 
+    only: Fraction | None = None
+    """This share of the documents alone, chosen by a hash of their text: the same whatever stands beside them."""
+
+    leave_out: Fraction | None = None
+    """All documents but this share of them: those that `only` would choose."""
+
     @property
     def kind(self) -> str:
         """Which of the kinds this is."""
@@ -172,6 +179,11 @@ class Source(Block, json_schema_extra=_say_one_kind):
     def _check(self) -> Source:
         kinds = [kind for kind in _KINDS if getattr(self, kind, None) is not None]
         possible = [kind for kind in _KINDS if kind in type(self).model_fields]
+        if getattr(self, "fraction", None) is not None:
+            given = [key for key in (*kinds, *_OPTIONS) if getattr(self, key) is not None]
+            if given:
+                raise wrong(f"says both `fraction` and `{given[0]}`", "keep one: `fraction` is of `distill.data`")
+            return self
         if not kinds:
             raise wrong("says no source of documents", f"write one of {one_of(possible)}")
         if len(kinds) > 1:
@@ -230,3 +242,17 @@ class DataSource(Source):
         if self.blend is not None and len({part.weight is None for part in self.blend}) > 1:
             raise wrong("mixes parts by `weight` with parts by `tokens`", "write one of the two for every part")
         return self
+
+
+class HeldOutSource(DataSource):
+    """Where held-out documents come from: as `distill.data` has it, or `fraction`."""
+
+    fraction: Fraction | None = None
+    """This share of the documents of `distill.data`, chosen by a hash of their text; training leaves them out."""
+
+
+def divided(source: DataSource, **share: float) -> DataSource:
+    """The source with `only` or `leave_out` for it, or for each part of a blend."""
+    if source.blend is None:
+        return source.model_copy(update=share)
+    return source.model_copy(update={"blend": tuple(part.model_copy(update=share) for part in source.blend)})

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from minitron.specs.data import STDLIB_PREFIX, DataSource, Source
+from minitron.specs.data import STDLIB_PREFIX, DataSource, Source, divided
 from minitron.specs.errors import Problem, Refused, WorkError
 from minitron.specs.file_hashes import file_hash
 from minitron.specs.load import LoadedSpec
@@ -53,8 +53,20 @@ def data_sources(spec: Spec) -> Iterator[tuple[str, DataSource]]:
         yield "importance.data", spec.importance.data
     if spec.distill is not None:
         yield "distill.data", spec.distill.data
-    if spec.evaluate is not None and spec.evaluate.held_out is not None:
-        yield "evaluate.held_out", spec.evaluate.held_out
+    held_out = spec.evaluate.held_out if spec.evaluate is not None else None
+    if held_out is not None and held_out.fraction is None:
+        yield "evaluate.held_out", held_out
+
+
+def sources_as_read(spec: Spec) -> Iterator[tuple[str, DataSource]]:
+    """The same as they are read: held-out documents that come out of the training data are taken from it."""
+    held_out = spec.evaluate.held_out if spec.evaluate is not None else None
+    fraction = held_out.fraction if held_out is not None else None
+    for at, source in data_sources(spec):
+        cut = at == "distill.data" and fraction is not None
+        yield at, divided(source, leave_out=fraction) if cut and fraction is not None else source
+    if fraction is not None and spec.distill is not None:
+        yield "evaluate.held_out", divided(spec.distill.data, only=fraction)
 
 
 def _resolved(source: S, folder: Path, at: str, problems: list[Problem]) -> S:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from minitron.specs.errors import SpecError, SpecInvalid
 from minitron.specs.references import EXTENDS, is_path
+from minitron.specs.small_files import read_small
 from minitron.specs.source import Entry, Mapping, Node, Scalar, Sequence, read_bytes
 
 
@@ -70,7 +71,7 @@ def _base_file(entry: Entry, folder: Path, seen: list[str]) -> Path:
 
 def _read(base: Path, entry: Entry) -> bytes:
     try:
-        return base.read_bytes()
+        return read_small(base)
     except OSError as error:
         assert isinstance(entry.node, Scalar)
         reason = (

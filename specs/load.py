@@ -20,6 +20,7 @@ from minitron.specs.extends import read_with_bases
 from minitron.specs.inherit import inherit
 from minitron.specs.overrides import apply_override
 from minitron.specs.shape import from_dotted
+from minitron.specs.small_files import Unfit, read_small
 from minitron.specs.spec import Spec
 from minitron.specs.translate import Places, translate
 
@@ -110,7 +111,9 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> LoadedSpec:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_small(path)
+    except Unfit as error:
+        raise UsageError(f"{path}: cannot be a spec: {error.strerror}") from None
     except FileNotFoundError:
         raise UsageError(f"{path}: there is no such file; `minitron init -o {path}` writes one to start from") from None
     except IsADirectoryError:

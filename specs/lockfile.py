@@ -20,6 +20,7 @@ from minitron.specs.data import DataSource, Source
 from minitron.specs.data_files import data_sources
 from minitron.specs.errors import SpecError, SpecInvalid, UsageError
 from minitron.specs.load import LoadedSpec
+from minitron.specs.small_files import read_small
 
 FORMAT_VERSION = 1
 LOCK_SUFFIX = ".lock.yaml"
@@ -73,7 +74,7 @@ def read_lock(loaded: LoadedSpec) -> Lock | None:
     """The lock of a spec, None where there is none. SpecInvalid with the place where it is broken."""
     path = lock_path(loaded)
     try:
-        content = path.read_bytes()
+        content = read_small(path)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -18,7 +18,7 @@ from minitron.specs.blocks.evaluate import Evaluate
 from minitron.specs.blocks.teacher_correction import TeacherCorrection
 from minitron.specs.builds import CORRECTION_WORK, MODEL, STUDENT, TEACHER, WORK
 from minitron.specs.data import DataSource
-from minitron.specs.data_files import resolve
+from minitron.specs.data_files import resolve, sources_as_read
 from minitron.specs.errors import placing
 from minitron.specs.load import LoadedSpec
 from minitron.specs.training_plan import (
@@ -62,10 +62,13 @@ def training_plan(
         for side in ("teacher", "student")
     }
     every = None if distill is None else distill.checkpoint.every_tokens or max(1, distill.tokens // CHECKPOINTS)
+    sources = {
+        at: _source(loaded, source, at) for at, source in sources_as_read(spec) if not at.startswith("importance")
+    }
     held_out = None
     if evaluate is not None and evaluate.held_out is not None:
         held_out = HeldOutPlan(
-            data=_source(loaded, evaluate.held_out, "evaluate.held_out"),
+            data=sources["evaluate.held_out"],
             max_tokens=evaluate.max_tokens,
             every_tokens=evaluate.every_tokens or every,
         )
@@ -93,7 +96,7 @@ def training_plan(
     layout = distill.layout
     return TrainingPlan(
         **common,
-        data=_source(loaded, distill.data, "distill.data"),
+        data=sources["distill.data"],
         teacher_correction=_correction(spec.teacher_correction, distill),
         teacher_logits=distill.teacher_logits,
         tokens=distill.tokens,

@@ -7,7 +7,7 @@ from pydantic import Field
 from minitron.specs.blocks.base import Block, Count, NonNegativeFloat, PositiveInt, Text
 from minitron.specs.blocks.benchmarks import Suite
 from minitron.specs.blocks.requirements import BoundText
-from minitron.specs.data import DataSource
+from minitron.specs.data import HeldOutSource
 
 
 class Published(Block):
@@ -38,8 +38,8 @@ class Evaluate(Block):
     published: Published | None = None
     """Scores that others have published for the same student."""
 
-    held_out: DataSource | None = None
-    """Text that is never trained on, for loss and perplexity."""
+    held_out: HeldOutSource | None = None
+    """Text that is never trained on, for loss and perplexity; `{fraction: 1%}` takes it from `distill.data`."""
 
     max_tokens: Count = 200_000
     """At most this many tokens of `held_out` are read."""

@@ -50,8 +50,9 @@ def iter_pieces(source: Source, tally: Tally | None = None) -> Iterator[Piece]:
     pieces = read_source(source, tally)
     first = next(pieces, None)
     if first is None:
+        share = f", of which only {source.only:.3g} is read" if source.only is not None else ""
         left_out = f" ({tally.skipped} could not be read, such as {tally.reasons[0]})" if tally.skipped else ""
-        raise WorkError(f"there is no document in {describe(source)}{left_out}; name other data in the spec")
+        raise WorkError(f"there is no document in {describe(source)}{share}{left_out}; name other data in the spec")
     return itertools.chain([first], pieces)
 
 

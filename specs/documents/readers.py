@@ -25,6 +25,7 @@ from minitron.specs.documents.opening import (
     packages_missing,
 )
 from minitron.specs.documents.rows import RowReader, no_field
+from minitron.specs.documents.shares import chosen
 from minitron.specs.errors import WorkError
 
 _PARQUET_ROWS = 1024  # rows in memory at one time
@@ -47,6 +48,8 @@ def read_source(source: Source, tally: Tally) -> Iterator[Piece]:
         case _:
             assert source.megatron is not None
             pieces = itertools.chain.from_iterable(read_megatron(Path(entry)) for entry in source.megatron)
+    if source.only is not None or source.leave_out is not None:
+        pieces = chosen(pieces, source)
     by_line = source.kind == "jsonl"  # counted where its lines are read
     for piece in pieces:
         tally.documents += piece.ends
