@@ -86,6 +86,7 @@ def _loss(run: Run, batch: Batch, targets: SampledTargets | None, normaliser: fl
         )
 
 
+# parameters: the tensors and heads of both models, as the loss takes them
 def _student_loss(
     run: Run,
     batch: Batch,

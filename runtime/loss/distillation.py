@@ -48,6 +48,7 @@ class LossTerms:
     divergence_T: Tensor
 
 
+# parameters: a loss takes its tensors one by one, as torch's own do
 def distillation_loss(
     settings: DistillationLoss,
     student_TD: Tensor,

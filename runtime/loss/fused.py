@@ -32,6 +32,7 @@ multiprocessor are 128 KiB, four times what hides the latency of an H200's memor
 WARPS = 8
 
 
+# parameters: a kernel takes pointers, sizes and constants one by one
 @triton.jit  # type: ignore[untyped-decorator]
 def _logits(base, bias, columns, inside, scale, cap, BIASED: tl.constexpr, CAPPED: tl.constexpr):  # type: ignore[no-untyped-def]
     """A tile of logits and of d logits / d z: columns outside of the row are -inf."""
@@ -88,6 +89,7 @@ def _halves(log_p, log_q):  # type: ignore[no-untyped-def]
     return p, of_p, summand
 
 
+# parameters: a kernel takes pointers, sizes and constants one by one
 @triton.jit  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
     z_ptr, t_ptr, out_ptr, z_bias, t_bias, labels, valid, ids, weights, values,

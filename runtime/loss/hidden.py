@@ -48,6 +48,7 @@ class HiddenStateTerm:
     distance: Tensor
 
 
+# parameters: a loss takes its tensors one by one, as torch's own do
 def hidden_state_loss(
     settings: HiddenStateLoss,
     students_TD: Sequence[Tensor],
@@ -77,6 +78,7 @@ def hidden_state_loss(
 class _ChunkedDistance(torch.autograd.Function):
     """Forward: the loss and its gradients. Backward: hands them out."""
 
+    # parameters: an autograd function sees tensors only where each is an argument
     @staticmethod
     def forward(
         ctx: Any,
