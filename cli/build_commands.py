@@ -79,11 +79,12 @@ def capture(
     build: options.BuildFolder,
     device: options.Device = None,
     threads: options.Threads = None,
+    allow_outside: options.AllowOutside = False,
 ) -> None:
     """Store samples of the teacher's distribution, for `teacher_logits: {sampled: N}`; done once, resumable."""
     builds.require_build(build)
     quiet_libraries()
-    stored = _capture(build, pick_device(device), threads)
+    stored = _capture(build, pick_device(device), threads, outside=allow_outside)
     rows = (
         ("sequences", figures.count(stored["samples"])),
         ("tokens", figures.count(stored["tokens"])),
@@ -98,11 +99,13 @@ def train(
     build: options.BuildFolder,
     device: options.Device = None,
     threads: options.Threads = None,
+    unverified: options.Unverified = False,
+    allow_outside: options.AllowOutside = False,
 ) -> None:
     """Execute the training plan of a build; what an interrupted run has done is not done again."""
     builds.require_training_plan(build)
     quiet_libraries()
-    _train(build, pick_device(device), threads)
+    _train(build, pick_device(device), threads, unverified=unverified, outside=allow_outside)
     progress = builds.training_progress(build)
     if first_process():
         show_sections([*([training_section(progress)] if progress else []), _places(build)], {})
@@ -121,6 +124,8 @@ def evaluate(
         typer.Option("--limit", metavar="N", min=1, help="Ask the first N questions of each task, for a first look."),
     ] = None,
     as_json: options.Json = False,
+    unverified: options.Unverified = False,
+    allow_outside: options.AllowOutside = False,
 ) -> None:
     """Measure teacher, pruned and distilled model side by side; what was measured before is not measured again."""
     builds.require_build(build)
@@ -128,7 +133,9 @@ def evaluate(
     if names == []:
         raise UsageError("--tasks names no benchmark; write --tasks hellaswag,mmlu")
     quiet_libraries()
-    results = _evaluate(build, pick_device(device), threads, tasks=names, limit=limit)
+    results = _evaluate(
+        build, pick_device(device), threads, tasks=names, limit=limit, unverified=unverified, outside=allow_outside
+    )
     if first_process():
         show_sections(results_sections(results), results, as_json=as_json)
     _end_with_shortfalls(results)
@@ -260,27 +267,38 @@ def _compile(loaded: LoadedSpec, build: Path, device: str, threads: int | None, 
     compile_spec(loaded, build, device=device, progress=progress_for(stderr_console()), plan=plan)
 
 
-def _capture(build: Path, device: str, threads: int | None) -> Document:
+def _capture(build: Path, device: str, threads: int | None, *, outside: bool = False) -> Document:
     from minitron.runtime import record
 
     use_threads(threads)
-    return record(build, device=device, progress=progress_for(stderr_console()))
+    return record(build, device=device, progress=progress_for(stderr_console()), outside=outside)
 
 
-def _train(build: Path, device: str, threads: int | None) -> None:
+def _train(build: Path, device: str, threads: int | None, *, unverified: bool = False, outside: bool = False) -> None:
     from minitron.runtime import train as execute
 
     use_threads(threads)
-    execute(build, device=device, progress=progress_for(stderr_console()))
+    progress = progress_for(stderr_console())
+    execute(build, device=device, progress=progress, unverified=unverified, outside=outside)
 
 
 def _evaluate(
-    build: Path, device: str, threads: int | None, *, tasks: list[str] | None = None, limit: int | None = None
+    build: Path,
+    device: str,
+    threads: int | None,
+    *,
+    tasks: list[str] | None = None,
+    limit: int | None = None,
+    unverified: bool = False,
+    outside: bool = False,
 ) -> Document:
     from minitron.runtime import evaluate as measure
 
     use_threads(threads)
-    return measure(build, device=device, progress=progress_for(stderr_console()), tasks=tasks, limit=limit)
+    return measure(
+        build, device=device, progress=progress_for(stderr_console()),
+        tasks=tasks, limit=limit, unverified=unverified, outside=outside,
+    )  # fmt: skip
 
 
 def _places(build: Path) -> Section:

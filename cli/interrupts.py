@@ -9,20 +9,22 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
+from minitron.specs.signals import ENDING
+
 _seen: list[int] = []
 
 
 def watch() -> None:
-    """Remembers SIGINT and SIGTERM from now on, and raises KeyboardInterrupt as Python does for the first. Where the signal
-    is ignored, as SIGINT for jobs in the background of a script, or somebody else's, it stays so."""
-    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
-        if signal.getsignal(number) is usual:
+    """Remembers the signals of `ENDING` from now on, and raises KeyboardInterrupt as Python does for SIGINT. Where a signal
+    is ignored, as SIGINT for jobs in the background of a script and SIGHUP under nohup, or somebody else's, it stays so."""
+    for number in ENDING:
+        if signal.getsignal(number) is (signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL):
             signal.signal(number, _interrupt)
 
 
 def no_more() -> None:
     """From here on nothing is left to interrupt: a signal that arrives twice must not disturb what is said at the end."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ENDING:
         if signal.getsignal(number) is _interrupt:
             signal.signal(number, signal.SIG_IGN)
 

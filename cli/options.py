@@ -37,6 +37,12 @@ Device = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads; by default what torch chooses.")
 ]
+Unverified = Annotated[
+    bool, typer.Option("--unverified", help="Take a student whose verification is missing, failed or of other files.")
+]
+AllowOutside = Annotated[
+    bool, typer.Option("--allow-outside", help="Let `work` and `output` of training.yaml lie outside of BUILD.")
+]
 PlannedDevice = Annotated[
     str | None,
     typer.Option(

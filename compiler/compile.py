@@ -50,8 +50,9 @@ from minitron.compiler.verify.run import CHECKS, Routes, Subject, run_checks
 from minitron.compiler.weights.buffers import load_buffers
 from minitron.compiler.weights.recipes import recipes
 from minitron.compiler.weights.source import WeightSource, open_weights
-from minitron.specs.atomic import remove_leftovers, write_text
+from minitron.specs.atomic import claim_folder, remove_leftovers, write_text
 from minitron.specs.builds import (
+    COMPILED,
     MODEL,
     PARTIAL_SCORES,
     PLAN,
@@ -65,7 +66,7 @@ from minitron.specs.builds import (
 )
 from minitron.specs.data_files import content_hash, resolve
 from minitron.specs.errors import UsageError, WorkError, placing
-from minitron.specs.file_hashes import file_hash
+from minitron.specs.file_hashes import file_hash, folder_hashes
 from minitron.specs.load import LoadedSpec
 from minitron.specs.lockfile import Inputs, changes
 from minitron.specs.locks import only_one
@@ -282,6 +283,7 @@ def compile_spec(
     a failure.
     """
     plan = plan or make_plan(loaded, build=build, weights=True)
+    claim_folder(build, COMPILED, "name another with -o")
     with only_one(build, "compiling"):
         remove_leftovers(build)
         plan = with_weights(plan, progress)
@@ -318,6 +320,7 @@ def _compile(plan: Plan, device: str, progress: Progress, stages: Stages, scratc
         "format_version": 1,
         "passed": not failed(checks),
         "checks": [check.to_json() for check in checks],
+        "student": folder_hashes(build / STUDENT),
     }
     write_text(build / VERIFICATION, _json(verification))
     if failed(checks):

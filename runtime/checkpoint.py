@@ -3,8 +3,8 @@
     train/checkpoints/step-00000120/
         model-00001-of-00002.safetensors       master weights and buffers: the rows that rank 0 of 2 holds
         optimizer-00001-of-00002.safetensors   exp_avg/NAME, exp_avg_sq/NAME, step/NAME; scales, where moments have 8 bits
-        part-00001-of-00002.json               size and CRC of the two files; part 2 has its three as well
-        state.json                             step, samples, tokens, what training.yaml said, how many parts
+        state.json                             step, samples, tokens, what training.yaml said, size and CRC of all files of
+                                               all parts, and a CRC of state.json itself
 
 A training whose weights are not spread over ranks writes one part, `model.safetensors`. There is no state of random
 generators in it: order and dropout are functions of the seed and the sample index.
@@ -32,13 +32,17 @@ from safetensors.torch import save_file
 from minitron.runtime.pieces import Piece, PieceFiles, header, model_pieces, piece_of, worth_writing
 from minitron.runtime.sharding import rows_like
 from minitron.runtime.world import World
-from minitron.specs.atomic import publish_folder, remove_leftovers
-from minitron.specs.errors import WorkError
+from minitron.specs.atomic import publish_folder, remove_leftovers, temporary_path
+from minitron.specs.errors import WorkError, first_line
 from minitron.specs.progress import Progress
 
-_FORMAT = 2
+_FORMAT = 3
 _CHUNK = 1 << 24
 _KINDS = ("model", "optimizer")
+_STATE = "state.json"
+
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""The exceptions that reading a damaged JSON document of ours may raise."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +80,11 @@ class Checkpoints:
 
     def names(self) -> list[Path]:
         """All that are there, the newest first."""
-        return sorted(self.folder.glob("step-*"), reverse=True)
+        return sorted(self.folder.glob("step-" + 8 * "[0-9]"), reverse=True)
 
     def unfinished(self, state: TrainerState) -> Path:
         """Where all ranks write the parts of one, until it is whole and gets its name."""
-        return self.folder / f".step-{state.step:08d}.tmp"
+        return temporary_path(self.folder / f"step-{state.step:08d}")
 
     def write_part(
         self, state: TrainerState, part: int, parts: int, tensors: Mapping[str, Mapping[str, Piece]]
@@ -107,13 +111,21 @@ class Checkpoints:
     ) -> None:
         """Gives a checkpoint whose parts are all written its name, and removes those that are no longer kept."""
         folder = self.unfinished(state)
-        document = {"format_version": _FORMAT, **asdict(state), "parts": parts, "held_out_loss": held_out_loss}
-        text = json.dumps(document | {"identity": dict(identity)}, indent=1)
-        (folder / "state.json").write_text(text, encoding="utf-8")
+        files: dict[str, Any] = {}
+        for part in range(parts):
+            note = folder / _name("part", part, parts, ".json")
+            files |= json.loads(note.read_text(encoding="utf-8"))["files"]
+            note.unlink()
+        document = {
+            "format_version": _FORMAT, **asdict(state), "parts": parts, "held_out_loss": held_out_loss,
+            "files": files, "identity": dict(identity),
+        }  # fmt: skip
+        text = json.dumps(document | {"crc32": _crc(document)}, indent=1)
+        (folder / _STATE).write_text(text, encoding="utf-8")
         publish_folder(folder, self.folder / f"step-{state.step:08d}")
         for old in set(self.names()[self.keep :]) - {self.best()}:
             # Renamed first: what is half deleted must not look like a checkpoint.
-            aside = old.with_name(f".{old.name}.old.tmp")
+            aside = temporary_path(old, "old")
             old.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -122,8 +134,8 @@ class Checkpoints:
         losses = {}
         for folder in self.names() if self.keep_best else []:
             try:
-                loss = json.loads((folder / "state.json").read_text(encoding="utf-8"))["held_out_loss"]
-            except (OSError, ValueError, KeyError, TypeError):
+                loss = _read_state(folder)["held_out_loss"]
+            except UNREADABLE:
                 continue
             if loss is not None and math.isfinite(loss):
                 losses[folder] = loss
@@ -145,14 +157,17 @@ class Checkpoints:
             problem = None
             try:
                 good = _check(folder, world)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                problem = str(error)
+            except UNREADABLE as error:
+                problem = first_line(error)
             if not world.any(problem is not None):
                 break
             good, damaged[folder] = None, problem or "another process found it so"
         world.wait()
         if damaged and good is None:
-            raise WorkError(f"every checkpoint in {self.folder} is damaged; delete that folder to begin again")
+            newest, reason = next(iter(damaged.items()))
+            raise WorkError(
+                f"every checkpoint in {self.folder} is damaged ({newest.name}: {reason}); delete that folder to begin again"
+            )
         for folder, reason in damaged.items() if world.leads else ():
             aside = folder.with_name(f"damaged-{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
@@ -161,18 +176,45 @@ class Checkpoints:
         return good
 
 
+def identity_of_newest(folder: Path) -> dict[str, Any] | None:
+    """What the newest readable checkpoint in `folder` remembers of its plan; its weights are not looked at."""
+    for one in Checkpoints(folder, keep=1).names():
+        try:
+            return dict(_read_state(one)["identity"])
+        except UNREADABLE:
+            continue
+    return None
+
+
 def _check(folder: Path, world: World) -> TrainingCheckpoint:
-    document = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if document["format_version"] != _FORMAT:
-        raise ValueError(f"its format is {document['format_version']}, this version reads {_FORMAT}")
-    parts = document["parts"]
-    for part in range(world.rank, parts, world.size):
-        note = json.loads((folder / _name("part", part, parts, ".json")).read_text(encoding="utf-8"))
-        for name, measured in note["files"].items():
-            if _measure(folder / name) != measured:
-                raise ValueError(f"{name} is not what was written")
+    """The checkpoint in `folder`, this rank's share of its files compared with their checksums."""
+    document = _read_state(folder)
+    parts, files = document["parts"], document["files"]
+    expected = {_name(kind, part, parts) for kind in _KINDS for part in range(parts)}
+    if absent := sorted(expected - files.keys()):
+        raise ValueError(f"it lists no {absent[0]}")
+    for name in sorted(expected)[world.rank :: world.size]:
+        if _measure(folder / name) != files[name]:
+            raise ValueError(f"{name} is not what was written")
     state = TrainerState(document["step"], document["samples"], document["tokens"])
     return TrainingCheckpoint(folder, state, document["identity"], parts)
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """The document of state.json. One of UNREADABLE where it is not what was written."""
+    document: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    if document["format_version"] != _FORMAT:
+        raise ValueError(f"its format is {document['format_version']}, this version reads {_FORMAT}")
+    if _crc({key: value for key, value in document.items() if key != "crc32"}) != document["crc32"]:
+        raise ValueError(f"{_STATE} is not what was written")
+    if folder.name != f"step-{document['step']:08d}":
+        raise ValueError(f"it is of step {document['step']}")
+    return document
+
+
+def _crc(document: Mapping[str, Any]) -> int:
+    """A checksum of a JSON document, whatever its order and spaces."""
+    return zlib.crc32(json.dumps(document, sort_keys=True).encode())
 
 
 def _measure(path: Path) -> dict[str, int]:

@@ -24,9 +24,9 @@ from minitron.runtime.models import DTYPES, model_folder
 from minitron.runtime.output import Weights, whole_weights, write_model
 from minitron.runtime.plan import LoadedPlan
 from minitron.runtime.setup import Run, Session, prepare, resume
-from minitron.specs.atomic import write_text
+from minitron.specs.atomic import remove_leftovers, write_text
 from minitron.specs.blocks.distill import LogitLoss, Loss
-from minitron.specs.builds import CARD, CORRECTION, METRICS
+from minitron.specs.builds import CARD, CHECKPOINTS, CORRECTION, METRICS, TENSORBOARD
 from minitron.specs.errors import placing
 from minitron.specs.progress import Progress
 from minitron.specs.training_plan import ModelPlan, TrainingPlan
@@ -68,8 +68,7 @@ class Correction:
     def begin(self, progress: Progress) -> None:
         """Makes the work folder one of this correction: what another one left in it goes, and what a killed one left
         beside it."""
-        for folder in self.output.parent.glob(f".{self.output.name}.*.tmp"):
-            shutil.rmtree(folder, ignore_errors=True)
+        remove_leftovers(self.output.parent, self.output.name)
         before = _read(self.work / _IDENTITY) or read_record(self.output).get("identity")
         if before is not None and before != self.identity:
             changed = sorted(
@@ -78,9 +77,16 @@ class Correction:
             progress.message(
                 f"the teacher was corrected with other settings ({', '.join(changed)}): it is corrected anew"
             )
-            shutil.rmtree(self.work, ignore_errors=True)
+            self._forget()
         with writing(str(self.work)):
             write_text(self.work / _IDENTITY, json.dumps(self.identity, indent=1) + "\n")
+
+    def _forget(self) -> None:
+        """Removes what a training with other settings wrote into the work folder, and nothing else that lies there."""
+        for name in (CHECKPOINTS, TENSORBOARD):
+            shutil.rmtree(self.work / name, ignore_errors=True)
+        for name in (METRICS, _BEFORE, _IDENTITY):
+            (self.work / name).unlink(missing_ok=True)
 
     def remember(self, loss: float) -> None:
         """Keeps the held-out loss of the teacher as it was, for a correction that is interrupted."""

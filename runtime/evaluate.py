@@ -11,6 +11,7 @@ from minitron.runtime.benchmarks.catalogue import named
 from minitron.runtime.benchmarks.suite import make_suite, opened
 from minitron.runtime.data import Windows
 from minitron.runtime.disk import writing
+from minitron.runtime.folders import require_own_folders
 from minitron.runtime.interrupt import interrupts
 from minitron.runtime.measured_model import Instruments, MeasuredModel
 from minitron.runtime.measurements import Measurements, check_room
@@ -19,7 +20,8 @@ from minitron.runtime.plan import LoadedPlan, read_training_plan
 from minitron.runtime.requirements import judge
 from minitron.runtime.setup import held_out_windows
 from minitron.runtime.tokens import TextEncoder
-from minitron.runtime.world import join_world
+from minitron.runtime.verified import require_verified
+from minitron.runtime.world import join_world, locked
 from minitron.specs.atomic import write_text
 from minitron.specs.builds import CONFIG, CORRECTION, DATA_CACHE, RESULTS
 from minitron.specs.errors import placing
@@ -33,7 +35,14 @@ _LENGTH = 2048  # of a sequence, where the plan does not train and says none
 
 
 def evaluate(
-    build: Path, *, device: str | None, progress: Progress, tasks: Sequence[str] | None = None, limit: int | None = None
+    build: Path,
+    *,
+    device: str | None,
+    progress: Progress,
+    tasks: Sequence[str] | None = None,
+    limit: int | None = None,
+    unverified: bool = False,
+    outside: bool = False,
 ) -> dict[str, Any]:
     """Measures every model of BUILD that is there, writes BUILD/results.json and returns what it holds.
 
@@ -44,7 +53,8 @@ def evaluate(
 
     What was measured before of the same model, with the same data and settings, is not measured again; each measurement is
     kept as soon as it is made. A task that fails has an `error` in place of a score. `tasks` are those to measure instead of
-    the whole suite, `limit` the questions of each. UsageError and WorkError as for training.
+    the whole suite, `limit` the questions of each; `unverified` and `outside`, UsageError and
+    WorkError are as for training.
     """
     loaded = read_training_plan(build)
     plan = loaded.plan.evaluate
@@ -52,7 +62,16 @@ def evaluate(
     suite = make_suite(plan.suite if tasks is None else named(plan.suite, tasks), data_dir, limit)
     asked = {found.benchmark.task for found in suite.found}
     shown = [] if tasks is None else [one for one in plan.suite if one.task not in asked]
-    with placing(loaded), interrupts(), join_world(device) as world, opened() as folder:
+    with (
+        placing(loaded),
+        interrupts(),
+        join_world(device) as world,
+        locked(world, "evaluating", loaded.folder),
+        opened() as folder,
+    ):
+        require_own_folders(loaded, outside=outside)
+        if not unverified:
+            world.from_leader(lambda: require_verified(loaded))
         progress = progress if world.leads else Silent()
         world.from_leader(lambda: check_room(loaded.folder))
         encoder = TextEncoder.load(loaded.folder / loaded.plan.tokenizer)

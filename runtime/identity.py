@@ -11,19 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from minitron.runtime.models import weight_files
+from minitron.specs.builds import CONFIG
 from minitron.specs.errors import Problem, Refused
 from minitron.specs.training_plan import TrainingPlan
 
 _PIECES, _PIECE_BYTES = 256, 4096
 
 WEIGHTS = "teacher.weights"
-"""Key, in what a training remembers, of the weights that the teacher had (before it was corrected)."""
+"""Key, in what a training remembers, of the weights and the configuration that the teacher had (before it was corrected)."""
+
+STUDENT, HELD_OUT = "student.weights", "held_out"
+"""The same of the pruned student; a hash of the text that the training measures itself by."""
 
 
 def weights_digest(folder: Path) -> str:
-    """Tells the weights of two models apart without reading all of them: the headers, and pieces from all over the
-    files. What training changes, it changes everywhere."""
-    digest = hashlib.sha256()
+    """Tells two models apart without reading all of their weights: the configuration, the headers, and pieces from all over
+    the files. What training changes, it changes everywhere."""
+    digest = hashlib.sha256((folder / CONFIG).read_bytes() if (folder / CONFIG).is_file() else b"")
     for path in weight_files(folder):
         size = path.stat().st_size
         digest.update(str(size).encode())
@@ -76,6 +80,19 @@ def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
+_CONTENTS = {
+    "data": ("data", "the training data or its tokenizer"),
+    "fingerprint": ("fingerprint", "the pruned student"),
+    WEIGHTS: ("teacher.model", "the teacher"),
+    STUDENT: ("student.model", "the pruned student"),
+    HELD_OUT: ("held_out.data", "the held-out text or its tokenizer"),
+}
+"""Keys that stand for the contents of files: where these are named in training.yaml, and what they are."""
+
+_WHERE_KNOWN = (WEIGHTS, HELD_OUT)
+"""Keys that count only where both identities have them: a teacher need not be at hand, and held-out text may be left out."""
+
+
 def require_same_training(before: Mapping[str, Any], now: Mapping[str, Any], work: Path) -> None:
     """Refused, with every value that decides the result and is not what it was when the training in `work` began. Weights
     of a teacher count where both identities have them."""
@@ -84,15 +101,13 @@ def require_same_training(before: Mapping[str, Any], now: Mapping[str, Any], wor
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], begin_again: str) -> Iterator[Problem]:
-    changed = {
-        "data": "the training data or its tokenizer", "fingerprint": "the pruned student", WEIGHTS: "the teacher"
-    }  # fmt: skip
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
-        if old == new or (key == WEIGHTS and None in (old, new)):
+        if old == new or (key in _WHERE_KNOWN and None in (old, new)):
             continue
-        if key in changed:
-            message, remedy = f"{changed[key]} changed since this training began", "bring back what was there"
+        path, what = _CONTENTS.get(key, (key, None))
+        if what is not None:
+            message, remedy = f"{what} changed since this training began", "bring back what was there"
         else:
             message, remedy = f"was {old} when this training began and is now {new}", f"write {old} again"
-        yield Problem("teacher.model" if key == WEIGHTS else key, message, f"{remedy}, {begin_again}")
+        yield Problem(path, message, f"{remedy}, {begin_again}")

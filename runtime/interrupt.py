@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: first ask, then obey."""
+"""Signals that ask a training to end: the first is noted until a checkpoint is written, a later one is obeyed at once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from minitron.specs.signals import ENDING
 
 _ECHO_SECONDS = 5.0
 """One request may arrive as several signals: Ctrl-C goes to all processes of a terminal and torchrun passes it on to its
@@ -44,15 +46,15 @@ class Interrupt:
 
 @contextmanager
 def interrupts() -> Iterator[Interrupt]:
-    """Takes SIGINT and SIGTERM over until it ends, where they are not ignored, as Ctrl-C is in the background of a script.
-    Outside the main thread, where Python allows no handlers, it does nothing."""
+    """Takes the signals of `ENDING` over until it ends, where they are not ignored, as Ctrl-C is in the background of a
+    script and SIGHUP is under nohup. Outside the main thread, where Python allows no handlers, it does nothing."""
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
         yield interrupt
         return
     before = {
         number: signal.signal(number, interrupt.on_signal)
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in ENDING
         if signal.getsignal(number) is not signal.SIG_IGN
     }
     try:

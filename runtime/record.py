@@ -14,6 +14,8 @@ from torch import Tensor
 
 from minitron.runtime.correction import corrected
 from minitron.runtime.data import Batch, Corpus, Data, data_hash
+from minitron.runtime.disk import writing
+from minitron.runtime.folders import claim_folders, require_own_folders
 from minitron.runtime.identity import resume_identity
 from minitron.runtime.interrupt import interrupts
 from minitron.runtime.loss.divergence import log_softmax_
@@ -23,7 +25,7 @@ from minitron.runtime.models import LanguageModel, check_teacher, model_folder
 from minitron.runtime.order import mix
 from minitron.runtime.plan import LoadedPlan, read_training_plan
 from minitron.runtime.sampled_teacher import samples_identity, samples_needed
-from minitron.runtime.setup import LOCK, Session, load_teacher
+from minitron.runtime.setup import Session, load_teacher
 from minitron.runtime.teacher_logits import (
     Index,
     Shard,
@@ -34,12 +36,11 @@ from minitron.runtime.teacher_logits import (
     write_shard,
 )
 from minitron.runtime.tokens import TextEncoder
-from minitron.runtime.world import join_world
+from minitron.runtime.world import join_world, locked
 from minitron.specs.atomic import remove_leftovers
 from minitron.specs.blocks.distill import SampledLogits
 from minitron.specs.builds import DATA_CACHE, LOGITS
 from minitron.specs.errors import UsageError, placing
-from minitron.specs.locks import only_one
 from minitron.specs.progress import Progress, Silent
 from minitron.specs.training_plan import TrainingPlan
 
@@ -50,7 +51,7 @@ _DRAWS = 0x647261777300
 """Keeps the draws apart from everything else that follows from the seed."""
 
 
-def record(build: Path, *, device: str | None, progress: Progress) -> dict[str, Any]:
+def record(build: Path, *, device: str | None, progress: Progress, outside: bool = False) -> dict[str, Any]:
     """Stores what training.yaml asks for in BUILD/teacher_logits and returns {samples, tokens, bytes, folder}. Goes on
     where a killed capture was, adds to one that was for fewer tokens, and does nothing where all is there.
 
@@ -65,23 +66,25 @@ def record(build: Path, *, device: str | None, progress: Progress) -> dict[str, 
             "`teacher_logits: {sampled: 12}` in the spec and compile again"
         )
     folder, work = loaded.folder / LOGITS, loaded.folder / plan.work
-    with (
-        placing(loaded),
-        interrupts() as interrupt,
-        join_world(device) as world,
-        only_one(work, "training or capturing", active=world.leads, file=LOCK),
-    ):
-        if world.leads:
-            remove_leftovers(work / DATA_CACHE)
-        session = Session(
-            world=world,
-            encoder=TextEncoder.load(loaded.folder / plan.tokenizer),
-            data=world.from_leader(lambda: Data.read(loaded.data("data", plan.data))),
-            cache=work / DATA_CACHE,
-            interrupt=interrupt,
-            progress=progress if world.leads else Silent(),
-        )
-        return _record(loaded, plan, folder, session)
+    with placing(loaded), interrupts() as interrupt, join_world(device) as world:
+        require_own_folders(loaded, outside=outside)
+        with locked(world, "capturing", loaded.folder, work):
+            world.from_leader(lambda: _tidy_up(loaded, work))
+            session = Session(
+                world=world,
+                encoder=TextEncoder.load(loaded.folder / plan.tokenizer),
+                data=world.from_leader(lambda: Data.read(loaded.data("data", plan.data))),
+                cache=work / DATA_CACHE,
+                interrupt=interrupt,
+                progress=progress if world.leads else Silent(),
+            )
+            return _record(loaded, plan, folder, session)
+
+
+def _tidy_up(loaded: LoadedPlan, work: Path) -> None:
+    with writing(str(work)):
+        claim_folders(loaded)
+    remove_leftovers(work / DATA_CACHE)
 
 
 def _record(loaded: LoadedPlan, plan: TrainingPlan, folder: Path, session: Session) -> dict[str, Any]:

@@ -30,9 +30,6 @@ from minitron.specs.errors import Problem, Refused
 from minitron.specs.progress import Progress
 from minitron.specs.training_plan import TrainingPlan, divisor_within
 
-LOCK = "lock"
-"""The file in a training's folder that the process which works there holds locked."""
-
 
 @dataclass(frozen=True)
 class Session:

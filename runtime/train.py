@@ -3,77 +3,88 @@ it was."""
 
 from __future__ import annotations
 
-import json
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from minitron.runtime.checkpoint import identity_of_newest
 from minitron.runtime.correction import corrected
 from minitron.runtime.data import Data, data_hash
+from minitron.runtime.disk import writing
+from minitron.runtime.finished import read_finished, write_finished
+from minitron.runtime.folders import claim_folders, require_own_folders
 from minitron.runtime.hidden_states import remove_projection
-from minitron.runtime.identity import WEIGHTS, require_same_training, resume_identity, weights_digest
+from minitron.runtime.identity import (
+    HELD_OUT,
+    STUDENT,
+    WEIGHTS,
+    require_same_training,
+    resume_identity,
+    weights_digest,
+)
 from minitron.runtime.interrupt import interrupts
 from minitron.runtime.loop import learn
 from minitron.runtime.metrics import read_metrics
 from minitron.runtime.models import DTYPES, model_folder
 from minitron.runtime.output import Weights, whole_weights, write_model
 from minitron.runtime.plan import LoadedPlan, read_training_plan
-from minitron.runtime.setup import LOCK, Run, Session, needs_teacher, prepare, resume
+from minitron.runtime.setup import Run, Session, needs_teacher, prepare, resume
 from minitron.runtime.tokens import TextEncoder
-from minitron.runtime.world import World, join_world
-from minitron.specs.atomic import remove_leftovers, write_text
-from minitron.specs.builds import CHECKPOINTS, DATA_CACHE, FINISHED, METRICS
-from minitron.specs.errors import UsageError, placing
-from minitron.specs.locks import only_one
+from minitron.runtime.verified import require_verified
+from minitron.runtime.world import World, join_world, locked
+from minitron.specs.atomic import remove_leftovers
+from minitron.specs.builds import CHECKPOINTS, CONFIG, DATA_CACHE, FINISHED, METRICS
+from minitron.specs.documents import content_hash
+from minitron.specs.errors import UsageError, WorkError, placing
+from minitron.specs.locks import LOCK
 from minitron.specs.progress import Progress, Silent
 from minitron.specs.training_plan import TrainingPlan
 
 
-def train(build: Path, *, device: str | None, progress: Progress) -> None:
+def train(
+    build: Path, *, device: str | None, progress: Progress, unverified: bool = False, outside: bool = False
+) -> None:
     """Trains what BUILD/training.yaml says and writes BUILD/model. Goes on from the last checkpoint where there is
-    one, and does nothing where training is finished.
+    one, and does nothing where training is finished. `unverified` takes a student whose verification is missing or failed,
+    `outside` lets `work` and `output` lie outside of the build.
 
     UsageError (SpecInvalid with the place) for a plan that is wrong, or not that of the training that is under way;
-    WorkError for broken files, a full disk, a loss that is not finite; KeyboardInterrupt after SIGINT or SIGTERM, a
-    checkpoint written.
+    WorkError for broken files, a full disk, a loss that is not finite; KeyboardInterrupt after a signal that asks for the
+    end, a checkpoint written.
     """
     loaded = read_training_plan(build)
     plan = loaded.training()
     work = loaded.folder / plan.work
-    with (
-        placing(loaded),
-        interrupts() as interrupt,
-        join_world(device) as world,
-        only_one(work, "training", active=world.leads, file=LOCK),
-    ):
-        _require_one_folder(work, world)
-        if world.leads:
-            _remove_leftovers(work, loaded.folder / plan.output)
-        session = Session(
-            world=world,
-            encoder=TextEncoder.load(loaded.folder / plan.tokenizer),
-            data=world.from_leader(lambda: Data.read(loaded.data("data", plan.data))),
-            cache=work / DATA_CACHE,
-            interrupt=interrupt,
-            progress=progress if world.leads else Silent(),
-        )
-        _train(loaded, plan, session)
+    with placing(loaded), interrupts() as interrupt, join_world(device) as world:
+        require_own_folders(loaded, outside=outside)
+        with locked(world, "training", loaded.folder, work):
+            _require_one_folder(work, world)
+            world.from_leader(lambda: _tidy_up(loaded, plan))
+            session = Session(
+                world=world,
+                encoder=TextEncoder.load(loaded.folder / plan.tokenizer),
+                data=world.from_leader(lambda: Data.read(loaded.data("data", plan.data))),
+                cache=work / DATA_CACHE,
+                interrupt=interrupt,
+                progress=progress if world.leads else Silent(),
+            )
+            _train(loaded, plan, session, unverified=unverified)
 
 
-def _train(loaded: LoadedPlan, plan: TrainingPlan, session: Session) -> None:
+def _train(loaded: LoadedPlan, plan: TrainingPlan, session: Session, *, unverified: bool) -> None:
     world, progress = session.world, session.progress
     work, output = loaded.folder / plan.work, loaded.folder / plan.output
     identity = resume_identity(plan, data_hash(session.data, session.encoder, plan.tokens))
-    if (work / FINISHED).is_file() and output.is_dir():
-        before = json.loads((work / FINISHED).read_text(encoding="utf-8"))["identity"]
-        require_same_training(before, identity, work)
-        progress.message(f"already trained: {output}; delete {work} to train from the beginning")
+    identity |= _contents(loaded, plan, session)
+    if world.from_leader(lambda: _is_finished(work, output, identity, progress)):
         return
-    if plan.teacher_correction is not None and (begun := _identity_of_newest(work / CHECKPOINTS)) is not None:
-        require_same_training(begun, identity, work)  # before a teacher is corrected for nothing
+    if not unverified:
+        world.from_leader(lambda: require_verified(loaded))
+    if (begun := identity_of_newest(work / CHECKPOINTS)) is not None:
+        require_same_training(begun, identity, work)  # before a teacher is corrected or models are loaded for nothing
     if plan.teacher_logits == "online":  # else it was corrected, if it was, before it was captured
         loaded = corrected(loaded, session)
-    run = prepare(session, loaded, identity | _teacher_weights(loaded, plan))
+    run = prepare(session, loaded, identity)
     state = resume(run, progress)
     with session.interrupt.deferring():
         learn(run, state, session.interrupt, progress)
@@ -83,22 +94,50 @@ def _train(loaded: LoadedPlan, plan: TrainingPlan, session: Session) -> None:
     progress.message(f"trained: {output}")
 
 
-def _teacher_weights(loaded: LoadedPlan, plan: TrainingPlan) -> dict[str, str]:
-    """The weights of the teacher that runs beside the student: `layout` and folders may change on the way, the teacher may
-    not. (Stored samples know theirs themselves, and so does a corrected teacher.)"""
-    if plan.teacher_logits != "online" or plan.teacher_correction is not None or not needs_teacher(plan):
-        return {}
-    return {WEIGHTS: weights_digest(model_folder(loaded, "teacher", plan.teacher))}
+def _tidy_up(loaded: LoadedPlan, plan: TrainingPlan) -> None:
+    """Marks the folders that training writes to, and removes what killed processes left in them."""
+    output = loaded.folder / plan.output
+    with writing(str(loaded.folder / plan.work)):
+        claim_folders(loaded)
+    remove_leftovers(loaded.folder / plan.work / DATA_CACHE)
+    remove_leftovers(output.parent, output.name)
 
 
-def _identity_of_newest(checkpoints: Path) -> dict[str, Any] | None:
-    """What the newest checkpoint remembers of its plan, its weights not looked at."""
-    for state in sorted(checkpoints.glob("step-*/state.json"), reverse=True):
-        try:
-            return dict(json.loads(state.read_text(encoding="utf-8"))["identity"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return None
+def _is_finished(work: Path, output: Path, identity: Mapping[str, Any], progress: Progress) -> bool:
+    """Whether the training is finished and its model whole. Refused where it was another training; WorkError where the
+    model is broken and no checkpoint is left to write it again from."""
+    if not (work / FINISHED).exists():
+        return False
+    finished = read_finished(work / FINISHED)
+    broken: str | None = f"{FINISHED} cannot be read"
+    if finished is not None:
+        require_same_training(finished.identity, identity, work)
+        broken = finished.damage(output)
+    if broken is None:
+        progress.message(f"already trained: {output}; delete {work} to train from the beginning")
+        return True
+    if identity_of_newest(work / CHECKPOINTS) is None:
+        raise WorkError(
+            f"{output} is broken ({broken}), and {work} has no checkpoint to write it again from; delete {work} to train "
+            "from the beginning"
+        )
+    progress.message(f"{output} is broken ({broken}): it is written again from the last checkpoint")
+    return False
+
+
+def _contents(loaded: LoadedPlan, plan: TrainingPlan, session: Session) -> dict[str, str]:
+    """Hashes of what a training reads beside its data: `layout` and folders may change on the way, the contents may not."""
+    found: dict[str, str] = {}
+    student = loaded.folder / plan.student.model
+    if (student / CONFIG).is_file():
+        found[STUDENT] = weights_digest(student)
+    # (Stored samples know their teacher themselves, and so does a corrected teacher.)
+    if plan.teacher_logits == "online" and plan.teacher_correction is None and needs_teacher(plan):
+        found[WEIGHTS] = weights_digest(model_folder(loaded, "teacher", plan.teacher))
+    if (held_out := plan.held_out) is not None:
+        data = held_out.data
+        found[HELD_OUT] = session.world.from_leader(lambda: content_hash(loaded.data("held_out.data", data)))
+    return found
 
 
 def _require_one_folder(work: Path, world: World) -> None:
@@ -108,13 +147,6 @@ def _require_one_folder(work: Path, world: World) -> None:
         raise UsageError(
             f"{work} is not the same folder on all machines; put the build on a file system that they share"
         )
-
-
-def _remove_leftovers(work: Path, output: Path) -> None:
-    """What processes left that were killed while they wrote data or the model."""
-    remove_leftovers(work / "data")
-    for folder in output.parent.glob(f".{output.name}.*.tmp"):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _finish(loaded: LoadedPlan, run: Run, weights: Weights) -> None:
@@ -130,4 +162,5 @@ def _finish(loaded: LoadedPlan, run: Run, weights: Weights) -> None:
         report.append(f"Loss on held-out text: {lines[-1]['held_out_loss']:.4f} nats a token.")
     source = model_folder(loaded, "student", plan.student)
     write_model(run.student, weights, source, loaded.folder / plan.output, plan.name, report)
-    write_text(run.work / FINISHED, json.dumps({"format_version": 1, "identity": run.identity}, indent=1) + "\n")
+    with writing(str(run.work)):
+        write_finished(run.work / FINISHED, run.identity, loaded.folder / plan.output)

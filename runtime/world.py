@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from minitron.runtime.devices import pick_device
 from minitron.specs.errors import MinitronError, UsageError
+from minitron.specs.locks import only_one
 
 T = TypeVar("T")
 
@@ -110,6 +112,20 @@ class World:
         """Until all ranks are here."""
         if self.size > 1:
             dist.barrier(group=self.waiting)
+
+
+@contextmanager
+def locked(world: World, doing: str, *folders: Path) -> Iterator[None]:
+    """Keeps other processes from writing into the folders: the leader holds their locks, and where another process has one
+    all ranks raise. UsageError and WorkError as for `only_one`."""
+    with ExitStack() as stack:
+
+        def lock() -> None:
+            for folder in folders:
+                stack.enter_context(only_one(folder, doing))
+
+        world.from_leader(lock)
+        yield
 
 
 @contextmanager

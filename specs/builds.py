@@ -28,6 +28,8 @@ PROGRAM = "student.pt2"
 TRAINING = "training.yaml"
 VERIFICATION = "verification.json"
 
+COMPILED = (PLAN, SCORES, PARTIAL_SCORES, STUDENT, PROGRAM, TRAINING, VERIFICATION)
+
 # What training and evaluation write; training.yaml may name other folders than WORK, MODEL, TEACHER and CORRECTION_WORK.
 WORK = "train"
 MODEL = "model"

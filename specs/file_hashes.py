@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from minitron.specs.atomic import write_text
-from minitron.specs.errors import MinitronError
+from minitron.specs.errors import MinitronError, WorkError
 
 LEAST_BYTES = 16 << 20
 """Files from this size up are remembered: smaller ones are hashed in the time that looking them up takes."""
@@ -70,3 +71,25 @@ def _remember(key: str, entry: list[object]) -> None:
         write_text(store(), json.dumps({**dict(kept), key: entry}) + "\n")
     except (OSError, MinitronError):
         pass
+
+
+def folder_hashes(folder: Path, suffixes: Iterable[str] = ("",)) -> dict[str, str]:
+    """Name -> hash of the files in a folder whose names end in one of `suffixes`, hidden ones left out. WorkError where one
+    cannot be read."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    try:
+        return {name: file_hash(folder / name) for name in names if name.endswith(tuple(suffixes))}
+    except OSError as error:
+        raise WorkError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None
+
+
+def first_difference(folder: Path, hashes: Mapping[str, str]) -> str | None:
+    """What is not as `hashes` say, in a few words: `NAME is missing`, `NAME has changed`; None where all is."""
+    for name, expected in hashes.items():
+        try:
+            found = file_hash(folder / name)
+        except OSError:
+            return f"{name} is missing"
+        if found != expected:
+            return f"{name} has changed"
+    return None

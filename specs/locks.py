@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,31 +12,44 @@ from pathlib import Path
 from minitron.specs.atomic import explain
 from minitron.specs.errors import UsageError, WorkError
 
+LOCK = ".minitron.lock"
+"""The file that a process holds locked while it writes into a folder. It stays there; the lock ends with the process."""
+
 
 @contextmanager
-def only_one(folder: Path, doing: str, *, active: bool = True, file: str | None = None) -> Iterator[None]:
-    """Keeps a second process from the same work in `folder`, which is made where it is not there. The folder itself is
-    locked, or a `file` in it; the system takes the lock back however this process ends.
+def only_one(folder: Path, doing: str, *, active: bool = True) -> Iterator[None]:
+    """Keeps a second process from writing into `folder`, which is made where it is not there. The system takes the lock
+    back however this process ends.
 
-    UsageError where another process holds it, WorkError where the folder cannot be written to. Ranks that do not write
-    (`active` false) need no lock.
+    UsageError, with what the other process is `doing`, where one holds the lock; WorkError where the folder cannot be
+    written to. Ranks that do not write (`active` false) need no lock.
     """
     if not active:
         yield
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / file, os.O_WRONLY | os.O_CREAT, 0o666) if file else os.open(folder, os.O_RDONLY)
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
-        reason, remedy = explain(error)
-        raise WorkError(f"{folder} could not be written: {reason}; {remedy} and run the command again") from None
+        raise _not_writable(folder, error) from None
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(f"another process is {doing} in {folder}; wait for it or stop it first") from None
+            holder = os.pread(lock, 200, 0).decode("utf-8", errors="replace").strip() or "at work"
+            raise UsageError(f"another process is {holder} in {folder}; wait for it or stop it first") from None
         except OSError:
             pass  # a file system without locks, as some networks have
+        try:
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"{doing} (process {os.getpid()} on {socket.gethostname()})\n".encode(), 0)
+        except OSError as error:
+            raise _not_writable(folder, error) from None
         yield
     finally:
         os.close(lock)
+
+
+def _not_writable(folder: Path, error: OSError) -> WorkError:
+    reason, remedy = explain(error)
+    return WorkError(f"{folder} could not be written: {reason}; {remedy} and run the command again")

@@ -108,7 +108,9 @@ def run_program(program: Path, shards: Sequence[Path], ids: torch.Tensor, *, cus
         inputs, output = Path(folder) / "in.safetensors", Path(folder) / "out.safetensors"
         save_file({"ids": ids.contiguous()}, inputs)
         arguments = [program, inputs, output, "custom" if custom else "plain", *shards]
-        done = subprocess.run([sys.executable, "-c", _RUN, *map(str, arguments)], capture_output=True, text=True)
+        # -P: a file of the current folder that is called as a module of the library is not that module.
+        command = [sys.executable, "-P", "-c", _RUN, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0 or not output.is_file():
             reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
             raise WorkError(f"{program} does not run: {reason}")

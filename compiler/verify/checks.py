@@ -160,7 +160,7 @@ def check_program(
         if streamed:
             got = run_program(build / PROGRAM, sorted((build / STUDENT).glob("*.safetensors")), ids, custom=custom)
         else:
-            with tempfile.TemporaryDirectory(dir=build, prefix=".weights.", suffix=".tmp") as folder:
+            with tempfile.TemporaryDirectory(dir=build, prefix=".minitron-weights.", suffix=".tmp") as folder:
                 path = Path(folder) / "weights.safetensors"
                 weights = {name: value.detach().to(dtype).contiguous() for name, value in stored_tensors(model).items()}
                 save_file(weights, path)

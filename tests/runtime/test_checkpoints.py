@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from minitron.runtime import checkpoint
 from minitron.runtime.checkpoint import Checkpoints, TrainerState, load
 from minitron.runtime.optimizer import make_optimizer
-from minitron.runtime.pieces import Piece, PieceFiles, model_pieces, optimizer_pieces
+from minitron.runtime.pieces import Piece, PieceFiles, model_pieces, optimizer_pieces, piece_of
 from minitron.runtime.saving import Saver
 from minitron.runtime.world import World
 from minitron.specs.blocks.training import Optimizer
@@ -92,7 +92,7 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "part.json", "state.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", [cut, Path.unlink])
 def test_a_damaged_one_is_put_aside_for_the_one_before(tmp_path: Path, name: str, damage: Any) -> None:
     checkpoints, progress = Checkpoints(tmp_path, keep=2), Messages()
@@ -122,7 +122,10 @@ def test_when_all_are_damaged_nothing_is_begun_anew_unasked(tmp_path: Path) -> N
     checkpoints = Checkpoints(tmp_path, keep=2)
     save(checkpoints, 1)
     cut(tmp_path / "step-00000001" / "model.safetensors")
-    with pytest.raises(WorkError, match=r"every checkpoint in .* is damaged; delete that folder to begin again"):
+    message = (
+        r"every checkpoint in .* is damaged \(step-00000001: model\.safetensors is not what was written\); delete that"
+    )
+    with pytest.raises(WorkError, match=message):
         checkpoints.newest(Silent(), ALONE)
     with pytest.raises(WorkError, match=r"every checkpoint in .* is damaged"):
         checkpoints.newest(Silent(), ALONE)
@@ -159,7 +162,7 @@ def test_a_full_disk_keeps_the_last_good_one(
 def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1)
     save(checkpoints, 1)
-    shutil.copytree(tmp_path / "step-00000001", tmp_path / ".step-00000002.tmp")
+    shutil.copytree(tmp_path / "step-00000001", checkpoints.unfinished(TrainerState(2, 8, 128)))
     newest = checkpoints.newest(Silent(), ALONE)
     assert newest is not None and newest.state.step == 1
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
@@ -184,6 +187,73 @@ def test_a_newer_format_is_not_guessed_at(tmp_path: Path) -> None:
     newest = checkpoints.newest(progress, ALONE)
     assert newest is not None and newest.state.step == 1
     assert "its format is 99" in progress.texts[0]
+
+
+def reads_as(change: Any) -> Any:
+    """Damage that leaves a document which reads well."""
+
+    def damage(file: Path) -> None:
+        document = json.loads(file.read_text())
+        change(document)
+        file.write_text(json.dumps(document, indent=1))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.update(step=3),
+        lambda state: state.update(samples=12),
+        lambda state: state.update(tokens=129),
+        lambda state: state.update(parts=0),
+        lambda state: state["identity"].update(seed=1),
+        lambda state: state["files"].clear(),
+        lambda state: state["files"].pop("optimizer.safetensors"),
+        lambda state: state.update(held_out_loss=0.1),
+        lambda state: state.pop("crc32"),
+    ],
+)
+def test_a_state_that_reads_well_and_is_not_what_was_written(tmp_path: Path, change: Any) -> None:
+    """One flipped bit in it would train another model, or blame the user's plan."""
+    checkpoints, progress = Checkpoints(tmp_path, keep=2), Messages()
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    reads_as(change)(tmp_path / "step-00000002" / "state.json")
+    newest = checkpoints.newest(progress, ALONE)
+    assert newest is not None and newest.state == TrainerState(1, 4, 64) and newest.identity == {"seed": 0}
+    assert "step-00000002 is damaged" in progress.texts[0]
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_no_flipped_bit_of_a_state_goes_unseen(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(Path(folder), keep=2)
+        state = TrainerState(1, 4, 64)
+        checkpoints.write_part(state, 0, 1, {"model": {"w": piece_of(torch.ones(2))}, "optimizer": {}})
+        checkpoints.publish(state, 1, {"seed": 0, "optimizer.lr": 1e-4, "fingerprint": "0123"}, 2.5)
+        file = Path(folder) / "step-00000001" / "state.json"
+        content = bytearray(file.read_bytes())
+        before = json.loads(content)
+        place = data.draw(st.integers(0, len(content) - 1))
+        content[place] ^= 1 << data.draw(st.integers(0, 7))
+        file.write_bytes(content)
+        try:
+            newest = checkpoints.newest(Silent(), ALONE)
+        except WorkError:
+            return
+        assert newest is not None and newest.state == state, "what changed were spaces"
+        assert dict(newest.identity) == before["identity"] and newest.parts == 1
+
+
+def test_a_checkpoint_under_the_name_of_another_step(tmp_path: Path) -> None:
+    checkpoints, progress = Checkpoints(tmp_path, keep=2), Messages()
+    save(checkpoints, 1)
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000009")
+    newest = checkpoints.newest(progress, ALONE)
+    assert newest is not None and newest.state.step == 1
+    assert "step-00000009 is damaged (it is of step 1)" in progress.texts[0]
 
 
 def test_the_best_one_is_kept_as_well(tmp_path: Path) -> None:
@@ -267,6 +337,6 @@ def test_a_missing_part_is_noticed(tmp_path: Path) -> None:
     for part in (0, 1):
         checkpoints.write_part(state, part, 2, {"model": spread({"w": torch.rand(4, 2)}, part, 2), "optimizer": {}})
     checkpoints.publish(state, 2, {}, None)
-    (tmp_path / "step-00000001" / "part-00002-of-00002.json").unlink()
-    with pytest.raises(WorkError, match="is damaged; delete that folder"):
+    (tmp_path / "step-00000001" / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(WorkError, match=r"is damaged \(step-00000001: .*\); delete that folder"):
         checkpoints.newest(Silent(), ALONE)

@@ -19,7 +19,7 @@ from minitron.cli.main import command_line
 from minitron.runtime import checkpoint, train
 from minitron.runtime.metrics import read_metrics
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError
-from minitron.specs.locks import only_one
+from minitron.specs.locks import LOCK, only_one
 from minitron.specs.progress import Progress, Silent
 from tests.runtime import tiny
 from tests.runtime.listening import AtStep, Messages
@@ -225,13 +225,13 @@ def test_training_leaves_the_random_state_of_its_caller_alone(build: Path) -> No
 
 def test_a_finished_training_is_left_alone(build: Path) -> None:
     run(build)
-    before = {path: path.stat().st_mtime_ns for path in build.rglob("*") if path.name != "lock"}
+    before = {path: path.stat().st_mtime_ns for path in build.rglob("*") if path.name != LOCK}
     progress = Messages()
     run(build, progress)
     assert progress.texts == [
         f"already trained: {build / 'model'}; delete {build / 'train'} to train from the beginning"
     ]
-    assert {path: path.stat().st_mtime_ns for path in build.rglob("*") if path.name != "lock"} == before
+    assert {path: path.stat().st_mtime_ns for path in build.rglob("*") if path.name != LOCK} == before
 
 
 def test_a_deleted_model_is_written_again(build: Path) -> None:
@@ -301,6 +301,7 @@ def edit(file: Path, change: Any) -> None:
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_batch(build: Path) -> None:
     edit(build / "student" / "model.safetensors", lambda tensors: tensors["lm_head.weight"][5].fill_(torch.nan))
+    tiny.verify(build)
     with pytest.raises(WorkError, match=r"the loss is nan at step 1: .* saved as .*not-finite-step-1\.safetensors"):
         run(build, loss__logits={"divergence": "reverse_kl"})
     batch = load_file(build / "train" / "not-finite-step-1.safetensors")
@@ -310,6 +311,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_batch(build: Path) -> None
 
 def test_what_a_user_sees_when_a_loss_is_no_number(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit(build / "student" / "model.safetensors", lambda tensors: tensors["lm_head.weight"][5].fill_(torch.nan))
+    tiny.verify(build)
     assert command_line(["train", str(build), "--device", "cpu"]) == 1
     said = capsys.readouterr().err
     assert f"error: the loss is nan at step 1: no checkpoint was written yet and the batch was saved as {build}" in said
@@ -374,6 +376,7 @@ def test_another_vocabulary(build: Path) -> None:
 def test_a_tokenizer_with_more_tokens_than_the_model(build: Path) -> None:
     tiny.save_model(tiny.llama(24, vocabulary=280), build.parent / "teacher", seed=1)
     tiny.save_model(tiny.llama(16, vocabulary=280), build / "student", seed=2)
+    tiny.verify(build)
     with pytest.raises(
         SpecInvalid, match=r"train\.txt:\d+ holds token 29\d \(`.+`\), and the models have a vocabulary of 280"
     ):
@@ -386,6 +389,7 @@ def test_another_tokenizer_of_the_same_size(build: Path) -> None:
     vocab = content["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     file.write_text(json.dumps(content))
+    tiny.verify(build)
     with pytest.raises(SpecInvalid, match="tokenizer: its tokens are not those of the teacher's tokenizer"):
         run(build)
 
@@ -393,12 +397,14 @@ def test_another_tokenizer_of_the_same_size(build: Path) -> None:
 def test_weights_cut_short(build: Path) -> None:
     file = build / "student" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
+    tiny.verify(build)
     with pytest.raises(WorkError, match="student cannot be loaded as a language model"):
         run(build)
 
 
 def test_weights_with_a_tensor_missing(build: Path) -> None:
     edit(build / "student" / "model.safetensors", lambda tensors: tensors.pop("model.norm.weight"))
+    tiny.verify(build)
     with pytest.raises(WorkError, match=r"the weights of model\.norm\.weight \(1 missing\) are not in its files"):
         run(build)
 
@@ -423,8 +429,8 @@ def test_a_damaged_checkpoint_is_passed_over(build: Path, tmp_path: Path) -> Non
 
 def test_two_at_once_are_refused(build: Path) -> None:
     with (
-        only_one(build / "train", "training", file="lock"),
-        pytest.raises(UsageError, match=r"another process is training in .*; wait for it or stop it first"),
+        only_one(build, "training"),
+        pytest.raises(UsageError, match=r"another process is training \(process \d+ on .*\) in .*; wait for"),
     ):
         run(build)
 

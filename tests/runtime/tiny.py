@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedTokenizerFast
+
+from minitron.specs.file_hashes import folder_hashes
 
 WORDS = [
     "the",
@@ -168,6 +171,12 @@ def write_plan(build: Path, **changes: Any) -> None:
     (build / "training.yaml").write_text(yaml.safe_dump(plan(**changes), sort_keys=False), encoding="utf-8")
 
 
+def verify(build: Path) -> None:
+    """Writes verification.json, as a compile whose checks pass would, for student/ as it lies there."""
+    document = {"format_version": 1, "passed": True, "checks": [], "student": folder_hashes(build / "student")}
+    (build / "verification.json").write_text(json.dumps(document), encoding="utf-8")
+
+
 def make_build(root: Path, teacher: Any = None, student: Any = None, *, bos: bool = True, **changes: Any) -> Path:
     """Teacher, pruned student, texts and training.yaml under `root`; the build folder is `root/build`."""
     build = root / "build"
@@ -179,6 +188,7 @@ def make_build(root: Path, teacher: Any = None, student: Any = None, *, bos: boo
     (root / "train.txt").write_text(text(120, seed=3), encoding="utf-8")
     (root / "valid.txt").write_text(text(30, seed=4), encoding="utf-8")
     write_plan(build, **changes)
+    verify(build)
     return build
 
 

@@ -10,8 +10,16 @@ from typing import Any
 
 import pytest
 
-from minitron.specs.atomic import atomic_folder, atomic_path, remove_leftovers, write_text
-from minitron.specs.errors import WorkError
+from minitron.specs.atomic import (
+    MARKER,
+    atomic_folder,
+    atomic_path,
+    claim_folder,
+    remove_leftovers,
+    temporary_path,
+    write_text,
+)
+from minitron.specs.errors import UsageError, WorkError
 
 
 class Stopped(Exception):
@@ -19,7 +27,8 @@ class Stopped(Exception):
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    """Everything in a folder but for marks."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != MARKER)
 
 
 def test_a_file_appears_whole_in_folders_that_are_made_for_it(tmp_path: Path) -> None:
@@ -94,10 +103,45 @@ def test_other_errors_stay_as_they_are(tmp_path: Path, error: Exception) -> None
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / ".a.txt.17.tmp").write_text("half")
-    (tmp_path / ".build.17.tmp").mkdir()
-    (tmp_path / ".build.17.tmp" / "half").write_text("half")
-    (tmp_path / "mine.tmp").write_text("a user's own")
-    (tmp_path / ".hidden").write_text("a user's own")
+    temporary_path(tmp_path / "a.txt", 17).write_text("half")
+    temporary_path(tmp_path / "build", 17).mkdir()
+    (temporary_path(tmp_path / "build", 17) / "half").write_text("half")
+    mine = [".a.txt.17.tmp", ".hidden", ".mine.tmp", "mine.tmp", ".minitron.lock"]
+    for name in mine:
+        (tmp_path / name).write_text("a user's own")
+    remove_leftovers(tmp_path, "build")
+    assert names(tmp_path) == sorted([temporary_path(tmp_path / "a.txt", 17).name, *mine])
     remove_leftovers(tmp_path)
-    assert names(tmp_path) == [".hidden", "mine.tmp"]
+    assert names(tmp_path) == sorted(mine)
+
+
+def test_a_folder_that_somebody_else_made_is_not_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "thesis.txt").write_text("years of work")
+    refused = pytest.raises(UsageError, match=r"model was not made by minitron, and would be replaced; move it away")
+    with refused, atomic_folder(target) as temporary:
+        (temporary / "new").write_text("new")
+    assert names(tmp_path) == ["model", "model/thesis.txt"]
+
+
+def test_a_link_is_not_replaced(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "real") as temporary:
+        (temporary / "old").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+    refused = pytest.raises(UsageError, match=r"link is a link, and would be replaced; remove the link")
+    with refused, atomic_folder(tmp_path / "link"):
+        pass
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "old").is_file()
+
+
+def test_a_claimed_folder_holds_nothing_of_anybody_else(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("beside")
+    claim_folder(tmp_path, ["metrics.jsonl"], "name another")
+    (tmp_path / "metrics.jsonl").write_text("ours now")
+    claim_folder(tmp_path, ["metrics.jsonl"], "name another")
+    (tmp_path / MARKER).unlink()
+    with pytest.raises(
+        UsageError, match=r"holds metrics\.jsonl, which minitron did not make; move it away, or name another"
+    ):
+        claim_folder(tmp_path, ["metrics.jsonl"], "name another")
