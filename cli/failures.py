@@ -50,7 +50,7 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, Refused):
         return Failure(error.exit_code, tuple(SpecError("", 0, 0, "", str(problem)) for problem in error.problems))
     if isinstance(error, MinitronError):
-        return _failure(error.exit_code, str(error))
+        return replace(_failure(error.exit_code, str(error)), follows=error.follows)
     if isinstance(error, KeyboardInterrupt):
         hint = "the same command, started again, goes on where it was"
         return replace(_failure(INTERRUPTED, "interrupted", hint), follows=True)

@@ -13,9 +13,10 @@ import typer
 
 from minitron import __version__
 from minitron.cli import build_commands, data_command, diff_command, interrupts, lock_command, spec_commands
-from minitron.cli.failures import DONE, FAILED, INTERRUPTED, failure_of
+from minitron.cli.failures import DONE, INTERRUPTED, failure_of
 from minitron.cli.ranks import says
 from minitron.cli.render import document, say, write
+from minitron.cli.streams import Unbreakable
 
 app = typer.Typer(
     name="minitron",
@@ -63,6 +64,7 @@ def main() -> NoReturn:
     # costs little on an idle machine and was measured to double the speed of training on a shared one.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     interrupts.watch()
+    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
     code = command_line(sys.argv[1:])
     if "torch" in sys.modules:
         # All is done and on disk by now. Taking torch's graph machinery down at the interpreter's end has been seen to
@@ -81,8 +83,6 @@ def command_line(arguments: Sequence[str]) -> int:
     try:
         code = app([one for one in arguments if one != "--debug"], prog_name="minitron", standalone_mode=False)
         sys.stdout.flush()
-    except BrokenPipeError:
-        return _closed_pipe()
     except typer.Abort:
         # What older typer releases make of an interrupt.
         return _report(KeyboardInterrupt(), as_json=False)
@@ -106,9 +106,3 @@ def _report(error: BaseException, *, as_json: bool) -> int:
     else:
         say(*failure.lines())
     return failure.exit_code
-
-
-def _closed_pipe() -> int:
-    """Nobody reads stdout any more (`| head`): ends quietly, also when Python flushes stdout for the last time."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return FAILED

@@ -19,7 +19,7 @@ from minitron.runtime.data import data_hash
 from minitron.runtime.disk import writing
 from minitron.runtime.identity import resume_identity, weights_digest
 from minitron.runtime.loop import learn, measure_held_out
-from minitron.runtime.metrics import read_metrics
+from minitron.runtime.metrics import last_held_out_loss
 from minitron.runtime.models import DTYPES, model_folder
 from minitron.runtime.output import Weights, whole_weights, write_model
 from minitron.runtime.plan import LoadedPlan
@@ -175,8 +175,7 @@ def _correct(correction: Correction, session: Session) -> None:
 
 
 def _finish(correction: Correction, run: Run, weights: Weights, progress: Progress) -> None:
-    lines = [line for line in read_metrics(run.work / METRICS) if "held_out_loss" in line]
-    before, after = correction.before(), lines[-1]["held_out_loss"] if lines else None
+    before, after = correction.before(), last_held_out_loss(run.work / METRICS)
     plan = correction.plan
     files = _files(correction, before, after)
     write_model(run.student, weights, correction.source, correction.output, plan.name, [], files)

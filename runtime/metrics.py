@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from minitron.runtime.disk import writing
-from minitron.specs.atomic import write_text
+from minitron.specs.atomic import atomic_path
 from minitron.specs.builds import METRICS, TENSORBOARD
 from minitron.specs.progress import Progress
 
@@ -21,8 +21,8 @@ class MetricsLog:
 
     def __init__(self, folder: Path, step: int, progress: Progress) -> None:
         path = folder / METRICS
-        kept = [line for line in _whole_lines(path) if line["step"] <= step]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as kept:
+            kept.writelines(json.dumps(line) + "\n" for line in iter_metrics(path) if line["step"] <= step)
         self._file = path.open("a", encoding="utf-8")
         self._board = _tensorboard(folder / TENSORBOARD, step, progress)
 
@@ -51,21 +51,26 @@ class MetricsLog:
             self._board.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The steps of a metrics.jsonl, whole lines only; empty where there is no such file."""
-    return _whole_lines(path)
+def iter_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The steps of a metrics.jsonl one after the other, whole lines only; none where there is no such file."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for text in lines:
+            try:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                yield line
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
+def last_held_out_loss(path: Path) -> float | None:
+    """The held-out loss that a training measured last; None where it measured none."""
+    loss = None
+    for line in iter_metrics(path):
+        loss = line.get("held_out_loss", loss)
+    return loss
 
 
 def _tensorboard(folder: Path, step: int, progress: Progress) -> Any:

@@ -24,7 +24,7 @@ from minitron.runtime.identity import (
 )
 from minitron.runtime.interrupt import interrupts
 from minitron.runtime.loop import learn
-from minitron.runtime.metrics import read_metrics
+from minitron.runtime.metrics import last_held_out_loss
 from minitron.runtime.models import DTYPES, model_folder
 from minitron.runtime.output import Weights, whole_weights, write_model
 from minitron.runtime.plan import LoadedPlan, read_training_plan
@@ -158,8 +158,8 @@ def _finish(loaded: LoadedPlan, run: Run, weights: Weights) -> None:
     if run.hidden is not None:
         loss += f", {run.hidden.settings.distance} distance of hidden states"
     report = [f"Trained on {plan.steps * plan.step_tokens:,} tokens: {loss}."]
-    if lines := [line for line in read_metrics(run.work / METRICS) if "held_out_loss" in line]:
-        report.append(f"Loss on held-out text: {lines[-1]['held_out_loss']:.4f} nats a token.")
+    if (measured := last_held_out_loss(run.work / METRICS)) is not None:
+        report.append(f"Loss on held-out text: {measured:.4f} nats a token.")
     source = model_folder(loaded, "student", plan.student)
     write_model(run.student, weights, source, loaded.folder / plan.output, plan.name, report)
     with writing(str(run.work)):

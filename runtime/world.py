@@ -7,6 +7,8 @@ global count of valid tokens before it is summed needs no other treatment.
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,13 +23,15 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from minitron.runtime.devices import pick_device
-from minitron.specs.errors import MinitronError, UsageError
+from minitron.specs.errors import MinitronError, OtherProcessEnded, UsageError, WorkError, first_line
 from minitron.specs.locks import only_one
 
 T = TypeVar("T")
 
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """Beside a GPU the CPU has a backend too: weights that rest in host memory are reduced there."""
+
+_POLL_SECONDS = 0.1
 
 _PATIENCE = timedelta(days=2)
 """While the leader tokenizes or one rank writes, the others wait. That is no failure, as it is where a step hangs."""
@@ -95,6 +99,7 @@ class World:
                     raise
                 outcome[1] = error
         if self.size > 1:
+            self.wait()  # for as long as the work takes, and open to signals; what follows takes no time
             dist.broadcast_object_list(outcome, src=0, group=self.waiting)
         if outcome[1] is not None:
             raise outcome[1]
@@ -111,7 +116,12 @@ class World:
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.size > 1:
-            dist.barrier(group=self.waiting)
+            arrived, pause = dist.barrier(group=self.waiting, async_op=True), 1e-4
+            assert arrived is not None
+            while not arrived.is_completed():
+                time.sleep(pause)
+                pause = min(2 * pause, _POLL_SECONDS)
+            arrived.wait()
 
 
 @contextmanager
@@ -132,8 +142,8 @@ def locked(world: World, doing: str, *folders: Path) -> Iterator[None]:
 def join_world(device: str | None) -> Iterator[World]:
     """The world that torchrun started this process into, or a world of one. The one place where its variables are
     read."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    size = _number("WORLD_SIZE", 1)
+    chosen = pick_device(device, _number("LOCAL_RANK", 0) if size > 1 else 0)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if size == 1:
@@ -143,23 +153,95 @@ def join_world(device: str | None) -> Iterator[World]:
             if dist.is_initialized():
                 dist.destroy_process_group()
         return
-    if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
-        raise UsageError("WORLD_SIZE is set without RANK and MASTER_ADDR; start with torchrun, or unset WORLD_SIZE")
-    if device is not None and ":" in device and int(os.environ.get("LOCAL_WORLD_SIZE", size)) > 1:
+    _require_torchrun(size)
+    if device is not None and ":" in device and _number("LOCAL_WORLD_SIZE", size) > 1:
         raise UsageError(
             f"--device {device} is one device for several processes; write cuda: each takes one of its own"
         )
-    dist.init_process_group(_BACKENDS[chosen.type])
-    waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    dist.barrier(
-        group=waiting
-    )  # all are connected now: a rank that refuses the plan at once is not one that another cannot reach
+    waiting = _aside(lambda: _connect(chosen))
     try:
         yield World(dist.get_rank(), size, chosen, waiting)
-    except BaseException:
+    except BaseException as error:
         # With a GPU, leaving in order waits for what the other ranks have not sent and may never send: the end of this
         # process, which is near, takes the connections down.
         if chosen.type == "cpu":
             dist.destroy_process_group()
+        if _is_of_another(error):
+            raise OtherProcessEnded(_ENDED) from None
         raise
     dist.destroy_process_group()
+
+
+def _number(name: str, default: int) -> int:
+    """A variable of the environment that torchrun sets. UsageError for what is no count."""
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit()) or (name.endswith("SIZE") and int(text) == 0):
+        raise UsageError(
+            f"{name} is `{text}` in the environment, and a whole number is wanted; start with torchrun, or unset it"
+        )
+    return int(text)
+
+
+def _require_torchrun(size: int) -> None:
+    """UsageError where the variables that a process of several needs are missing or do not go together."""
+    if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
+        raise UsageError("WORLD_SIZE is set without RANK and MASTER_ADDR; start with torchrun, or unset WORLD_SIZE")
+    if (rank := _number("RANK", 0)) >= size:
+        raise UsageError(f"RANK is {rank} and WORLD_SIZE {size}; ranks are counted from 0: start with torchrun")
+    _number("MASTER_PORT", 0)
+
+
+def _connect(device: torch.device) -> Any:
+    """Joins the other processes and returns the group in which ranks wait for each other. WorkError where they cannot be
+    reached."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of this thread
+    try:
+        dist.init_process_group(_BACKENDS[device.type])
+        waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        # All are connected now: a rank that refuses the plan at once is not one that another cannot reach.
+        dist.barrier(group=waiting)
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise WorkError(
+            f"the processes of this training did not find each other at {where} ({first_line(error)}); see that all of them "
+            "run and can reach that address"
+        ) from None
+    return waiting
+
+
+def _aside(work: Callable[[], T]) -> T:
+    """What `work` yields, done in a thread: signals are delivered between two steps of Python, and a call that waits for
+    other processes would hold them up."""
+    done: list[T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL_SECONDS)
+    if failed:
+        raise failed[0]
+    return done[0]
+
+
+_ENDED = (
+    "another process of this training has ended, killed or for a reason that it says itself; start the training again: it "
+    "goes on from the last checkpoint"
+)
+_CONNECTION_LOST = ("closed by peer", "reset by peer", "broken pipe", "nccl", "connection refused", "socket timeout")
+
+
+def _is_of_another(error: BaseException) -> bool:
+    """Whether an error of torch's communication means that another process is gone."""
+    if isinstance(error, MinitronError) or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistError) or any(words in str(error).lower() for words in _CONNECTION_LOST)

@@ -51,7 +51,7 @@ def _usual_mode(path: Path) -> None:
 def temporary_path(target: Path, which: object = "") -> Path:
     """Where `target` is written until it is whole: a hidden name beside it that nobody else uses, `which` tells several
     apart. What a killed process left there, `remove_leftovers` finds."""
-    return target.with_name(f"{_PREFIX}{target.name}.{which}{_SUFFIX}")
+    return target.with_name(".".join([f"{_PREFIX}{target.name}", *([str(which)] if which else [])]) + _SUFFIX)
 
 
 def is_ours(folder: Path) -> bool:

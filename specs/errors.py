@@ -14,6 +14,8 @@ class MinitronError(Exception):
     """What the command line prints without a traceback. `exit_code` is what the process ends with."""
 
     exit_code = 1
+    follows = False
+    """Whether it may be but a consequence of how another process failed."""
 
 
 class UsageError(MinitronError, ValueError):
@@ -24,6 +26,12 @@ class UsageError(MinitronError, ValueError):
 
 class WorkError(MinitronError, RuntimeError):
     """The spec is right, the work failed: a bad checkpoint, a full disk, a check that did not pass."""
+
+
+class OtherProcessEnded(WorkError):
+    """A process that trains beside this one is gone."""
+
+    follows = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,6 +136,20 @@ def kill_during_second_checkpoint() -> None:
     checkpoint.save_file = save_file
 
 
+def kill_at_third_step() -> None:
+    """Makes this process kill itself when it has begun its third step."""
+    from minitron.runtime import loop
+
+    real = loop.train_step
+
+    def train_step(run: Any, state: Any) -> Any:
+        if state.step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(run, state)
+
+    loop.train_step = train_step
+
+
 def kill_before_the_model_is_named() -> None:
     """Makes this process kill itself when the final model is written but has not yet its name."""
     from minitron.runtime import output

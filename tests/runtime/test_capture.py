@@ -284,7 +284,7 @@ def test_training_is_refused_while_it_is_captured(build: Path) -> None:
     tiny.write_plan(build, **SAMPLED)
 
     def start_training() -> None:
-        with pytest.raises(UsageError, match="another process is training"):
+        with pytest.raises(UsageError, match="another process is capturing"):
             train(build, device="cpu", progress=Silent())
 
     record(build, device="cpu", progress=AtStep(2, start_training, "capture"))

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from minitron.runtime import record
-from minitron.runtime.metrics import read_metrics
 from minitron.specs.progress import Silent
 from tests.runtime import tiny
 from tests.runtime.processes import train_on_ranks
 from tests.runtime.test_training import run, weights
+from tests.runtime.tiny import read_metrics
 
 KINDS: dict[str, dict[str, Any]] = {
     "hidden states": {"loss__hidden_states": {"pairs": [[1, 1], [0, 0]]}},

@@ -43,6 +43,7 @@ def test_a_student_with_a_layer_less_tells_the_same_stories(tmp_path: Path) -> N
     (tmp_path / "train.txt").write_text("\n\n".join(text.replace("\n\n", "\n") for text in texts))
     stories = (SHARED / "text" / "tinystories_sample.txt").read_text().split("<|endoftext|>")
     (tmp_path / "valid.txt").write_text("\n\n".join(story.replace("\n\n", "\n") for story in stories))
+    tiny.verify(build)
     tiny.write_plan(
         build,
         teacher__model=str(STORIES),

@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM
 
 from minitron.runtime import train
 from minitron.runtime.gradients import sum_and_clip
-from minitron.runtime.metrics import read_metrics
 from minitron.runtime.world import World
 from minitron.specs.progress import Silent
 from tests.runtime import processes, tiny
 from tests.runtime.processes import train_on_ranks
+from tests.runtime.tiny import read_metrics
 
 STEPS = 24
 PLAN: dict[str, Any] = {
@@ -104,7 +104,7 @@ def test_a_checkpoint_knows_the_held_out_loss_that_was_measured_with_it(trained:
 def test_killed_while_two_ranks_save_and_gone_on_bit_for_bit(trained: dict[int, Path], build: Path) -> None:
     assert "done" not in train_on_ranks(build, 2, processes.kill_during_second_checkpoint)
     checkpoints = build / "train" / "checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == [".step-00000016.tmp", "step-00000008"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == [".minitron-step-00000016.tmp", "step-00000008"]
     assert train_on_ranks(build, 2) == ["done", "done"]
     assert curve(build) == curve(trained[2]) and weights(build) == weights(trained[2])
 
@@ -130,6 +130,7 @@ def test_a_loss_that_is_no_number_stops_all_and_each_keeps_its_batch(build: Path
     tensors = load_file(file)
     tensors["lm_head.weight"][5] = torch.nan
     save_file(tensors, file, {"format": "pt"})
+    tiny.verify(build)
     output, _ = (process := torchrun(build, 2)).communicate(timeout=120)
     saved = build / "train" / "not-finite-step-1-rank-*.safetensors"
     said = f"error: the loss is nan at step 1: no checkpoint was written yet and the batch was saved as {saved}"

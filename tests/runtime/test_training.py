@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron.cli.main import command_line
 from minitron.runtime import checkpoint, train
-from minitron.runtime.metrics import read_metrics
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError
 from minitron.specs.locks import LOCK, only_one
 from minitron.specs.progress import Progress, Silent
 from tests.runtime import tiny
 from tests.runtime.listening import AtStep, Messages
+from tests.runtime.tiny import read_metrics
 
 
 def run(build: Path, progress: Progress | None = None, **changes: Any) -> list[dict[str, Any]]:

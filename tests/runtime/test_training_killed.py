@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from minitron.runtime.metrics import read_metrics
 from tests.runtime import processes, tiny
 from tests.runtime.processes import last_word, start, train_in_process, train_on_ranks
+from tests.runtime.tiny import read_metrics
 
 STEPS = 24
 

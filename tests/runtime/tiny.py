@@ -14,6 +14,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedTokenizerFast
 
+from minitron.runtime.metrics import iter_metrics
 from minitron.specs.file_hashes import folder_hashes
 
 WORDS = [
@@ -190,6 +191,11 @@ def make_build(root: Path, teacher: Any = None, student: Any = None, *, bos: boo
     write_plan(build, **changes)
     verify(build)
     return build
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All lines of a metrics.jsonl."""
+    return list(iter_metrics(path))
 
 
 CLOCKED = ("tokens_per_second", "memory_bytes", "mfu")
