@@ -240,15 +240,15 @@ class Apprentice:
     def __init__(self) -> None:
         self.jobs = 0
         self._process = subprocess.Popen(
-            [sys.executable, "-c", self._LOOP], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-P", "-c", self._LOOP], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def run(self, command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        """`command` is [python, "-c", source, arguments..] as `subprocess.run` takes it."""
-        assert command[:2] == [sys.executable, "-c"]
+        """`command` is [python, "-P", "-c", source, arguments..] as `subprocess.run` takes it."""
+        assert command[:3] == [sys.executable, "-P", "-c"]
         assert self._process.stdin is not None and self._process.stdout is not None
         self.jobs += 1
-        self._process.stdin.write(json.dumps(command[2:]) + "\n")
+        self._process.stdin.write(json.dumps(command[3:]) + "\n")
         self._process.stdin.flush()
         code, error = json.loads(self._process.stdout.readline())
         return subprocess.CompletedProcess(command, code, "", error)

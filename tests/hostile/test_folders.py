@@ -11,7 +11,7 @@ import pytest
 from minitron.cli.main import command_line
 from minitron.runtime import evaluate, record, train
 from minitron.specs.atomic import MARKER, temporary_path
-from minitron.specs.errors import SpecInvalid, UsageError, WorkError
+from minitron.specs.errors import SpecInvalid, UsageError
 from minitron.specs.locks import only_one
 from minitron.specs.progress import Silent
 from tests.foundry import Foundry
@@ -175,19 +175,3 @@ def test_one_command_at_a_time_writes_into_a_build(build: Path, command: Any, do
     message = rf"another process is {doing} \(process \d+ on .+\) in .*build; wait for it or stop it first"
     with only_one(build, doing), pytest.raises(UsageError, match=message):
         command(build, device="cpu", progress=Silent())
-
-
-def test_a_build_whose_results_could_not_be_written_is_not_measured(
-    build: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Said before the measuring, which takes hours, and not after it."""
-    from minitron.runtime import disk
-    from minitron.runtime import evaluate as package  # noqa: F401
-
-    def full(_descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(disk.os, "fsync", full)
-    with pytest.raises(WorkError, match=r"build could not be written: the disk is full; make room and run"):
-        evaluate(build, device="cpu", progress=Silent())
-    assert not [path for path in build.iterdir() if path.name.endswith(".tmp")]
