@@ -14,8 +14,9 @@ import torch
 
 from minitron.compiler import compile_spec
 from minitron.compiler.importance.select import Selection
+from minitron.specs.atomic import MARKER, temporary_path
 from minitron.specs.errors import UsageError
-from minitron.specs.locks import only_one
+from minitron.specs.locks import LOCK, only_one
 from minitron.specs.progress import Silent
 from tests.foundry import Build, Foundry, load_model, logits, teacher_model, token_ids
 from tests.models import text
@@ -99,6 +100,8 @@ def test_the_least_influential_layers_are_dropped_or_a_run_of_them(foundry: Foun
 def test_the_build_folder(foundry: Foundry) -> None:
     build = foundry.build(foundry.teacher("llama", num_hidden_layers=2), FFN)
     assert {path.name for path in build.folder.iterdir()} == {
+        ".minitron",
+        ".minitron.lock",
         "plan.json",
         "scores.safetensors",
         "student",
@@ -107,6 +110,7 @@ def test_the_build_folder(foundry: Foundry) -> None:
         "verification.json",
     }
     assert {path.name for path in (build.folder / "student").iterdir()} == {
+        ".minitron",
         "README.md",
         "config.json",
         "generation_config.json",
@@ -130,9 +134,9 @@ def test_the_same_spec_gives_the_same_bytes(foundry: Foundry, tmp_path: Path) ->
 
 
 def test_what_killed_compiles_left_is_removed(foundry: Foundry, tmp_path: Path) -> None:
-    (tmp_path / ".student.17.tmp").mkdir()
-    (tmp_path / ".student.17.tmp" / "part-0.safetensors").write_bytes(b"half")
-    (tmp_path / ".scores.safetensors.17.tmp").write_bytes(b"half")
+    temporary_path(tmp_path / "student", 17).mkdir()
+    (temporary_path(tmp_path / "student", 17) / "part-0.safetensors").write_bytes(b"half")
+    temporary_path(tmp_path / "scores.safetensors", 17).write_bytes(b"half")
     loaded = foundry.load(foundry.teacher("llama", num_hidden_layers=2), FFN)
     foundry.compile(loaded, tmp_path, program=False)
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp")]
@@ -270,7 +274,9 @@ def test_files_may_be_read_by_whoever_the_umask_allows(foundry: Foundry, tmp_pat
 
 def test_two_at_once_in_one_folder_are_refused(foundry: Foundry, tmp_path: Path) -> None:
     loaded = foundry.load(foundry.teacher("llama"), {"layers": {"drop": [1]}}, importance=None)
-    refused = pytest.raises(UsageError, match=r"another process is compiling in .*; wait for it or stop it first")
+    refused = pytest.raises(
+        UsageError, match=r"another process is compiling \(.*\) in .*; wait for it or stop it first"
+    )
     with only_one(tmp_path, "compiling"), refused:
         compile_spec(loaded, tmp_path, device="cpu", progress=Silent())
-    assert not list(tmp_path.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {MARKER, LOCK}

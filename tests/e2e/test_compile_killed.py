@@ -43,7 +43,7 @@ def written(name: str) -> Sign:
 
 def writing(name: str) -> Sign:
     """The process is writing it, under its temporary name."""
-    return lambda build, _: any(build.glob(f".{name}.*.tmp"))
+    return lambda build, _: any(build.glob(f".minitron-{name}.*.tmp"))
 
 
 # What is waited for, and for how many seconds at most the process then still lives.
