@@ -43,6 +43,7 @@ from minitron.compiler.rewrite.scale_repair import changed_buffers, repair_scale
 from minitron.compiler.rewrite.shape_constants import shape_constants
 from minitron.compiler.roles.names import HIDDEN, LAYERS
 from minitron.compiler.student.config_keys import config_key
+from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.compiler.teacher.provenance import at_commit, observe, with_result
 from minitron.compiler.teacher.tokenizer import load_tokenizer
 from minitron.compiler.verify.checks import Check, failed
@@ -306,7 +307,7 @@ def _compile(plan: Plan, device: str, progress: Progress, stages: Stages, scratc
     student = stages.rewrite(plan, selection, compilation.buffers)
     if plan.refits:
         compilation = refit(compilation, student, samples, scratch)
-    fingerprint = _fingerprint(plan, selection, inputs, compilation.source)
+    fingerprint = _fingerprint(plan, selection, compilation.source)
     _guard_training(build, fingerprint)
     (build / VERIFICATION).unlink(missing_ok=True)
     stages.emit(compilation, student)
@@ -358,13 +359,17 @@ def _config_widths(plan: Plan) -> dict[str, int]:
     return wanted
 
 
+def weight_hashes(checkpoint: Checkpoint) -> list[str]:
+    """The hashes of the teacher's weight files, wherever they lie."""
+    return [file_hash(file) for file in sorted({info.file for info in checkpoint.tensors.values()})]
+
+
 def _score_key(plan: Plan, data: str, samples: torch.Tensor, config: CalibrationConfig) -> str:
     """A hash of everything that decides the scores."""
     digest = hashlib.sha256()
-    files = sorted({info.file for info in plan.checkpoint.tensors.values()})
     for part in (
         (plan.checkpoint.tied_config or plan.checkpoint.config).to_json_string(),
-        repr([file_hash(file) for file in files]),
+        repr(weight_hashes(plan.checkpoint)),
         data,
         repr(config),
         str(plan.dtype),
@@ -381,15 +386,11 @@ def _check_unchanged(before: Inputs, now: Inputs) -> None:
         raise WorkError(f"{' '.join(path)} changed while the student was compiled; let it rest and compile again")
 
 
-def _fingerprint(plan: Plan, selection: Selection, inputs: Inputs, source: WeightSource) -> str:
+def _fingerprint(plan: Plan, selection: Selection, source: WeightSource) -> str:
     """Identifies the pruned student: the contents of its teacher, wherever it lies, basis, selection and dtype."""
-    headers = sorted((name, info.dtype, info.shape) for name, info in plan.checkpoint.tensors.items())
-    teacher = inputs["teacher"]
-    assert isinstance(teacher, dict)
-    contents = {key: value for key, value in teacher.items() if key not in ("model", "revision", "spec")}
     parts = (
-        repr(headers),
-        json.dumps(contents, sort_keys=True),
+        repr(weight_hashes(plan.checkpoint)),
+        (plan.checkpoint.tied_config or plan.checkpoint.config).to_json_string(),
         json.dumps(selection_json(selection, plan.teacher.roles)),
         plan.config.to_json_string(),
         str(plan.dtype),

@@ -59,7 +59,7 @@ class Captured:
         self.canonical = canonical_names(self.model)
         self.config = config
 
-    def number_format(self, _: str) -> torch.dtype:
+    def stored_dtype(self, _: str) -> torch.dtype:
         return torch.float32
 
 

@@ -125,7 +125,7 @@ def test_a_mixture_of_experts_that_lacks_one(tmp_path: Path) -> None:
     teacher = open_checkpoint(str(folder), None, tmp_path, weights=True)
     model = build_meta(teacher.config, torch.float32, "sdpa")
     captured: Any = SimpleNamespace(
-        model=model, canonical=canonical_names(model), number_format=lambda name: torch.float32
+        model=model, canonical=canonical_names(model), stored_dtype=lambda name: torch.float32
     )
     assert isinstance(open_weights(captured, teacher), LoadedWeights)
     path = folder / "model.safetensors"

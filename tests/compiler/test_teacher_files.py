@@ -188,7 +188,7 @@ def test_numbers_that_are_none_are_found_as_bytes_are_read(folder: Path, value: 
 def test_numbers_that_the_dtype_cannot_hold(folder: Path) -> None:
     checkpoint = opened(folder)
     model = captured(checkpoint)
-    model.number_format = lambda _: torch.float16
+    model.stored_dtype = lambda _: torch.float16
     rewritten(folder, lambda tensors: tensors | {DOWN: tensors[DOWN] * 1e6})
     checkpoint = opened(folder)
     source = open_weights(model, checkpoint)
