@@ -56,6 +56,22 @@ def _capture(build: Path, pipe: Connection, before: Before) -> None:
     _work(record, build, pipe, before)
 
 
+def evaluate_rank(build: Path, pipe: Connection, before: Before) -> None:
+    """Evaluates, and leaves beside the build how many requests this rank was given."""
+    from minitron.runtime import evaluate
+    from minitron.runtime.benchmarks.harness import Harness
+
+    real, given = Harness.loglikelihood, []
+
+    def loglikelihood(harness: Any, requests: Any, disable_tqdm: bool = True) -> Any:
+        given.append(len(requests))
+        return real(harness, requests)
+
+    Harness.loglikelihood = loglikelihood  # type: ignore[method-assign]
+    _work(evaluate, build, pipe, before)
+    (build.parent / f"requests-{os.environ['RANK']}.txt").write_text(" ".join(map(str, given)))
+
+
 def _work(command: Any, build: Path, pipe: Connection, before: Before) -> None:
     torch.set_num_threads(1)
     if before is not None:

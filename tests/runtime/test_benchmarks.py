@@ -21,7 +21,7 @@ from minitron.specs.blocks.benchmarks import MINITRON_9, Benchmark
 from minitron.specs.errors import UsageError, WorkError
 from minitron.specs.progress import Silent
 from minitron.specs.training_plan import HeadPlan
-from tests.runtime import tiny
+from tests.runtime import processes, tiny
 
 pytest.importorskip("lm_eval", reason="lm-eval is an extra")
 
@@ -348,3 +348,24 @@ def test_the_share_of_the_teacher_s_score(benchmarked: Path) -> None:
     results = measure(benchmarked)
     teacher, pruned = (tasks_of(results, name)["truthfulqa_mc2"] for name in ("teacher", "pruned"))
     assert pruned["of_teacher"] == pytest.approx(pruned["value"] / teacher["value"]) and "of_teacher" not in teacher
+
+
+def test_ranks_share_the_questions(benchmarked: Path) -> None:
+    """Two processes answer half of them each and come to the same scores as one, also after a task that cannot be loaded."""
+    (benchmarked / "data" / "gsm8k.jsonl").write_text("not json")
+    suite = ["gsm8k", "arc_easy", "truthfulqa_mc2"]
+    tiny.write_plan(benchmarked, evaluate__suite=suite, evaluate__data_dir="data")
+    alone = measure(benchmarked)
+    (benchmarked / "measurements.json").unlink()
+    assert processes.train_on_ranks(benchmarked, 2, work=processes.evaluate_rank) == ["done", "done"]
+    together = json.loads((benchmarked / "results.json").read_text())
+    for name in ("teacher", "pruned"):
+        for task, one in tasks_of(alone, name).items():
+            other = tasks_of(together, name)[task]
+            if task == "gsm8k":
+                assert "is not JSON Lines" in one["error"] and other["error"] == one["error"]
+                continue
+            assert other["value"] == pytest.approx(one["value"], abs=1e-5) and other["questions"] == one["questions"]
+    # Four questions with four answers each, of which each rank has half; one question with two answers that cannot be shared.
+    given = [(benchmarked.parent / f"requests-{rank}.txt").read_text().split() for rank in range(2)]
+    assert given[0] == given[1] == ["8", "2"] * 2
