@@ -6,6 +6,7 @@ in a table beside it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,7 +23,9 @@ from minitron.cli.report.scores import Marks, Values
 BARS, COLUMNS = 64, 120
 # A curve with so few points has a dot on each.
 _DOTS = 40
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 12.0, 10.0, 30.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 12.0, 10.0, 46.0
+# Between the labels of two references: a line of text where it is largest, on a phone.
+_LABEL_GAP = 20.0
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ def line_chart(
 ) -> Markup:
     """One figure over the tokens trained on: its mean at every point, and a band from lowest to highest where a point
     stands for several steps. `name` is unique on the page."""
-    width, height = 620.0, 210.0
+    width, height = 620.0, 230.0
     places = [tokens for tokens, _ in curve]
     reached = [value for _, figure in curve for value in (figure.low, figure.high)]
     x = Scale(min(places), max(places), _LEFT, width - _RIGHT)
@@ -57,7 +60,7 @@ def line_chart(
         width,
         height,
         *_grid(x, y, width, height),
-        *(_reference(one, y, width) for one in references),
+        *_references(references, y, width),
         element("polygon", points=" ".join([*upper, *lower]), class_="band") if merged else None,
         element("polyline", points=line, class_="curve"),
         *(_dot(tokens, figure, x, y, seen=len(curve) <= _DOTS) for tokens, figure in curve),
@@ -89,7 +92,7 @@ def score_chart(name: str, title: str, values: Values, kept: Marks, *, wide: boo
 
 def _bars(values: Values, kept: Marks, x: Scale, y: Scale) -> list[Markup]:
     step = (x.end - x.start) / max(1, len(values))
-    every = -(-len(values) // max(1, int((x.end - x.start) / 20)))
+    every = -(-len(values) // max(1, int((x.end - x.start) / 30)))
     drawn = []
     for index, (value, stays) in enumerate(zip(values.tolist(), kept.tolist(), strict=True)):
         word = "kept" if stays else "dropped"
@@ -134,18 +137,25 @@ def _grid(x: Scale, y: Scale, width: float, height: float) -> list[Markup]:
         drawn.append(element("line", x1=_LEFT, x2=width - _RIGHT, y1=y(value), y2=y(value), class_="grid"))
         drawn.append(element("text", tick_label(value), x=_LEFT - 6, y=y(value) + 4, class_="tick end"))
     for value in x.ticks(6):
-        drawn.append(element("text", tick_label(value), x=x(value), y=height - 14, class_="tick middle"))
+        drawn.append(element("text", tick_label(value), x=x(value), y=height - 28, class_="tick middle"))
     drawn.append(element("text", "tokens", x=width - _RIGHT, y=height - 2, class_="tick end"))
     return drawn
 
 
-def _reference(one: Reference, y: Scale, width: float) -> Markup:
-    at = y(one.value)
-    return element(
-        "g",
-        element("line", x1=_LEFT, x2=width - _RIGHT, y1=at, y2=at, class_="reference"),
-        element("text", one.label, x=width - _RIGHT, y=at - 4, class_="tick end"),
-    )
+def _references(references: Sequence[Reference], y: Scale, width: float) -> list[Markup]:
+    """A line for each reference with its label above it, lower where another label stands there."""
+    drawn, taken = [], -math.inf
+    for one in sorted(references, key=lambda reference: y(reference.value)):
+        at = y(one.value)
+        taken = max(at - 4, taken + _LABEL_GAP)
+        drawn.append(
+            element(
+                "g",
+                element("line", x1=_LEFT, x2=width - _RIGHT, y1=at, y2=at, class_="reference"),
+                element("text", one.label, x=width - _RIGHT, y=taken, class_="tick end"),
+            )
+        )
+    return drawn
 
 
 def _dot(tokens: float, figure: Figure, x: Scale, y: Scale, *, seen: bool) -> Markup:

@@ -75,24 +75,24 @@ def page(report: Report) -> str:
 
 
 def _chapters(report: Report) -> Iterator[_Chapter]:
-    """Those that there is something for."""
+    """Those that there is something for: what came out first, what it cost last."""
     plan, results = report.document("plan"), report.document("results")
-    if plan:
-        tables = [section_table(one) for one in plan_sections(plan)]
-        yield _Chapter("plan", "Widths and costs", join(tables))
-    if verification := report.document("verification"):
-        yield _Chapter("verification", "Verification", section_table(verification_section(verification)))
-    if report.scores:
-        yield _Chapter("importance", "Importance", importance(report.scores))
     references = held_out_references(results)
-    if report.correction.records:
-        yield _Chapter("correction", "Teacher correction", training_curves("correction-curve", report.correction, ()))
-    if report.curves.records:
-        summary = section_table(training_section(report.document("training")))
-        yield _Chapter("training", "Training", join([summary, training_curves("curve", report.curves, references)]))
     if results:
         tables = [element("div", section_table(one), class_=_class(one.title)) for one in results_sections(results)]
         yield _Chapter("results", "Results", join(tables))
+    if report.curves.records:
+        summary = section_table(training_section(report.document("training")))
+        yield _Chapter("training", "Training", join([summary, training_curves("curve", report.curves, references)]))
+    if report.correction.records:
+        yield _Chapter("correction", "Teacher correction", training_curves("correction-curve", report.correction, ()))
+    if report.scores:
+        yield _Chapter("importance", "Importance", importance(report.scores))
+    if verification := report.document("verification"):
+        yield _Chapter("verification", "Verification", section_table(verification_section(verification)))
+    if plan:
+        tables = [section_table(one) for one in plan_sections(plan)]
+        yield _Chapter("plan", "Widths and costs", join(tables))
     resolved = part(plan, "spec").get("resolved")
     if resolved:
         written = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=110)

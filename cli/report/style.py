@@ -42,6 +42,8 @@ figcaption { color: var(--muted); font-size: .85rem; }
 .small-multiples { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .3rem 1rem; }
 svg { display: block; max-width: 100%; height: auto; }
 svg text { fill: var(--muted); font: 11px system-ui, sans-serif; }
+/* A chart as wide as a phone is drawn at half its size. */
+@media (max-width: 40rem) { svg[width="620"] text { font-size: 17px; } }
 .end { text-anchor: end; } .middle { text-anchor: middle; }
 svg text.dropped { fill: var(--dropped); }
 .grid { stroke: var(--line); } .base { stroke: var(--muted); }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -112,15 +113,11 @@ def _load(suite: Suite, found: Found, folder: Path) -> Any:
     name = found.benchmark.task
     target = folder / name
     if not target.is_dir():
-        target.mkdir()
-        data = None if suite.data_dir is None else LocalData(suite.data_dir, target)
-        for task in found.tasks:
-            document = found.configs[task]
-            if data is not None:
-                document = document | data.place(found, task, shots=document.get("num_fewshot") or 0)
-            (target / f"{task}.yaml").write_text(task_file(document), encoding="utf-8")
-        for group in found.groups:
-            (target / f"group {group.name}.yaml").write_text(task_file({"include": str(group.path)}), encoding="utf-8")
+        try:
+            _write_files(suite, found, target)
+        except Exception:
+            shutil.rmtree(target)  # the next model is told the same, and not of files that are missing
+            raise
     loaded = TaskManager(include_path=str(target), include_defaults=False).load([name])
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
@@ -132,6 +129,19 @@ def _load(suite: Suite, found: Found, folder: Path) -> Any:
                 f"{task.config.task} reports {', '.join(known)} and no {wanted}; write one of these as `metric`"
             )
     return loaded
+
+
+def _write_files(suite: Suite, found: Found, target: Path) -> None:
+    """Writes the files of a benchmark's tasks and groups, and of their data, into the new folder `target`."""
+    target.mkdir()
+    data = None if suite.data_dir is None else LocalData(suite.data_dir, target)
+    for task in found.tasks:
+        document = found.configs[task]
+        if data is not None:
+            document = document | data.place(found, task, shots=document.get("num_fewshot") or 0)
+        (target / f"{task}.yaml").write_text(task_file(document), encoding="utf-8")
+    for group in found.groups:
+        (target / f"group {group.name}.yaml").write_text(task_file({"include": str(group.path)}), encoding="utf-8")
 
 
 def reported(task: Any) -> list[str]:

@@ -24,6 +24,7 @@ from minitron.cli.report.markup import Markup, element
 from minitron.cli.report.scores import read_scores
 from minitron.specs.errors import WorkError
 
+from .browser import Browser
 from .test_startup import PROBE, start
 
 VOID = {"meta", "br"}
@@ -297,6 +298,63 @@ def test_the_same_build_gives_the_same_page(whole: Path) -> None:
 def test_it_needs_no_torch(whole: Path) -> None:
     done = start("-c", PROBE, "show", str(whole), "--html")
     assert (done.returncode, done.stderr) == (0, "imported: numpy\n")
+
+
+# Every text of every chart: its rectangle on the screen, its height, the colour that it has on the page.
+TEXTS = """[...document.querySelectorAll('svg')].map(svg => [...svg.querySelectorAll('text')].map(text => {
+  const box = text.getBoundingClientRect();
+  return {text: text.textContent, left: box.left, right: box.right, top: box.top, bottom: box.bottom};
+}))"""
+
+
+def apart(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two texts leave each other room; a line's box is higher than its letters by some pixels."""
+    slack = 3
+    return bool(
+        one["right"] <= other["left"] or other["right"] <= one["left"]
+        or one["bottom"] - slack <= other["top"] or other["bottom"] - slack <= one["top"]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [390, 1280], ids=["a phone", "a desk"])
+def test_it_can_be_read_wherever_it_is_read(whole: Path, tmp_path: Path, width: int) -> None:
+    """Nothing is wider than the screen, letters in charts are large enough and do not overlap, in light and dark."""
+    program = next((found for name in CHROMIUM if (found := shutil.which(name))), None)
+    if program is None:
+        pytest.skip(f"no Chromium on this machine ({', '.join(CHROMIUM)})")
+    write_curve(whole, losses=[3.8, 2.5, 1.6])
+    page = write_report(whole)
+    browser = Browser(program, tmp_path)
+    colours = set()
+    try:
+        for scheme in ("light", "dark"):
+            browser.show(page, width, 900, scheme)
+            assert browser.evaluate("document.documentElement.scrollWidth") <= width
+            colours.add(browser.evaluate("getComputedStyle(document.body).backgroundColor"))
+            charts = [chart for chart in browser.evaluate(TEXTS) if chart]
+            assert charts
+            for chart in charts:
+                for index, one in enumerate(chart):
+                    assert one["bottom"] - one["top"] >= 10, f"{one['text']} is too small"
+                    for other in chart[:index]:
+                        # Crosses under neighbouring bars are marks, not words.
+                        marks = "×" in (one["text"], other["text"])
+                        assert marks or apart(one, other), f"{one['text']} and {other['text']} overlap"
+            order = browser.evaluate("[...document.querySelectorAll('h2')].map(title => title.id)")
+            assert order[:2] == ["results", "training"] and order.index("plan") > order.index("verification")
+    finally:
+        browser.close()
+    assert len(colours) == 2
+
+
+def write_curve(build: Path, losses: list[float]) -> None:
+    """A training whose loss ends near the teacher's, where its label has little room."""
+    lines = [
+        {"step": step, "tokens": step * 4096, "loss": loss, "lr": 1e-4, "held_out_loss": loss}
+        for step, loss in enumerate(losses, 1)
+    ]
+    (build / "train").mkdir(exist_ok=True)
+    (build / "train" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
 
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["dark", "light"])
