@@ -1,4 +1,5 @@
-# `make quickstart` takes a fresh clone to a distilled model; `make test` and `make lint` check a change.
+# `make quickstart` takes a fresh clone to a distilled model; `make test-fast`, `make test` and `make lint` check a
+# change.
 #
 #   PYTHON=python3.12 make quickstart    another interpreter
 #   VENV=/tmp/venv make test             another virtual environment
@@ -11,12 +12,20 @@ BIN := $(VENV)/bin
 # Touched when the installation is complete: it is repeated only after pyproject.toml or constraints.txt has changed.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help quickstart install test lint clean
+# Under two minutes: the language, the commands, the algebra of axes, the passes, the losses. CONTRIBUTING.md says what else.
+FAST := tests/specs tests/cli tests/repository/test_arrows.py tests/repository/test_architecture.py \
+  tests/compiler/test_dims.py tests/compiler/test_narrowing.py tests/compiler/test_select.py tests/compiler/test_scores.py \
+  $(wildcard tests/compiler/test_rules_*.py) tests/runtime/test_distillation_loss.py tests/runtime/test_schedule_and_optimizer.py
+NOT_FAST := --deselect tests/cli/test_interface.py::test_the_page_runs
+
+.PHONY: help quickstart install test test-fast test-all lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make quickstart   install into $(VENV), then compile, distil and evaluate examples/quickstart/spec.yaml'
-	@echo 'make test         run the tests'
+	@echo 'make test-fast    the tests of language, commands, axes, passes and losses: under two minutes'
+	@echo 'make test         the tests'
+	@echo 'make test-all     the tests and the sweeps that are marked slow'
 	@echo 'make lint         ruff check, ruff format --check, mypy --strict'
 	@echo 'make install      install into $(VENV) only'
 	@echo 'make clean        remove $(VENV), caches and the builds of the examples'
@@ -27,6 +36,12 @@ quickstart: $(INSTALLED)
 install: $(INSTALLED)
 
 test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow'
+
+test-fast: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m 'not slow' $(NOT_FAST) $(FAST)
+
+test-all: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(INSTALLED)

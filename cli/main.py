@@ -12,7 +12,15 @@ from typing import Annotated, NoReturn
 import typer
 
 from minitron import __version__
-from minitron.cli import build_commands, data_command, diff_command, interrupts, lock_command, spec_commands
+from minitron.cli import (
+    build_commands,
+    data_command,
+    diff_command,
+    init_command,
+    interrupts,
+    lock_command,
+    spec_commands,
+)
 from minitron.cli.failures import DONE, INTERRUPTED, failure_of
 from minitron.cli.ranks import says
 from minitron.cli.render import document, say, write
@@ -26,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("init")(spec_commands.init)
+app.command("init")(init_command.init)
 app.command("schema")(spec_commands.schema)
 app.command("validate")(spec_commands.validate)
 app.command("lock")(lock_command.lock)

@@ -1,4 +1,4 @@
-"""The commands that need a spec and no weights: validate, schema, init, plan."""
+"""The commands that need a spec and no weights: validate, schema, plan."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from minitron.specs.lockfile import LOCK_SUFFIX
 
 # What `plan --detailed-exitcode` ends with when there is something to compile.
 NOT_UP_TO_DATE = 3
-DEFAULT_SPEC = "spec.yaml"
 
 
 def validate(
@@ -68,31 +67,6 @@ def schema() -> None:
     from minitron.specs import json_schema_text
 
     write(json_schema_text())
-
-
-def init(
-    recipe: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE]", help="A published recipe; a commented starting spec without it.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="RECIPE.yaml or spec.yaml by default.")
-    ] = None,
-    list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes and write nothing.")] = False,
-) -> None:
-    """Write a commented starting spec, or a published recipe."""
-    from minitron.specs import recipe_names, recipe_text, starting_spec
-    from minitron.specs.atomic import write_text
-
-    if list_recipes:
-        write(*recipe_names())
-        return
-    text = starting_spec() if recipe is None else recipe_text(recipe)
-    target = output or Path(DEFAULT_SPEC if recipe is None else f"{recipe}.yaml")
-    if target.exists():
-        raise UsageError(f"{target}: exists already and is not overwritten; choose another file with -o")
-    write_text(target, text)
-    write(str(target))
-    say(f"next: minitron plan {target}")
 
 
 def plan(

@@ -161,7 +161,7 @@ def test_init_writes_a_valid_spec_and_never_overwrites(run: Run, tmp_path: Path)
 
 def test_every_recipe_is_listed_and_valid(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("init", "--list")
-    names = out.split()
+    names = [line.split()[0] for line in out.splitlines()]
     assert code == 0 and names
     for name in names:
         target = tmp_path / f"{name}.yaml"
@@ -186,7 +186,7 @@ def test_a_plan_is_estimated_for_the_devices_that_are_named(
 ) -> None:
     asked = []
 
-    monkeypatch.setattr(minitron.compiler, "make_plan", lambda loaded, *, build: None)
+    monkeypatch.setattr(minitron.compiler, "make_plan", lambda loaded, *, build: loaded)
     monkeypatch.setattr(minitron.compiler, "plan_document", lambda made, hardware: asked.append(hardware) or plan)
     assert run("plan", spec, "--device", "h200x8", "--mfu", "0.4")[0] == 0
     assert run("compile", spec, "--dry-run", "--device", "a100")[0] == 0

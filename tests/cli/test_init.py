@@ -1,0 +1,85 @@
+"""`minitron init --teacher`: a spec of one's own teacher and data that plans at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minitron.cli.init_command import described
+from minitron.cli.main import command_line
+from minitron.specs import load_spec, recipe_names, recipe_text
+from tests import models
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration without weights, and some text."""
+    folder = tmp_path_factory.mktemp("own")
+    models.save_teacher(folder / "teacher", models.tiny_config("llama", num_hidden_layers=2, intermediate_size=64))
+    (folder / "a.txt").write_text(models.text(150))
+    (folder / "b.txt").write_text(models.text(50, seed=1))
+    return folder
+
+
+def test_a_spec_for_a_teacher_plans_at_once(
+    teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(teacher)
+    given = ["init", "--teacher", "teacher", "--target", "60%", "--data", "a.txt", "--held-out", "b.txt"]
+    assert command_line([*given, "-o", "specs/own.yaml"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "specs/own.yaml\n" and "next: minitron plan specs/own.yaml" in err
+    loaded = load_spec(teacher / "specs" / "own.yaml")
+    spec = loaded.spec
+    assert spec.teacher.model == "../teacher" and spec.distill is not None and spec.importance.data is not None
+    assert spec.distill.data.text == ("../a.txt",) == spec.importance.data.text
+    assert spec.evaluate is not None and spec.evaluate.held_out is not None
+    assert spec.evaluate.held_out.text == ("../b.txt",)
+    assert spec.distill.sequence_length <= models.POSITIONS
+    assert spec.distill.tokens // (spec.distill.sequence_length * spec.distill.global_batch_size) >= 100
+    # What it says of the student is what the plan says.
+    assert command_line(["plan", "specs/own.yaml", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    share = plan["student"]["parameters"] / plan["teacher"]["parameters"]
+    assert f"{100 * share:.1f}%" in err and abs(share - 0.6) < 0.15
+    assert (teacher / "specs" / "minitron.schema.json").is_file()
+    assert (teacher / "specs" / ".gitignore").read_text() == "builds/\n"
+
+
+def test_what_is_there_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / ".gitignore").write_text("*.tmp\n")
+    assert command_line(["init", "-o", str(tmp_path / "spec.yaml")]) == 0
+    assert (tmp_path / ".gitignore").read_text() == "*.tmp\n"
+    assert "does not name builds/" in capsys.readouterr().err
+    assert load_spec(tmp_path / "spec.yaml") and (tmp_path / "minitron.schema.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--teacher", "teacher", "--parameters", "1T"], "ask for fewer"),
+        (["--teacher", "teacher", "--target", "120%"], "a student is smaller than its teacher"),
+        (["--teacher", "teacher", "--target", "half"], "`half` is not a percentage; write 50%"),
+        (["--teacher", "teacher", "--parameters", "0"], "write 4B"),
+        (["--teacher", "teacher", "--target", "5%", "--parameters", "4B"], "one of --parameters and --target"),
+        (["--teacher", "teacher", "--data", "a.txt", "--data", "b.jsonl"], "files of several kinds (jsonl, text)"),
+        (["--teacher", "teachr"], "there is no folder"),
+        (["--target", "50%"], "say more of a --teacher"),
+    ],
+)
+def test_wrong_calls_say_what_to_write(
+    teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    monkeypatch.chdir(teacher)
+    assert command_line(["init", *arguments, "-o", "none.yaml"]) == 2
+    assert words in capsys.readouterr().err
+    assert not list(teacher.glob("*none*")) and not list(teacher.glob(".*none*"))
+
+
+def test_recipes_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line(["init", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(recipe_names())
+    assert all(described(recipe_text(name)) for name in recipe_names())
