@@ -64,11 +64,17 @@ class Arm:
 
 
 PRINCIPAL = {"importance.hidden_basis": "principal"}
+REFIT = {"recovery.refit": "least_squares"}
 ARMS: dict[str, Arm] = {
     "channels": Arm(),
     "channels, untied": Arm({"importance.untie": True}),
     "principal": Arm(PRINCIPAL),
     "principal, untied": Arm({**PRINCIPAL, "importance.untie": True}),
+    "channels + refit": Arm(REFIT),
+    "greedy + refit": Arm({**REFIT, "importance.selection": "greedy"}),
+    "all, untied": Arm({**PRINCIPAL, **REFIT, "importance.selection": "greedy", "importance.untie": True}),
+    "principal + refit": Arm({**PRINCIPAL, **REFIT}),
+    "principal, untied + refit": Arm({**PRINCIPAL, **REFIT, "importance.untie": True}),
     "random init": Arm(fresh=True, trained_only=True),
     "cross-entropy": Arm(cross_entropy=True, trained_only=True),
     "rotated, no KD": Arm(PRINCIPAL, cross_entropy=True, trained_only=True),

@@ -121,6 +121,7 @@ def score(compilation: Compilation) -> tuple[ScoreTable, torch.Tensor | None]:
         DepthConfig(importance.depth.metric),
         () if plan.rotation is None else plan.rotation.sites,
         None if plan.rotation is None else plan.rotation.head_site,
+        importance.selection == "greedy",
     )
     key = _score_key(plan, content_hash(data), samples, config)
     path = compilation.build / SCORES

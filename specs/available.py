@@ -14,8 +14,6 @@ def unavailable(spec: Spec) -> list[Problem]:
 
 
 def _unavailable(spec: Spec) -> Iterator[Problem]:
-    if spec.importance.selection == "greedy":
-        yield _missing("importance.selection", "greedy", "write scores or leave it out")
     if spec.recovery.merge_heads:
         yield _missing("recovery.merge_heads", "true", "write false or leave it out")
     if spec.search is not None:

@@ -140,6 +140,14 @@ def scores_need_data(spec: Spec) -> Iterator[Problem]:
         )
 
 
+@constraint("importance.selection", "recovery")
+def elimination_counts_on_a_refit(spec: Spec) -> Iterator[Problem]:
+    """Elimination keeps what a refit can make the most of, which is not what is best without one."""
+    if spec.importance.selection == "greedy" and spec.recovery.refit == "none":
+        message = "greedy keeps what is best once projections are refitted, and nothing is"
+        yield Problem("importance.selection", message, "write scores, or `recovery: {refit: least_squares}`")
+
+
 @constraint("distill.optimizer.lr", "distill.optimizer.min_lr")
 def distill_rate_falls(spec: Spec) -> Iterator[Problem]:
     """The learning rate ends no higher than it starts."""

@@ -61,7 +61,7 @@ class Executor:
         settings: Settings,
     ) -> None:
         self._settings = settings
-        self._fetch = fetch
+        self.fetch = fetch
         self._buffers = buffers
         self._shared = _shared_weights(graph_module, layer_of)
         self._segments = _segments(graph_module, layer_of)
@@ -178,7 +178,7 @@ class Executor:
         name = strip_wrapper(str(node.target))
         if name in self._cache:
             return self._cache[name]
-        value = self._buffers[name] if name in self._buffers else self._fetch(name)
+        value = self._buffers[name] if name in self._buffers else self.fetch(name)
         dtype = self._settings.dtype if value.dtype.is_floating_point and name not in self._buffers else None
         value = value.to(device=self._settings.device, dtype=dtype)
         if name in self._shared:

@@ -44,8 +44,9 @@ def calibrate(
     progress: Progress,
 ) -> ScoreTable:
     """Scores of all axes over `samples` [samples, sequence]. `need_layers`: also where that takes removing each layer."""
-    taps = Taps(teacher, config)
+    taps = Taps(teacher, config, executor.fetch)
     batches, block = batches_of(samples, teacher.roles.hidden.size)
+    taps.elimination.batches = min(block, len(batches))
     done = _restore(taps, saved)
     with progress.task("calibrate", len(batches) * executor.segments, "batches", done * executor.segments) as task:
         while done < len(batches):

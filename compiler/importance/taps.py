@@ -12,7 +12,9 @@ from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.graph.aten import MOVES, is_op
 from minitron.compiler.graph.executor import Tap
+from minitron.compiler.graph.names import Fetch
 from minitron.compiler.importance.covariance import Gram
+from minitron.compiler.importance.elimination import Elimination
 from minitron.compiler.importance.scores import (
     Accumulator,
     Contributions,
@@ -42,19 +44,20 @@ class CalibrationConfig:
     """What decides the scores, besides teacher and samples.
 
     `sites` are the norm outputs whose covariance is taken, `head_site` that of the norm before a tied head, whose covariance
-    is kept apart too.
+    is kept apart too. `greedy`: neurons and heads are ranked by elimination.
     """
 
     width: WidthConfig
     depth: DepthConfig
     sites: tuple[Site, ...] = ()
     head_site: Site | None = None
+    greedy: bool = False
 
 
 class Taps:
     """All accumulators, and the nodes that feed them."""
 
-    def __init__(self, teacher: AnalysedTeacher, config: CalibrationConfig):
+    def __init__(self, teacher: AnalysedTeacher, config: CalibrationConfig, fetch: Fetch):
         table, roles, ends = teacher.table, teacher.roles, teacher.ends
         self.roles = roles
         self.space = table.space
@@ -71,6 +74,9 @@ class Taps:
         self.covariance = {"hidden": Gram(), "head": Gram()}
         for norm in config.sites:
             self._covariance(norm)
+        self.elimination = Elimination(table, roles, fetch)
+        for name, tap in self.elimination.taps() if config.greedy else []:
+            self._add(name, tap)
         for node in norm_outputs(teacher.captured, roles):
             self._accumulate(node, f"{HIDDEN}.{node.name}")
         for layer, site in roles.heads.items():
@@ -191,6 +197,8 @@ class Taps:
             if gram.total is not None:
                 state[f"covariance/{key}"] = gram.total
                 state[f"covered/{key}"] = torch.tensor(gram.tokens)
+        for key, order in self.elimination.orders.items():
+            state[f"eliminated/{key}"] = torch.from_numpy(order)
         for layer, contributions in self.contributions.items():
             if contributions.total is not None and contributions.tokens is not None:
                 state[f"contributed/{layer}"] = contributions.total
@@ -206,6 +214,9 @@ class Taps:
         for key, gram in self.covariance.items():
             if f"covariance/{key}" in state:
                 gram.total, gram.tokens = state[f"covariance/{key}"], int(state[f"covered/{key}"])
+        for key, order in state.items():
+            if key.startswith("eliminated/"):
+                self.elimination.orders[key.removeprefix("eliminated/")] = order.numpy()
         for layer, contributions in self.contributions.items():
             if f"contributed/{layer}" in state:
                 contributions.total, contributions.tokens = state[f"contributed/{layer}"], state[f"received/{layer}"]
@@ -234,6 +245,12 @@ class Taps:
                 layer: one.result().reshape(self.roles.mixtures[layer].groups, -1).squeeze(0).numpy()
                 for layer, one in self.contributions.items()
             }
+        for key, order in self.elimination.orders.items():
+            name, _, number = key.partition(".")
+            if name == HEADS:
+                heads[int(number)] = order
+            else:
+                widths[name][int(number)] = order
         layers = None
         if self._config.depth.metric == "block_influence":
             layers = (self.influence["turned"] / self.influence["tokens"]).float().numpy()

@@ -55,7 +55,8 @@ class Importance(Block):
     """Scores of layers."""
 
     selection: Literal["scores", "greedy"] = "scores"
-    """`scores`: the highest stay; `greedy`: backward elimination on the Gram matrix, for axes that recovery refits."""
+    """`scores`: the highest stay; `greedy`: heads, key-value groups and neurons are eliminated one by one, always the one that
+    a refit of the others makes up for best; it goes with `recovery.refit`. Channels, experts and layers stay by scores."""
 
     hidden_basis: Literal["channels", "principal"] = "channels"
     """`channels`: the residual stream loses channels (Minitron); `principal`: it is rotated onto its principal

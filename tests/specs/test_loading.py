@@ -113,7 +113,6 @@ evaluate: {suite: [hellaswag, gsm8k], data_dir: benchmarks/, held_out: {text: "p
     assert spec.distill.loss.hidden_states.pairs == ((29, 13),)
     assert spec.evaluate is not None and spec.evaluate.suite == (Benchmark(task="hellaswag"), Benchmark(task="gsm8k"))
     assert [problem.path for problem in unavailable(spec)] == [
-        "importance.selection",
         "recovery.merge_heads",
     ]
 
@@ -124,8 +123,8 @@ def test_samples_of_the_teacher_are_counted(load: Load) -> None:
 
 
 def test_what_is_unavailable_says_what_to_write(load: Load) -> None:
-    found = [str(one) for one in unavailable(load(WHOLE.replace("selection: scores", "selection: greedy")).spec)]
-    assert found[0] == "importance.selection: greedy is not available in this version; write scores or leave it out"
+    found = [str(one) for one in unavailable(load(WHOLE.replace("merge_heads: false", "merge_heads: true")).spec)]
+    assert found[0] == "recovery.merge_heads: true is not available in this version; write false or leave it out"
     assert len(found) == 2 and found[1].startswith("search: ")
     assert unavailable(load(SMALL).spec) == []
 

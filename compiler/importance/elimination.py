@@ -1,0 +1,112 @@
+"""Backward elimination on a Gram matrix: what can go when the projection that reads the rest is refitted.
+
+A projection W reads X. Without the units U it can be refitted so that it yields W X as nearly as the others allow; the squared
+error that this adds is tr(W_U (G^-1_UU)^-1 W_U^T) with G = X X^T. The unit with the least goes, W and G^-1 become those
+of the rest, and so on to the last (optimal brain surgeon, Hassibi and Stork 1992, on whole units). The order is nested: it
+serves every width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from minitron.compiler.axes.table import AxisTable, Contraction
+from minitron.compiler.graph.aten import op_name
+from minitron.compiler.graph.executor import Tap
+from minitron.compiler.importance.covariance import Gram
+from minitron.compiler.importance.scores import Scores
+from minitron.compiler.roles.names import HEADS
+from minitron.compiler.roles.roles import Heads, Roles
+
+# Share of the mean of the Gram matrix's diagonal that is added to it: directions that the data barely shows count for nothing.
+RIDGE = 1e-2
+
+
+def eliminate(gram: torch.Tensor, weight_ON: torch.Tensor, size: int = 1) -> Scores:
+    """For each unit of `size` neighbouring columns the step at which it is eliminated: [N / size], high: stays longest."""
+    count = gram.shape[0] // size
+    ridge = RIDGE * float(gram.diagonal().mean()) or 1.0
+    inverse = torch.linalg.inv(gram.double() + ridge * torch.eye(gram.shape[0], dtype=torch.float64))
+    weight = weight_ON.double().clone()
+    steps = np.zeros(count, dtype=np.float32)
+    left = torch.arange(count)
+    for step in range(count):
+        rows = left[:, None] * size + torch.arange(size)
+        blocks = inverse[rows[:, :, None], rows[:, None, :]]
+        read = weight[:, rows].permute(1, 2, 0)
+        losses = (read * torch.linalg.solve(blocks, read)).sum((1, 2))
+        place = int(losses.argmin())
+        gone = int(left[place])
+        steps[gone] = step
+        left = torch.cat([left[:place], left[place + 1 :]])
+        unit = slice(gone * size, (gone + 1) * size)
+        across = torch.linalg.solve(inverse[unit, unit], inverse[unit])
+        weight -= weight[:, unit] @ across
+        inverse -= inverse[:, unit] @ across
+    return steps
+
+
+def eliminate_heads(gram: torch.Tensor, weight_ON: torch.Tensor, site: Heads) -> Scores:
+    """[groups, repeats]: groups in the order in which whole ones go, and in a group its query heads in theirs."""
+    heads = site.groups * site.repeats
+    width = gram.shape[0] // heads
+    of_group = eliminate(gram, weight_ON, width * site.repeats)
+    of_head = eliminate(gram, weight_ON, width).reshape(site.groups, site.repeats)
+    return of_group[:, None] * (heads + 1) + of_head
+
+
+@dataclass
+class Elimination:
+    """Gram matrices of what the projections behind an axis read, each there while its layer runs, and the orders that they
+    lead to. Only the first `batches` are looked at: they run layer by layer, so one layer's matrices are held at a time."""
+
+    table: AxisTable
+    roles: Roles
+    fetch: Callable[[str], torch.Tensor]
+    batches: int = 0
+    orders: dict[str, Scores] = field(default_factory=dict)
+    _grams: dict[str, Gram] = field(default_factory=dict)
+
+    def taps(self) -> list[tuple[str, Tap]]:
+        """Node names and what to do with their values, for each axis that has a projection of two dimensions behind it."""
+        found: list[tuple[str, Tap]] = []
+        for layer, site in self.roles.heads.items():
+            for reader in site.readers[:1]:
+                if self._plain(reader):
+                    found.append((reader.value.name, self._tap(f"{HEADS}.{layer}", reader, site)))
+        for name, layers in self.roles.widths.items():
+            for layer, width in layers.items():
+                if len(width.readers) != 1 or width.parents:
+                    continue
+                (reader,) = width.readers
+                if tuple(self.table.space.flat(reader.dim)) == (width.leaf,) and self._plain(reader):
+                    found.append((reader.value.name, self._tap(f"{name}.{layer}", reader, None)))
+        return found
+
+    def _plain(self, reader: Contraction) -> bool:
+        return reader.weight is not None and len(self.table.parameters[reader.weight]) == 2
+
+    def _tap(self, key: str, reader: Contraction, site: Heads | None) -> Tap:
+        def tap(value: torch.Tensor, number: int) -> None:
+            if key in self.orders or number >= self.batches:
+                return
+            gram = self._grams.setdefault(key, Gram())
+            gram.add(value.reshape(-1, value.shape[-1]))
+            if number == self.batches - 1:
+                del self._grams[key]
+                total, weight = gram.mean(), self._weight(reader)
+                self.orders[key] = eliminate(total, weight) if site is None else eliminate_heads(total, weight, site)
+
+        return tap
+
+    def _weight(self, reader: Contraction) -> torch.Tensor:
+        """[O, N]: written, read."""
+        assert reader.weight is not None
+        weight = self.fetch(reader.weight).float().cpu()
+        first = tuple(self.table.space.flat(self.table.parameters[reader.weight][0]))
+        reads_first = op_name(reader.node) != "linear" and first == tuple(self.table.space.flat(reader.dim))
+        return weight.T if reads_first else weight
