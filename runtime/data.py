@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +55,16 @@ class Batch:
             yield Batch.of(self.input_ids_BL[part], self.labels_BL[part], self.valid_BL[part])
 
     def to(self, device: torch.device) -> Batch:
-        rows_T = None if self.rows_T is None else self.rows_T.to(device)
-        return Batch(self.input_ids_BL.to(device), self.labels_BL.to(device), self.valid_BL.to(device), rows_T)
+        """On `device`; from pinned memory without waiting."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """In memory that a GPU can read by itself."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        rows_T = None if self.rows_T is None else change(self.rows_T)
+        return Batch(change(self.input_ids_BL), change(self.labels_BL), change(self.valid_BL), rows_T)
 
 
 @dataclass(frozen=True)

@@ -15,30 +15,35 @@ from minitron.runtime.world import World
 _TINY = 1e-6  # keeps the quotient finite, as in torch.nn.utils.clip_grad_norm_
 
 
-def sum_and_clip(parameters: Sequence[torch.nn.Parameter], most: float | None, world: World) -> float:
-    """Sums over the ranks what backward has not summed already (it has, where a parameter is sharded), scales the
-    gradients down to a norm of `most` where theirs is larger (None: never), and returns the norm before that.
-
-    A norm that is not finite is returned and nothing is scaled.
-    """
+def sum_gradients(parameters: Sequence[torch.nn.Parameter], world: World) -> Tensor:
+    """Sums over the ranks what backward has not summed already (it has, where a parameter is sharded), and returns the norm of
+    the whole. The host does not wait for it."""
     _fill_up(parameters, world)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    whole, rows = _gradients(parameters)
     for gradient in whole:
         world.sum(gradient)
-    rows = [local(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
     norm = _norm(whole)
     if rows:
         # This rank's rows are part of a vector that the ranks hold together.
         squares = world.sum(_norm(rows).to(world.device, torch.float64).square())
         norm = (squares + norm.to(squares) ** 2).sqrt()
-    if most is not None and bool(norm.isfinite()):
-        scale = most / (float(norm) + _TINY)
-        if scale < 1.0:
-            for together in (whole, rows):  # which may be on different devices
-                if together:
-                    torch._foreach_mul_(together, scale)
-    return float(norm)
+    return norm
+
+
+def clip(parameters: Sequence[torch.nn.Parameter], norm: float, most: float | None) -> None:
+    """Scales the gradients down to a norm of `most` where theirs is larger; None: never."""
+    if most is None or (scale := most / (norm + _TINY)) >= 1.0:
+        return
+    for together in _gradients(parameters):  # which may be on different devices
+        if together:
+            torch._foreach_mul_(together, scale)
+
+
+def _gradients(parameters: Sequence[torch.nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
+    """Those that are whole on this rank, and this rank's rows of the others."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    return whole, [local(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
 
 
 def _fill_up(parameters: Sequence[torch.nn.Parameter], world: World) -> None:

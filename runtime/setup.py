@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from minitron.runtime.checkpoint import Checkpoints, TrainerState, load
 from minitron.runtime.data import Corpus, Data, Windows, open_corpus, open_held_out
+from minitron.runtime.feed import Feed
 from minitron.runtime.hidden_states import HiddenStates, prepare_hidden_states
 from minitron.runtime.identity import require_same_training
 from minitron.runtime.interrupt import Interrupt
@@ -81,6 +83,12 @@ class Run:
 
     loss: DistillationLoss
     compute_dtype: torch.dtype
+
+    @cached_property
+    def feed(self) -> Feed:
+        """The batches of this rank, step after step."""
+        plan = self.plan
+        return Feed(self.corpus, self.stored, self.world, plan.global_batch_size, plan.micro_batch_size, plan.steps)
 
     @property
     def flops_per_token(self) -> int | None:

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minitron.runtime.attention import fastest_attention
 from minitron.runtime.checkpoint import TrainerState
 from minitron.runtime.data import Batch
 from minitron.runtime.disk import writing
-from minitron.runtime.gradients import sum_and_clip
+from minitron.runtime.gradients import clip, sum_gradients
 from minitron.runtime.held_out import autocast
 from minitron.runtime.hidden_states import States
 from minitron.runtime.loss import Head, SampledTargets, distillation_loss
@@ -33,27 +34,27 @@ def train_step(run: Run, state: TrainerState) -> dict[str, float]:
     WorkError where loss or gradient are not finite; the weights are then as they were, and the batch is saved.
     """
     plan, world = run.plan, run.world
-    samples = world.share(range(state.samples, state.samples + plan.global_batch_size))
-    batch = run.corpus.batch(samples)
-    valid = world.sum(batch.valid_BL.sum().to(world.device))
-    normaliser = max(1.0, float(valid))  # a batch that is masked throughout has loss 0 and gradient 0
+    given = run.feed.take(state.samples)
+    (valid,) = world.total(given.valid)
+    normaliser = float(max(1, valid))  # a batch that is masked throughout has loss 0 and gradient 0
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
-    for number, micro in enumerate(batch.micro_batches(plan.micro_batch_size)):
-        # What dropout draws, where a model has it, follows from the sample too: nothing to save, nothing to lose.
-        torch.manual_seed(mix(plan.seed, state.samples, world.rank, number))
-        targets = None
-        if run.stored is not None:
-            first = number * plan.micro_batch_size
-            targets = run.stored.read(samples[first : first + plan.micro_batch_size]).to(world.device)
-        total, terms = _loss(run, micro.to(world.device), targets, normaliser)
-        total.backward()  # type: ignore[no-untyped-call]
-        sums += torch.stack([total.detach(), *terms])
-    grad_norm = sum_and_clip(list(run.student.module.parameters()), plan.optimizer.clip_grad_norm, world)
-    loss, divergence, cross_entropy, hidden_states = world.sum(sums).tolist()
+    with fastest_attention(world.device):
+        for number, (micro, targets) in enumerate(given.micro_batches):
+            # What dropout draws, where a model has it, follows from the sample too: nothing to save, nothing to lose.
+            torch.manual_seed(mix(plan.seed, state.samples, world.rank, number))
+            total, terms = _loss(run, micro, targets, normaliser)
+            total.backward()  # type: ignore[no-untyped-call]
+            sums += torch.stack([total.detach(), *terms])
+    parameters = list(run.student.module.parameters())
+    norm = sum_gradients(parameters, world)
+    # The one place where the host waits for the device: whether the weights change is decided here.
+    loss, divergence, cross_entropy, hidden_states, grad_norm = torch.cat(
+        [world.sum(sums), norm.to(sums).reshape(1)]
+    ).tolist()
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        raise _not_finite(
-            run, state, batch, f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {grad_norm}"
-        )
+        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {grad_norm}"
+        raise _not_finite(run, state, given.batch, what)
+    clip(parameters, grad_norm, plan.optimizer.clip_grad_norm)
     lr = learning_rate(state.step, plan.steps, plan.optimizer)
     set_learning_rate(run.optimizer, lr)
     run.optimizer.step()

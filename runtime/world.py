@@ -69,10 +69,15 @@ class World:
 
     def any_of(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag whether it is so on any rank."""
+        return tuple(count > 0 for count in self.total(*flags))
+
+    def total(self, *counts: int) -> tuple[int, ...]:
+        """The sums of the ranks' counts. They go over the host, so that nothing waits for a GPU."""
         if self.size == 1:
-            return flags
-        counts = self.sum(torch.tensor([float(flag) for flag in flags], device=self.device))
-        return tuple(bool(count) for count in counts.tolist())
+            return counts
+        sums = torch.tensor(counts, dtype=torch.int64)
+        dist.all_reduce(sums, group=self.waiting)
+        return tuple(sums.tolist())
 
     def most(self, count: int) -> int:
         """The largest of all ranks' counts."""

@@ -32,7 +32,13 @@ class SampledTargets:
     entropy: float
 
     def to(self, device: torch.device) -> SampledTargets:
-        return SampledTargets(self.ids_TN.to(device), self.weights_TN.to(device), self.entropy)
+        """On `device`; from pinned memory without waiting."""
+        ids_TN, weights_TN = (one.to(device, non_blocking=True) for one in (self.ids_TN, self.weights_TN))
+        return SampledTargets(ids_TN, weights_TN, self.entropy)
+
+    def pinned(self) -> SampledTargets:
+        """In memory that a GPU can read by itself."""
+        return SampledTargets(self.ids_TN.pin_memory(), self.weights_TN.pin_memory(), self.entropy)
 
     def part(self, rows: slice) -> SampledTargets:
         """These rows; the entropy is that of all and stays behind."""

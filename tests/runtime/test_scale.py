@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from minitron.runtime import train
-from minitron.runtime.gradients import sum_and_clip
+from minitron.runtime.gradients import sum_gradients
 from minitron.runtime.world import World
 from minitron.specs.progress import Silent
 from tests.runtime import processes, tiny
@@ -160,7 +160,7 @@ def test_an_expert_that_one_rank_does_not_use() -> None:
         def sum(self, value: torch.Tensor) -> torch.Tensor:
             return value.mul_(2)
 
-    sum_and_clip([used, unused, nowhere], None, Two(0, 2, torch.device("cpu")))
+    sum_gradients([used, unused, nowhere], Two(0, 2, torch.device("cpu")))
     assert unused.grad is not None and unused.grad.tolist() == [0, 0] and nowhere.grad is None
     assert used.grad.tolist() == [2, 2]
 

@@ -1,0 +1,67 @@
+"""The batches of a rank, made while the step before them is computed.
+
+Reading memory-mapped tokens and stored samples, cutting them into micro batches, and finding out on the host what is valid
+takes milliseconds in which a GPU would have nothing to do; a copy from memory that is not pinned would make the host wait
+for the device. So a thread makes the next step's batch in pinned memory, and its copies are queued before the step computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from minitron.runtime.data import Batch, Corpus
+from minitron.runtime.loss import SampledTargets
+from minitron.runtime.teacher_logits import StoredLogits
+from minitron.runtime.world import World
+
+
+@dataclass(frozen=True)
+class Given:
+    """What one rank learns in a step. `batch` is all of it on the host, with `valid` tokens to predict; the micro batches
+    are on the device, each with the samples of the teacher where they stand in for it."""
+
+    batch: Batch
+    valid: int
+    micro_batches: list[tuple[Batch, SampledTargets | None]]
+
+
+class Feed:
+    """Hands out the step that begins with a global sample, and makes the one after it meanwhile."""
+
+    def __init__(
+        self, corpus: Corpus, stored: StoredLogits | None, world: World, whole: int, micro: int, steps: int
+    ) -> None:
+        """`whole` sequences a step over all ranks, `micro` at a time on this one, `steps` in all."""
+        self.corpus, self.stored, self.world = corpus, stored, world
+        self.whole, self.micro, self.steps = whole, micro, steps
+        self._worker = ThreadPoolExecutor(1, "feed")
+        self._next: tuple[int, Future[Given]] | None = None
+
+    def take(self, first: int) -> Given:
+        """The step whose first global sample is `first`, on the device. What goes wrong in reading it is raised here."""
+        begun = self._next is not None and self._next[0] == first
+        made = self._next[1].result() if self._next is not None and begun else self._make(first)
+        self._next = None
+        if (following := first + self.whole) < self.steps * self.whole:
+            self._next = following, self._worker.submit(self._make, following)
+        device = self.world.device
+        on_device = [
+            (micro.to(device), None if targets is None else targets.to(device)) for micro, targets in made.micro_batches
+        ]
+        return Given(made.batch, made.valid, on_device)
+
+    def _make(self, first: int) -> Given:
+        samples = self.world.share(range(first, first + self.whole))
+        batch = self.corpus.batch(samples)
+        return Given(batch, int(batch.valid_BL.sum()), list(self._micro_batches(batch, samples)))
+
+    def _micro_batches(self, batch: Batch, samples: range) -> Iterator[tuple[Batch, SampledTargets | None]]:
+        pinned = self.world.device.type == "cuda"
+        for number, micro in enumerate(batch.micro_batches(self.micro)):
+            start = number * self.micro
+            targets = None if self.stored is None else self.stored.read(samples[start : start + self.micro])
+            if pinned:
+                micro, targets = micro.pinned(), None if targets is None else targets.pinned()
+            yield micro, targets
