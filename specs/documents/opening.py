@@ -21,9 +21,9 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 BLOCK = 1 << 18
 """Characters of a text that are in memory at one time."""
 
-_CUT = re.compile(r"(?<=\S\n)(?=[A-Za-z])")
-"""Where a text may be cut in two: behind a line break, between two lines that are not indented or empty. Most tokenizers
-begin a new word there; those that do not are given the pieces joined (`specs.encoding.cuts`)."""
+_CUT = re.compile(r"(?<=\n)(?=[A-Za-z])")
+"""Where a text may be cut in two: behind a line break, before a line that begins with a letter. Most tokenizers begin a
+new word there; those that do not are given the pieces joined (`specs.encoding.cuts`)."""
 
 
 def packages_missing(what: str) -> WorkError:
@@ -112,7 +112,7 @@ def blocks(handle: IO[str]) -> Iterator[str]:
             kept.append(block)
             continue
         # The end of what was kept belongs to the search: a cut needs to see both lines.
-        end = kept[-1][-2:]
+        end = kept[-1][-1:]
         found = _CUT.search(end + block)
         if found is None:
             kept.append(block)

@@ -1,15 +1,16 @@
 """Decides whether a text may be cut between two lines without changing its tokens.
 
-The cut is the one of `specs.documents.opening`: behind a line break that follows no white space, before an ASCII letter. It
-changes nothing where each stage of a tokenizer does the same to both halves as to the whole:
+The cut is the one of `specs.documents.opening`: behind a line break, before an ASCII letter. The first half is encoded with a
+letter behind it, whose tokens are taken off again (`CutRule.tail`). The cut changes nothing where each stage of a tokenizer
+does the same to both halves as to the whole:
 
 1. Added tokens: none contains a line break that is followed by a letter, and none that begins with a letter strips what is on
    its left. The search for them then finds the same on both sides.
 2. Normalizer: changes single characters, or composes them; nothing composes a line break with a letter. Text that is put in
    front of the whole (`▁`) is put in front of the second half too, and taken off again: see `CutRule.context`.
 3. Pre-tokenizer: every stage splits by single characters, or by a regular expression of which no match holds a line break that
-   is followed by a letter. A match is then found from where it begins and what it holds; a look ahead is allowed only behind
-   white space, which here is the line break alone, and the line break is matched alone with a letter behind it and without.
+   is followed by a letter. No match and no attempt at one passes the cut, so the matches before it follow from the text before
+   it and, where the expression looks ahead, from the one character behind it, which is a letter in both cases.
 4. Model: either the pre-tokenizer ends a word there, or it is a BPE of whose tokens none holds a line break that is followed by
    a letter: then no merge crosses the cut, and merges on one side do not depend on the other.
 
@@ -33,15 +34,20 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 _LINE_THEN_LETTER = re.compile("[\nĊ][A-Za-z]")
 """In the model's vocabulary; byte-level alphabets write a line break as Ċ."""
 
+TAIL = "a"
+"""Stands for the letter that the next part begins with."""
+
 _CHARACTERWISE = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase"}
 
 
 @dataclass(frozen=True)
 class CutRule:
-    """How the second part of a text is encoded: behind `context`, whose tokens are taken off again."""
+    """How the parts of a text are encoded: one that goes on from another behind `context`, one that goes on in another before
+    TAIL; the tokens of these are taken off again."""
 
     context: str
     tokens: tuple[int, ...]
+    tail: tuple[int, ...]
 
 
 def cut_rule(tokenizer: Any) -> CutRule | None:
@@ -54,12 +60,16 @@ def cut_rule(tokenizer: Any) -> CutRule | None:
     line = "Ċ" if any(stage["type"] == "ByteLevel" for stage in stages) else "\n"
     if None in found or not _model(document["model"], line, ends_word=True in found):
         return None
+    lines, followed = (tokenizer.encode(text, add_special_tokens=False).ids for text in ("b\n\nb\n", f"b\n\nb\n{TAIL}"))
+    if followed[: len(lines)] != lines or len(followed) == len(lines):
+        return None
+    tail = tuple(followed[len(lines) :])
     if not (_prepends(document.get("normalizer")) or any(_prepends(stage) for stage in stages)):
-        return CutRule("", ())
+        return CutRule("", (), tail)
     if not _keeps_context(document):
         return None
-    alone, followed = (tokenizer.encode(text, add_special_tokens=False).ids for text in ("\n", "\na"))
-    return CutRule("\n", tuple(alone)) if followed[: len(alone)] == alone and len(followed) > len(alone) else None
+    alone, behind = (tokenizer.encode(text, add_special_tokens=False).ids for text in ("\n", f"\n{TAIL}"))
+    return CutRule("\n", tuple(alone), tail) if behind == [*alone, *tail] else None
 
 
 def _added(document: dict[str, Any]) -> bool:

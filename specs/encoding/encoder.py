@@ -12,7 +12,7 @@ import numpy as np
 from minitron.specs.documents.kinds import Conversation, Piece, TokenIds
 from minitron.specs.documents.opening import BLOCK, cut
 from minitron.specs.encoding.chat import Span, render
-from minitron.specs.encoding.cuts import CutRule, cut_rule
+from minitron.specs.encoding.cuts import TAIL, CutRule, cut_rule
 from minitron.specs.encoding.recipe import EncodingRecipe
 from minitron.specs.errors import WorkError
 
@@ -96,16 +96,18 @@ class Encoder:
                         raise
                     done[index] = Encoded.failed(piece, error)
                     continue
-            texts.append(content if piece.begins else self._context + content)
+            texts.append(self._whole(piece, content))
             places.append(index)
         offsets = any(one is not None for one in spans.values())
         for index, (ids, found) in zip(places, self._tokenize(texts, offsets=offsets), strict=True):
             done[index] = self._framed(pieces[index], ids, found, spans.get(index))
         return [one for one in done if one is not None]
 
-    @property
-    def _context(self) -> str:
-        return self.cut_rule.context if self.cut_rule is not None else ""
+    def _whole(self, piece: Piece, text: str) -> str:
+        """A part of a text with what stands for the parts beside it."""
+        if self.cut_rule is None or (piece.begins and piece.ends):
+            return text
+        return ("" if piece.begins else self.cut_rule.context) + text + ("" if piece.ends else TAIL)
 
     def _tokenize(self, texts: list[str], *, offsets: bool) -> Iterator[tuple[Array, Array | None]]:
         """Ids of each text and, where they are asked for, the characters [tokens, 2] that each token is made of."""
@@ -119,10 +121,13 @@ class Encoder:
             yield np.asarray(encoding.ids, np.uint32), found
 
     def _framed(self, piece: Piece, ids: Array, offsets: Array | None, spans: list[Span] | None) -> Encoded:
-        if not piece.begins and self.cut_rule is not None:
-            context = len(self.cut_rule.tokens)
-            assert tuple(ids[:context].tolist()) == self.cut_rule.tokens, "a cut that was proved changes no token"
-            ids = ids[context:]
+        if not (piece.begins and piece.ends) and self.cut_rule is not None:
+            before_it = () if piece.begins else self.cut_rule.tokens
+            behind_it = () if piece.ends else self.cut_rule.tail
+            ids, own = ids[len(before_it) : len(ids) - len(behind_it)], ids
+            assert (*before_it, *ids.tolist(), *behind_it) == tuple(own.tolist()), (
+                "a cut that was proved changes no token"
+            )
         learnt = None if spans is None else self._learnt(piece, ids, offsets, spans)
         bos, eos = self.recipe.bos, self.recipe.eos
         before = [bos] if piece.begins and bos is not None and _first(ids) != bos else []

@@ -1,7 +1,8 @@
 """Reads the regular expressions that tokenizers split text by, as far as a cut between two lines asks for it.
 
 Understood are alternatives of sequences of characters, character classes and groups, repeated or not, and a look ahead at one
-character behind white space. Everything else (looks behind, anchors, references) is not, and the answer is then None.
+character behind white space that tells no letter from another. Everything else (looks behind, anchors, references) is not,
+and the answer is then None.
 """
 
 from __future__ import annotations
@@ -48,13 +49,12 @@ def crosses(expression: str) -> bool | None:
 
 @cache
 def splits_line(expression: str) -> bool:
-    """Whether a line break between other characters and a letter is always a match of its own, and so is one at the end."""
+    """Whether a match always begins at a letter behind a line break: none crosses it, and every letter begins one."""
     if crosses(expression) is not False:
         return False
     compiled = regex.compile(expression)
-    alone = [compiled.match("\n"), *(compiled.match(f"\n{letter}") for letter in string.ascii_letters)]
     letters = [compiled.match(letter) for letter in string.ascii_letters]
-    return all(found is not None and found.end() == 1 for found in alone + letters)
+    return all(found is not None and found.end() == 1 for found in letters)
 
 
 def _alternatives(text: str, place: int) -> tuple[list[list[_Element]], int]:
@@ -67,8 +67,8 @@ def _alternatives(text: str, place: int) -> tuple[list[list[_Element]], int]:
         if text.startswith(("(?!", "(?="), place):
             if any(element.other or element.letter for element in found[-1]) or not found[-1]:
                 raise _NotUnderstood
-            _, place = _character(text, place + 3)
-            if text[place] != ")":
+            ahead, place = _character(text, place + 3)
+            if text[place] != ")" or len({ahead.fullmatch(one) is None for one in string.ascii_letters}) > 1:
                 raise _NotUnderstood
             place += 1
             continue

@@ -87,7 +87,9 @@ def written(
     path.write_text(spec, encoding="utf-8")
     checkpoint = Checkpoint(teacher, folder / teacher, None, {}, commit)
     costs = {"teacher": ModelCosts(9, 9, 9, 18, (), 1000, 10), "student": ModelCosts(5, 5, 5, 10, (), 500, 4)}
-    plan = training_plan(load_spec(path), target, checkpoint, {"teacher": HEAD, "student": HEAD}, "model.layers", "f" * 64, costs)
+    plan = training_plan(
+        load_spec(path), target, checkpoint, {"teacher": HEAD, "student": HEAD}, "model.layers", "f" * 64, costs
+    )
     target.mkdir(parents=True, exist_ok=True)
     (target / "training.yaml").write_text(render(plan, path, target), encoding="utf-8")
     return target
