@@ -21,7 +21,7 @@ from minitron.compiler.emit.student import StudentFolder, student_weights, write
 from minitron.compiler.emit.training_plan import render, training_plan
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.graph.executor import Executor, Settings
-from minitron.compiler.graph.names import Fetch
+from minitron.compiler.graph.names import Fetch, strip_wrapper
 from minitron.compiler.importance.batches import batches_of
 from minitron.compiler.importance.calibrate import Interrupted, calibrate
 from minitron.compiler.importance.samples import SampleConfig, calibration_samples
@@ -162,7 +162,9 @@ def rewrite(plan: Plan, selection: Selection, buffers: Buffers) -> RewrittenStud
     made = recipes(captured, teacher.table.parameters, narrowing, selection.layers)
     own = run_buffers(plan, plan.config)
     numbers = {old: new for new, old in enumerate(selection.layers)}
-    changed = changed_buffers(captured, buffers, own, numbers)
+    # A table that only dropped layers read (that of the only layer of its kind) is needed no more.
+    read = {strip_wrapper(str(node.target)) for node in graph_module.graph.nodes if node.op == "get_attr"}
+    changed = [name for name in changed_buffers(captured, buffers, own, numbers) if name in read]
     with placing(plan.loaded, "student"):
         for name in changed:
             old, new = buffers.get(name), own.get(name)

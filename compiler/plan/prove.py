@@ -58,7 +58,16 @@ def compare_constants(
     kept: Sequence[int],
     also: Mapping[Key, int],
 ) -> None:
-    """Compares the numbers in the graphs of teacher and student, on a few layers of each kind: all of them take long."""
+    """Compares the numbers in the graphs of teacher and student.
+
+    Where layers are dropped, the student is captured as it will be: a number may follow the position of a layer or how many
+    there are. Elsewhere a few layers of each kind stand for all of them, which take long.
+    """
+    if len(kept) < teacher.captured.layer_count:
+        config = student_config(teacher, targets.widths, kept, also)
+        student = capture.capture(config, teacher.captured.dtype, teacher.captured.length or FIXED_LENGTH)
+        check_scalars(teacher.captured, student, {old: new for new, old in enumerate(kept)})
+        return
     few = representatives(teacher.captured, kept)
     length = teacher.captured.length or FIXED_LENGTH
     narrowed = capture.capture(student_config(teacher, targets.widths, few, also), teacher.captured.dtype, length)

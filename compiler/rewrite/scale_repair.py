@@ -51,7 +51,9 @@ def changed_buffers(
 
 
 def check_scalars(teacher: Captured, student: Captured, numbers: Mapping[int, int]) -> None:
-    """UsageError where a number written into an operator depends on a narrowed width."""
+    """UsageError where a number written into an operator depends on a narrowed width, or on the position of a layer among
+    the others. `numbers`: the teacher's number of each layer that is compared -> the student's."""
+    renumbered = any(old != new for old, new in numbers.items()) or len(numbers) < teacher.layer_count
     mine, theirs = _scalars(teacher, numbers), _scalars(student, None)
     for module, found in mine.items():
         other = theirs.get(module)
@@ -59,8 +61,13 @@ def check_scalars(teacher: Captured, student: Captured, numbers: Mapping[int, in
             continue  # another structure (one query head a group, say): the verifier compares its values
         for (op, old), (_, new) in zip(found, other, strict=True):
             if abs(old - new) > EQUAL * max(abs(old), abs(new)):
+                on = (
+                    "a narrowed width, or on how many layers stand before or beside it"
+                    if renumbered
+                    else "a narrowed width"
+                )
                 raise UsageError(
-                    f"{op} in {module or 'the model'} multiplies or adds a constant that depends on a narrowed width "
+                    f"{op} in {module or 'the model'} multiplies or adds a constant that depends on {on} "
                     f"({old:g} in the teacher, {new:g} in the student when it is loaded); no repair is known for it"
                 )
 
