@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,23 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     assert fields["tokenizer.ggml.eos_token_id"].contents() == ours.eos_token_id
     tokens, types = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type"))
     assert len(tokens) == len(types) == 96 and types[:4] == [3, 3, 3, 1] and len(ours) == 94 and types[94:] == [5, 5]
+
+
+@pytest.mark.shared
+def test_a_trained_model_with_a_sentencepiece_tokenizer(tmp_path: Path) -> None:
+    shared = Path(__file__).parents[3] / "shared" / "data" / "stories260K"
+    if not shared.is_dir():
+        pytest.skip("needs ../shared/data/stories260K")
+    shutil.copytree(shared, tmp_path / "student")
+    file = export(tmp_path, "f32", pre=None)
+    ours = AutoTokenizer.from_pretrained(tmp_path / "student")
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
+    for text in ("Once upon a time, there was a little girl named Lily.", "Tom & Jerry's 12 cats!", "one\ntwo"):
+        assert theirs(text).input_ids == ours(text).input_ids
+    ids = torch.tensor([ours("Once upon a time").input_ids])
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)(ids).logits
+        assert torch.equal(read_back(file)(ids).logits, expected)
 
 
 def test_the_distilled_model_is_what_is_exported(tmp_path: Path) -> None:
