@@ -10,9 +10,10 @@ from typing import Any
 from minitron.compiler.teacher.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
 from minitron.compiler.teacher.hub import WrongRevision
 from minitron.compiler.teacher.provenance import observe, with_result
-from minitron.specs.builds import CONFIG, PLAN, VERIFICATION, build_of, finished_note, read_document, result_of
+from minitron.specs.builds import CONFIG, PLAN, STUDENT, VERIFICATION, build_of, finished_note, read_document, result_of
 from minitron.specs.chain import chain
 from minitron.specs.errors import MinitronError, SpecInvalid
+from minitron.specs.file_hashes import first_difference
 from minitron.specs.load import LoadedSpec
 from minitron.specs.lockfile import changes, in_words
 
@@ -81,4 +82,8 @@ def why_stale(build: Path, loaded: LoadedSpec) -> str | None:
     verification = read_document(build / VERIFICATION)
     if verification is None:
         return "not compiled to its end"
-    return None if verification.get("passed") is True else "compiled, and its verification did not pass"
+    if verification.get("passed") is not True:
+        return "compiled, and its verification did not pass"
+    student = verification.get("student")
+    changed = first_difference(build / STUDENT, student) if isinstance(student, dict) else "its files are not recorded"
+    return None if changed is None else f"compiled, and its student is not what was verified: {changed}"

@@ -214,6 +214,14 @@ def test_why_a_build_is_not_up_to_date(specs: Path) -> None:
     verification = json.loads((build / "verification.json").read_text())
     (build / "verification.json").write_text(json.dumps(verification | {"passed": False}))
     assert why_stale(build, large) == "compiled, and its verification did not pass"
+    (build / "verification.json").write_text(json.dumps(verification))
+    config = build / "student" / "config.json"
+    whole = config.read_text()
+    config.write_text(whole + "\n")
+    words = "compiled, and its student is not what was verified: config.json has changed"
+    assert why_stale(build, large) == words
+    config.write_text(whole)
+    assert why_stale(build, large) is None
     (build / "verification.json").unlink()
     assert why_stale(build, large) == "not compiled to its end"
     assert why_stale(build.parent / "nowhere", large) == "not compiled yet"
