@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import sys
 import time
@@ -133,9 +132,6 @@ def compiled(spec: Path, arm: Arm, build: Path, seed: int, lr: float | None) -> 
     values = [f"{path}={json.dumps(value)}" for path, value in arm.values.items()]
     values += [f"distill.optimizer.lr={lr}"] if lr else []
     with atomic_folder(build) as folder:
-        scores = next(iter(sorted(spec.parent.glob("*/scores.safetensors"))), None)
-        if scores is not None:
-            shutil.copyfile(scores, folder / "scores.safetensors")
         compile_spec(load_spec(spec, values), folder, device="cpu", progress=Silent())
         if arm.fresh:
             fresh_weights(folder / "student", seed)
