@@ -14,10 +14,10 @@ from minitron.cli.drafts import load_whole
 from minitron.cli.failures import FAILED
 from minitron.cli.libraries import quiet_libraries
 from minitron.cli.lock_command import follow_lock
+from minitron.cli.output import progress as shown_progress
 from minitron.cli.plan_summary import shown_plan
-from minitron.cli.progress import progress_for
 from minitron.cli.ranks import first_process, only_process
-from minitron.cli.render import document, say, show_sections, stderr_console, write
+from minitron.cli.render import document, say, show_sections, write
 from minitron.cli.results_sections import results_sections, shortfalls
 from minitron.cli.sections import Column, Document, Section
 from minitron.cli.spec_commands import Rendering, preview
@@ -233,7 +233,7 @@ def export(
     quiet_libraries()
     from minitron.runtime.export import export_gguf
 
-    written = export_gguf(build, output, weight_type, pre=pre, progress=progress_for(stderr_console()))
+    written = export_gguf(build, output, weight_type, pre=pre, progress=shown_progress())
     write(str(written))
 
 
@@ -264,21 +264,21 @@ def _compile(loaded: LoadedSpec, build: Path, device: str, threads: int | None, 
     from minitron.compiler import compile_spec
 
     use_threads(threads)
-    compile_spec(loaded, build, device=device, progress=progress_for(stderr_console()), plan=plan)
+    compile_spec(loaded, build, device=device, progress=shown_progress(), plan=plan)
 
 
 def _capture(build: Path, device: str, threads: int | None, *, outside: bool = False) -> Document:
     from minitron.runtime import record
 
     use_threads(threads)
-    return record(build, device=device, progress=progress_for(stderr_console()), outside=outside)
+    return record(build, device=device, progress=shown_progress(), outside=outside)
 
 
 def _train(build: Path, device: str, threads: int | None, *, unverified: bool = False, outside: bool = False) -> None:
     from minitron.runtime import train as execute
 
     use_threads(threads)
-    progress = progress_for(stderr_console())
+    progress = shown_progress()
     execute(build, device=device, progress=progress, unverified=unverified, outside=outside)
 
 
@@ -296,7 +296,7 @@ def _evaluate(
 
     use_threads(threads)
     return measure(
-        build, device=device, progress=progress_for(stderr_console()),
+        build, device=device, progress=shown_progress(),
         tasks=tasks, limit=limit, unverified=unverified, outside=outside,
     )  # fmt: skip
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from minitron.cli import figures, options
-from minitron.cli.progress import progress_for
-from minitron.cli.render import show_sections, stderr_console
+from minitron.cli.output import progress as shown_progress
+from minitron.cli.render import show_sections
 from minitron.cli.sections import Column, Document, Section, entries, part
 from minitron.specs import load_spec
 
@@ -31,7 +31,7 @@ def data(
     from minitron.compiler.data_report import describe_data
     from minitron.specs.lockfile import with_lock
 
-    content = describe_data(with_lock(loaded), progress_for(stderr_console()), everything=everything)
+    content = describe_data(with_lock(loaded), shown_progress(), everything=everything)
     show_sections(data_sections(content), content, as_json=as_json)
 
 

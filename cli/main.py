@@ -18,12 +18,14 @@ from minitron.cli import (
     diff_command,
     init_command,
     interrupts,
+    keeping_commands,
     lock_command,
     spec_commands,
 )
+from minitron.cli import output as voice
 from minitron.cli.failures import DONE, INTERRUPTED, failure_of
 from minitron.cli.ranks import says
-from minitron.cli.render import document, say, write
+from minitron.cli.render import complain, document, write
 from minitron.cli.streams import Unbreakable
 
 app = typer.Typer(
@@ -48,6 +50,9 @@ app.command("run")(build_commands.run)
 app.command("export")(build_commands.export)
 app.command("show")(build_commands.show)
 app.command("diff")(diff_command.diff)
+app.command("list")(keeping_commands.list_builds)
+app.command("clean")(keeping_commands.clean)
+app.command("doctor")(keeping_commands.doctor)
 
 
 def _print_version(wanted: bool) -> None:
@@ -59,11 +64,18 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and warnings; anywhere on the line.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Results and errors only; anywhere on the line.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="What libraries say as well; anywhere on the line.")
+    ] = False,
+    log_file: Annotated[
+        str | None, typer.Option("--log-file", metavar="FILE", help="Add progress and messages to FILE, with the time.")
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Declared for the help; `--debug` is read in `command_line`, before typer, so that it may stand anywhere."""
+    """Declared for the help; all but `--version` are read in `command_line`, before typer, so that they may stand anywhere."""
 
 
 def main() -> NoReturn:
@@ -89,6 +101,7 @@ def command_line(arguments: Sequence[str]) -> int:
     if not debug:
         warnings.simplefilter("ignore")
     try:
+        arguments = voice.configure(arguments)
         code = app([one for one in arguments if one != "--debug"], prog_name="minitron", standalone_mode=False)
         sys.stdout.flush()
     except typer.Abort:
@@ -112,5 +125,5 @@ def _report(error: BaseException, *, as_json: bool) -> int:
     if as_json:
         write(document(failure.document()))
     else:
-        say(*failure.lines())
+        complain(*failure.lines())
     return failure.exit_code

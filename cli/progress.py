@@ -31,17 +31,22 @@ LINE_ELAPSED_SHARE = 0.01
 IN_LINE = 2
 
 
-def progress_for(console: Console) -> Progress:
-    """The progress for where `console` (that of stderr) leads: bars on a terminal, else lines."""
-    return BarProgress(console) if console.is_terminal and not console.is_dumb_terminal else LineProgress(console.file)
+def progress_for(console: Console, stamp: Callable[[], str] = str) -> Progress:
+    """The progress for where `console` (that of stderr) leads: bars on a terminal, else lines that begin with `stamp()`."""
+    if console.is_terminal and not console.is_dumb_terminal:
+        return BarProgress(console)
+    return LineProgress(console.file, stamp=stamp)
 
 
 class LineProgress:
     """Plain lines for a pipe or a log: `train: 1.20M of 3.00M tokens (40%), 4.10k tokens/s, 7m19s left, loss 2.31`."""
 
-    def __init__(self, stream: IO[str], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, stream: IO[str], clock: Callable[[], float] = time.monotonic, stamp: Callable[[], str] = str
+    ) -> None:
         self._stream = stream
         self._clock = clock
+        self._stamp = stamp
 
     @contextmanager
     def task(self, name: str, total: float, unit: str, done: float = 0.0) -> Iterator[Task]:
@@ -54,7 +59,7 @@ class LineProgress:
 
     def message(self, text: str) -> None:
         """One plain line."""
-        self._stream.write(one_line(text) + "\n")
+        self._stream.write(f"{self._stamp()}{one_line(text)}\n")
         self._stream.flush()
 
 

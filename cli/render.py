@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from minitron.cli import output
 from minitron.cli.markdown import markdown
 from minitron.cli.sections import Document, Section
 from minitron.cli.text import printable
@@ -73,9 +74,20 @@ def write(*lines: str) -> None:
 
 def say(*lines: str) -> None:
     """Messages, on stderr: one line each, never folded, so that paths in them can be copied. A newline in what they quote
-    stands as its escape: nobody's file writes lines in our name."""
-    for line in lines:
-        sys.stderr.write(one_line(line) + "\n")
+    stands as its escape: nobody's file writes lines in our name. With `--quiet` they stand in the log alone."""
+    _tell(lines, shown=not output.quiet())
+
+
+def complain(*lines: str) -> None:
+    """What went wrong: as `say`, and also with `--quiet`."""
+    _tell(lines, shown=True)
+
+
+def _tell(lines: Sequence[str], *, shown: bool) -> None:
+    for line in map(one_line, lines):
+        output.log(line)
+        if shown:
+            sys.stderr.write(line + "\n")
     sys.stderr.flush()
 
 

@@ -15,7 +15,7 @@ from minitron.cli.drafts import load_whole
 from minitron.cli.failures import WRONG, errors_document, failure_of
 from minitron.cli.lock_command import follow_lock
 from minitron.cli.plan_summary import shown_plan
-from minitron.cli.render import document, say, show_sections, write
+from minitron.cli.render import complain, document, say, show_sections, write
 from minitron.cli.sections import Document
 from minitron.specs import load_spec, unavailable
 from minitron.specs.errors import SpecError, SpecInvalid, UsageError, located
@@ -44,7 +44,7 @@ def validate(
             failure = failure_of(error)
             errors += failure.errors
             if not as_json:
-                say(*failure.lines())
+                complain(*failure.lines())
             continue
         valid.append({"file": str(path), "name": loaded.spec.name, "sha256": loaded.sha256})
         # Published recipes hold what this version cannot do yet: right as specs, refused by `plan`.
@@ -57,7 +57,7 @@ def validate(
         lists = {"errors": errors_document(errors), "warnings": errors_document(warnings)}
         write(document({"valid": not errors, "specs": valid, **lists}))
     elif errors:
-        say(f"{len(errors)} {'error' if len(errors) == 1 else 'errors'}")
+        complain(f"{len(errors)} {'error' if len(errors) == 1 else 'errors'}")
     if errors:
         raise typer.Exit(WRONG)
 

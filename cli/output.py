@@ -1,0 +1,116 @@
+"""How much a command says, and where: `--quiet`, `--verbose` and `--log-file`, which may stand anywhere on the line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from minitron.specs.errors import UsageError
+from minitron.specs.progress import Progress, Silent, Task
+
+
+@dataclass
+class Output:
+    """What was asked for. A log gets progress and messages with the time, whatever the terminal shows."""
+
+    quiet: bool = False
+    verbose: bool = False
+    log: IO[str] | None = None
+
+
+_now = Output()
+
+
+def configure(arguments: Sequence[str]) -> list[str]:
+    """Takes the flags out of the arguments. UsageError where a log cannot be written."""
+    rest: list[str] = []
+    name: str | None = None
+    waiting = iter(arguments)
+    _now.quiet, _now.verbose, _now.log = False, False, None
+    for one in waiting:
+        if one == "--quiet":
+            _now.quiet = True
+        elif one == "--verbose":
+            _now.verbose = True
+        elif one == "--log-file":
+            name = next(waiting, "")
+        elif one.startswith("--log-file="):
+            name = one.partition("=")[2]
+        else:
+            rest.append(one)
+    if _now.quiet and _now.verbose:
+        raise UsageError("--quiet and --verbose ask for opposites; choose one")
+    if name is not None:
+        _now.log = _open(name)
+    return rest
+
+
+def _open(name: str) -> IO[str]:
+    if not name or name.startswith("-"):
+        raise UsageError("--log-file: names no file; write --log-file FILE")
+    try:
+        return Path(name).open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+    except OSError as error:
+        raise UsageError(f"--log-file {name}: cannot be written ({error.strerror}); name another file") from None
+
+
+def quiet() -> bool:
+    """Whether only results and errors are wanted."""
+    return _now.quiet
+
+
+def verbose() -> bool:
+    """Whether libraries may speak as well."""
+    return _now.verbose
+
+
+def log(line: str) -> None:
+    """One line with the time, where there is a log."""
+    if _now.log is not None:
+        _now.log.write(f"{stamp()}{line}\n")
+
+
+def stamp() -> str:
+    """The local time in front of a line of a log."""
+    return time.strftime("%Y-%m-%d %H:%M:%S ")
+
+
+def progress() -> Progress:
+    """The progress of long work: on stderr, in the log, in both, or nowhere."""
+    from minitron.cli.progress import LineProgress, progress_for
+    from minitron.cli.render import stderr_console
+
+    shown: Progress = Silent() if _now.quiet else progress_for(stderr_console(), stamp)
+    return shown if _now.log is None else _Both(shown, LineProgress(_now.log, stamp=stamp))
+
+
+class _Both:
+    """Progress that is shown twice."""
+
+    def __init__(self, *shown: Progress) -> None:
+        self._shown = shown
+
+    @contextmanager
+    def task(self, name: str, total: float, unit: str, done: float = 0.0) -> Iterator[Task]:
+        """Opens a piece of work in both."""
+        with ExitStack() as stack:
+            yield _Tasks([stack.enter_context(one.task(name, total, unit, done)) for one in self._shown])
+
+    def message(self, text: str) -> None:
+        """One line in both."""
+        for one in self._shown:
+            one.message(text)
+
+
+class _Tasks:
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self._tasks = tasks
+
+    def advance(self, amount: float = 1.0, **shown: float | str) -> None:
+        """Tells both."""
+        for one in self._tasks:
+            one.advance(amount, **shown)
