@@ -24,8 +24,8 @@ import yaml
 from safetensors.torch import load_file
 
 from minitron.runtime import narrow_adamw, train
-from minitron.runtime.metrics import read_metrics
-from minitron.specs.builds import MODEL, STUDENT, WORK
+from minitron.runtime.metrics import iter_metrics
+from minitron.specs.builds import MODEL, STUDENT, WORK, metrics_file
 from minitron.specs.progress import Silent
 from minitron.specs.units import COUNT_UNITS, parse_quantity
 
@@ -63,9 +63,7 @@ def trained(build: Path, way: str, changes: dict[str, Any]) -> tuple[float, floa
             train(copy, device="cpu", progress=Silent())
         finally:
             narrow_adamw.round_stochastically = stochastic
-        losses = [
-            line["held_out_loss"] for line in read_metrics(copy / WORK / "metrics.jsonl") if "held_out_loss" in line
-        ]
+        losses = [line["held_out_loss"] for line in iter_metrics(metrics_file(copy)) if "held_out_loss" in line]
         return losses[-1], _moved(build / STUDENT, copy / MODEL)
 
 

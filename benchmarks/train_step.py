@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py                                       # CPU, fp32, small shapes
     python benchmarks/train_step.py --device cuda --shape 3b-to-1b        # one GPU, bf16
+    python benchmarks/train_step.py --device cuda --shape 12b-to-8b --alone --recompute --weights bfloat16 --states int8
     torchrun --nproc-per-node 8 benchmarks/train_step.py --device cuda --shape 12b-to-8b
 
 In one process: every measurement runs in a process of its own, the two loops interleaved, and medians are compared. Both
@@ -149,13 +150,17 @@ def ours(args: argparse.Namespace, shape: Shape, world: World) -> Callable[[int]
     if world.size > 1:
         student = shard_student(student, world, compute, cpu_offload=False)
     else:
-        student.module.to(world.device, torch.float32)
+        bf16 = args.weights == "bfloat16" and world.device.type == "cuda"
+        student.module.to(world.device, torch.bfloat16 if bf16 else torch.float32)
     for seed, model in enumerate((teacher, student)):
         draw(model.module, seed)
     run = Run(
         plan=plan, world=world, work=Path("-"), student=student, teacher=teacher, hidden=None, stored=None,
         corpus=corpus(shape, plan.global_batch_size), held_out=None,
-        optimizer=make_optimizer(student.module, plan.optimizer),
+        optimizer=make_optimizer(
+            student.module, plan.optimizer.model_copy(update={"states": args.states}),
+            bf16_weights=args.weights == "bfloat16",
+        ),
         saver=Saver(Checkpoints(Path("-"), 1), {}, world, spread=world.size > 1), identity={}, loss=DistillationLoss(),
         compute_dtype=compute,
     )  # fmt: skip
@@ -252,7 +257,7 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def alone(args: argparse.Namespace, world: World) -> None:
-    """Several devices: our step."""
+    """Our step, on one device or several."""
     args.only = "minitron"
     figures = measure(args, world)
     shape = args.of
@@ -261,7 +266,9 @@ def alone(args: argparse.Namespace, world: World) -> None:
     peak = peak_flops(world.device, torch.bfloat16 if world.device.type == "cuda" else torch.float32)
     share = utilisation(work, rate, peak, world.size)
     if world.leads:
-        print(f"{describe(args)}, {world.size} devices, student sharded, teacher {args.teacher}")
+        print(f"{describe(args)}, weights {args.weights}, moments {args.states}")
+        where = "on this device alone" if world.size == 1 else f"student sharded, teacher {args.teacher}"
+        print(f"devices: {world.size}, {where}")
         used = "not measured (no CUDA device whose peak is known)" if share is None else f"{share:.1%}"
         print(f"{rate:.1f} tokens/s, MFU {used}, peak memory of the first device {figures['bytes'] / 2**30:.2f} GiB")
 
@@ -282,10 +289,13 @@ def main() -> None:
     parser.add_argument("--recompute", action="store_true", help="gradient checkpointing, in both")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--weights", choices=["float32", "bfloat16"], default="float32", help="of our student")
+    parser.add_argument("--states", choices=["float32", "bfloat16", "int8"], default="float32", help="our moments")
+    parser.add_argument("--alone", action="store_true", help="our step without the plain loop, which may not fit")
     parser.add_argument("--only", choices=list(METHODS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.of = SHAPES[args.shape]
-    if args.only is None and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if args.only is None and not args.alone and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         compare(args)
         return
     with join_world(args.device) as world:

@@ -18,7 +18,10 @@ def bench() -> ModuleType:
 
 
 def test_both_loops_learn_the_same(bench: ModuleType) -> None:
-    args, world = argparse.Namespace(compile=False, recompute=False), World(0, 1, torch.device("cpu"))
+    args, world = (
+        argparse.Namespace(compile=False, recompute=False, weights="float32", states="float32"),
+        World(0, 1, torch.device("cpu")),
+    )
     plain, ours = (bench.METHODS[name](args, bench.SHAPES["tiny"], world) for name in ("plain", "minitron"))
     for step in range(3):
         assert ours(step) == pytest.approx(plain(step), rel=1e-5)
