@@ -12,6 +12,7 @@ import pytest
 
 from minitron.compiler import compile_spec, make_plan
 from minitron.compiler.teacher.checkpoint import fetch_weights, open_checkpoint
+from minitron.compiler.teacher.hub import commit_of
 from minitron.specs import load_spec
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError
 from minitron.specs.progress import Silent
@@ -216,3 +217,18 @@ def test_a_dead_network_is_a_sentence(hub: Hub, monkeypatch: pytest.MonkeyPatch,
 def test_what_can_be_no_id_is_said_without_asking(offline: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match="is neither a folder beside the spec nor a Hugging Face id; write owner/name"):
         open_checkpoint(name, None, tmp_path, weights=False)
+
+
+@pytest.mark.parametrize("revision", ["../../../secret.txt", "nested/../../../../secret.txt", "broken"])
+def test_no_file_but_a_commit_is_taken_for_one(offline: Path, tmp_path: Path, revision: str) -> None:
+    """A revision that leads out of `refs/`, or to something that is none, gives nothing of that file away."""
+    refs = offline / "datasets--org--rows" / "refs"
+    (refs / "nested").mkdir(parents=True)
+    (refs / "broken").write_text("the secret")
+    for folder in (tmp_path, offline, refs.parent):
+        (folder / "secret.txt").write_text("the secret")
+    with pytest.raises(UsageError) as caught:
+        commit_of("org/rows", revision, "dataset")
+    assert "the secret" not in str(caught.value)
+    (refs / "main").write_text(MAIN)
+    assert commit_of("org/rows", None, "dataset") == MAIN
