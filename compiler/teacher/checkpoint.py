@@ -10,7 +10,7 @@ from typing import Any
 
 from minitron.compiler.teacher.hub import snapshot
 from minitron.compiler.teacher.model_config import load_config
-from minitron.compiler.teacher.refusals import check_not_quantised, check_text_only
+from minitron.compiler.teacher.refusals import check_not_quantised, check_one_for_all_layers, check_text_only
 from minitron.compiler.teacher.tokenizer import tokenizer_files
 from minitron.specs.builds import CONFIG
 from minitron.specs.errors import UsageError, WorkError
@@ -157,6 +157,7 @@ def _read_config(model: str, folder: Path) -> Any:
     config = load_config(folder)
     list(tokenizer_files(folder))  # none of which is a link that leads elsewhere
     check_text_only(model, raw, config)
+    check_one_for_all_layers(path, config)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UsageError(
             f"{model} is a {config.model_type} model, which transformers does not know as a causal language model; "

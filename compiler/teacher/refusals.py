@@ -90,3 +90,15 @@ def check_text_only(model: str, raw: Mapping[str, Any], config: Any) -> None:
         f"{mapping[type(text)].__name__} of its text_config ({text.model_type}), to a folder of its own as "
         "docs/checkpoints.md shows, and name that folder"
     )
+
+
+def check_one_for_all_layers(path: Path, config: Any) -> None:
+    """UsageError where the configuration gives keys layer by layer: a student's could not say which layers are left."""
+    if not getattr(config, "is_heterogeneous", False):
+        return
+    first, *others = (layer.to_dict() for layer in config.per_layer_config)
+    differing = {key for layer in others for key in layer if layer[key] != first.get(key)}
+    raise UsageError(
+        f"{path} gives {', '.join(sorted(differing)) or 'keys'} of a {config.model_type} model layer by layer "
+        "(per_layer_config), which cannot be narrowed yet; name a model whose layers have one configuration"
+    )

@@ -364,6 +364,14 @@ def test_a_build_of_other_weights_is_stale_and_its_training_is_kept(
         foundry.compile(loaded, build, program=False)
 
 
+def test_keys_that_are_given_layer_by_layer(tmp_path: Path) -> None:
+    """Gemma 4 as it is by default: the heads of its global layers are wider."""
+    text = {key: value for key, value in TEXT.items() if key != "head_dim"}
+    AutoConfig.for_model("gemma4_text", **text, head_dim=8, global_head_dim=16).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"gives head_dim of a gemma4_text model layer by layer \(per_layer_config\)"):
+        opened(tmp_path, weights=False)
+
+
 # -- several towers -----------------------------------------------------------------------------------------------------
 
 TEXT = {
