@@ -67,11 +67,12 @@ def calls(
         done.append(f"compile on {device}")
         (build / "student").mkdir(parents=True)
         (build / "plan.json").write_text(json.dumps(made.document))
-        (build / "verification.json").write_text(json.dumps(verification))
+        (build / "verification.json").write_text(json.dumps(verification | {"student": {}}))
         (build / "training.yaml").write_text("tokens: 1000000\n")
         return made
 
-    def train(build: Path, *, device: str | None, progress: Progress) -> None:
+    def train(build: Path, *, device: str | None, progress: Progress, **asked: bool) -> None:
+        assert not any(asked.values()), "nothing was asked for"
         done.append("train")
         with progress.task("train", 10, "tokens") as task:
             task.advance(10, loss=1.0)
@@ -80,7 +81,7 @@ def calls(
         (build / "model").mkdir(exist_ok=True)
 
     def evaluate(build: Path, *, device: str | None, progress: Progress, **asked: Any) -> dict[str, Any]:
-        given = {key: value for key, value in asked.items() if value is not None}
+        given = {key: value for key, value in asked.items() if value}
         done.append(f"eval {given}" if given else "eval")
         return results
 
@@ -127,12 +128,12 @@ def test_validate_json_is_one_document_with_every_error(run: Run, spec: Path, tm
 
 
 def test_validate_warns_of_what_this_version_cannot_do(run: Run, spec: Path) -> None:
-    spec.write_text(SPEC + "recovery: {refit: least_squares}\n")
+    spec.write_text(SPEC + "recovery: {merge_heads: true}\n")
     code, out, err = run("validate", spec)
     assert (code, out) == (0, f"{spec}: valid\n")
-    assert err.startswith(f"warning: {spec}:7:") and "recovery.refit" in err
+    assert err.startswith(f"warning: {spec}:7:") and "recovery.merge_heads" in err
     (warning,) = json.loads(run("validate", spec, "--json")[1])["warnings"]
-    assert (warning["path"], warning["line"]) == ("recovery.refit", 7)
+    assert (warning["path"], warning["line"]) == ("recovery.merge_heads", 7)
 
 
 def test_set_overrides_before_validation(run: Run, spec: Path) -> None:
