@@ -23,7 +23,7 @@ from minitron.specs.documents import (
     iter_documents,
     resolve,
 )
-from minitron.specs.errors import Refused
+from minitron.specs.errors import Refused, located
 from tests.specs.conftest import Load
 from tests.specs.specimens import SMALL
 
@@ -111,7 +111,7 @@ def test_all_patterns_that_name_nothing_are_said_at_once(corpus: Path) -> None:
 def test_missing_data_of_a_spec_is_said_at_its_places(load: Load, tmp_path: Path) -> None:
     held_out = "evaluate: {held_out: {blend: [{weight: 1, jsonl: c.jsonl}, {weight: 1, dataset: ./d}]}}\n"
     loaded = load(SMALL + held_out)
-    assert [(error.line, error.column, error.path) for error in check_data(loaded)] == [
+    assert [(error.line, error.column, error.path) for error in located(check_data(loaded), loaded)] == [
         (4, 28, "importance.data.text.0"),
         (5, 25, "distill.data.text.0"),
         (6, 50, "evaluate.held_out.blend.0.jsonl.0"),
@@ -126,7 +126,7 @@ def test_missing_data_of_a_spec_is_said_at_its_places(load: Load, tmp_path: Path
 def test_a_folder_of_benchmarks_that_is_not_there(load: Load, tmp_path: Path) -> None:
     loaded = load(SMALL + "evaluate: {suite: [hellaswag], data_dir: bench/}\n")
     (tmp_path / "a.txt").write_text("text")
-    (error,) = check_data(loaded)
+    (error,) = located(check_data(loaded), loaded)
     assert (error.line, error.column, error.path) == (6, 42, "evaluate.data_dir")
     assert error.message == "there is no folder `bench/`" and "paths are relative to" in error.hint
     (tmp_path / "bench").mkdir()
