@@ -151,6 +151,7 @@ def test_another_model_or_text_is_measured(build: Path, monkeypatch: pytest.Monk
     first = run(build)
     opened = count_openings(monkeypatch)
     tiny.save_model(tiny.llama(16), build / "student", seed=7)
+    tiny.verify(build)
     other = run(build)
     assert opened == ["student"] and other["models"]["pruned"] != first["models"]["pruned"]
     opened.clear()

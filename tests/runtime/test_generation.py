@@ -73,10 +73,12 @@ MEDDLING = {
 def test_a_model_s_own_settings_change_nothing_that_is_measured(build: Path, settings_of: Any) -> None:
     for folder in (build.parent / "teacher", build / "student"):
         (folder / "generation_config.json").write_text('{"eos_token_id": 1}')
+    tiny.verify(build)
     plain = evaluate(build, device="cpu", progress=Silent())
     for folder in (build.parent / "teacher", build / "student"):
         (folder / "generation_config.json").write_text(json.dumps(settings_of))
     (build / "measurements.json").unlink()
+    tiny.verify(build)
     measured = evaluate(build, device="cpu", progress=Silent())
     for name, model in plain["models"].items():
         assert measured["models"][name]["continuation"] == model["continuation"]
@@ -90,6 +92,7 @@ def test_the_distilled_model_keeps_settings_and_all_chat_templates(build: Path) 
     (student / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
     (student / "other").mkdir()
     (student / "other" / "file.jinja").write_text("not a tokenizer's")
+    tiny.verify(build)
     train(build, device="cpu", progress=Silent())
     model = build / "model"
     assert (model / "generation_config.json").read_text() == (student / "generation_config.json").read_text()
@@ -100,6 +103,7 @@ def test_the_distilled_model_keeps_settings_and_all_chat_templates(build: Path) 
 
 def test_settings_that_transformers_refuses_are_named(build: Path) -> None:
     (build / "student" / "generation_config.json").write_text('{"max_new_tokens": -1}')
+    tiny.verify(build)
     with pytest.raises(
         WorkError, match=r"generation_config\.json cannot be used \(.*max_new_tokens.*correct it, or remove it"
     ):
