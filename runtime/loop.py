@@ -13,6 +13,7 @@ from minitron.runtime.disk import writing
 from minitron.runtime.held_out import HeldOut, held_out
 from minitron.runtime.interrupt import Interrupt
 from minitron.runtime.metrics import MetricsLog
+from minitron.runtime.out_of_memory import told_in_a_sentence
 from minitron.runtime.pieces import model_pieces, optimizer_pieces
 from minitron.runtime.setup import Run
 from minitron.runtime.step import train_step
@@ -35,6 +36,7 @@ def learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progres
     peak = peak_flops(world.device, run.compute_dtype)
     measure_every = plan.held_out.every_tokens if plan.held_out is not None else None
     with (
+        told_in_a_sentence(plan),
         torch.random.fork_rng([world.device] if world.device.type == "cuda" else []),
         _metrics(run, state, progress) as metrics,
         progress.task(name, plan.steps * plan.step_tokens, "tokens", done=state.tokens) as task,

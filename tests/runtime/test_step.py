@@ -138,3 +138,16 @@ def test_hopper_asks_for_the_attention_of_cudnn(
     assert (order[0] == int(torch.nn.attention.SDPBackend.CUDNN_ATTENTION)) == first
     with fastest_attention(torch.device("cpu")):
         pass
+
+
+def test_a_device_without_memory_is_told_in_a_sentence(build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(loop, "train_step", full)
+    with pytest.raises(WorkError) as error:
+        run(build, micro_batch_size=2, optimizer__states="int8")
+    text = str(error.value)
+    assert text.startswith("the device has no memory left for a micro batch of 2 x ") and "\n" not in text
+    assert "`micro_batch_size: 1`, or `gradient_checkpointing: true`" in text
+    assert "begin again with `weights: bfloat16`" in text and "int8" not in text
