@@ -37,7 +37,7 @@ def test_what_the_contract_writes_out_are_the_defaults(load: Load) -> None:
     """Everything in the example that is not asked for by name may be left out without changing what is meant."""
     short = """
 name: mistral-nemo-minitron-8b
-teacher: {model: mistralai/Mistral-Nemo-Base-2407, revision: main}
+teacher: {model: mistralai/Mistral-Nemo-Base-2407, revision: main, dtype: bfloat16}
 student: {hidden_size: 4096, intermediate_size: 11520}
 importance: {data: {text: corpus/*.txt}}
 search: {budget: {parameters: 8e9}}
