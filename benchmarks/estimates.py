@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import os
 import shutil
 import tempfile
@@ -36,6 +35,8 @@ from minitron.compiler.compile import write_training_plan
 from minitron.compiler.estimate.activations import Living
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.estimate.hardware import ASSUMED_MFU
+from minitron.runtime import loop as loop_module
+from minitron.runtime import train
 from minitron.specs import load_spec
 from minitron.specs.progress import Silent
 
@@ -64,7 +65,6 @@ VARIANTS: dict[str, list[str]] = {
     "accumulated": ["distill.micro_batch_size=2"],
     "recomputed": ["distill.micro_batch_size=4", "distill.gradient_checkpointing=true"],
 }
-train_module = importlib.import_module("minitron.runtime.train")  # the package has a function of that name
 STEPS, GLOBAL_BATCH = 3, 4
 
 
@@ -180,23 +180,23 @@ def compare(name: str, shape: dict[str, Any], folder: Path, device: str, variant
     hardware = read_hardware("cuda" if device.startswith("cuda") else "cpu", None, None)
     with measuring(device, compile_module, "calibrate", inside=True) as calibrations:
         plan = compile_spec(load_spec(spec), build, device=device, progress=Silent())
-    (phase,) = (one for one in plan.phases(hardware) if one["name"] == "calibrate")
+    (phase,) = (one for one in Estimate(plan).phases(hardware) if one.name == "calibrate")
     rows = [
-        Row(name, "calibrate: peak bytes", phase["peak_memory_bytes"], calibrations[0].peak),
-        Row(name, "calibrate: FLOPs", phase["flops"], calibrations[0].flops),
+        Row(name, "calibrate: peak bytes", phase.memory.peak, calibrations[0].peak),
+        Row(name, "calibrate: FLOPs", phase.flops, calibrations[0].flops),
     ]
     for variant in variants:
         varied = replace(plan, loaded=load_spec(spec, VARIANTS[variant]))
         shutil.rmtree(build / "train", ignore_errors=True)
         shutil.rmtree(build / "model", ignore_errors=True)
-        write_training_plan(varied, build, "estimates")
-        with measuring(device, train_module, "train_step") as steps:
-            train_module.train(build, device=device, progress=Silent())
-        distill = next(one for one in varied.phases(hardware) if one["name"] == "distill")
+        write_training_plan(varied, "estimates")
+        with measuring(device, loop_module, "train_step") as steps:
+            train(build, device=device, progress=Silent())
+        distill = next(one for one in Estimate(varied).phases(hardware) if one.name == "distill")
         flops, peak = steps[-1].flops, steps[-2].peak  # the optimizer has its moments by then
         rows += [
-            Row(name, f"{variant}: peak bytes", distill["peak_memory_bytes"], peak),
-            Row(name, f"{variant}: FLOPs of a step", distill["flops"] // STEPS + spared(varied), flops),
+            Row(name, f"{variant}: peak bytes", distill.memory.peak, peak),
+            Row(name, f"{variant}: FLOPs of a step", distill.flops // STEPS + spared(varied), flops),
         ]
     return rows
 

@@ -315,7 +315,7 @@ def _compile(plan: Plan, device: str, progress: Progress, stages: Stages, scratc
     (build / VERIFICATION).unlink(missing_ok=True)
     stages.emit(compilation, student)
     stages.write_program(compilation, student)
-    _write_training_plan(plan, fingerprint)
+    write_training_plan(plan, fingerprint)
     document = plan_document(plan, selection) | {"fingerprint": fingerprint, "inputs": inputs}
     write_text(build / PLAN, _json(document))
     checks = stages.verify(compilation, student, samples)
@@ -335,7 +335,7 @@ def _compile(plan: Plan, device: str, progress: Progress, stages: Stages, scratc
     return plan
 
 
-def _write_training_plan(plan: Plan, fingerprint: str) -> None:
+def write_training_plan(plan: Plan, fingerprint: str) -> None:
     """Writes training.yaml."""
     estimate = Estimate(plan)
     document = training_plan(
