@@ -82,7 +82,7 @@ def _attribute(t: Tracer, node: Node) -> Dims:
         dims = [t.space.fresh(size) for size in sizes]
         for dim in dims:
             t.space.pin(
-                dim, "a table that the model computes for itself when it is loaded", strip_wrapper(str(node.target))
+                dim, "a buffer that the model's code computes when it is loaded", strip_wrapper(str(node.target))
             )
         return dims
     if name not in t.parameters:

@@ -107,7 +107,7 @@ class Tracer:
         place = self.place(node)
         self.pin_operands_as_values(node)
         self.unknown.setdefault(op_name(node), []).append(self.captured.module_of(node))
-        reason = "an operator that the analysis has no rule for"
+        reason = "the analysis has no rule for this operator"
         for operand in node.all_input_nodes:
             for dims in each(self.nodes.get(operand, [])):
                 for dim in dims:

@@ -107,7 +107,7 @@ def check_rows(wanted: Mapping[str, int], teacher: AnalysedTeacher) -> list[Prob
     return [
         Problem(
             f"student.{name}",
-            f"rows of {wanted[name]} channels are none that torch can multiply expert by expert",
+            f"rows of {wanted[name]} channels: grouped_mm needs rows of a multiple of {GROUPED_ROW_BYTES} bytes",
             f"write a multiple of {unit}: "
             + " or ".join(str(n) for n in _multiples(wanted[name], unit, teacher.widths[name])),
         )

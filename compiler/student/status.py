@@ -30,7 +30,7 @@ class AxisStatus:
 def status_of(name: str, teacher: AnalysedTeacher) -> tuple[str, str]:
     """Whether an axis can be narrowed, exactly or approximately, and why."""
     if name == LAYERS:
-        return "exact", "a dropped layer is passed by"
+        return "exact", "the same as zeroing the layer's residual update"
     if name in teacher.roles.refusals:
         return "refused", teacher.roles.refusals[name]
     leaves = leaves_of(name, teacher.roles, teacher.table)
@@ -49,11 +49,14 @@ def status_of(name: str, teacher: AnalysedTeacher) -> tuple[str, str]:
     changed = [(kind, place) for kind, place in notes if kind not in ("mean", "rms_norm", *CHOICES)]
     if changed:
         kind, place = changed[0]
-        return "approximate", f"{kind} is taken over the channels that are left, not equal to masking ({place})"
+        return "approximate", f"{kind} is taken over the kept channels, which differs from masking ({place})"
     chosen = sorted({kind for kind, _ in notes if kind in CHOICES})
     if chosen:
         what = "the router gives no weight to experts that are gone" if name == NUM_EXPERTS else "masked with -infinity"
-        return "exact", f"equal to masking, where {what} ({' and '.join(chosen)} over those that are left)"
+        return (
+            "exact",
+            f"identical to the masked teacher, where {what} ({' and '.join(chosen)} over those that are left)",
+        )
     if notes:
-        return "exact", "equal to masking, once the mean square of each norm is taken over the channels that are left"
-    return "exact", "equal to masking"
+        return "exact", "identical to the masked teacher, with norms over the kept channels"
+    return "exact", "identical to the masked teacher"

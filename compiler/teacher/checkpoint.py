@@ -199,6 +199,6 @@ def _remote_headers(model: str, folder: Path, commit: str) -> tuple[dict[str, Te
         words = str(error).strip().splitlines()
         reason = words[0] if words else type(error).__name__
         return {}, (
-            f"the headers of {model}'s weight files are not to be had ({reason}): tensor names and shapes could not be "
+            f"could not read the safetensors headers of {model} ({reason}): tensor names and shapes could not be "
             "compared with the configuration"
         )

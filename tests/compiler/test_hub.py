@@ -81,7 +81,7 @@ def test_a_configuration_alone_is_planned_and_the_plan_says_what_it_could_not_se
     with foundry.shortened():
         plan = make_plan(loaded, build=tmp_path / "build")
     assert plan.checkpoint.commit == MAIN and plan.config.intermediate_size == 24
-    assert plan.remarks[0].startswith(f"the headers of {REPO}'s weight files are not to be had (")
+    assert plan.remarks[0].startswith(f"could not read the safetensors headers of {REPO} (")
     with pytest.raises(WorkError, match=f"no weights in safetensors.*`hf download {REPO} --revision {MAIN}`"):
         opened(tmp_path, weights=True)
 

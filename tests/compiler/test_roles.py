@@ -141,7 +141,7 @@ class TestHeadDim:
         """The halves of a head are rotated into each other, by a table that is computed when the model is loaded."""
         kind, reason = status(analysed(family), HEAD_DIM)
         assert kind == "refused"
-        assert reason == "a table that the model computes for itself when it is loaded (model.rotary_emb.inv_freq)"
+        assert reason == "a buffer that the model's code computes when it is loaded (model.rotary_emb.inv_freq)"
 
     def test_values_are_free_but_one_key_says_both_widths(self) -> None:
         model = analysed("gpt2")
@@ -154,18 +154,18 @@ class TestStatus:
     @pytest.mark.parametrize("family", [family for family in DENSE if family != "gpt_neox"])
     def test_hidden_under_rms_norm_is_exact_once_the_mean_square_is_of_what_is_left(self, family: str) -> None:
         assert status(analysed(family), HIDDEN) == (
-            "exact", "equal to masking, once the mean square of each norm is taken over the channels that are left",
+            "exact", "identical to the masked teacher, with norms over the kept channels",
         )  # fmt: skip
 
     @pytest.mark.parametrize("family", ["gpt_neox", "gpt2"])
     def test_hidden_under_layer_norm_is_approximate(self, family: str) -> None:
         kind, reason = status(analysed(family), HIDDEN)
-        assert kind == "approximate" and reason.startswith("layer_norm is taken over the channels that are left")
+        assert kind == "approximate" and reason.startswith("layer_norm is taken over the kept channels")
 
     @pytest.mark.parametrize("axis", ["intermediate_size", HEADS, GROUPS])
     @pytest.mark.parametrize("family", DENSE)
     def test_feed_forward_and_heads_are_exact(self, family: str, axis: str) -> None:
-        assert status(analysed(family), axis) == ("exact", "equal to masking")
+        assert status(analysed(family), axis) == ("exact", "identical to the masked teacher")
 
 
 class TestExperts:

@@ -270,7 +270,7 @@ class TestFactories:
         toy = Toy(lambda s, x: (x @ s.w) * s.table, w=(6, 8))
         toy.register_buffer("table", torch.arange(8.0), persistent=False)
         traced = tokens(toy)
-        assert traced.pins("w", 1) == "a table that the model computes for itself when it is loaded (table)"
+        assert traced.pins("w", 1) == "a buffer that the model's code computes when it is loaded (table)"
         assert matters(traced, "w", 1)
 
     def test_an_identity_matrix_is_pinned(self) -> None:
@@ -317,7 +317,7 @@ class TestUnknown:
     def test_an_operator_without_a_rule_pins_what_goes_in_and_what_comes_out(self) -> None:
         traced = check(Named(), X, dynamic=(TOKENS,))
         assert traced.table.unknown == {"reversed": ["mixer"]}
-        reason = "an operator that the analysis has no rule for (reversed in mixer)"
+        reason = "the analysis has no rule for this operator (reversed in mixer)"
         assert traced.pins("mixer.w", 1) == traced.pins("mixer.v", 0) == reason
         assert matters(traced, "mixer.w", 1)
         assert not traced.pins("mixer.v", 1) and not traced.pins("mixer.w", 0)

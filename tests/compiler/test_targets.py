@@ -115,7 +115,7 @@ class TestRefusals:
 
     def test_an_axis_that_is_pinned_says_why(self) -> None:
         assert refusal({"head_dim": 4}) == (
-            "student.head_dim: cannot be narrowed: a table that the model computes for itself when it is loaded "
+            "student.head_dim: cannot be narrowed: a buffer that the model's code computes when it is loaded "
             "(model.rotary_emb.inv_freq); leave it out, or write 8"
         )
 
@@ -255,7 +255,7 @@ class TestLayers:
 
 def test_layers_are_always_exact() -> None:
     model = analysed("llama")
-    assert status_of(LAYERS, model) == ("exact", "a dropped layer is passed by")
+    assert status_of(LAYERS, model) == ("exact", "the same as zeroing the layer's residual update")
 
 
 def test_an_axis_that_the_graph_does_not_show() -> None:

@@ -264,7 +264,7 @@ def test_widths_are_those_of_the_configuration_and_of_every_tensor(tmp_path: Pat
 
 
 def test_what_cannot_be_compared_claims_nothing() -> None:
-    check = verify.skipped("masked", "hidden_size: layer_norm is taken over the channels that are left")
+    check = verify.skipped("masked", "hidden_size: layer_norm is taken over the kept channels")
     assert check.passed and not check.exact and check.max_error == 0.0
 
 

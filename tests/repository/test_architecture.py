@@ -1,8 +1,11 @@
-"""The picture of the packages in docs/architecture.md is the one that their imports make."""
+"""What docs/ draws from the code is current: the picture of the packages, and the trace of one model through every stage."""
 
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -37,3 +40,16 @@ def test_imports_are_read_wherever_they_stand(packages: ModuleType) -> None:
     found = packages.merged(packages.arrows())
     assert {"compiler", "runtime", "specs"} <= found["cli"] and found["runtime"] == {"specs"}
     assert found["specs"] == set()
+
+
+def test_the_trace_is_what_the_stages_do(tmp_path: Path) -> None:
+    """docs/trace.md, made anew. In a process of its own: operators that other tests register would change names."""
+    source = "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/docs']; import trace_of_stages; "
+    source += "print(trace_of_stages.page(), end='')"
+    done = subprocess.run(
+        [sys.executable, "-c", source, str(ROOT)],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    page = (ROOT / "docs" / "trace.md").read_text(encoding="utf-8")
+    assert done.stdout == page, "python docs/trace_of_stages.py writes it anew"

@@ -126,7 +126,7 @@ def test_fewer_experts_than_the_router_picks_are_refused(foundry: Foundry, famil
 @pytest.mark.parametrize("axis, width, near", [(EXPERT_WIDTH, 18, "16 or 20"), (HIDDEN, 3, "4")])
 def test_rows_that_torch_cannot_multiply_are_refused(foundry: Foundry, axis: str, width: int, near: str) -> None:
     words = refusal(foundry, "qwen3_moe", {axis: width})
-    assert f"rows of {width} channels are none that torch can multiply expert by expert; write a multiple of 4" in words
+    assert f"rows of {width} channels: grouped_mm needs rows of a multiple of 16 bytes; write a multiple of 4" in words
     assert words.endswith(f": {near}")
 
 
