@@ -26,6 +26,7 @@ from minitron.compiler.compile import Stages, verify
 from minitron.compiler.emit import program as program_module
 from minitron.compiler.graph.executor import Executor, Settings
 from minitron.compiler.graph.names import Fetch
+from minitron.compiler.importance.scores import ScoreTable
 from minitron.compiler.importance.select import Selection
 from minitron.compiler.verify.checks import Check, skipped
 from minitron.compiler.verify.run import CHECKS, Routes
@@ -183,6 +184,8 @@ class Foundry:
         stages = stages or (Stages() if program else WITHOUT_PROGRAM)
         if selection is not None:
             stages = replace(stages, select=lambda plan, scores: selection)
+            if loaded.spec.importance.hidden_basis == "channels":
+                stages = replace(stages, score=lambda _: (ScoreTable(), None))
         with self.shortened():
             plan = compile_spec(loaded, folder, device="cpu", progress=progress or Silent(), plan=plan, stages=stages)
             return Build(folder, loaded, plan)

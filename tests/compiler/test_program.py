@@ -133,6 +133,6 @@ def test_a_program_that_is_not_there_is_a_sentence(foundry: Foundry, tmp_path: P
 def test_operators_of_transformers_are_registered_where_a_graph_holds_them(foundry: Foundry) -> None:
     """Experts hold one, whether their files are named as the model's parameters are or not."""
     for family, custom in (("gpt_oss", True), ("mixtral", True), ("llama", False)):
-        assert holds_custom(foundry.whole(family, num_hidden_layers=2).captured.graph_module) == custom
+        assert holds_custom(foundry.whole(family, num_hidden_layers=2).teacher.captured.graph_module) == custom
     build = foundry.build(foundry.teacher("gpt_oss", num_hidden_layers=2), {"intermediate_size": 24})
     assert build.checks["program"]["passed"] and build.checks["program"]["exact"]

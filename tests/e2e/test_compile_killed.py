@@ -99,7 +99,7 @@ def test_killed_five_times_it_ends_with_the_same_bytes(
 ) -> None:
     monkeypatch.setattr(batches, "BATCH_TOKENS", BATCH_TOKENS)
     monkeypatch.setattr(batches, "BLOCK_BYTES", BLOCK_BYTES)
-    data = foundry.calibration | {"samples": 128, "sequence_length": 32}
+    data = foundry.calibration | {"samples": 128, "sequence_length": 12}
     loaded = foundry.load(foundry.teacher("llama", num_hidden_layers=1), STUDENT, importance={"data": data})
     undisturbed = foundry.compile(loaded, tmp_path / "undisturbed" / "build").folder
 

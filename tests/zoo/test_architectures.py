@@ -115,7 +115,7 @@ def test_a_layer_that_scales_the_residual_stream_is_passed_by_all_the_same(found
     made = foundry.build(teacher(foundry, "doge"), {LAYERS: 2}, program=False)
     assert all(check["passed"] for check in made.checks.values())
     check = made.checks["masked"]
-    assert not check["exact"] and "more to the residual stream than to add to it" in check["detail"]
+    assert not check["exact"] and "rescales the residual stream" in check["detail"]
 
 
 def test_one_key_for_feed_forward_layers_and_experts_narrows_both(foundry: Foundry) -> None:
