@@ -133,17 +133,21 @@ class Executor:
     def values_in(
         self, number: int, environments: Sequence[Environment], names: Collection[str]
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """For one batch after the other, the values of some nodes of a segment or of what it is given."""
+        """Yields, for one batch after the other, the values of some nodes of a segment or of what it is given.
+
+        Gradients are off while a batch runs and not between two: several of these iterators may be read in turn.
+        """
+        found: dict[str, torch.Tensor] = {}
+        taps: dict[str, Tap] = {name: lambda value, _, name=name: found.__setitem__(name, value) for name in names}  # type: ignore[misc]
+        segment = self._segments[number].until(taps)
         with torch.no_grad():
-            found: dict[str, torch.Tensor] = {}
-            taps: dict[str, Tap] = {name: lambda value, _, name=name: found.__setitem__(name, value) for name in names}  # type: ignore[misc]
-            segment = self._segments[number].until(taps)
             weights = {node: self._weight(node) for node in segment.weights}
-            for i, environment in enumerate(environments):
-                found.clear()
-                found.update((node.name, value) for node, value in environment.items() if node.name in names)
+        for i, environment in enumerate(environments):
+            found.clear()
+            found.update((node.name, value) for node, value in environment.items() if node.name in names)
+            with torch.no_grad():
                 self._run_segment(segment, weights, environment, taps, {}, i)
-                yield dict(found)
+            yield dict(found)
 
     def _run_segment(
         self,

@@ -114,3 +114,20 @@ def test_it_advances_once_a_batch_and_segment_whether_run_or_not(foundry: Foundr
         [token_ids(), token_ids()], taps={plan.teacher.ends[0].leave: lambda value, number: None}, advance=steps.append
     )
     assert Counter(steps) == {0: machine.segments, 1: machine.segments}
+
+
+def test_values_that_are_read_in_turn_leave_gradients_as_they_were(foundry: Foundry) -> None:
+    """Two iterators side by side, one of them never read to its end: what runs afterwards can be trained."""
+    plan = foundry.whole("llama", num_hidden_layers=2)
+    first, second = executor(plan), executor(plan)
+    batches = [token_ids(1), token_ids(1, seed=1)]
+    name = next(n.name for n in plan.teacher.captured.graph.nodes if "embedding" in n.name)
+    pairs = zip(
+        first.values_in(0, first.start(batches), {name}),
+        second.values_in(0, second.start(batches), {name}),
+        strict=True,
+    )
+    left, right = next(pairs)
+    assert torch.equal(left[name], right[name]) and torch.is_grad_enabled()
+    del pairs
+    assert torch.is_grad_enabled()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from minitron.compiler.importance import batches
+from minitron.specs.locks import LOCK
 from tests.foundry import Foundry
 
 from .tiny import TIMEOUT, environment
@@ -91,7 +92,9 @@ class Command:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file but the lock, which names the process that held it."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_killed_five_times_it_ends_with_the_same_bytes(
