@@ -80,7 +80,8 @@ RUN_DTYPE = torch.float32
 
 @dataclass(frozen=True)
 class Compilation:
-    """The things that the stages of one compile share: the plan, the teacher's bytes, where to write and to report.
+    """The state that the stages of one compile share: the plan, the teacher's weights, the build folder and the
+    progress.
 
     `buffers` are those that the teacher's own code computes when it is loaded in RUN_DTYPE.
     """
@@ -97,12 +98,13 @@ class Compilation:
 
     @property
     def settings(self) -> Settings:
-        """Where, and in which dtype, graphs run."""
+        """The device and dtype in which graphs run."""
         return Settings(self.device, RUN_DTYPE, self.plan.dtype)
 
 
 def score(compilation: Compilation) -> tuple[ScoreTable, torch.Tensor | None]:
-    """The importance scores, from the build folder where they were made from the same teacher, data and settings."""
+    """Returns the importance scores; reads them from the build folder if they were made from the same teacher, data and
+    settings."""
     plan, importance = compilation.plan, compilation.plan.loaded.spec.importance
     if importance.data is None or not plan.needs_scores:
         return ScoreTable(), None
@@ -143,7 +145,7 @@ def score(compilation: Compilation) -> tuple[ScoreTable, torch.Tensor | None]:
 def rotate(
     compilation: Compilation, selection: Selection, scores: ScoreTable, samples: torch.Tensor | None
 ) -> tuple[Compilation, Selection]:
-    """The teacher on the principal components of its residual stream, of which the leading ones are selected."""
+    """Rotates the teacher to the principal components of its residual stream and selects the leading ones."""
     rotation, width = compilation.plan.rotation, compilation.plan.targets.widths[HIDDEN]
     assert rotation is not None and samples is not None
     source = principal_weights(compilation.source, rotation, scores, samples, width)
@@ -151,7 +153,7 @@ def rotate(
 
 
 def rewrite(plan: Plan, selection: Selection, buffers: Buffers) -> RewrittenStudent:
-    """The graph passes, in order, and the recipes of the student's parameters."""
+    """Runs the graph passes in order and makes the recipes of the student's parameters."""
     teacher, captured = plan.teacher, plan.teacher.captured
     narrowing = narrowing_of(selection, teacher.roles, teacher.table)
     dims_of = {node.name: dims for node, dims in teacher.table.nodes.items()}
@@ -162,7 +164,7 @@ def rewrite(plan: Plan, selection: Selection, buffers: Buffers) -> RewrittenStud
     made = recipes(captured, teacher.table.parameters, narrowing, selection.layers)
     own = run_buffers(plan, plan.config)
     numbers = {old: new for new, old in enumerate(selection.layers)}
-    # A table that only dropped layers read (that of the only layer of its kind) is needed no more.
+    # A buffer that only dropped layers read (that of the only layer of its kind) is no longer needed.
     read = {strip_wrapper(str(node.target)) for node in graph_module.graph.nodes if node.op == "get_attr"}
     changed = [name for name in changed_buffers(captured, buffers, own, numbers) if name in read]
     with placing(plan.loaded, "student"):
@@ -179,7 +181,8 @@ def rewrite(plan: Plan, selection: Selection, buffers: Buffers) -> RewrittenStud
 def refit(
     compilation: Compilation, student: RewrittenStudent, samples: torch.Tensor | None, scratch: Path
 ) -> Compilation:
-    """The student's projections, fitted to what the teacher's yield on the calibration data; `scratch` holds them."""
+    """Refits the student's projections to the teacher's outputs on the calibration data; `scratch` holds the fitted
+    values."""
     teacher, source, settings = compilation.plan.teacher, compilation.source, compilation.settings
     assert samples is not None
     captured, whole = teacher.captured, teacher.captured.graph_module
@@ -281,10 +284,10 @@ def compile_spec(
 ) -> Plan:
     """Compiles a spec into the build folder: scores, student, program, verification, training plan.
 
-    `plan` is that of `make_plan(loaded, build=build, weights=True)`, where it was made already. Everything that can be
-    wrong with the spec is known before weights are fetched. SpecInvalid and UsageError for a wrong spec, and where another
-    process is compiling into the folder; WorkError where the work fails; a check of the student that does not pass is such
-    a failure.
+    `plan` is that of `make_plan(loaded, build=build, weights=True)`, where it was made already. Every error of the spec
+    is found before weights are fetched. Raises SpecInvalid and UsageError for a wrong spec, and UsageError where
+    another process is compiling into the folder; raises WorkError where the work fails, also where a check of the
+    student does not pass.
     """
     plan = plan or make_plan(loaded, build=build, weights=True)
     claim_folder(build, COMPILED, "name another with -o")
@@ -296,7 +299,7 @@ def compile_spec(
 
 
 def _compile(plan: Plan, device: str, progress: Progress, stages: Stages, scratch: Path) -> Plan:
-    """Makes everything in the build folder, which nobody else writes to in the meantime."""
+    """Writes everything in the build folder while this process holds the folder's lock."""
     loaded, build = plan.loaded, plan.build
     inputs = with_result(loaded, observe(at_commit(loaded, plan.checkpoint.commit)))
     source = open_weights(plan.teacher.captured, plan.checkpoint)
@@ -351,7 +354,7 @@ def run_buffers(plan: Plan, config: Any) -> Buffers:
 
 
 def _config_widths(plan: Plan) -> dict[str, int]:
-    """Configuration key -> width, for everything that was asked for."""
+    """Maps configuration key to width, for everything that the spec asks for."""
     old, config = plan.teacher.widths, plan.teacher.captured.config
     keys = {name: config_key(config, name, old[name]) for name in plan.targets.widths}
     attribute_map = getattr(plan.config, "attribute_map", {})
@@ -384,7 +387,8 @@ def _score_key(plan: Plan, data: str, samples: torch.Tensor, config: Calibration
 
 
 def _check_unchanged(before: Inputs, now: Inputs) -> None:
-    """WorkError where what the spec names has changed while it was compiled: the student is of neither."""
+    """Raises WorkError where an input of the spec changed during the compile: the student belongs to neither
+    version."""
     for path, _, _ in changes(before, now):
         raise WorkError(f"{' '.join(path)} changed while the student was compiled; let it rest and compile again")
 

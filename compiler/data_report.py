@@ -1,4 +1,4 @@
-"""What training, calibration and evaluation will see of the data that a spec names: `minitron data`."""
+"""Describes the data that training, calibration and evaluation will read from a spec's sources: `minitron data`."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _part(part: Source, found: Survey, tokenizer: Any, share: float, wanted: int
 
 
 def _name(part: Source) -> str:
-    """As in the spec, without the folders of this machine."""
+    """Returns the name of a part as the spec writes it, without the folders of this machine."""
     value = getattr(part, part.kind)
     names = list(_names(value))
     shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

@@ -28,7 +28,7 @@ LONGEST = 4096
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a spec may start from: sets of widths, the best first, and how long a sequence the teacher reads."""
+    """The widths that a spec may start from, the best set first, and the longest sequence that the teacher reads."""
 
     teacher_parameters: int
     students: tuple[dict[str, int], ...]
@@ -37,7 +37,8 @@ class Proposal:
 
 def propose(model: str, base: Path, *, parameters: int | None = None, share: Fraction | None = None) -> Proposal:
     """Reads a teacher's configuration (a folder relative to `base`, or a Hub id) and proposes students of a number of
-    parameters, or of a share of the teacher's. UsageError where there is no such model or the budget is out of reach."""
+    parameters, or of a share of the teacher's. Raises UsageError where there is no such model or the budget is out of
+    reach."""
     config = open_checkpoint(model, None, base, weights=False).config
     shapes = [tuple(tensor.shape) for tensor in stored_tensors(build_meta(config, torch.float32, "eager")).values()]
     whole = sum(map(_size, shapes))
@@ -78,8 +79,8 @@ def _scaled(teacher: dict[str, int]) -> Iterator[dict[str, int]]:
 
 
 def _distance(shapes: list[tuple[int, ...]], teacher: dict[str, int], budget: int) -> Callable[[dict[str, int]], int]:
-    """How far a student is from the budget. A dimension that is a width of the teacher, or twice one (gate and up in one
-    matrix), becomes the student's."""
+    """Returns a function that measures a student's distance from the budget. A dimension that is a width of the
+    teacher, or twice one (gate and up in one matrix), becomes the student's."""
 
     def distance(student: dict[str, int]) -> int:
         new = {2 * teacher[key]: 2 * student[key] for key in student} | {teacher[key]: student[key] for key in student}

@@ -69,7 +69,7 @@ def visit(t: Tracer, node: Node) -> None:
 
 
 def _check(t: Tracer, node: Node) -> None:
-    """A rule that returns dimensions of a wrong size would make everything after it wrong."""
+    """Checks the sizes of a rule's result: wrong sizes would make all later dimensions wrong."""
     if t.is_single(node):
         got = [size_of(dim) for dim in t.dims(node)]
         assert got == t.sizes(node), f"the rule of {t.place(node)} gives {got} for {t.sizes(node)}"
@@ -91,9 +91,9 @@ def _attribute(t: Tracer, node: Node) -> Dims:
 
 
 def _softmax_attention(t: Tracer) -> list[AttentionSite]:
-    """Attention written out: a softmax over the key positions whose result is contracted with the values.
+    """Finds attention written out: a softmax over the key positions whose result is contracted with the values.
 
-    Positions are symbols, or as many as the graph's tokens where it is of one number of them: [.., queries, keys] then.
+    The number of positions is symbolic, or the graph's fixed length where it has one: [.., queries, keys] then.
     """
     activations = {c.value: c for c in t.contractions if c.weight is None}
     sites = []
@@ -112,9 +112,9 @@ def _softmax_attention(t: Tracer) -> list[AttentionSite]:
 
 
 def _pin_axes_whose_sort_order_is_observed(t: Tracer) -> None:
-    """Rows that were put in the order of an axis, and whose order turned out to matter, hold the numbering of that axis.
+    """Pins every axis that rows were sorted by, where the order of those rows turned out to matter.
 
-    That axis may itself be one of rows, so this goes on until nothing is left to hold.
+    Such an axis may itself consist of sorted rows, so the search repeats until nothing new is pinned.
     """
     ordered = {leaf for dim in t.ordered for leaf in t.space.leaves(dim)}
     roots = [t.space.find(one.rows) for one in t.sorted]

@@ -1,7 +1,7 @@
 """The axis algebra: what a tensor dimension is made of, and which dimensions must be narrowed together.
 
-A dimension (`Dim`) is a product of atoms, slowest first; a dimension of size one is the empty product. An atom is a node
-of a union-find forest. What is learnt of it later is kept as its structure:
+A dimension (`Dim`) is a product of atoms, slowest first; a dimension of size one is the empty product. An atom is a
+node of a union-find forest. Facts learnt about an atom later are kept as its structure:
 
     factors   a `view` split it: it is the product of other atoms
     parts     a `cat` made it, or a `slice`, `chunk` or `split` cut it: it is the concatenation of dimensions
@@ -27,7 +27,8 @@ class Size:
 
     @staticmethod
     def of(value: Any) -> Size:
-        """From an int or a `torch.SymInt`; what is no monomial (`s0 + 1`) becomes one opaque symbol."""
+        """Makes a size from an int or a `torch.SymInt`; an expression that is no monomial (`s0 + 1`) becomes one opaque
+        symbol."""
         if isinstance(value, int):
             return Size(value)
         expression = value.node.expr
@@ -72,7 +73,7 @@ ONE = Size(1)
 
 @dataclass(frozen=True, order=True)
 class Pin:
-    """Why an atom cannot be narrowed: `reason` in words, `place` the op and module it comes from."""
+    """The reason that an atom cannot be narrowed: `reason` in words, `place` the op and module that set the pin."""
 
     reason: str
     place: str
@@ -92,7 +93,7 @@ class Note:
 
 @dataclass(eq=False)
 class Atom:
-    """See the module docstring. Compare atoms by identity after `Space.find`."""
+    """A node of the union-find forest (see the module docstring). Compare atoms by identity after `Space.find`."""
 
     number: int
     size: Size
@@ -131,7 +132,7 @@ class Space:
     # -- making -------------------------------------------------------------------------------------------------------
 
     def fresh(self, size: Size, *, broadcast: bool = False) -> Dim:
-        """A new dimension that nothing is known of yet."""
+        """Makes a new dimension without structure."""
         return () if size.is_one else (self._new(Atom(next(self._numbers), size, broadcast=broadcast)),)
 
     def _new(self, atom: Atom) -> Atom:
@@ -182,7 +183,7 @@ class Space:
         yield from result
 
     def describe(self, dim: Dim) -> str:
-        """For people: x is a product, + a concatenation, ! a pin."""
+        """Formats a dimension for people: x is a product, + a concatenation, ! a pin."""
         words = []
         for atom in self.flat(dim):
             mark = "!" if atom.pins else ""
@@ -193,7 +194,7 @@ class Space:
         return " x ".join(words) or "1"
 
     def settle(self) -> None:
-        """Hands every pin and note down to the leaves. To be called once, when everything is learnt."""
+        """Hands every pin and note down to the leaves. Call this once, after the whole graph is analysed."""
         for atom in self._atoms:
             if atom.forward is None and (atom.pins or atom.notes) and (atom.factors or atom.parts):
                 below = [atom.factors] if atom.factors is not None else list(atom.parts or ())
@@ -205,17 +206,17 @@ class Space:
     # -- learning -----------------------------------------------------------------------------------------------------
 
     def pin(self, dim: Dim, reason: str, place: str = "") -> None:
-        """Nothing that this dimension is made of may be narrowed."""
+        """Pins every leaf of a dimension, so that none of them is narrowed."""
         for atom in dim:
             self.find(atom).pins.add(Pin(reason, place))
 
     def note(self, dim: Dim, note: Note) -> None:
-        """Narrowing anything that this dimension is made of changes what `note` names."""
+        """Attaches a note to a dimension: narrowing any of its leaves changes the function that `note` names."""
         for atom in dim:
             self.find(atom).notes.add(note)
 
     def unify(self, a: Dim, b: Dim, place: str) -> None:
-        """Both dimensions are the same axis: narrowed together or not at all. Sizes of one (broadcast) are left alone."""
+        """Makes both dimensions one axis, narrowed together or not at all. Sizes of one (broadcast) are left alone."""
         left, right = list(self.flat(a)), list(self.flat(b))
         while left and right:
             x, y = self.find(left.pop()), self.find(right.pop())
@@ -244,7 +245,7 @@ class Space:
         self.pin(b, reason, place)
 
     def _merge(self, x: Atom, y: Atom, place: str) -> None:
-        """Two different atoms of one size, neither a product, become one."""
+        """Merges two different atoms of one size, neither of them a product."""
         if x.parts is not None and y.parts is not None:
             self._unify_parts(list(x.parts), list(y.parts), place)
         elif y.parts is not None:
@@ -343,7 +344,8 @@ class Space:
         return rest
 
     def interleaved(self, dim: Dim, step: int, place: str) -> tuple[Dim, Dim]:
-        """A dimension read with a stride that divides it is a product (slow, fast); the fast factor, the stride, is pinned."""
+        """Splits a dimension read with a stride that divides its size into (slow, fast); the fast factor, the stride,
+        is pinned."""
         quotient = size_of(dim).divided_by(Size(step))
         assert quotient is not None, f"step {step} does not divide {size_of(dim)}"
         slow, fast = self.fresh(quotient), self.fresh(Size(step))

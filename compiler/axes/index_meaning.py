@@ -1,9 +1,10 @@
-"""What the numbers in an integer tensor stand for, where they are positions along an axis of the model.
+"""The meaning of the values in an integer tensor, where these values are positions along an axis of the model.
 
-A router's choice is such a tensor: its values are positions along the axis of experts. If that axis is narrowed, the values
-are numbered anew all by themselves, because the operator that yields them counts positions in what is left. So they hold
-nothing, as long as every reader treats them as positions: indexing with them reads that axis, counting them yields it,
-sorting by them puts rows in its order. Whatever else reads them reads numbers, and then the axis is pinned.
+A router's choice is such a tensor: its values are positions along the axis of experts. If that axis is narrowed, the
+values are renumbered automatically, because the operator that yields them counts positions in the narrowed axis. So
+these values pin nothing as long as every reader treats them as positions: indexing with them reads that axis, counting
+them yields that axis, sorting by them puts rows in its order. Any other reader reads plain values, and then the axis is
+pinned.
 
 The rules of the operators that treat positions as positions are marked (`positions=True`); `Tracer.visit` pins what any
 other operator reads.
@@ -35,7 +36,7 @@ class Positions:
 
 @dataclass(frozen=True)
 class Counts:
-    """For every index of `of`: how often it stands among the values of `source`."""
+    """The number of times that each index of `of` occurs among the values of `source`."""
 
     of: Dim
     source: Node
@@ -43,7 +44,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Offsets:
-    """For every index of `of`: how many values of `source` are not beyond it, the running sum of their `Counts`."""
+    """The number of values of `source` up to each index of `of`: the running sum of their `Counts`."""
 
     of: Dim
     source: Node
@@ -56,8 +57,9 @@ Meaning = Positions | Counts | Offsets
 class Sorted:
     """Rows that were put in the order of positions along `by`: another numbering of `by` is another order of `rows`.
 
-    That changes nothing as long as no order of `rows` does: nothing cuts, splits or counts them, they never meet rows that
-    stand in an order of their own, and what reads them by the groups that `by` makes knows these groups from `source`.
+    Renumbering `by` is safe as long as the order of `rows` has no effect: nothing cuts, splits or counts the rows, they
+    never meet rows in another order, and an operator that reads them in groups of `by` takes these groups from
+    `source`.
     """
 
     rows: Atom

@@ -1,4 +1,4 @@
-"""Index lists: which indices of every leaf are kept, and what follows for a dimension that is made of several."""
+"""Index lists: the kept indices of every leaf, and those of a dimension that is made of several leaves."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ class Dependent:
 
 @dataclass(frozen=True)
 class Narrowing:
-    """What is kept of each narrowed leaf. Leaves that are not named are kept whole. Keys are representatives."""
+    """The kept indices of each narrowed leaf. Leaves that are not named are kept whole. Keys are representatives."""
 
     space: Space
     kept: Mapping[Atom, Indices] = field(default_factory=dict)
     dependent: Mapping[Atom, Dependent] = field(default_factory=dict)
 
     def touches(self, dim: Dim) -> bool:
-        """Whether anything that the dimension is made of is narrowed."""
+        """Checks whether any leaf of the dimension is narrowed."""
         return any(leaf in self.kept or leaf in self.dependent for leaf in self.space.leaves(dim))
 
     def count(self, dim: Dim) -> int:
-        """The size that is left of an integer dimension."""
+        """The narrowed size of an integer dimension."""
         return self.size(dim).coefficient
 
     def size(self, dim: Dim) -> Size:
-        """The size that is left of a dimension."""
+        """The narrowed size of a dimension."""
         result = Size(1)
         for atom in self.space.flat(dim):
             if atom in self.kept:
@@ -80,7 +80,8 @@ class Narrowing:
         return np.stack(rows)
 
     def before(self, dim: Dim, offset: int) -> int:
-        """How many kept indices of a dimension lie before `offset`, where the dimension is cut: the same for all parents."""
+        """Counts the kept indices of a dimension before `offset`, where the dimension is cut: the same for all
+        parents."""
         fixed = dict.fromkeys(self.elsewhere(dim), 0)
         return int(np.count_nonzero(self.positions(dim, fixed) < offset))
 

@@ -1,4 +1,4 @@
-"""The kinds of notes that operators leave on an axis which they take together."""
+"""The kinds of notes that operators leave on an axis that they reduce or normalise."""
 
 from __future__ import annotations
 

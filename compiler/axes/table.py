@@ -1,4 +1,4 @@
-"""What the dimension analysis yields: the dimensions of every parameter and value."""
+"""The result of the dimension analysis: the dimensions of every parameter and value."""
 
 from __future__ import annotations
 
@@ -32,9 +32,11 @@ class AttentionSite:
 
 @dataclass(frozen=True)
 class AxisTable:
-    """What the analysis found. `parameters`: canonical parameter name -> dimensions; `nodes`: the same for every value.
+    """The result of the analysis. `parameters`: canonical parameter name -> dimensions; `nodes`: the same for every
+    value.
 
-    `meanings` and `sorted` are of `compiler.axes.index_meaning`: what integers stand for, and rows in the order of an axis.
+    `meanings` and `sorted` come from `compiler.axes.index_meaning`: the meaning of integers, and rows sorted by an
+    axis.
     """
 
     space: Space

@@ -1,4 +1,4 @@
-"""What op rules see of the walk: the space of atoms, and the node that they are asked about."""
+"""The interface of op rules to the graph walk: the space of atoms, and the node whose rule is called."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from minitron.compiler.graph.aten import argument, op_name
 
 
 class Tracer:
-    """What op rules see: the space of atoms, and the node that they are asked about."""
+    """The state that op rules read and write: the space of atoms, and the dimensions and meanings of every node."""
 
     def __init__(self, captured: Captured) -> None:
         self.space = Space()
@@ -83,7 +83,7 @@ class Tracer:
         return result
 
     def contract(self, node: Node, value: Any, weight: Any, read: Dim, contracted: Dim) -> None:
-        """A contraction: `read` of `value` is summed against `contracted` of `weight`."""
+        """Records a contraction: `read` of `value` is summed against `contracted` of `weight`."""
         self.space.unify(read, contracted, self.place(node))
         name = self.captured.parameter_behind(weight)
         self.contractions.append(Contraction(node, value, name, contracted))
@@ -103,7 +103,7 @@ class Tracer:
         return result
 
     def opaque(self, node: Node) -> Result:
-        """Nothing is known of this operator: everything it touches is pinned."""
+        """Pins every dimension that an operator without a rule touches."""
         place = self.place(node)
         self.pin_operands_as_values(node)
         self.unknown.setdefault(op_name(node), []).append(self.captured.module_of(node))
@@ -132,19 +132,20 @@ class Tracer:
         self.meanings[node if result is None else (node, result)] = meaning
 
     def pin_as_values(self, meaning: Meaning | None, place: str) -> None:
-        """What `place` reads are numbers: the axis that they count cannot be numbered anew."""
+        """Pins the axis of `meaning`: the operator at `place` reads positions as plain values, so the axis keeps its
+        numbering."""
         if isinstance(meaning, Positions):
             self.space.pin(meaning.of, meaning.reason, meaning.place or place)
         elif isinstance(meaning, Offsets):
             self.space.pin(meaning.of, "its order matters", place)
 
     def pin_operands_as_values(self, node: Node) -> None:
-        """`node` reads all of its operands as numbers."""
+        """Pins the axes of all operands that hold positions: `node` reads them as plain values."""
         for operand in node.all_input_nodes:
             self.pin_as_values(self.meanings.get(operand), self.place(node))
 
     def forward_meaning(self, node: Node, how: str) -> None:
-        """The values of the results are those of the first operand, or some of them."""
+        """Gives the results the meaning of the first operand: they hold its values, or some of them."""
         meaning = self.meanings.get(node.args[0])
         if meaning is None:
             return
@@ -155,7 +156,7 @@ class Tracer:
             self.set_meaning(node, replace(meaning, source=node) if how == "some" else meaning, result)
 
     def is_sorted_by(self, rows: Dim, source: Node) -> bool:
-        """Whether rows stand in the order of the positions in `source`."""
+        """Checks whether the rows are sorted by the positions in `source`."""
         roots = self.space.flat(rows)
         return any(len(roots) == 1 and self.space.find(s.rows) is roots[0] and s.source is source for s in self.sorted)
 

@@ -80,8 +80,8 @@ class Captured:
 
     @property
     def length(self) -> int | None:
-        """The one number of tokens that the graph is of, where the model's own code depends on it (a scan in chunks, a
-        loop over positions); None where the graph is of any."""
+        """The fixed sequence length of the graph, where the model's own code depends on the length (a scan in chunks, a
+        loop over positions); None where the length is dynamic."""
         return fixed_length(self.graph)
 
     @property
@@ -148,7 +148,7 @@ class Captured:
 def capture(config: Any, dtype: torch.dtype = torch.float32, otherwise: int = FIXED_LENGTH) -> Captured:
     """Exports the model of `config` in `dtype`. Raises UsageError where it cannot be exported, with torch's reason.
 
-    A model whose code does other things for other numbers of tokens is captured for `otherwise` of them.
+    A model whose code depends on the sequence length is captured at the length `otherwise`.
     """
     reasons: list[str] = []
     for length in (None, otherwise):
@@ -174,9 +174,10 @@ def capture(config: Any, dtype: torch.dtype = torch.float32, otherwise: int = FI
 def _export_once(
     config: Any, dtype: torch.dtype, attention: str, length: int | None
 ) -> tuple[torch.nn.Module, GraphModule] | None:
-    """What `_export` gives, from an export of a few layers that stand for all others: those that do the same (`alike`).
+    """Returns the result of `_export`, made from an export of a few layers, one for each group of layers that are
+    alike.
 
-    None where that cannot be told of this model, or where it saves nothing.
+    None where the layers of this model cannot be compared, or where the shortcut saves nothing.
     """
     count = getattr(config, "num_hidden_layers", None)
     if not isinstance(count, int) or count < LEAST_LAYERS:
@@ -228,7 +229,7 @@ def _representatives(config: Any, dtype: torch.dtype, attention: str, count: int
 def _accounts(
     config: Any, dtype: torch.dtype, attention: str, length: int, path: str = ""
 ) -> tuple[Accounts | None, str]:
-    """What the layers of a model do, and where they stand."""
+    """Returns the accounts of a model's layers, and the path of their module list."""
     with quiet(), FakeTensorMode(allow_non_fake_inputs=True):
         fake = build_model(config, dtype, attention)
         path = path or find_layers(fake, config)[0]
@@ -242,9 +243,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _is_noop_cast(node: Node) -> bool:
-    """Whether a node yields just what it is given: a conversion to the number format and device that it has.
+    """Checks whether a node yields its input unchanged: a conversion to the dtype and device that the input has.
 
-    Layers hand a common table to one another so, and would seem to read it of the layer before.
+    Such casts chain a buffer that all layers share through the layers, so that each seems to read the previous one.
     """
     if op_name(node) not in ("to", "alias", "detach") or not isinstance(node.args[0], Node):
         return False
@@ -255,7 +256,7 @@ def _is_noop_cast(node: Node) -> bool:
 
 
 def _export(config: Any, dtype: torch.dtype, attention: str, length: int | None) -> tuple[torch.nn.Module, GraphModule]:
-    """The model on the meta device, and its graph: of `length` tokens, or of any number.
+    """Returns the model on the meta device and its graph, of `length` tokens or with a dynamic length.
 
     Export sees fake tensors of the CPU: modelling files choose other operators on the meta device, which then refuse
     real weights.
@@ -278,7 +279,7 @@ def _export(config: Any, dtype: torch.dtype, attention: str, length: int | None)
 
     for node in list(module.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            # Its only use is to catch a retrace with other number formats; it would pin the device.
+            # The node's only use is to catch a retrace with other dtypes; it would pin the device.
             module.graph.erase_node(node)
         elif node.target is torch.ops.aten.view.default:
             # Export's fake tensors may lie in memory as those of another kernel do, where a view needs no copy.

@@ -1,6 +1,6 @@
 """Tensors that a model's code makes while it runs: export keeps them beside the graph, where no checkpoint has them.
 
-Those of one value are written into the graph, so that whoever has the graph has them. An index that is one number is a slice.
+Tensors of one value are written into the graph as constants. An index that is one number becomes a slice.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ aten = torch.ops.aten
 def inline(module: GraphModule, known: Collection[str], named: str) -> None:
     """Writes single values into the graph. `known` are the tensors of the model, each under `named` in the module.
 
-    UsageError for a tensor of several values: neither the model's files nor its tables have them.
+    Raises UsageError for a tensor of several values: neither the checkpoint nor the model's buffers hold them.
     """
     for node in list(module.graph.nodes):
         name = str(node.target).removeprefix(named + ".")
@@ -40,7 +40,8 @@ def inline(module: GraphModule, known: Collection[str], named: str) -> None:
 
 
 def _write(module: GraphModule, node: Node, value: torch.Tensor) -> None:
-    """In the place of a node that yields a tensor of one value: an operator that makes it, or nothing where it indexes."""
+    """Replaces a node that yields a tensor of one value by an operator that makes the tensor, or by a slice of its
+    readers."""
     number = value.item()
     if value.dim() == 1 and isinstance(number, int) and not isinstance(number, bool):
         for user in list(node.users):

@@ -50,7 +50,7 @@ def _follow_experts(config: Any, count: int, kept: Sequence[int]) -> None:
 
     step, named = number("decoder_sparse_step"), getattr(config, "mlp_only_layers", None)
     if step is not None and hasattr(config, "mlp_only_layers"):
-        # Every so many layers: now every layer, but for those that are named.
+        # Every n-th layer: now every layer, except those that are named.
         dense = {layer for layer in range(count) if layer in (named or []) or (layer + 1) % step}
         config.decoder_sparse_step = 1
         config.mlp_only_layers = sorted(dense)

@@ -1,10 +1,11 @@
-"""Which layers of a model compute the same: the model is run once without data, and what each layer did is written down.
+"""Finds the layers of a model that compute the same function: runs the model once without data and records each layer.
 
-Every operation is seen below the modelling file's own code, with its constants, the sizes of its results, and where each
-operand comes from: the layer's own parameter, a value of this layer, the value that the layer before it hands on, or a
-value from outside the layers. Two layers with the same account are the same function of their parameters and inputs,
-whatever their modules are called; a scale that follows the layer's number, another window or a layer without rotary
-embedding shows in the account. What cannot be told is not alike: `accounts` gives None, and every layer is captured.
+Every operation is seen below the modelling file's own code, with its constants, the sizes of its results, and where
+each operand comes from: the layer's own parameter, a value of this layer, the value that the layer before it hands on,
+or a value from outside the layers. Two layers with the same account are the same function of their parameters and
+inputs, whatever their modules are called; a scale that follows the layer's number, another window or a layer without
+rotary embedding shows in the account. Layers that cannot be compared count as different: `accounts` returns None, and
+every layer is captured.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ LARGEST_CONSTANT = 4096  # elements of a constant that are compared one by one; 
 
 @dataclass(frozen=True)
 class Accounts:
-    """What was done outside the layers, and by each layer. Equal accounts, equal functions."""
+    """The operations outside the layers, and those of each layer. Equal accounts mean equal functions."""
 
     outside: tuple[Any, ...]
     layers: tuple[tuple[Any, ...], ...]
@@ -37,7 +38,8 @@ class _CannotTellError(Exception):
 def accounts(
     model: torch.nn.Module, layer_path: str, run: Callable[[torch.Tensor], object], sample: torch.Tensor
 ) -> Accounts | None:
-    """`model` holds fake tensors, `run` runs it on `sample` as it is exported. None where this cannot tell the layers."""
+    """Records the layers of `model`, which holds fake tensors; `run` runs it on `sample`. None where layers cannot be
+    compared."""
     layers = list(model.get_submodule(layer_path).children())
     names = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     known = {id(tensor): name for name, tensor in reversed([*names, ("sample", sample)])}

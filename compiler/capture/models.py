@@ -20,7 +20,7 @@ from minitron.specs.errors import UsageError
 def quiet() -> Iterator[None]:
     """Silences the notices of export and model construction: they name nothing that a user could act on.
 
-    What fake tensors log as an error is raised as well, and whoever tries something with them decides what it means.
+    Errors that fake tensors log are raised as well, and the caller decides what they mean.
     """
     names = ("transformers", "torch.export", "torch._export", "torch.fx", "torch._subclasses.fake_tensor")
     loggers = [logging.getLogger(name) for name in names]
@@ -67,7 +67,7 @@ def canonical_names(model: torch.nn.Module) -> dict[str, str]:
 
 
 def stored_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All that a checkpoint of a model holds, under its canonical names."""
+    """The tensors that a checkpoint of a model holds, by canonical name."""
     names = canonical_names(model)
     return {name: value for name, value in _stored(model) if names[name] == name}
 

@@ -1,4 +1,5 @@
-"""A graph of few layers grown to all of them: what was captured once stands for every layer that does the same.
+"""Grows a graph of a few layers to the whole model: each captured layer is copied for every layer that computes the
+same.
 
 The first layer of the small graph is the first of the large one; each other layer is a copy of the one that stands for
 it, with its own parameters, reading the residual stream from the layer before. Sizes that one layer computes from batch
@@ -138,7 +139,7 @@ def repeat_layers(
 
 
 def _is_size(node: Node) -> bool:
-    """Whether it computes a number from batch and sequence: export computes each such number once."""
+    """Checks whether a node computes a number from batch and sequence sizes: export computes each such number once."""
     return isinstance(node.meta.get("val"), torch.SymInt)
 
 
@@ -169,7 +170,7 @@ def _runs(nodes: list[Node], prefix: str) -> list[list[Node]]:
 
 
 def _constant(small: GraphModule, target: str) -> torch.Tensor:
-    """A tensor that export made of a constant in the code: it is none of the model's."""
+    """Returns a tensor that export made from a constant in the code, and that is not the model's."""
     path, _, name = target.rpartition(".")
     value = getattr(small.get_submodule(path), name)
     if not isinstance(value, torch.Tensor):
@@ -178,7 +179,7 @@ def _constant(small: GraphModule, target: str) -> torch.Tensor:
 
 
 def _meta(node: Node, path: str, renumbered: tuple[int, int] | None) -> dict[str, Any]:
-    """What is known of a node, with the modules of the layer that the copy stands in."""
+    """Returns the metadata of a node, with its module paths moved to the layer of the copy."""
     meta = {key: value for key, value in node.meta.items() if key in ("val", "nn_module_stack")}
     if renumbered is None or "nn_module_stack" not in meta:
         return meta

@@ -1,8 +1,8 @@
 """Rotary frequencies that depend on the length of the sequence: one set for short sequences, another for long ones.
 
-Modelling code makes the second set at its first call, as a tensor of its own, and writes the set that counts over the table
-of the first. Here the second set is a buffer of the model before it is run, so that it is computed as all other tables are
-(`load_buffers`), and in the graph the table that was written over is the value that was written.
+Modelling code makes the second set at its first call, as a tensor of its own, and writes the active set over the buffer
+of the first. Here the second set is a buffer of the model before it is run, so that it is computed as all other buffers
+are (`load_buffers`), and in the graph the overwritten buffer is replaced by the value that was written.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LENGTHS = "longrope"  # transformers' rope_type of frequencies in two sets
 
 
 def _sets(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, str | None]]:
-    """(module, prefix of its tables, kind of layer) for each rotary embedding with two sets of frequencies."""
+    """Yields (module, prefix of its buffers, kind of layer) for each rotary embedding with two sets of frequencies."""
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         if kinds == LENGTHS:
@@ -48,7 +48,8 @@ def fill_long_frequencies(model: torch.nn.Module) -> None:
 
 
 def replace_overwritten(graph: Graph) -> None:
-    """Makes what a buffer holds after it was overwritten whole the value that was written, where nothing reads it before."""
+    """Replaces a buffer that is overwritten whole by the value that was written, where nothing reads the buffer
+    before."""
     order = {node: number for number, node in enumerate(graph.nodes)}
     for write in [node for node in graph.nodes if node.target is torch.ops.aten.copy_.default]:
         table, value = write.args[0], write.args[1]
@@ -65,7 +66,8 @@ def replace_overwritten(graph: Graph) -> None:
 
 
 def _same_kind(one: Node, other: Node) -> bool:
-    """Whether two nodes yield tensors of one shape and dtype, so that writing one into the other changes neither."""
+    """Checks whether two nodes yield tensors of one shape and dtype, so that writing one into the other changes
+    neither."""
     a, b = one.meta.get("val"), other.meta.get("val")
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return False

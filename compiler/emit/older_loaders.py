@@ -68,14 +68,14 @@ def _rotary(config: Any, document: Document) -> Document:
 
 
 def _place_of(config: Any, document: Document) -> Place | None:
-    """Where the probe shows in the rotary parameters that the class reads from a document."""
+    """Finds the probe's place in the rotary parameters that the class reads from a document."""
     read = _read(config, document)
     places = [place for place, value in _leaves((read or {}).get(NEW)) if value == PROBE]
     return places[0] if len(places) == 1 else None
 
 
 def _scaled_part(config: Any, bare: Document, parameters: Document) -> Document | None:
-    """What `rope_scaling` says: the parameters of a type that is not the default one."""
+    """Returns the value of `rope_scaling`: the parameters of a type other than the default one."""
     parts = [one for one in parameters.values() if isinstance(one, dict)]
     if not parts:
         whole = parameters

@@ -1,4 +1,4 @@
-"""student.pt2: the rewritten graph as a program of torch.export, with the student's tables and without its weights."""
+"""student.pt2: the rewritten graph as a program of torch.export, with the student's buffers and without its weights."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _plain(graph_module: GraphModule) -> GraphModule:
 
 
 def save_program(program: ExportedProgram, path: Path) -> None:
-    """Writes the program, which is a graph and a few tables and fits in memory.
+    """Writes the program, which consists of a graph and a few buffers and fits in memory.
 
     Torch does not write the file itself: where the disk is full it aborts the process (torch 2.13), and the name of the
     file, here a temporary one, would stand in the archive.
@@ -93,7 +93,7 @@ with torch.no_grad():
 
 
 def holds_custom(graph_module: GraphModule) -> bool:
-    """Whether the graph holds operators that transformers registers."""
+    """Checks whether the graph holds operators that transformers registers."""
     return any(getattr(node.target, "namespace", None) == "transformers" for node in graph_module.graph.nodes)
 
 

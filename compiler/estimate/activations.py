@@ -1,8 +1,8 @@
-"""What a model holds beside its weights while it computes: found by running it without data.
+"""Measures the memory that a model needs beside its weights while it computes, by running the model without data.
 
 A model of a few layers, some of each kind, is run on fake tensors (sizes without bytes) at the batch and length in
 question, forward and, for training, backward. Whatever is allocated is counted while it lives. So what a modelling
-file saves for its backward, in which number format and with or without recomputation, is seen and not guessed; the
+file saves for its backward, in which dtype and with or without recomputation, is measured and not guessed; the
 layers that were left out count as much as those of their kind that were run.
 """
 
@@ -34,14 +34,14 @@ class Footprint:
     transient: int
 
     def times(self, factor: int) -> Footprint:
-        """Of a batch that is so many times as large."""
+        """Returns the footprint of a batch that is `factor` times as large."""
         return Footprint(self.kept * factor, self.transient * factor)
 
 
 @dataclass(frozen=True)
 class Work:
-    """How a model is run: `weights` is the number format of its weights, `autocast` whether products are made in bf16
-    whatever that is, `training` with a backward, `recompute` with gradient checkpointing."""
+    """The settings of a run: `weights` is the dtype of the weights, `autocast` makes products in bf16 whatever that
+    dtype is, `training` adds a backward, `recompute` turns gradient checkpointing on."""
 
     sequences: int
     length: int
@@ -87,7 +87,8 @@ class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def footprint(config: Any, attention: str, backbone: str, layer_path: str, count: int, work: Work) -> Footprint:
-    """Of the model of `config`, whose `count` layers stand in the module list `layer_path`, up to its last hidden state.
+    """Measures the model of `config`, whose `count` layers stand in the module list `layer_path`, up to its last hidden
+    state.
 
     `backbone` is the sub-module that yields the hidden states.
     """
@@ -114,8 +115,9 @@ def footprint(config: Any, attention: str, backbone: str, layer_path: str, count
 
 @contextmanager
 def no_packing() -> Iterator[None]:
-    """For models that are run without data. Their positions cannot be read, so transformers would provide for several
-    documents in one sequence with a mask that it leaves out where it can read that there is one."""
+    """Disables the detection of packed documents for models that are run without data. Their positions cannot be read,
+    so transformers would provide for several documents in one sequence with a mask that it leaves out where it can read
+    that there is one."""
     name = "find_packed_sequence_indices"
     original = getattr(masking_utils, name, None)
     setattr(masking_utils, name, lambda *_, **__: None)
@@ -144,13 +146,14 @@ def _kind(config: Any, count: int, layer: int) -> str:
 
 
 def _recompute(model: Any) -> None:
-    """As the runtime switches it on; the first name is that of transformers 5.23 and later."""
+    """Turns gradient checkpointing on as the runtime does; the first name is that of transformers 5.23 and later."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
 def _run(model: Any, backbone: str, layer_path: str, work: Work) -> tuple[list[int], int, int, int]:
-    """What lives when each layer is entered, when the last is left, and at the end of the forward; and the peak."""
+    """Returns the bytes alive when each layer is entered, when the last is left and at the end of the forward; and the
+    peak."""
     living = Living([*model.parameters(), *model.buffers()])
     entered: list[int] = []
     left: list[int] = []
@@ -175,5 +178,5 @@ def _run(model: Any, backbone: str, layer_path: str, work: Work) -> tuple[list[i
 
 
 def _forget(parameter: torch.nn.Parameter) -> None:
-    """Gradients are counted with the weights."""
+    """Drops a gradient: gradients are counted with the weights."""
     parameter.grad = None

@@ -1,4 +1,4 @@
-"""Where a student can run: what serving programs ask of its shapes, known before any money is spent.
+"""Checks where a student can run: the requirements of serving programs on its shapes, known before any money is spent.
 
 - Tensor parallelism (vLLM, TensorRT-LLM, SGLang): n devices share the query heads and the channels of every feed-forward
   layer evenly, and the key-value groups too, or each group stands whole on n / groups devices.
@@ -51,7 +51,7 @@ def _all(config: Any, model: torch.nn.Module, widths: Mapping[str, int]) -> Iter
 
 
 def tensor_parallel(widths: Mapping[str, int]) -> Fitness:
-    """Over how many devices the layers can be split evenly."""
+    """Finds the numbers of devices over which the layers can be split evenly."""
     sizes = [1] + [size for size in PARALLEL_SIZES if not list(_obstacles(widths, size))]
     failing = next((size for size in PARALLEL_SIZES if size not in sizes), None)
     value = ", ".join(map(str, sizes)) + (" devices" if sizes[-1] > 1 else " device")
@@ -73,7 +73,7 @@ def _obstacles(widths: Mapping[str, int], size: int) -> Iterator[str]:
 
 
 def k_quants(model: torch.nn.Module, widths: Mapping[str, int]) -> Fitness:
-    """Whether every matrix can be stored in K-quants, by the lengths of its rows."""
+    """Checks whether every matrix can be stored in K-quants, by the lengths of its rows."""
     rows: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:
@@ -95,7 +95,7 @@ def k_quants(model: torch.nn.Module, widths: Mapping[str, int]) -> Fitness:
 
 
 def head_width(config: Any, widths: Mapping[str, int]) -> Fitness | None:
-    """Whether the width of a head follows from the others; None where the model has no heads of one width."""
+    """Checks whether the width of a head follows from the others; None where the model has no heads of one width."""
     hidden, heads, width = (widths.get(name) for name in (HIDDEN, HEADS, HEAD_DIM))
     width = width or getattr(config, HEAD_DIM, None)
     if not hidden or not heads or not isinstance(width, int):

@@ -1,4 +1,4 @@
-"""The devices that a plan can be reckoned for.
+"""The devices that a plan can be estimated for.
 
     name      memory   dense bf16   source
     a100-40   40 GB    312 TFLOP/s  NVIDIA A100 Tensor Core GPU data sheet
@@ -47,7 +47,7 @@ class Cluster:
 
     @property
     def name(self) -> str:
-        """As it is written on the command line: h200x8."""
+        """The cluster as the command line spells it: h200x8."""
         return self.device.name + (f"x{self.count}" if self.count > 1 else "")
 
     @property
@@ -87,7 +87,7 @@ def read_device(text: str) -> Cluster:
 
 
 def this_machine(*, cpu: bool = False) -> Cluster:
-    """What this process would train on. Imports torch; a CPU is timed for a moment."""
+    """Returns the devices that this process would train on. Imports torch; a CPU is timed for a moment."""
     import torch
 
     if torch.cuda.is_available() and not cpu:

@@ -83,7 +83,7 @@ class Estimate:
         return shape_of(self.plan.model, self.plan.teacher.captured.layer_path, self.plan.teacher.head.weight)
 
     def footprint(self, side: str, work: Work) -> Footprint:
-        """Of one sequence; a batch of more takes as many times as much."""
+        """Returns the footprint of one sequence; a batch of n sequences takes n times as much."""
         plan = self.plan
         if (side, work) not in self._ran:
             config, model = (plan.teacher.captured.config, plan.teacher.captured.model)
@@ -109,7 +109,7 @@ class Estimate:
     # -- training -----------------------------------------------------------------------------------------------------
 
     def layout(self, devices: int) -> Layout:
-        """What training.yaml says, on so many devices."""
+        """The layout that training.yaml gives on `devices` devices."""
         distill = self.distill
         share = max(1, distill.global_batch_size // devices)
         most = distill.micro_batch_size or micro_batch(distill.global_batch_size, distill.sequence_length)
@@ -126,7 +126,7 @@ class Estimate:
         )
 
     def sharding(self) -> tuple[bool, bool]:
-        """Whether student and teacher are sharded where several devices train, as training.yaml has it."""
+        """Returns whether student and teacher are sharded where several devices train, as training.yaml has it."""
         layout = self.distill.layout
         teacher = layout.teacher or place_teacher(self.teacher_costs.weight_bytes)
         return layout.student == "sharded", teacher == "sharded"
@@ -143,7 +143,7 @@ class Estimate:
         return distill
 
     def training(self, kind: str, layout: Layout, *, correction: bool = False) -> Memory:
-        """Of distillation, or of the correction of the teacher, on one device of `kind` cpu or cuda."""
+        """The memory of distillation, or of the correction of the teacher, on one device of `kind` cpu or cuda."""
         distill, sampled = self.distill, self.sampled
         spread = layout.shards_student and kind == "cuda"
         own = Work(
@@ -176,7 +176,7 @@ class Estimate:
 
     @property
     def sampled(self) -> bool:
-        """Whether the teacher's logits are stored, so that none runs beside the student."""
+        """Checks whether the teacher's logits are stored, so that no teacher runs beside the student."""
         return not isinstance(self.distill.teacher_logits, str)
 
     @property
@@ -193,14 +193,14 @@ class Estimate:
         return 4 * forward - head
 
     def token_flops(self) -> int:
-        """Of one token of distillation."""
+        """The FLOPs of one token of distillation."""
         teacher = 0 if self.sampled else self.teacher_costs.forward_flops_per_token(self.distill.sequence_length)
         return teacher + self.student_flops()
 
     # -- phases -------------------------------------------------------------------------------------------------------
 
     def phases(self, hardware: HardwareAssumptions) -> list[Phase]:
-        """In the order in which they are done."""
+        """The phases in the order in which they run."""
         spec, plan = self.plan.loaded.spec, self.plan
         kind = hardware.cluster.device.kind
         phases = []
@@ -235,7 +235,7 @@ class Estimate:
         return f"{tokens // (batch * length)} steps of {batch} sequences of {length} tokens"
 
     def devices(self, hardware: HardwareAssumptions) -> list[dict[str, Any]]:
-        """All phases together on as many devices of each kind as `hardware` has."""
+        """The totals of all phases on the same number of devices of each kind as `hardware` has."""
         flops = sum(phase.flops for phase in self.phases(hardware))
         named = hardware.cluster.device
         kinds = [*DEVICES.values(), *([] if named.name in DEVICES else [named])]
@@ -253,7 +253,8 @@ class Estimate:
         return found
 
     def _calibrate(self) -> Phase:
-        """Scores need no logits, unless layers are ranked by the harm of dropping each."""
+        """The phase that scores the teacher. It needs no logits, unless layers are ranked by the harm of dropping
+        each."""
         data = self.plan.loaded.spec.importance.data
         assert data is not None
         plan, captured = self.plan, self.plan.teacher.captured
@@ -294,7 +295,8 @@ class Estimate:
         return Phase("calibrate", does, tokens, tokens * each, memory)
 
     def _refit(self, calibration: Memory) -> Phase:
-        """Teacher and student side by side on one block of samples: a layer runs up to each of its stages, then whole."""
+        """The phase that refits: teacher and student run side by side on one block of samples, each layer up to each
+        stage, then whole."""
         data = self.plan.loaded.spec.importance.data
         assert data is not None
         length = data.sequence_length
@@ -307,8 +309,8 @@ class Estimate:
         return Phase("refit", does, tokens, tokens * REFIT_RUNS * both, memory)
 
     def _capturing(self, kind: str, layout: Layout) -> Memory:
-        """Of storing the teacher's samples: the teacher, a micro batch in it, a chunk of logits and of probabilities, and
-        these in fp64 with their sums."""
+        """The memory of storing the teacher's samples: the teacher, a micro batch in it, a chunk of logits and of
+        probabilities, and these in fp64 with their sums."""
         element = self._element if kind == "cuda" else FP32
         held, gathered = self.teacher.parameters * element, 0
         if layout.shards_teacher:

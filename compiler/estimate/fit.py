@@ -1,4 +1,4 @@
-"""Whether a plan fits the devices, and the nearest change that makes it fit."""
+"""Checks whether a plan fits the devices, and finds the nearest change that makes the plan fit."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _peak(estimate: Estimate, cluster: Cluster, layout: Layout) -> int:
 
 
 def _changes(estimate: Estimate, cluster: Cluster, layout: Layout) -> Iterator[tuple[list[str], int, Layout]]:
-    """What to write, on how many devices, and the layout that it makes."""
+    """Yields each change: the lines to write, the number of devices, and the resulting layout."""
     whole = estimate.distill.global_batch_size
 
     def smaller(base: Layout) -> Iterator[tuple[list[str], Layout]]:

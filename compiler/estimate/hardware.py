@@ -1,4 +1,5 @@
-"""What a plan is reckoned for: the devices, and the share of their peak that a training is expected to reach.
+"""The hardware that a plan is estimated for: the devices, and the share of their peak that training is expected to
+reach.
 
 Model FLOPs utilisation (MFU): the operations that the mathematics asks for, in a second, over the most that the devices
 can do. The default is no more hopeful than the two published distillation runs that say enough to tell: a 9B hybrid to
@@ -35,12 +36,12 @@ class HardwareAssumptions:
         return flops / (self.cluster.device.flops * self.mfu) / 3600
 
     def seconds(self, flops: float) -> float:
-        """With all devices at work."""
+        """The seconds with all devices at work."""
         return 3600 * self.hours(flops) / self.cluster.count
 
     @property
     def words(self) -> str:
-        """As it stands under the phases."""
+        """The line of text below the phases."""
         return f"{self.cluster.name} at {self.mfu:.3g} of its peak ({self.source})"
 
 
@@ -63,7 +64,8 @@ def read_hardware(device: str | None, mfu: float | None, measured: str | None) -
 
 
 def measured_mfu(build: Path, cluster: Cluster) -> float:
-    """What the training in `build` reached: its tokens a second times the FLOPs of a token in its plan.
+    """Returns the MFU that the training in `build` reached: its tokens a second times the FLOPs of a token in its plan,
+    over the peak.
 
     The median over the steps of the later half, which caches and compilation no longer slow down.
     """

@@ -1,7 +1,7 @@
-"""What generation keeps of the tokens before: read off the cache that the model itself fills, on the meta device.
+"""Measures what generation keeps of earlier tokens, from the cache that the model itself fills on the meta device.
 
-What a layer keeps is for its code to say: keys and values of every group, the latent vector that both are made of, those of
-the last few tokens only, or a state that does not grow at all.
+The layer's own code decides what is cached: keys and values of every group, the latent vector that both are made of,
+keys and values of the last few tokens only, or a state that does not grow at all.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class CacheLayer:
     window: int | None = None
 
     def of(self, tokens: int) -> int:
-        """What is kept of a sequence of so many."""
+        """Returns the number of elements kept of a sequence of `tokens` tokens."""
         return self.elements * (tokens if self.window is None else min(tokens, self.window))
 
 

@@ -3,7 +3,7 @@
     weights      the student's in fp32 (on CUDA in bf16 where the spec says so), or its share where it is sharded
     gradients    as the weights; they live from the first backward of a step to its end
     optimizer    two moments of AdamW, in fp32, bf16 or 8 bits
-    teacher      in the checkpoint's number format; fp32 on a CPU, as the runtime holds it there
+    teacher      in the checkpoint's dtype; fp32 on a CPU, as the runtime holds it there
     gathered     sharded models (FSDP): the unit outside the layers and two layers, whole, and a layer's whole gradient
     activations  what the student's forward keeps for the backward, for one micro batch
     transient    what lives beside that for a moment, in either model
@@ -36,7 +36,8 @@ GATHERED_LAYERS = 2  # FSDP gathers the next layer while one computes
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model decides memory. Counts of parameters; `outside` is what no layer holds, `layer` the largest one."""
+    """The sizes of a model that decide memory, in parameters; `outside` counts those in no layer, `layer` the largest
+    layer."""
 
     parameters: int
     layer: int
@@ -62,8 +63,8 @@ def shape_of(model: torch.nn.Module, layer_path: str, head: str) -> Shape:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a training is spread. `micro_batch` sequences go through a device at a time, `steps` times an optimizer
-    step. `offload`: the student's states rest in host memory."""
+    """The layout of a training over devices. `micro_batch` sequences go through a device at a time, `steps` times per
+    optimizer step. `offload`: the student's states rest in host memory."""
 
     devices: int
     micro_batch: int
@@ -86,7 +87,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class LossWork:
-    """What of the loss decides memory, for one sequence of `length` tokens."""
+    """The settings of the loss that decide memory, for one sequence of `length` tokens."""
 
     length: int
     chunk_tokens: int
@@ -167,8 +168,8 @@ def training_memory(
 
 
 def logits_bytes(kind: str, sequences: int, work: LossWork, student: Shape, teacher: Shape | None) -> int:
-    """What the chunked loss holds beside the head's gradient: a chunk of both models' logits; on CUDA a buffer of bf16
-    gradients and the head in bf16, on a CPU rows of scratch; the hidden states and their gradients."""
+    """The bytes that the chunked loss holds beside the head's gradient: a chunk of both models' logits; on CUDA a
+    buffer of bf16 gradients and the head in bf16, on a CPU rows of scratch; the hidden states and their gradients."""
     tokens, vocabulary = sequences * work.length, student.vocabulary
     compute = 2 if kind == "cuda" else FP32
     chunks = loss_chunks(kind, tokens, vocabulary, work.chunk_tokens, compute)
@@ -186,10 +187,10 @@ def logits_bytes(kind: str, sequences: int, work: LossWork, student: Shape, teac
 
 @dataclass(frozen=True)
 class CalibrationShapes:
-    """What of scoring decides memory beside the layers, in elements: the embedding and the head, the largest tensor of a
-    layer. `element` is the bytes of one in the checkpoint, `tied` whether the embedding stays in memory because it is the
-    head, `logits` how many are held at a time where layers are ranked by them, else 0, `attention` the queries, keys and values
-    of a token in one layer with what comes out."""
+    """The shapes that decide the memory of scoring beside the layers, in elements: the embedding and the head, the
+    largest tensor of a layer. `element` is the bytes of one in the checkpoint, `tied` whether the embedding stays in
+    memory because it is the head, `logits` how many are held at a time where layers are ranked by them, else 0,
+    `attention` the queries, keys and values of a token in one layer with what comes out."""
 
     embedding: int
     head: int
@@ -203,9 +204,10 @@ class CalibrationShapes:
 def calibration_memory(
     teacher: Shape, shapes: CalibrationShapes, sequences: int, length: int, batches: int, others: Footprint
 ) -> Memory:
-    """Of scoring, which holds in fp32 what one segment of the graph reads (the embedding, a layer, the head): beside the
-    residual stream and masks of a block of `batches`, it reads the weights, in the checkpoint's number format one after
-    the other, or takes one batch of `sequences` through them, at its widest or where its mask is added in fp32."""
+    """The memory of scoring, which holds in fp32 the weights of one segment of the graph (the embedding, a layer, the
+    head). Beside the residual stream and masks of a block of `batches`, scoring either reads the weights one after the
+    other in the checkpoint's dtype, or takes one batch of `sequences` through them; the batch counts at its widest, or
+    where its mask is added in fp32."""
     tokens = sequences * length
     copy = 0 if shapes.element == FP32 else shapes.element
     kept = FP32 * shapes.embedding if shapes.tied else 0

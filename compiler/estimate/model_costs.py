@@ -1,4 +1,4 @@
-"""What a model costs, from shapes alone."""
+"""The costs of a model, from shapes alone."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from minitron.compiler.roles.roles import Roles
 
 @dataclass(frozen=True)
 class ModelCosts:
-    """All integers; bytes in the checkpoint's number format, FLOPs of one token's forward pass.
+    """The costs of a model as integers: bytes in the checkpoint's dtype, FLOPs of one token's forward pass.
 
-    `flops_per_token` counts two for every weight that a token meets; `attention_flops_per_pair` is what attention adds for
-    each earlier position that the token looks at. `cache` has bytes for elements: what each layer keeps of a token.
+    `flops_per_token` counts two for every weight that a token meets; `attention_flops_per_pair` is what attention adds
+    for each earlier position that the token looks at. `cache` has bytes for elements: what each layer keeps of a token.
     """
 
     parameters: int
@@ -34,15 +34,15 @@ class ModelCosts:
 
     @property
     def kv_cache_bytes_per_token(self) -> int:
-        """While no window is full."""
+        """The KV cache in bytes per token while no window is full."""
         return sum(layer.elements for layer in self.cache)
 
     def kv_cache_bytes(self, tokens: int) -> int:
-        """Of a sequence of so many tokens."""
+        """The KV cache in bytes of a sequence of `tokens` tokens."""
         return sum(layer.of(tokens) for layer in self.cache)
 
     def forward_flops_per_token(self, length: int) -> int:
-        """With attention, averaged over the positions of a sequence of `length`: a token sees half of it."""
+        """The FLOPs with attention, averaged over the positions of a sequence of `length`: a token sees half of it."""
         return self.flops_per_token + (length // 2) * self.attention_flops_per_pair
 
     def to_json(self) -> dict[str, int]:
@@ -59,7 +59,7 @@ class ModelCosts:
 
 @dataclass(frozen=True)
 class HeadCounts:
-    """Of one attention layer: key-value groups, query heads, and the widths of a key and a value."""
+    """The head counts of one attention layer: key-value groups, query heads, and the widths of a key and a value."""
 
     groups: int
     heads: int
@@ -81,7 +81,7 @@ class Parts:
 
 
 def chosen_experts(roles: Roles) -> int | None:
-    """How many experts a token is sent to."""
+    """Returns the number of experts that a token is sent to."""
     return max((mixture.picked for mixture in roles.mixtures.values()), default=None)
 
 

@@ -12,7 +12,7 @@ from minitron.compiler.plan.plan import Plan
 
 
 def plan_costs(plan: Plan) -> tuple[costs.ModelCosts, costs.ModelCosts]:
-    """What the teacher costs, and what the student does."""
+    """Returns the costs of the teacher and those of the student."""
     captured, table, roles, head = plan.teacher.captured, plan.teacher.table, plan.teacher.roles, plan.teacher.head
     stacked = costs.stacked_parameters(captured, table, roles)
     chosen = costs.chosen_experts(roles)

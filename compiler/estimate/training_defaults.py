@@ -12,7 +12,7 @@ CHECKPOINTS = 20  # over the whole training, where the spec leaves it open
 
 
 def place_teacher(weight_bytes: int) -> Literal["sharded", "replicated"]:
-    """Whole on each device while that leaves room for the student."""
+    """Replicates the teacher on each device while that leaves room for the student, else shards it."""
     return "replicated" if weight_bytes <= REPLICATED_TEACHER_BYTES else "sharded"
 
 

@@ -44,7 +44,7 @@ def op_name(node: Node) -> str:
 
 
 def is_op(node: Any, names: Collection[str]) -> bool:
-    """Whether something is the call of an operator of one of these names; anything may be asked about."""
+    """Checks whether `node`, which may be any object, is a call of an operator with one of these names."""
     return isinstance(node, Node) and node.op == "call_function" and op_name(node) in names
 
 

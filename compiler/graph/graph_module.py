@@ -39,7 +39,7 @@ def set_attribute(root: torch.nn.Module, target: str, value: torch.Tensor) -> No
 
 
 def fixed_length(graph: Graph) -> int | None:
-    """The one number of tokens that a captured graph is of; None where it is of any."""
+    """Returns the fixed sequence length of a captured graph; None where the length is dynamic."""
     length = next(node for node in graph.nodes if node.op == "placeholder").meta["val"].shape[1]
     return length if isinstance(length, int) else None
 
@@ -75,12 +75,12 @@ def rebuild(
 
 
 def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """A parameter stays a parameter."""
+    """Wraps `new` as a parameter where `old` is one."""
     if isinstance(old, torch.nn.Parameter) and not isinstance(new, torch.nn.Parameter):
         return torch.nn.Parameter(new, requires_grad=False)
     return new
 
 
 def empty_meta(value: torch.Tensor) -> torch.Tensor:
-    """Shape and number format of a tensor, without bytes."""
+    """Makes an empty tensor of the same shape and dtype on the meta device."""
     return torch.empty(tuple(value.shape), dtype=value.dtype, device="meta")

@@ -1,1 +1,1 @@
-"""What each index of each axis is worth: samples, activations, scores, and the selection that follows."""
+"""The importance of each index of each axis: samples, activations, scores, and the selection that follows."""

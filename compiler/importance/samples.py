@@ -22,7 +22,7 @@ POOL_TOKENS = 20_000_000  # and at most so many tokens, since they are held in m
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How many sequences of how many tokens."""
+    """The number of calibration sequences and their length in tokens."""
 
     samples: int
     sequence_length: int
@@ -51,7 +51,7 @@ def calibration_samples(source: DataSource, tokenizer: Any, vocab_size: int, con
 
 
 def _tokens(source: DataSource, encoder: Encoder, vocab_size: int, tokenizer: Any) -> Iterator[np.ndarray[Any, Any]]:
-    """The stream that training would read, in parts. UsageError for a token that the model does not have."""
+    """The stream that training would read, in parts. Raises UsageError for a token that the model does not have."""
     for batch in encode_all(encoder, iter_pieces(source), processes=1, small=_HERE):
         for one in batch:
             if len(one.ids) and int(one.ids.max()) >= vocab_size:

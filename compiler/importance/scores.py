@@ -18,7 +18,7 @@ Scores = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class WidthConfig:
-    """How activations become a score: over the tokens of a sample first, then over the samples."""
+    """The aggregations that turn activations into a score: over the tokens of a sample first, then over the samples."""
 
     batch: Aggregation = "l2"
     sequence: Aggregation = "mean"

@@ -29,7 +29,7 @@ from minitron.compiler.student.targets import Targets
 
 @dataclass(frozen=True)
 class Selection:
-    """What is kept, in the teacher's numbers. Lists of layers that are dropped are not in it; what is whole is left out.
+    """The kept indices, in the teacher's numbering. Lists of dropped layers and of axes that stay whole are left out.
 
     `heads`: layer -> one list of repeats (0 .. repeats-1) for each kept group, in the order of `groups`.
     """
@@ -82,12 +82,12 @@ def select(targets: Targets, roles: Roles, scores: ScoreTable, layer_count: int,
 
 
 def select_width(scores: npt.NDArray[np.float32], count: int) -> Indices:
-    """The best of an axis; of scores [parents, width], for each index of the parents."""
+    """Selects the best indices of an axis; with scores [parents, width], separately for each index of the parents."""
     return top(scores, count) if scores.ndim == 1 else np.stack([top(row, count) for row in scores])
 
 
 def wanted_heads(targets: Targets, site: Heads) -> tuple[int, int]:
-    """How many groups, and how many query heads in each, are left of one attention."""
+    """Returns the number of groups, and of query heads in each, that are left of one attention."""
     groups = targets.widths.get(GROUPS, site.groups)
     return groups, targets.widths.get(HEADS, groups * site.repeats) // groups
 
@@ -109,7 +109,7 @@ def _layers(targets: Targets, scores: ScoreTable, count: int, contiguous: bool) 
 
 
 def leading(targets: Targets, roles: Roles, kept_layers: Sequence[int] | None = None) -> Selection:
-    """The first indices of everything: stands in for a selection where only its sizes matter.
+    """Selects the first indices of every axis: a placeholder for a selection where only its sizes matter.
 
     `kept_layers` where it is known which they are, although the spec does not name them.
     """

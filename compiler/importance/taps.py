@@ -34,17 +34,17 @@ from minitron.compiler.roles.rotation import Site
 
 @dataclass(frozen=True)
 class DepthConfig:
-    """How layers are ranked (Minitron, arXiv 2407.14679, section 2.3)."""
+    """The metric by which layers are ranked (Minitron, arXiv 2407.14679, section 2.3)."""
 
     metric: Literal["block_influence", "loss", "logit_mse"] = "block_influence"
 
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """What decides the scores, besides teacher and samples.
+    """The settings that decide the scores, besides teacher and samples.
 
-    `sites` are the norm outputs whose covariance is taken, `head_site` that of the norm before a tied head, whose covariance
-    is kept apart too. `greedy`: neurons and heads are ranked by elimination.
+    `sites` are the norm outputs whose covariance is taken, `head_site` that of the norm before a tied head, whose
+    covariance is kept apart too. `greedy`: neurons and heads are ranked by elimination.
     """
 
     width: WidthConfig

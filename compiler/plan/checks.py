@@ -1,4 +1,4 @@
-"""What of a spec can be held against its teacher and its data before anything is narrowed."""
+"""Checks a spec against its teacher and its data before anything is narrowed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def teacher_key(loaded: LoadedSpec) -> str:
 
 
 def check_lengths(loaded: LoadedSpec, captured: Captured) -> list[Problem]:
-    """No sequence is longer than the teacher's positions."""
+    """Checks that no sequence is longer than the teacher's positions."""
     longest = getattr(captured.config, "max_position_embeddings", None)
     errors = []
     spec = loaded.spec
@@ -39,7 +39,7 @@ def check_lengths(loaded: LoadedSpec, captured: Captured) -> list[Problem]:
 
 
 def check_documents(loaded: LoadedSpec) -> list[Problem]:
-    """There is text in the files, and it is as the spec says. What names no file is not said again."""
+    """Checks that the files hold text in the form that the spec says. Names without a file are reported elsewhere."""
     errors = []
     for source_at, source in data_sources(loaded.spec):
         for path, _, part in source_parts(source_at, source):
@@ -53,8 +53,8 @@ def check_documents(loaded: LoadedSpec) -> list[Problem]:
 
 
 def check_tokenizer(loaded: LoadedSpec, checkpoint: Checkpoint) -> tuple[list[Problem], list[str]]:
-    """Text is turned into tokens that the teacher has. Errors, and remarks on tokens that only some documents would need;
-    nothing is said where there is no tokenizer to be looked at."""
+    """Checks that the tokenizer yields only tokens that the teacher has. Returns errors, and remarks on tokens that
+    only some documents would need; both are empty where no tokenizer could be read."""
     sources = list(data_sources(loaded.spec))
     if not sources or not any(tokenizer_files(checkpoint.folder)):
         return [], []
@@ -88,7 +88,7 @@ def check_tokenizer(loaded: LoadedSpec, checkpoint: Checkpoint) -> tuple[list[Pr
 
 
 def check_padding(loaded: LoadedSpec, checkpoint: Checkpoint) -> list[Problem]:
-    """The padding token is one of the vocabulary: no embedding can be built otherwise."""
+    """Checks that the padding token is in the vocabulary: no embedding can be built otherwise."""
     padding, size = getattr(checkpoint.config, "pad_token_id", None), getattr(checkpoint.config, "vocab_size", None)
     if not isinstance(padding, int) or not isinstance(size, int) or -size <= padding < size:
         return []
@@ -98,7 +98,7 @@ def check_padding(loaded: LoadedSpec, checkpoint: Checkpoint) -> list[Problem]:
 
 
 def check_pairs(loaded: LoadedSpec, teacher_layers: int, student_layers: int) -> list[Problem]:
-    """The layers whose hidden states are compared are there."""
+    """Checks that the layers whose hidden states are compared exist."""
     distill = loaded.spec.distill
     hidden = distill.loss.hidden_states if distill is not None else None
     if hidden is None:

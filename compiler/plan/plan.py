@@ -51,7 +51,7 @@ class Plan:
     targets        the widths asked for
     layers         the teacher's layers that stay, or as many of the first where scores will choose
     config, model  the student's configuration, proved on the meta device, and the model that it describes
-    remarks        what a user should know and no axis says
+    remarks        facts for the user that no axis reports
     rotation       what a rotation of the residual stream does to the parameters, where one is possible
     of_tokenizer   the remarks that its tokenizer asks for
     """
@@ -75,13 +75,13 @@ class Plan:
 
     @property
     def rotates(self) -> bool:
-        """Whether the student is cut from the rotated teacher."""
+        """Checks whether the student is cut from the rotated teacher."""
         principal = self.loaded.spec.importance.hidden_basis == "principal"
         return principal and HIDDEN in self.targets.widths
 
     @property
     def refits(self) -> bool:
-        """Whether projections of the student are refitted."""
+        """Checks whether projections of the student are refitted."""
         return self.loaded.spec.recovery.refit == "least_squares" and bool(self.targets.widths)
 
     @property
@@ -92,20 +92,20 @@ class Plan:
 
     @property
     def rank_layers(self) -> bool:
-        """Whether scores decide which layers stay."""
+        """Checks whether scores decide which layers stay."""
         return self.targets.rank_layers(self.teacher.captured.layer_count)
 
     @property
     def needs_scores(self) -> bool:
-        """Whether activations decide anything."""
+        """Checks whether the plan needs activations of the teacher."""
         return bool(self.targets.widths) or self.rank_layers
 
 
 def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan:
-    """Resolves a spec. SpecInvalid with everything that is wrong with it, each at its place.
+    """Resolves a spec. Raises SpecInvalid with every error of the spec, each at its place.
 
-    Without `weights` the configuration and whatever weight headers are there suffice; with it the plan can be compiled: the
-    weights are there, or on the Hub, from where `with_weights` fetches them.
+    Without `weights` the configuration and whatever weight headers are there suffice; with it the plan can be compiled:
+    the weights are there, or on the Hub, from where `with_weights` fetches them.
     """
     spec = loaded.spec
     at = teacher_key(loaded)
@@ -181,8 +181,8 @@ def _adding_to(problems: list[Problem], loaded: LoadedSpec, at: str) -> Iterator
 
 
 def with_weights(plan: Plan, progress: Progress) -> Plan:
-    """The plan with its teacher's weights on this machine, fetched at the commit that was planned. SpecInvalid where they
-    cannot be fetched or contradict the configuration, WorkError where they are broken."""
+    """The plan with its teacher's weights on this machine, fetched at the commit that was planned. Raises SpecInvalid
+    where the weights cannot be fetched or contradict the configuration, WorkError where they are broken."""
     if plan.checkpoint.commit is None:
         return plan
     if not plan.checkpoint.on_disk:
@@ -221,7 +221,8 @@ def _fixed_length(loaded: LoadedSpec) -> int:
 
 
 def settled(plan: Plan, selection: Selection) -> Plan:
-    """The plan once it is known which layers stay: lists over layers follow them. SpecInvalid where they cannot."""
+    """Returns the plan for the chosen layers, with lists over layers cut to them. Raises SpecInvalid where they cannot
+    be."""
     if selection.layers == plan.layers:
         return plan
     with placing(plan.loaded, "student"):

@@ -21,7 +21,8 @@ from minitron.specs.errors import Refused, UsageError
 
 
 def proved(teacher: AnalysedTeacher, targets: Targets, layers: Sequence[int]) -> tuple[Targets, Any, torch.nn.Module]:
-    """The targets as asked for, or with what has to follow them, and the student that these describe."""
+    """Returns the targets as asked for, or with the axes that have to follow them, and the student that these
+    describe."""
     try:
         return targets, *prove(teacher, targets, layers)
     except UsageError as error:
@@ -38,7 +39,8 @@ def proved(teacher: AnalysedTeacher, targets: Targets, layers: Sequence[int]) ->
 
 
 def prove(teacher: AnalysedTeacher, targets: Targets, layers: Sequence[int]) -> tuple[Any, torch.nn.Module]:
-    """The student's configuration and the model on the meta device that it describes. UsageError where none describes it."""
+    """Returns the student's configuration and its model on the meta device. Raises UsageError where no configuration
+    fits."""
     selection = leading(targets, teacher.roles, layers)
     narrowing = narrowing_of(selection, teacher.roles, teacher.table)
     made = recipes(teacher.captured, teacher.table.parameters, narrowing, selection.layers)
@@ -79,7 +81,8 @@ def compare_constants(
 
 
 def representatives(captured: Captured, kept: Sequence[int]) -> list[int]:
-    """Of the kept layers, the first two of each kind: by the configuration's lists over layers, and by their parameters."""
+    """The first two of each kind among the kept layers; the configuration's lists over layers and the parameters tell
+    kinds."""
     lists = list(lists_over_layers(captured.config, captured.layer_count).values())
     parameters: dict[int | None, list[str]] = {}
     for name, value in captured.model.named_parameters():

@@ -1,4 +1,4 @@
-"""What a spec asks of the basis and of recovery, held against its teacher, and what the plan says about it."""
+"""Checks what a spec asks of the basis and of recovery against its teacher, and writes the plan's remarks on both."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from minitron.specs.load import LoadedSpec
 
 
 def rotation_of(loaded: LoadedSpec, teacher: AnalysedTeacher, targets: Targets) -> Rotation | None:
-    """What a rotation of the residual stream does to the parameters; None where none is possible.
+    """Returns the effect of rotating the residual stream on the parameters; None where no rotation is possible.
 
-    Refused where the spec asks for one that is not possible.
+    Refuses a spec that asks for a rotation that is not possible.
     """
     captured = teacher.captured
     try:
@@ -32,7 +32,7 @@ def rotation_of(loaded: LoadedSpec, teacher: AnalysedTeacher, targets: Targets) 
 def recovery_remarks(
     loaded: LoadedSpec, checkpoint: Checkpoint, targets: Targets, rotation: Rotation | None, student: object
 ) -> Iterator[str]:
-    """What the basis and the head's matrix mean for the student, with the price of an untied head."""
+    """Yields remarks on the basis and the head's matrix of the student, with the price of an untied head."""
     importance = loaded.spec.importance
     sizes = {name: value.numel() for name, value in stored_tensors(student).items()}  # type: ignore[arg-type]
     whole = sum(sizes.values())

@@ -1,4 +1,4 @@
-"""Remarks of a plan: what a user should know and no axis says."""
+"""Remarks of a plan: facts for the user that no axis reports."""
 
 from __future__ import annotations
 

@@ -58,7 +58,8 @@ class Stage:
 
 
 def find_stages(table: AxisTable, roles: Roles, narrowing: Narrowing, present: Collection[str]) -> list[Stage]:
-    """What is refitted, in the order of the graph. `present`: the parameters that the student has."""
+    """Returns the stages of projections to refit, in the order of the graph. `present`: the parameters that the student
+    has."""
     counts: dict[str, int] = {}
     for one in table.contractions:
         if one.weight is not None:
@@ -102,7 +103,7 @@ def _only(table: AxisTable, dim: Dim, dims: Sequence[Dim]) -> int | None:
 
 
 def _embeds(table: AxisTable, name: str) -> bool:
-    """Whether rows of the parameter are looked up as well."""
+    """Checks whether rows of the parameter are also looked up as an embedding."""
     return any(
         op_name(user) == "embedding"
         for node in table.nodes
@@ -133,8 +134,8 @@ def _added_to(table: AxisTable, roles: Roles, node: Node) -> str | None:
 
 @dataclass(frozen=True)
 class Refit:
-    """What a refit needs of teacher and student: executors over their graphs, and their weights by the teacher's names. The
-    student's executor must read `refitted`. `kept` are the kept hidden channels; None where all are."""
+    """The inputs of a refit: executors over the graphs of teacher and student, and their weights by the teacher's
+    names. The student's executor must read `refitted`. `kept` are the kept hidden channels; None where all are."""
 
     teacher: Executor
     student: Executor

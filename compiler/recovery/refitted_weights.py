@@ -33,7 +33,7 @@ class RefittedWeights:
         self._names[name] = path
 
     def recipe(self, name: str) -> Recipe:
-        """How the student's parameter is cut from the teacher's."""
+        """Returns the recipe that cuts the student's parameter from the teacher's."""
         return self._recipes[name]
 
     def narrowed(self, name: str) -> torch.Tensor:

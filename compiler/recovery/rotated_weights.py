@@ -73,7 +73,7 @@ class RotatedWeights:
         return exact.float().contiguous()
 
     def multiplier(self, fold: Fold) -> torch.Tensor:
-        """What a norm of the teacher multiplies by, [H] in float64."""
+        """Returns the factors that a norm of the teacher multiplies by, [H] in float64."""
         return self._source.get(fold.parameter).double() + fold.shift
 
 

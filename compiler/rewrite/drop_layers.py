@@ -1,10 +1,11 @@
 """Pass: drop whole layers.
 
-1. Every use of what a dropped layer yields becomes a use of what it was given: the residual stream passes it by.
+1. Every use of a dropped layer's output becomes a use of its input: the residual stream skips the layer.
 2. Nodes that only the dropped layer used are removed, its parameters with them.
-3. The layers that are left are numbered anew from 0, as the narrowed model will name them.
+3. The remaining layers are renumbered from 0, as the narrowed model will name them.
 
-A layer must read one value of the residual stream and yield one, else it is refused: `layer_ends` says so before any pass.
+A layer must read one value of the residual stream and yield one, else it is refused: `layer_ends` says so before any
+pass.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def drop_layers(captured: Captured, ends: Sequence[LayerEnds], kept: Sequence[in
 
 
 def _remove_dead(graph_module: GraphModule) -> None:
-    """Removes what no output needs. An operator that writes into a tensor is needed where anything that holds it is."""
+    """Removes dead nodes. An operator that writes into a tensor stays while any holder of that tensor is needed."""
     nodes = list(graph_module.graph.nodes)
     needed = {node for node in nodes if node.op in ("placeholder", "output")}
     storage = {node: _storage(node) for node in nodes}

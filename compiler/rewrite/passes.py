@@ -1,4 +1,4 @@
-"""What a rewriting pass is: a function of a graph module, with a postcondition that is checked every time it runs."""
+"""The definition of a rewriting pass: a function of a graph module, with a postcondition checked at every run."""
 
 from __future__ import annotations
 

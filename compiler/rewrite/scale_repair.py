@@ -2,11 +2,11 @@
 
 The rewritten graph holds the teacher's constants; the student's own modelling code, built from the narrowed
 configuration, computes its own when it is loaded. Where they differ, a reload would be another function. Two places are
-compared: the tables that a model computes for itself (buffers), and the numbers written into operators.
+compared: the buffers that a model computes for itself, and the numbers written into operators.
 
 What can be repaired is a factor on the output of an embedding, as sqrt(hidden_size) is: the teacher's factor over the
-student's goes into the embedding. Where the same matrix is the head, its inverse goes into the norm before the head, whose
-weight w (or 1 + w) is linear in it.
+student's goes into the embedding. Where the same matrix is the head, its inverse goes into the norm before the head,
+whose weight w (or 1 + w) is linear in it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def changed_buffers(
     student: Mapping[str, torch.Tensor],
     numbers: Mapping[int, int],
 ) -> list[str]:
-    """The student's names of the tables that differ from the teacher's."""
+    """The student's names of the buffers that differ from the teacher's."""
     changed = []
     for name, value in teacher.items():
         layer = captured.layer_in_path(name)
@@ -51,8 +51,8 @@ def changed_buffers(
 
 
 def check_scalars(teacher: Captured, student: Captured, numbers: Mapping[int, int]) -> None:
-    """UsageError where a number written into an operator depends on a narrowed width, or on the position of a layer among
-    the others. `numbers`: the teacher's number of each layer that is compared -> the student's."""
+    """Raises UsageError where a number written into an operator depends on a narrowed width, or on the position of a
+    layer among the others. `numbers`: the teacher's number of each layer that is compared -> the student's."""
     renumbered = any(old != new for old, new in numbers.items()) or len(numbers) < teacher.layer_count
     mine, theirs = _scalars(teacher, numbers), _scalars(student, None)
     for module, found in mine.items():
@@ -93,8 +93,8 @@ def _scalars(captured: Captured, numbers: Mapping[int, int] | None) -> dict[str,
 
 def repair_scale(graph_module: GraphModule, name: str, ratio: float, recipes: dict[str, Recipe]) -> None:
     """Folds `ratio` (the teacher's factor over the student's) of the scalar buffer `name` into the weights' recipes.
-
-    UsageError where the factor is not one on the output of an embedding, or the head that shares it cannot be repaired.
+    Raises UsageError where the factor is not one on the output of an embedding, or the head that shares it cannot be
+    repaired.
     """
     refusal = (
         f"{name} depends on a narrowed width and is recomputed when the student is loaded; no repair is known for it"
@@ -144,7 +144,7 @@ def _behind(node: Any) -> Any:
 
 
 def _readers(node: Node) -> list[Node]:
-    """Who reads a value, through casts and moves."""
+    """Finds the nodes that read a value, through casts and moves."""
     result: list[Node] = []
     for user in node.users:
         if op_name(user) in PASS_THROUGH and user.args[0] is node:

@@ -142,7 +142,7 @@ def _repeat_interleave(s: _Sizes, node: Node) -> None:
 
 
 def _repeat(s: _Sizes, node: Node) -> None:
-    """How often a dimension is written out follows the narrowed axis that it becomes."""
+    """Makes the repeat count of a dimension follow the narrowed axis that the repeats form."""
     before, after = s.dims(node.args[0]), s.dims(node)
     before = [()] * (len(after) - len(before)) + before
     old: list[Any] = list(argument(node, 1, []))
@@ -155,7 +155,8 @@ def _repeat(s: _Sizes, node: Node) -> None:
 
 
 def _squeeze(s: _Sizes, node: Node) -> None:
-    """Of the dimensions that may be dropped, those of size one in the teacher: a width that is narrowed to one stays."""
+    """Squeezes the listed dimensions only where the teacher has size one there: a width that is narrowed to one
+    stays."""
     dims = s.dims(node.args[0])
     named: Any = argument(node, "dim", range(len(dims)))
     wanted = {axis_index(axis, len(dims)) for axis in ([named] if isinstance(named, int) else named)}
@@ -165,7 +166,7 @@ def _squeeze(s: _Sizes, node: Node) -> None:
 
 
 def _conv1d(s: _Sizes, node: Node) -> None:
-    """One group of all channels, or a group for every channel: the analysis looks into no others."""
+    """Sets the groups: one group of all channels, or one per channel; the analysis refuses other group sizes."""
     if argument(node, 6, 1) != 1:
         stride, padding, dilation = (argument(node, 3 + i, [default]) for i, default in enumerate((1, 0, 1)))
         groups = s.narrowing.count(s.dims(node.args[0])[-2])
@@ -179,7 +180,7 @@ def _one_hot(s: _Sizes, node: Node) -> None:
 
 
 def _histc(s: _Sizes, node: Node) -> None:
-    """One bin for each position that is left."""
+    """Sets one bin for each position that is left."""
     if s.narrowing.touches(s.dims(node)[0]):
         bins = s.narrowing.count(s.dims(node)[0])
         node.args = (node.args[0], bins, 0, bins - 1)
@@ -187,7 +188,7 @@ def _histc(s: _Sizes, node: Node) -> None:
 
 
 def _arange(s: _Sizes, node: Node) -> None:
-    """An axis that counts itself off, from 0 in steps of 1: the analysis lets no other be narrowed."""
+    """Shortens a count from 0 in steps of 1 to the narrowed axis: the analysis lets no other be narrowed."""
     dim = s.dims(node)[0]
     if s.narrowing.touches(dim):
         node.target = aten.arange.default

@@ -42,7 +42,8 @@ class AnalysedTeacher:
 
 
 def analyse_teacher(captured: Captured) -> AnalysedTeacher:
-    """Runs every analysis over a captured teacher. UsageError where the residual stream or the head is not found."""
+    """Runs every analysis over a captured teacher. Raises UsageError where the residual stream or the head is not
+    found."""
     table = analyse(captured)
     roles = find_roles(captured, table)
     head = find_head(captured)

@@ -45,14 +45,16 @@ class Mixture:
 
 
 def is_stack(dims: Dims) -> bool:
-    """Whether a parameter is a matrix for each of several experts, and not the filters of channels, [C, 1, K]."""
+    """Checks whether a parameter is a matrix for each of several experts, and not the filters of channels, [C, 1,
+    K]."""
     return len(dims) == 3 and all(dims)
 
 
 def find_mixture(table: AxisTable, down: Contraction, experts: Dim, length: int | None) -> Mixture:
     """`down` contracts the experts' channels, `experts` is the stacked dimension of its weight.
 
-    `length` is the number of tokens where the graph is of one number: then rows are so many times those of a token.
+    `length` is the number of tokens where the graph is of one number: then the row count is that number times the rows
+    of one token.
     """
     flat = table.space.flat(experts)
     picks: dict[Dim, int] = {}
@@ -88,7 +90,8 @@ def _rankings(table: AxisTable, experts: Dim) -> Iterator[Node]:
 
 
 def _weighted(table: AxisTable, product: Node) -> Node:
-    """What an expert adds: its product, through the biases and the router's weights that meet it row by row."""
+    """Returns the node of an expert's contribution: its product, after the biases and router weights applied row by
+    row."""
     axes = [table.space.flat(dim) for dim in table.dims(product)]
     node = product
     while len(node.users) == 1:
@@ -103,11 +106,12 @@ def _weighted(table: AxisTable, product: Node) -> Node:
 
 
 def prunable_per_owner(table: AxisTable, leaf: Atom, owners: Dim) -> bool:
-    """Whether what is kept of `leaf` may differ with the index of `owners`: the channels of each expert, say.
+    """Checks whether the kept indices of `leaf` may differ with the index of `owners`: the channels of each expert,
+    say.
 
-    That is so where no value ever holds those of two owners at once: every value and weight that has the leaf also has the
-    owners, or rows that are sorted by them, once, and of a weight they stand in one dimension; and where the leaf is
-    contracted with weights only.
+    That is so where no value ever holds those of two owners at once: every value and weight that has the leaf also has
+    the owners, or rows that are sorted by them, once, and of a weight they stand in one dimension; and where the leaf
+    is contracted with weights only.
     """
     space = table.space
     atoms = set(owners)

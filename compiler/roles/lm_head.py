@@ -14,7 +14,7 @@ from minitron.specs.training_plan import HeadPlan
 
 
 def find_head(captured: Captured) -> HeadPlan:
-    """UsageError where something stands between hidden states and logits that the loss does not know."""
+    """Raises UsageError where something stands between hidden states and logits that the loss does not know."""
     backbone = str(getattr(captured.model, "base_model_prefix", ""))
     if not isinstance(getattr(captured.model, backbone, None), torch.nn.Module):  # some families name it otherwise
         backbone = captured.layer_path.split(".", 1)[0]

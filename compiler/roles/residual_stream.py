@@ -22,7 +22,8 @@ class LayerEnds:
 
 
 def layer_ends(captured: Captured) -> list[LayerEnds]:
-    """Where the residual stream enters and leaves each layer. UsageError where that is not one value each."""
+    """Finds the nodes at which the residual stream enters and leaves each layer. Raises UsageError unless each is one
+    value."""
     inside: dict[int, list[Node]] = {i: [] for i in range(captured.layer_count)}
     for node in captured.graph.nodes:
         layer = captured.layer_of(node)
@@ -58,7 +59,8 @@ HANDED_ON = RESHAPES | {"dropout", "add", "add_"}
 
 
 def adds_to_its_entry(nodes: Mapping[str, Node], end: LayerEnds) -> bool:
-    """Whether a layer only adds to the residual stream: then passing it by is the same as having all its weights at zero.
+    """Checks whether a layer only adds to the residual stream: then skipping the layer equals setting all its weights
+    to zero.
 
     `nodes` are those of the graph by name.
     """

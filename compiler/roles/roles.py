@@ -144,7 +144,8 @@ def _heads(captured: Captured, table: AxisTable) -> dict[int, Heads]:
 
 
 def _paths_with(table: AxisTable, values: set[Atom]) -> Iterator[set[Atom]]:
-    """Of every parameter that holds the width of a value: the atoms that stand in one product with it."""
+    """Yields, for every parameter that holds the width of a value, the atoms that stand in one product with that
+    width."""
     for dims in table.parameters.values():
         for dim in dims:
             for path in table.space.ways(dim):
@@ -205,7 +206,8 @@ def _convolved(captured: Captured, table: AxisTable, hidden: Atom) -> set[Atom]:
 
 
 def _width_name(captured: Captured, stacked: bool, layer: int, table: AxisTable) -> str:
-    """Where dense layers stand between layers of experts, the experts' width is one of its own."""
+    """Returns the name of a width: where dense layers stand between layers of experts, the experts' width has its own
+    name."""
     stacks = {captured.layer_in_path(name) for name, dims in table.parameters.items() if is_stack(dims)} - {None}
     if stacked:
         own = hasattr(captured.config, "moe_intermediate_size") or len(stacks) < captured.layer_count

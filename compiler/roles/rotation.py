@@ -56,7 +56,7 @@ class Fold:
 
     @property
     def neutral(self) -> float:
-        """What the parameter is where the norm multiplies by one."""
+        """The value of the parameter at which the norm multiplies by one."""
         return 1.0 - self.shift
 
 
@@ -70,7 +70,7 @@ class Tied:
 
 @dataclass(frozen=True)
 class Rotation:
-    """What a rotation does to the parameters.
+    """The effect of a rotation on the parameters.
 
     axes     parameter -> the dimensions that carry the residual stream; norm weights are not in it
     folds    norm weight -> its fold
@@ -104,7 +104,7 @@ STREAM = _State("stream")
 
 
 def find_rotation(captured: Captured, table: AxisTable, roles: Roles) -> Rotation:
-    """UsageError with the operator that does not commute with a rotation."""
+    """Raises UsageError with the operator that does not commute with a rotation."""
     return _Walk(captured, table, roles.hidden.leaf).run()
 
 
@@ -200,7 +200,8 @@ class _Walk:
         raise self._refusal(node, "takes the channels of the residual stream one by one, which a rotation mixes")
 
     def _of_parameter(self, node: Node, name: str, source: Node) -> _State | None:
-        """What is made of a parameter before it meets the stream; None where it meets it here."""
+        """Handles a node that transforms a parameter before the parameter meets the stream; None where both meet in
+        this node."""
         state = self.states[source]
         assert state.parameter is not None
         if name == "embedding" and node.args[0] is source:

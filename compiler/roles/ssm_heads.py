@@ -38,9 +38,10 @@ class Scan:
         return self.heads[0].size.coefficient if len(self.heads) == 2 else 1
 
     def scores(self, name: str, channels: torch.Tensor, *, apart: bool) -> torch.Tensor:
-        """From scores of all channels [groups * heads * width]: of heads [groups, heads], of channels [all heads, width].
+        """From scores of all channels [groups * heads * width]: of heads [groups, heads], of channels [all heads,
+        width].
 
-        L2 over what an index stands for. Not `apart`: one list for all groups, or heads.
+        Scores are L2 norms over the channels of an index. Without `apart` all groups, or heads, share one list.
         """
         each = channels.reshape(self.groups, -1, self.channel.size.coefficient)
         found = each.norm(dim=-1) if name == SCAN_HEADS else each.flatten(0, 1)
@@ -69,10 +70,10 @@ def find_scans(captured: Captured, table: AxisTable, hidden: Atom, taken: Collec
 
 
 def heads_apart(table: AxisTable, scan: Scan) -> bool:
-    """Whether what is kept of the heads may differ from group to group."""
+    """Checks whether the kept heads may differ from group to group."""
     return len(scan.heads) == 2 and prunable_per_owner(table, scan.heads[1], scan.heads[:1])
 
 
 def channels_apart(table: AxisTable, scan: Scan) -> bool:
-    """Whether what is kept of a head's channels may differ from head to head."""
+    """Checks whether the kept channels of a head may differ from head to head."""
     return prunable_per_owner(table, scan.channel, scan.heads)

@@ -19,7 +19,8 @@ from minitron.compiler.roles.roles import Heads, Roles
 
 
 def teacher_widths(captured: Captured, roles: Roles, table: AxisTable) -> dict[str, int]:
-    """Every axis of the teacher by name. An axis that differs from layer to layer has its largest width here."""
+    """Maps the name of every axis of the teacher to its width. An axis that differs from layer to layer has its largest
+    width here."""
     widths = {HIDDEN: roles.hidden.size}
     for name, layers in roles.widths.items():
         widths[name] = max(width.size for width in layers.values())

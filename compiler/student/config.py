@@ -73,9 +73,9 @@ def fit(
 ) -> tuple[Mapping[Key, int], Any, torch.nn.Module]:
     """The student's configuration, the model that it describes, and the keys beside the axes' own that it needed.
 
-    Where the axes' own keys do not make the wanted shapes, keys that have the same value as a narrowed width are tried, the
-    fewest first: the shapes of the model that transformers builds decide, so each of those keys is one that they depend on.
-    UsageError where none do.
+    Where the axes' own keys do not make the wanted shapes, keys that have the same value as a narrowed width are tried,
+    the fewest first: the shapes of the model that transformers builds decide, so each of those keys is one that they
+    depend on. Raises UsageError where none do.
     """
     first: UsageError | None = None
     for also in _guesses(teacher.captured.config, widths, teacher.widths):
@@ -92,7 +92,8 @@ def fit(
 
 
 def _mixer_tie(widths: Mapping[str, int], teacher: Mapping[str, int]) -> str:
-    """What to do where a mixer's channels are always so many times hidden_size, and were not narrowed along."""
+    """Tells the remedy where a mixer's channels are always a fixed multiple of hidden_size and were not narrowed with
+    it."""
     if SCAN_HEADS not in teacher:
         return ""
     student = {**teacher, **widths}
@@ -132,7 +133,7 @@ def _guesses(config: Any, widths: Mapping[str, int], teacher_widths: Mapping[str
 
 
 def _made_of(widths: Mapping[str, int], teacher: Mapping[str, int]) -> Iterator[tuple[int, int]]:
-    """What a mixer's heads make together, in the teacher and in the student: all channels, and these against hidden_size."""
+    """Yields products of a mixer's widths in teacher and student: all channels, and their ratio to hidden_size."""
     if SCAN_HEADS not in teacher:
         return
     student = {**teacher, **widths}
@@ -150,7 +151,7 @@ def head_width(config: Any) -> int | None:
 
 
 def derives_head_dim(config: Any) -> bool:
-    """Whether the width of a head is computed by the configuration and cannot be set."""
+    """Checks whether the configuration computes the width of a head, so that the width cannot be set."""
     return isinstance(getattr(type(config), HEAD_DIM, None), property)
 
 
@@ -186,13 +187,13 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def _why(captured: Captured, config: Any, wrong: Sequence[str]) -> str:
-    """What a configuration ties together where it cannot say the widths; the tensors that differ tell which of it."""
+    """Explains which widths a configuration ties together where it cannot express them, by the tensors that differ."""
     attention = any("attn" in name or "attention" in name for name in wrong)
     return _proportion(captured.config, config) if attention else ""
 
 
 def _proportion(teacher: Any, student: Any) -> str:
-    """What to do where a student's heads have another width because that has no key of its own."""
+    """Tells the remedy where a student's heads change width because the configuration has no key for that width."""
     hidden, heads = getattr(student, HIDDEN, None), getattr(student, HEADS, None)
     undeclared = getattr(teacher, HEAD_DIM, None) is None or derives_head_dim(teacher)
     if not (undeclared and hidden and heads) or head_width(teacher) in (None, hidden // heads):

@@ -1,4 +1,5 @@
-"""What constrains the widths of a student: heads in groups, experts of a router, rows of grouped products, shared experts."""
+"""Checks the constraints on a student's widths: heads in groups, routed experts, rows of grouped products, shared
+experts."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def check_heads(wanted: dict[str, int], teacher: Mapping[str, int], shares: Coll
 
 
 def check_experts(wanted: dict[str, int], roles: Roles, shares: Collection[str]) -> list[Problem]:
-    """The router must find as many experts as it picks. A share is rounded down to a number that divides into its groups."""
+    """Checks that the router keeps at least as many experts as it picks. A share is rounded down to a multiple of its
+    groups."""
     if NUM_EXPERTS not in wanted or not roles.mixtures:
         return []
     groups = max(mixture.groups for mixture in roles.mixtures.values())
@@ -79,7 +81,7 @@ def check_experts(wanted: dict[str, int], roles: Roles, shares: Collection[str])
 
 
 def check_scan_heads(wanted: dict[str, int], roles: Roles, shares: Collection[str]) -> list[Problem]:
-    """As many heads stay in each group. A share is rounded down to a number that divides into the groups."""
+    """Checks that every group keeps the same number of heads. A share is rounded down to a multiple of the groups."""
     groups = max((scan.groups for scan in roles.scans.values()), default=1)
     if SCAN_HEADS not in wanted or groups == 1:
         return []
@@ -94,7 +96,7 @@ def check_scan_heads(wanted: dict[str, int], roles: Roles, shares: Collection[st
 
 
 def check_rows(wanted: Mapping[str, int], teacher: AnalysedTeacher) -> list[Problem]:
-    """Torch multiplies the sorted rows of experts only where rows of all operands take whole units of so many bytes."""
+    """Checks that rows of grouped expert products take a multiple of 16 bytes in all operands, as torch requires."""
     if not any(mixture.ends is not None for mixture in teacher.roles.mixtures.values()):
         return []
     unit = GROUPED_ROW_BYTES // teacher.captured.dtype.itemsize
@@ -122,7 +124,7 @@ def _multiples(width: int, unit: int, most: int) -> list[int]:
 
 
 def check_shared(wanted: dict[str, int], teacher: AnalysedTeacher, shares: Collection[str]) -> list[Problem]:
-    """Where the shared expert's width is so many times that of a routed one, it follows it, or their number changes."""
+    """Checks a shared expert n times as wide as a routed one: its width follows the routed width, or n changes."""
     tie = find_tie(teacher.captured.config, teacher.widths)
     if tie is None or not (SHARED in wanted or tie.unit in wanted):
         return []

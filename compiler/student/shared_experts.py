@@ -1,4 +1,4 @@
-"""Shared experts whose width has no key of its own: so many times that of a routed expert."""
+"""Shared experts whose width has no key of its own: a multiple of a routed expert's width."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Tie:
 
 
 def find_tie(config: Any, teacher: Mapping[str, int]) -> Tie | None:
-    """What the width of the shared expert follows, where it has no key of its own. `teacher`: its axes and their widths."""
+    """Finds the width that the shared expert's width is tied to, where it has no key of its own. `teacher`: axis ->
+    width."""
     if SHARED not in teacher or config_key(config, SHARED, teacher[SHARED]) is not None:
         return None
     for unit in UNITS:

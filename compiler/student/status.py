@@ -1,4 +1,4 @@
-"""The status of every axis: exact, approximate or refused, and why."""
+"""The status of every axis: exact, approximate or refused, with the reason."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class AxisStatus:
 
 
 def status_of(name: str, teacher: AnalysedTeacher) -> tuple[str, str]:
-    """Whether an axis can be narrowed, exactly or approximately, and why."""
+    """Returns whether an axis can be narrowed, exactly or approximately, and why."""
     if name == LAYERS:
         return "exact", "the same as zeroing the layer's residual update"
     if name in teacher.roles.refusals:

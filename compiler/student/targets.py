@@ -37,7 +37,7 @@ class Targets:
     statuses: tuple[AxisStatus, ...]
 
     def rank_layers(self, layer_count: int) -> bool:
-        """Whether scores decide which of the teacher's `layer_count` layers stay."""
+        """Checks whether scores decide which of the teacher's `layer_count` layers stay."""
         return self.named_layers is None and self.layers < layer_count
 
 
@@ -122,7 +122,8 @@ def following(targets: Targets, teacher: Mapping[str, int]) -> Iterator[Targets]
 
 
 def _width(key: str, value: Any, teacher: int, multiple_of: int | None) -> int:
-    """A number as it is; a share of a width rounded down to a multiple, of a count to a whole number."""
+    """Resolves a width: a number stays as written; a share of a width is rounded down to a multiple, of a count to an
+    integer."""
     if not isinstance(value, Share):
         return int(value)
     return value.of(teacher, 1 if key in COUNTS else multiple_of or default_multiple(teacher))

@@ -65,7 +65,7 @@ class Checkpoint:
 
     @property
     def on_disk(self) -> bool:
-        """Whether the weights are on this machine."""
+        """Checks whether the weights are on this machine."""
         return bool(self.tensors) and all(file.is_file() for file in {info.file for info in self.tensors.values()})
 
 
@@ -78,10 +78,12 @@ class BrokenWeights(WorkError):
 
 
 def open_checkpoint(model: str, revision: str | None, base: Path, *, weights: bool) -> Checkpoint:
-    """A folder (relative to `base`) or a Hub id, of which the small files are fetched and the headers of the large ones.
+    """A folder (relative to `base`) or a Hub id, of which the small files are fetched and the headers of the large
+    ones.
 
-    With `weights` those of a folder must be there, and all small files of a model from the Hub: `fetch_weights` follows.
-    UsageError where the model cannot be found or its configuration not be read; BrokenWeights for weight files.
+    With `weights` those of a folder must be there, and all small files of a model from the Hub: `fetch_weights`
+    follows. Raises UsageError where the model cannot be found or its configuration not be read; BrokenWeights for
+    weight files.
     """
     local = (base / model).expanduser()
     if local.is_dir():

@@ -32,7 +32,7 @@ def snapshot(repo: str, revision: str | None, patterns: Sequence[str], *, enough
     """Fetches the files of a model that match one of `patterns`, or finds them in the cache; offline a cache that holds
     the files `enough` will do.
 
-    WrongRevision and UsageError say what to do about it where they are not to be had.
+    Raises WrongRevision or UsageError, with the remedy, where the files could not be fetched.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import IncompleteSnapshotError
@@ -64,12 +64,12 @@ def commit_of(repo: str, revision: str | None, kind: Kind) -> str:
 
 
 def is_commit(revision: str | None) -> bool:
-    """Whether a revision is a whole commit hash, which never points anywhere else."""
+    """Checks whether a revision is a full commit hash, which never points anywhere else."""
     return revision is not None and len(revision) == 40 and all(one in "0123456789abcdef" for one in revision)
 
 
 def refusal(repo: str, revision: str | None, error: Exception, kind: Kind = "model") -> UsageError:
-    """What to tell a user whom the Hub, the network or the cache refused a repository."""
+    """Returns the error for a user to whom the Hub, the network or the cache refused a repository."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -121,7 +121,7 @@ def _of(revision: str | None) -> str:
 
 
 def _cached_commit(repo: str, revision: str, kind: Kind) -> str | None:
-    """What the cache says that a branch or tag was at when it was last fetched."""
+    """Returns the commit that a branch or tag was at when last fetched, according to the cache."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 

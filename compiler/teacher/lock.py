@@ -15,8 +15,8 @@ LIBRARIES = ("torch", "transformers")
 
 
 def make_lock(loaded: LoadedSpec) -> Inputs:
-    """What a lock holds: revisions are resolved anew. SpecInvalid for what is not there, also a data set whose commit
-    cannot be found out offline."""
+    """Returns the contents of a lock, with revisions resolved anew. Raises SpecInvalid for a missing input, and for a
+    data set whose commit cannot be resolved offline."""
     assert not loaded.pins, "a lock is made from the spec as it is written"
     return observe(loaded, offline_will_do=False) | {"versions": versions()}
 
@@ -33,7 +33,8 @@ def renew(loaded: LoadedSpec) -> tuple[Inputs, bool]:
 
 
 def is_locked(loaded: LoadedSpec) -> bool:
-    """Whether a spec has a lock file that still holds; a revision that has moved since is no reason against it."""
+    """Checks whether a spec has a lock file that still holds; a revision that has moved since does not invalidate the
+    lock."""
     try:
         return read_lock(loaded) is not None and not apply_lock(loaded, locked=False)[1]
     except SpecInvalid:
@@ -41,7 +42,8 @@ def is_locked(loaded: LoadedSpec) -> bool:
 
 
 def versions() -> Inputs:
-    """Of minitron and of the libraries that decide numbers, without the local part (`+cpu`) that names a build."""
+    """The versions of minitron and of the libraries that affect numbers, without the local part (`+cpu`) that names a
+    build."""
     found: Inputs = {"minitron": __version__}
     for name in LIBRARIES:
         try:

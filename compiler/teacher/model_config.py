@@ -15,7 +15,8 @@ OF_THE_FOLDER = ("auto_map", "transformers_weights")
 
 
 def load_config(folder: Path) -> Any:
-    """The configuration without keys that only change how the model is called. UsageError where it cannot be read."""
+    """The configuration without keys that only change how the model is called. Raises UsageError where it cannot be
+    read."""
     from transformers import AutoConfig
 
     plain = {key: value for key, value in read_model_config(folder).items() if key not in OF_THE_FOLDER}
@@ -29,6 +30,6 @@ def load_config(folder: Path) -> Any:
 
 
 def in_one_line(error: Exception) -> str:
-    """What a library has to say, of which the second line often is the reason."""
+    """Returns a library's message on one line: its second line often has the reason."""
     words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= LONGEST_REASON else words[: LONGEST_REASON - 3] + "..."

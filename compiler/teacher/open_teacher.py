@@ -1,4 +1,4 @@
-"""Which model a spec makes smaller: one from a folder or the Hub, or the result of another spec."""
+"""Opens the model that a spec makes smaller: one from a folder or the Hub, or the result of another spec."""
 
 from __future__ import annotations
 

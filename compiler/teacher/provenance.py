@@ -1,4 +1,4 @@
-"""What the result of a spec depends on beside the spec: teacher, tokenizer and data, as hashes and commits.
+"""The inputs that the result of a spec depends on beside the spec: teacher, tokenizer and data, as hashes and commits.
 
 A lock file holds these, and so does plan.json: a build whose inputs have changed since is not up to date.
 """
@@ -27,12 +27,12 @@ MAX_FILES = 16  # of one source that are listed one by one; of more there is one
 
 
 def observe(loaded: LoadedSpec, *, offline_will_do: bool = True) -> Inputs:
-    """`{teacher, tokenizer, data}` as they are now; reads configuration, tokenizer files, weights and data; of large files
-    that have not changed since, the hash is remembered.
+    """`{teacher, tokenizer, data}` as they are now; reads configuration, tokenizer files, weights and data; of large
+    files that have not changed since, the hash is remembered.
 
     The pins of `loaded` are followed: what is pinned to a commit is observed there. A data set of the Hub whose commit
-    cannot be found out is left without one, or refused where `offline_will_do` is false. SpecInvalid for what is not
-    there.
+    cannot be found out is left without one, or refused where `offline_will_do` is false. Raises SpecInvalid for a
+    missing input.
     """
     teacher, folder = _teacher(loaded)
     inputs: Inputs = {"teacher": teacher}

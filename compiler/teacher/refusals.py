@@ -24,7 +24,7 @@ REMEDY = "name the checkpoint that they were made from, in bfloat16 or float32"
 
 
 def check_not_quantised(folder: Path, config: Mapping[str, Any]) -> None:
-    """UsageError where the configuration or a file beside it says that the weights are quantised."""
+    """Raises UsageError where the configuration or a file beside it says that the weights are quantised."""
     key = next((path for path, value in _parts(config) if path.rpartition(".")[2] in QUANTISED_KEYS and value), None)
     if key is not None:
         raise UsageError(f"{folder / CONFIG}: the weights are quantized ({key}); {REMEDY}")
@@ -38,8 +38,8 @@ def check_not_quantised(folder: Path, config: Mapping[str, Any]) -> None:
 def check_tensors_not_quantised(
     folder: Path, tensors: Mapping[str, TensorInfo], floating: Collection[str], known: Collection[str]
 ) -> None:
-    """UsageError where weight files hold numbers that only a scale makes weights of. `floating` are the model's tensors of
-    floating point, `known` all that it has. Eight-bit floats without a scale are weights as they are."""
+    """Raises UsageError where weight files hold numbers that only a scale makes weights of. `floating` are the model's
+    tensors of floating point, `known` all that it has. Eight-bit floats without a scale are weights as they are."""
     for name, info in tensors.items():
         if name not in known and _scaled(name, tensors):
             raise UsageError(
@@ -53,7 +53,7 @@ def check_tensors_not_quantised(
 
 
 def _scaled(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether a tensor belongs to another one of the files that it scales or unpacks."""
+    """Checks whether a tensor scales or unpacks another tensor of the files."""
     ending = next((ending for ending in SCALES if name.endswith(ending)), None)
     if ending is None:
         return False
@@ -73,7 +73,7 @@ def _parts(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, An
 
 
 def check_text_only(model: str, raw: Mapping[str, Any], config: Any) -> None:
-    """UsageError for a model of several towers, with the class that loads its language tower alone."""
+    """Raises UsageError for a model of several towers, with the class that loads its language tower alone."""
     from transformers import AutoModelForCausalLM
 
     if "text_config" not in raw or isinstance(getattr(config, "num_hidden_layers", None), int):
@@ -93,7 +93,8 @@ def check_text_only(model: str, raw: Mapping[str, Any], config: Any) -> None:
 
 
 def check_one_for_all_layers(path: Path, config: Any) -> None:
-    """UsageError where the configuration gives keys layer by layer: a student's could not say which layers are left."""
+    """Raises UsageError where the configuration gives keys layer by layer: a student's could not say which layers are
+    left."""
     if not getattr(config, "is_heterogeneous", False):
         return
     first, *others = (layer.to_dict() for layer in config.per_layer_config)

@@ -53,8 +53,7 @@ TOKENIZER_FILES = (
 
 
 def tokenizer_files(folder: Path) -> Iterator[Path]:
-    """The files of a checkpoint that make up its tokenizer, those of chat templates in their own folder too.
-
+    """The files of a checkpoint that make up its tokenizer, those of chat templates in their own folder too. Raises
     UsageError for a link that leads out of the folder: what is copied into a student must be the teacher's.
     """
     seen: set[Path] = set()
@@ -68,7 +67,8 @@ def tokenizer_files(folder: Path) -> Iterator[Path]:
 
 
 def check_inside(path: Path, folder: Path) -> None:
-    """UsageError where a file of a checkpoint folder is a link to a file elsewhere, but for one of the Hub's cache."""
+    """Raises UsageError where a file of a checkpoint folder is a link to a file elsewhere, but for one of the Hub's
+    cache."""
     real, root = path.resolve(), folder.resolve()
     if real.is_relative_to(root):
         return
@@ -84,7 +84,7 @@ def check_inside(path: Path, folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint folder. UsageError where there is none."""
+    """The tokenizer of a checkpoint folder. Raises UsageError where there is none."""
     from transformers import AutoTokenizer
 
     try:

@@ -14,7 +14,7 @@ TIE = "tie_word_embeddings"
 
 
 def untied_config(config: Any) -> Any:
-    """The configuration without the tie. UsageError where there is none."""
+    """The configuration without the tie. Raises UsageError where there is none."""
     if not getattr(config, TIE, False):
         raise UsageError(f"the head of this {config.model_type} has a matrix of its own already: {TIE} is false")
     changed = copy.deepcopy(config)

@@ -9,10 +9,11 @@ from minitron.compiler.capture.rotary import fill_long_frequencies
 
 
 def load_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The tables that a model on the meta device computes for itself (rotary frequencies, embedding scales), by name.
+    """Computes the buffers that a model on the meta device makes for itself (rotary frequencies, embedding scales), by
+    name.
 
-    Uses the hook by which transformers restores them after loading, so they are what a loaded model has. The hook is called
-    on every module, not only on those that hold a table: some fill those of the modules below them.
+    Uses the hook by which transformers restores them after loading, so they are what a loaded model has. The hook is
+    called on every module, not only on those that hold a buffer: some fill the buffers of the modules below them.
     """
     places = [
         (f"{path}.{name}" if path else name, module, name)

@@ -30,8 +30,8 @@ class ForeignName:
 
 
 def find_foreign_name(missing: Collection[str], there: Mapping[str, object]) -> ForeignName | None:
-    """What the names of a checkpoint have in front of, or between, those of the model. `missing` are names of the model
-    that no file has, `there` those of the files."""
+    """Finds the extra part in front of, or inside, the names of a checkpoint. `missing` are names of the model that no
+    file has, `there` those of the files."""
     wanted = set(missing)
     if not wanted:
         return None

@@ -15,7 +15,7 @@ from minitron.compiler.capture.capture import Captured
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one parameter of the student is made: `source` of the teacher, kept positions a dimension (None: all of them).
+    """The recipe of one student parameter: its `source` in the teacher, the kept positions per dimension (None: all).
 
     Positions [k, n] differ with the k kept indices of the dimension `beside`: the channels of each expert.
     `scale` and `shift` are the repairs that a constant asked for: w -> (w + shift) * scale - shift.

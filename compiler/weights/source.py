@@ -1,4 +1,4 @@
-"""Where the bytes of the teacher's parameters come from."""
+"""Reads the bytes of the teacher's parameters."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ class StreamedWeights:
 
 
 def check_finite(tensor: torch.Tensor, name: str, file: str, held: torch.dtype | None) -> None:
-    """WorkError where a tensor holds NaN or infinity, or would once it is held in `held`, with the place of the first."""
+    """Raises WorkError where a tensor holds NaN or infinity, or would once it is held in `held`, with the place of the
+    first."""
     if not tensor.is_floating_point() or not tensor.numel():
         return
     flat, most = tensor.reshape(-1), 0.0
@@ -103,7 +104,7 @@ class LoadedWeights:
 
 
 def check_headers(captured: Captured, checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint can be streamed. UsageError where headers contradict the configuration."""
+    """Checks whether the checkpoint can be streamed. Raises UsageError where headers contradict the configuration."""
     parameters = stored_tensors(captured.model)
     known = set(captured.canonical)
     floating = {name for name, first in captured.canonical.items() if parameters[first].is_floating_point()}
@@ -137,7 +138,7 @@ def check_headers(captured: Captured, checkpoint: Checkpoint) -> bool:
 
 
 def open_weights(captured: Captured, checkpoint: Checkpoint) -> WeightSource:
-    """Streams where names and shapes allow it, else loads the model through transformers."""
+    """Opens the weights: streams where names and shapes allow that, else loads the model through transformers."""
     streamed = check_headers(captured, checkpoint)
     _check_tied(captured, checkpoint)
     if streamed:
@@ -191,7 +192,8 @@ def _tied_names(captured: Captured, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _converted_by_transformers(captured: Captured, checkpoint: Checkpoint, foreign: ForeignName) -> bool:
-    """Whether transformers takes such a tensor for one of the model: it is given that one alone, without its bytes."""
+    """Checks whether transformers maps such a tensor to one of the model, by giving it that one alone, without its
+    bytes."""
     info = checkpoint.tensors[foreign.there]
     with quiet(), _one_thread(), FakeTensorMode(allow_non_fake_inputs=True):
         tensor = torch.empty(info.shape)
@@ -221,7 +223,8 @@ def _one_thread() -> Iterator[None]:
 
 
 def _check_tied(captured: Captured, checkpoint: Checkpoint) -> None:
-    """UsageError where tensors that the configuration ties are different ones: transformers does not tie them then."""
+    """Raises UsageError where tensors that the configuration ties are different ones: transformers does not tie them
+    then."""
     both = {name: first for name, first in captured.canonical.items() if {name, first} <= checkpoint.tensors.keys()}
     source = StreamedWeights(checkpoint)
     for name, first in both.items():

@@ -46,7 +46,7 @@ def addmm(t: Tracer, node: torch.fx.Node) -> Dims:
 
 @rule(aten.einsum.default)
 def einsum(t: Tracer, node: torch.fx.Node) -> Result:
-    """Every letter is one axis; without an arrow, those that stand once come out in their order. No ellipsis."""
+    """Gives every letter one axis; without an arrow the result has the letters that occur once, sorted. No ellipsis."""
     equation, operands = str(node.args[0]).replace(" ", ""), list(t.arg(node, 1))
     if "." in equation:
         return t.opaque(node)

@@ -27,7 +27,7 @@ ELEMENTWISE = (
     aten.where.Scalar, aten.max.other, aten.min.other, aten.real, aten.imag, aten.conj, aten.angle,
 )  # fmt: skip
 
-# What these read of other operands is no more than a number format or a device.
+# These read only the dtype or device of their other operands.
 COPIES = (
     aten.alias, aten.clone, aten.contiguous, aten.detach, aten.detach_, aten.lift_fresh_copy, aten.to, aten._to_copy,
     aten.type_as,
@@ -58,7 +58,7 @@ def nothing(t: Tracer, node: torch.fx.Node) -> Dims:
 
 @rule(*LIKE, positions="own")
 def like(t: Tracer, node: torch.fx.Node) -> Dims:
-    """The sizes of another value; its widths follow, but rows are rows of their own: nothing says in what order."""
+    """Takes the sizes of another value: widths are the same axes, but rows are new, because their order is unknown."""
     return [t.fresh_rows(dim) for dim in t.dims(node.args[0])]
 
 

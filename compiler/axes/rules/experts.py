@@ -13,8 +13,8 @@ from minitron.compiler.axes.tracer import Tracer
 def grouped_mm(t: Tracer, node: torch.fx.Node) -> Result:
     """y[n, m] = x[n, k] W[e(n), k, m], where `offs[e]` says where the rows of each expert end.
 
-    Where the rows are sorted by the very positions that `offs` counts, that is all there is to say: whichever way the experts
-    are numbered, each row finds its own.
+    Nothing is pinned where the rows are sorted by the same positions that `offs` counts: with any numbering of the
+    experts, each row meets its own expert's matrix.
     """
     bias, offsets = t.arg(node, 3), t.arg(node, 2)
     if len(t.dims(node.args[0])) != 2 or len(t.dims(node.args[1])) != 3 or isinstance(bias, torch.fx.Node):
@@ -40,7 +40,7 @@ def grouped_mm_targets() -> list[object]:
 
 
 def register() -> None:
-    """Called once a model is captured: only then are the custom operators known."""
+    """Registers the rule. Call this after a model is captured: only then are the custom operators known."""
     for target in grouped_mm_targets():
         RULES[target] = grouped_mm
         POSITIONS[target] = "own"

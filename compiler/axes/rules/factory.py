@@ -25,7 +25,7 @@ COUNTED = "counted off by arange"
     aten.new_empty.default,
 )
 def uniform(t: Tracer, node: torch.fx.Node) -> Dims:
-    """All elements are alike, so any number of them will do."""
+    """Makes fresh dimensions: all elements are alike, so any number of them will do."""
     return [t.space.fresh(size) for size in t.sizes(node)]
 
 

@@ -19,7 +19,8 @@ COMPUTED = "indexed by computed positions"
 
 
 def addressed(t: Tracer, node: torch.fx.Node, dim: Dim, index: Any, reason: str = COMPUTED) -> None:
-    """`dim` is read or written at the positions in `index`: the axis that they are positions along, or held as it is."""
+    """Unifies `dim`, read or written at the positions in `index`, with the axis of those positions; pins `dim` where
+    none."""
     positions = t.positions(index)
     if positions is not None and size_of(positions.of) == size_of(dim):
         t.space.unify(dim, positions.of, t.place(node))
@@ -30,7 +31,7 @@ def addressed(t: Tracer, node: torch.fx.Node, dim: Dim, index: Any, reason: str 
 
 
 def values_picked(t: Tracer, node: torch.fx.Node) -> None:
-    """Positions that are picked out of others are positions too."""
+    """Carries the meaning over: positions that are picked out of others are positions too."""
     picked = t.positions(node.args[0])
     if picked is not None:
         t.set_meaning(node, replace(picked, source=node))
@@ -45,7 +46,7 @@ def embedding(t: Tracer, node: torch.fx.Node) -> Dims:
 
 
 def masks(indices: Sequence[Any]) -> bool:
-    """Whether a tensor of truth values stands among indices: it takes as many dimensions as it has, for one."""
+    """Checks whether a boolean mask is among the indices: a mask replaces as many dimensions as it has by one."""
     found = [entry.meta["val"].dtype for entry in indices if entry is not None]
     return torch.bool in found or torch.uint8 in found
 
@@ -96,7 +97,7 @@ def index_put(t: Tracer, node: torch.fx.Node) -> Result:
 
 
 def is_blank(node: Any) -> bool:
-    """Whether a tensor holds nothing yet, and nobody else has hold of it."""
+    """Checks whether a tensor is uninitialised and read by one node only."""
     empty = (aten.empty_like.default, aten.empty.memory_format, aten.new_empty.default)
     return isinstance(node, torch.fx.Node) and node.target in empty and len(node.users) == 1
 
@@ -117,7 +118,7 @@ def index_select(t: Tracer, node: torch.fx.Node) -> Dims:
     positions="own",
 )  # fmt: skip
 def index_add(t: Tracer, node: torch.fx.Node) -> Dims:
-    """Rows of a source go to, or are added at, computed positions of an axis."""
+    """Writes or adds the rows of a source at computed positions of an axis."""
     dims, source = t.dims(node.args[0]), list(t.dims(t.arg(node, 3)))
     axis = axis_index(t.integer(node, 1), len(dims))
     for written in (node.args[0], t.arg(node, 3)):
@@ -155,7 +156,7 @@ def scatter(t: Tracer, node: torch.fx.Node) -> Dims:
 
 
 def aligned(t: Tracer, node: torch.fx.Node, dims: Dims, picked: Dims) -> None:
-    """One axis is indexed, along all others positions and values are walked together."""
+    """Unifies the dimensions of positions and values along every axis but the indexed one."""
     axis = axis_index(t.integer(node, 1), len(dims))
     addressed(t, node, dims[axis] if dims else (), t.arg(node, 2))
     for i, (dim, other) in enumerate(zip(dims, picked, strict=True)):
@@ -173,7 +174,7 @@ def walked_together(t: Tracer, node: torch.fx.Node, dim: Dim, other: Dim) -> Non
 
 @rule(aten.one_hot.default, positions="own")
 def one_hot(t: Tracer, node: torch.fx.Node) -> Dims:
-    """Positions become an axis: the one that they are positions along, where it has as many classes."""
+    """Turns positions into an axis: the axis of those positions, where the number of classes is its size."""
     positions, classes = t.positions(node.args[0]), t.sizes(node)[-1]
     axis = classes_of(t, node, positions, classes if positions and size_of(positions.of) == classes else None)
     return [*t.dims(node.args[0]), axis]
@@ -181,7 +182,7 @@ def one_hot(t: Tracer, node: torch.fx.Node) -> Dims:
 
 @rule(aten.histc.default, positions="own")
 def histc(t: Tracer, node: torch.fx.Node) -> Dims:
-    """How often each position occurs, where there is one bin for each."""
+    """Counts how often each position occurs, where each position has its own bin."""
     positions, bins = t.positions(node.args[0]), t.sizes(node)[0]
     whole = t.arg(node, "min", 0) == 0 and t.arg(node, "max", 0) == bins.coefficient - 1
     axis = classes_of(t, node, positions, bins if whole else None)
@@ -192,7 +193,7 @@ def histc(t: Tracer, node: torch.fx.Node) -> Dims:
 
 @rule(aten.bincount.default)
 def bincount(t: Tracer, node: torch.fx.Node) -> Dims:
-    """As many counts as the largest number asks for."""
+    """Returns one new axis: its number of counts depends on the largest value."""
     return [classes_of(t, node, None, None)]
 
 
@@ -207,7 +208,8 @@ def classes_of(t: Tracer, node: torch.fx.Node, positions: Positions | None, clas
 
 @rule(aten.floor_divide.default, aten.floor_divide_.Tensor, positions="own")
 def floor_divide(t: Tracer, node: torch.fx.Node) -> Dims:
-    """A position along a product, divided by the size of its fast factor, is one along the slow factor."""
+    """Divides positions: a position along a product, divided by the size of the fast factor, is one along the slow
+    factor."""
     positions, by = t.positions(node.args[0]), t.arg(node, 1)
     slow = size_of(positions.of).divided_by(Size(by)) if positions is not None and isinstance(by, int) else None
     if positions is not None and slow is not None and node.target == aten.floor_divide.default:

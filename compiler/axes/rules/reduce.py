@@ -35,7 +35,7 @@ def reduce(t: Tracer, node: torch.fx.Node, kind: str | None) -> Dims:
 
 @rule(aten.mean.dim, aten.mean.default)
 def mean(t: Tracer, node: torch.fx.Node) -> Dims:
-    """Zeros change a mean by a factor, as long as they still are zeros where it is taken."""
+    """Notes a mean: zeros change a mean by a factor only, as long as they still are zeros where the mean is taken."""
     (value,) = node.all_input_nodes
     rank = t.rank(value)
     off = any(adds_constant(t, value, axis - rank) for axis in reduced_axes(t, node, rank))
@@ -43,7 +43,8 @@ def mean(t: Tracer, node: torch.fx.Node) -> Dims:
 
 
 def adds_constant(t: Tracer, value: torch.fx.Node, axis: int) -> bool:
-    """Whether one number is added to every entry along `axis` on the way to `value`: what were zeros are none then.
+    """Checks whether a constant is added to every entry along `axis` on the way to `value`: zeros do not stay zero
+    then.
 
     `axis` counts from the last, as broadcasting does.
     """
@@ -60,14 +61,15 @@ def adds_constant(t: Tracer, value: torch.fx.Node, axis: int) -> bool:
 
 @rule(aten.sum.dim_IntList, aten.sum.default)
 def total(t: Tracer, node: torch.fx.Node) -> Dims:
-    """What a product with weights that are zero yields is zero, and adds nothing: all experts' outputs are summed so."""
+    """Sums an axis. A product with zero weights is zero and adds nothing: the outputs of all experts are summed this
+    way."""
     dims = t.dims(node.args[0])
     axes = reduced_axes(t, node, len(dims))
     return reduce(t, node, None if all(vanishes(t, node.args[0], dims[axis]) for axis in axes) else "sum")
 
 
 def vanishes(t: Tracer, value: Any, dim: Dim) -> bool:
-    """Whether a value is zero along `dim` wherever the weights that it is made with are: a product, viewed in some way."""
+    """Checks whether a value is zero along `dim` wherever its weights are zero: a product, possibly through views."""
     while op_name(value) in ("view", "reshape", "transpose", "permute", "to", "_unsafe_view"):
         value = value.args[0]
     if op_name(value) not in ("linear", "matmul", "bmm", "mm"):
@@ -91,7 +93,7 @@ def other_reduction(t: Tracer, node: torch.fx.Node) -> Dims:
 
 @rule(aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim)
 def vector_norm(t: Tracer, node: torch.fx.Node) -> Dims:
-    """Zeros add nothing to a sum of positive powers, or to the largest: such a norm is the same without them."""
+    """Reduces without a note where zeros add nothing: in a sum of positive powers, or in a maximum."""
     order = t.arg(node, 1, 2)
     return reduce(t, node, None if order is None or order > 0 else "norm")
 
@@ -126,7 +128,8 @@ def rms_norm(t: Tracer, node: torch.fx.Node) -> Dims:
 
 @rule(aten.cumsum.default, positions="own")
 def cumsum(t: Tracer, node: torch.fx.Node) -> Result:
-    """Of counts, the running sum is where the rows of each index end: `grouped_mm` knows that from its own operand."""
+    """Takes the running sum. For counts this gives the end of each index's rows, which `grouped_mm` looks for at its
+    operand."""
     counts = t.meanings.get(node.args[0])
     if isinstance(counts, Counts) and t.rank(node) == 1:
         t.set_meaning(node, Offsets(counts.of, counts.source))
@@ -137,7 +140,7 @@ def cumsum(t: Tracer, node: torch.fx.Node) -> Result:
 
 @rule(aten.cumprod.default, aten.logcumsumexp.default, aten.flip.default, aten.roll.default)
 def ordered(t: Tracer, node: torch.fx.Node) -> Result:
-    """The order along an axis matters: it cannot be permuted, so it is pinned."""
+    """Pins the axis: its order matters, so the axis cannot be permuted."""
     dims = list(t.dims(node.args[0]))
     axes = t.arg(node, "dims" if node.target in (aten.flip.default, aten.roll.default) else "dim", [])
     if axes == []:  # `roll` over all elements, whatever axis they stand in
@@ -165,7 +168,7 @@ def diff(t: Tracer, node: torch.fx.Node) -> Dims:
 
 @rule(aten.topk.default)
 def topk(t: Tracer, node: torch.fx.Node) -> Result:
-    """The largest values, and the positions that they had; how many there are is no width of the model."""
+    """Returns the largest values and their positions; the number of values is no width of the model."""
     dims = t.dims(node.args[0])
     axis = axis_index(t.arg(node, "dim", -1), len(dims))
     t.note(dims[axis], "topk", node)
@@ -175,9 +178,9 @@ def topk(t: Tracer, node: torch.fx.Node) -> Result:
 
 @rule(aten.sort.default, aten.sort.stable, positions="own")
 def sort(t: Tracer, node: torch.fx.Node) -> Result:
-    """Values in their order, and the positions that they had.
+    """Returns the sorted values and their positions.
 
-    Of a vector of positions along some axis, the rows that come out are grouped by the indices of that axis.
+    Sorting a vector of positions along some axis groups the resulting rows by the indices of that axis.
     """
     dims = t.dims(node.args[0])
     axis = axis_index(t.arg(node, "dim", -1), len(dims))

@@ -28,7 +28,7 @@ def view(t: Tracer, node: torch.fx.Node) -> Dims:
 
 @rule(aten.view_as.default, aten.reshape_as.default, positions="same")
 def view_as(t: Tracer, node: torch.fx.Node) -> Dims:
-    """The sizes of another value: they are of the same axes."""
+    """Takes the sizes and axes of another value."""
     dims = t.space.reshape(t.dims(node.args[0]), t.sizes(node), t.place(node))
     return t.broadcast([dims, t.dims(node.args[1])], len(dims), t.place(node))
 
@@ -101,7 +101,7 @@ def squeeze(t: Tracer, node: torch.fx.Node) -> Dims:
 
 @rule(aten.expand.default, aten.broadcast_to.default, positions="some")
 def expand(t: Tracer, node: torch.fx.Node) -> Dims:
-    """A dimension of one that grows is a *broadcast* axis: every index of it reads the same values."""
+    """Makes each expanded dimension of size one a *broadcast* axis: all its indices read the same values."""
     sizes = t.sizes(node)
     dims = t.dims(node.args[0])
     dims = [()] * (len(sizes) - len(dims)) + dims
@@ -113,13 +113,13 @@ def expand(t: Tracer, node: torch.fx.Node) -> Dims:
 
 @rule(aten.expand_as.default, positions="some")
 def expand_as(t: Tracer, node: torch.fx.Node) -> Dims:
-    """The new sizes are those of another value, and follow its axes."""
+    """Expands to the sizes of another value and follows the axes of that value."""
     return t.broadcast([t.dims(node.args[0]), t.dims(node.args[1])], t.rank(node), t.place(node))
 
 
 @rule(aten.repeat.default, aten.tile.default, positions="some")
 def repeat(t: Tracer, node: torch.fx.Node) -> Result:
-    """A dimension that is written out several times is a product whose slow factor is a *broadcast* axis."""
+    """Makes a dimension that is repeated a product whose slow factor is a *broadcast* axis."""
     sizes, dims = t.sizes(node), t.dims(node.args[0])
     dims = [()] * (len(sizes) - len(dims)) + dims
     repeats = [size.divided_by(size_of(dim)) for dim, size in zip(dims, sizes, strict=True)]
