@@ -1,1 +1,3 @@
-"""The command line: reads arguments, calls the compiler and the runtime, says what came of it. No logic of its own."""
+"""The command line: reads arguments, calls the compiler and the runtime, prints the results. It holds no logic of its
+own.
+"""

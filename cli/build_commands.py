@@ -142,8 +142,9 @@ def evaluate(
 
 
 def _end_with_shortfalls(results: Document) -> None:
-    """Ends with exit code 1 where a benchmark failed or a requirement is not reached, and says which; the results are
-    written and shown by then."""
+    """Ends with exit code 1 where a benchmark failed or a requirement is not met, and names each; the results have been
+    written and shown before.
+    """
     if reasons := shortfalls(results):
         if first_process():
             say(*reasons)
@@ -174,7 +175,9 @@ def run(
 
 
 def _run_above(upper: LoadedSpec, device: str, threads: int | None, *, locked: bool) -> None:
-    """Brings the spec that a teacher comes from to its end; it is not evaluated, that is its own run's."""
+    """Compiles and trains the spec whose student is the teacher of another spec; its evaluation is left to a run of its
+    own.
+    """
     from minitron.compiler import why_not_finished
 
     if why_not_finished(upper) is None:
@@ -186,7 +189,7 @@ def _run_above(upper: LoadedSpec, device: str, threads: int | None, *, locked: b
 
 
 def _make(loaded: LoadedSpec, build: Path, device: str, threads: int | None, *, locked: bool) -> None:
-    """Compiles where that is due; captures and trains where the spec says so."""
+    """Compiles where the build is missing or stale; captures and trains where the spec says so."""
     from minitron.compiler import why_stale
 
     loaded = follow_lock(loaded, locked=locked)
@@ -302,7 +305,7 @@ def _evaluate(
 
 
 def _places(build: Path) -> Section:
-    """Where the models and documents of a build are: those that exist."""
+    """Returns the paths of the models and documents of a build, those that exist."""
     rows = [("build", str(build))]
     for label, name in (
         ("pruned student", STUDENT),

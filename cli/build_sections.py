@@ -1,4 +1,4 @@
-"""The sections of what a build has come to: checks, training progress, results."""
+"""The sections of a build: checks, training progress, results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from minitron.cli.sections import Column, Document, Section, entries, part
 
 
 def build_sections(content: Document, *, full: bool = False) -> list[Section]:
-    """Everything that is known about a build (`builds.show_document`): plan, checks, training, results."""
+    """Returns the sections of everything that is known about a build (`builds.show_document`): plan, checks, training,
+    results.
+    """
     sections: list[Section] = []
     if content["plan"] is not None:
         sections += shown_plan(content["plan"], full=full)
@@ -25,7 +27,7 @@ def build_sections(content: Document, *, full: bool = False) -> list[Section]:
 
 
 def verification_section(verification: Document) -> Section:
-    """verification.json: every check with its largest error and what was allowed."""
+    """Returns the section of verification.json: every check with its largest error and its tolerance."""
     columns = (
         Column("check"),
         Column("result"),
@@ -48,7 +50,7 @@ def verification_section(verification: Document) -> Section:
 
 
 def training_section(training: Document) -> Section:
-    """The last step of training beside the first (see `builds.training_progress`)."""
+    """Returns the section that sets the last step of training beside the first (see `builds.training_progress`)."""
     columns = (Column(""), Column("first step", right=True), Column("last step", right=True))
     first, last = part(training, "first"), part(training, "last")
     rows = [(key, _figure(key, first.get(key)), _figure(key, last.get(key))) for key in last]

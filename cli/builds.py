@@ -1,4 +1,4 @@
-"""Reading a build folder: which of its documents are there, and what they say."""
+"""Reads a build folder: the documents that exist, and their contents."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from minitron.specs.errors import UsageError
 
 
 def require_build(build: Path) -> Path:
-    """`build` when it is one; UsageError with what to do about it when it is not."""
+    """Returns `build` where it is a build folder; UsageError with the command that makes one where it is not."""
     if not build.exists():
         raise UsageError(f"{build}: no such build folder; `minitron compile SPEC -o {build}` makes one")
     if not build.is_dir():
@@ -39,14 +39,16 @@ def require_build(build: Path) -> Path:
 
 
 def require_training_plan(build: Path) -> Path:
-    """`build` when there is something to train; UsageError with what to do about it when there is not."""
+    """Returns `build` where it has something to train; UsageError with the remedy where it has not."""
     if not (require_build(build) / TRAINING).is_file():
         raise UsageError(f"{build}: has no {TRAINING}, its spec has no `distill` block; add one and compile again")
     return build
 
 
 def build_folder(output: Path | None, loaded: LoadedSpec) -> Path:
-    """Where a spec is built: `output`, or builds/NAME beside it. UsageError where something else is there."""
+    """Returns the folder that a spec is compiled into: `output`, or builds/NAME beside the spec. UsageError where
+    something else is there.
+    """
     build = output or build_of(loaded)
     if build.exists() and not build.is_dir():
         raise UsageError(f"{build}: a file, and the build needs a folder; name another with -o")
@@ -54,12 +56,12 @@ def build_folder(output: Path | None, loaded: LoadedSpec) -> Path:
 
 
 def is_trained(build: Path) -> bool:
-    """Whether training of `build` is finished and its model there."""
+    """Checks whether training of `build` is finished and the trained model exists."""
     return finished_note(build).is_file() and (build / MODEL).is_dir()
 
 
 def training_progress(build: Path) -> Document | None:
-    """`{total_tokens, steps, first, last}` of the training so far; None where none has begun.
+    """Returns `{total_tokens, steps, first, last}` of the training so far; None where none has begun.
 
     `first` and `last` are records of train/metrics.jsonl, `total_tokens` is what training.yaml asks for.
     """
@@ -81,7 +83,9 @@ def training_progress(build: Path) -> Document | None:
 
 
 def show_document(build: Path) -> Document:
-    """All that is known about a build: `build`, `plan`, `training`, `verification`, `results`, null where not there."""
+    """Collects all that is known about a build: `build`, `plan`, `training`, `verification`, `results`; null for
+    missing ones.
+    """
     return {
         "build": str(build),
         "plan": read_document(build / PLAN),
@@ -92,7 +96,7 @@ def show_document(build: Path) -> Document:
 
 
 def records(path: Path) -> Iterator[Document]:
-    """The objects of a JSON-lines file; a line that a killed process left unfinished is passed over."""
+    """Yields the objects of a JSON-lines file; a line that a killed process left unfinished is skipped."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as lines:
@@ -106,7 +110,9 @@ def records(path: Path) -> Iterator[Document]:
 
 
 def total_tokens(path: Path) -> int | None:
-    """The tokens that a training plan asks for; None where there is none, or one for evaluation alone."""
+    """Reads the number of tokens that a training plan asks for; None where there is no plan, or one for evaluation
+    alone.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):

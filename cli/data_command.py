@@ -1,4 +1,4 @@
-"""The command that shows the data of a spec as training will see it."""
+"""The command that shows the data of a spec as training will read them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def data(
 
 
 def data_sections(content: Document) -> list[Section]:
-    """A section for each source: a line for each of its parts, and below it what a user should know of them."""
+    """Returns a section for each source, with a line for each of its parts and, below the table, what a user should
+    know.
+    """
     return [_source(at, source) for at, source in part(content, "sources").items()]
 
 

@@ -1,4 +1,4 @@
-"""Which device a command works on, and with how many threads: the flags that never change what comes out."""
+"""The options for the device and the number of threads of a command; neither changes the results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from minitron.specs.errors import UsageError
 
 
 def pick_device(name: str | None) -> str:
-    """`name` checked against what this machine has; without a name `cuda` where there is one, else `cpu`.
+    """Checks `name` against the devices of this machine and returns it; without a name returns `cuda` where there is
+    one, else `cpu`.
 
     Imports torch. UsageError for a device that is unknown or not there.
     """
@@ -30,7 +31,7 @@ def pick_device(name: str | None) -> str:
 
 
 def use_threads(threads: int | None) -> None:
-    """Limits torch to `threads` threads; None leaves what it chose."""
+    """Limits torch to `threads` threads; None leaves torch's own choice."""
     if threads is not None:
         import torch
 

@@ -1,5 +1,6 @@
-"""What changes between two specs or builds: key by key in the spec, width by width and cost by cost in the plan, and
-of two builds what was kept and what was measured."""
+"""The differences of two specs or builds: key by key in the spec, width by width and cost by cost in the plan, and for
+two builds also the kept indices and the measurements.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from minitron.cli.sections import Column, Document, Section, entries, part
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two: where it is, its plan, the resolved spec (None in a build of an older version), and of a build
-    that was evaluated its results."""
+    """One side of a comparison: its name, its plan, the resolved spec (None in a build of an older version), and the
+    results of a build that was evaluated.
+    """
 
     name: str
     plan: Document
@@ -24,8 +26,9 @@ class Side:
 
 
 def difference(left: Side, right: Side) -> Document:
-    """`a`, `b` (names); `spec`, `plan`, `results`: `[{path, a, b}]`, `selection`: `[{axis, a, b, shared}]` (counts of
-    kept indices, and of those in both). Null is what one of the two does not have."""
+    """Compares two sides: `a`, `b` (names); `spec`, `plan`, `results`: `[{path, a, b}]`, `selection`: `[{axis, a, b,
+    shared}]` (counts of kept indices, and of those in both). Null stands for a value that one side does not have.
+    """
     specs, results = (left.spec, right.spec), (left.results, right.results)
     return {
         "a": left.name,
@@ -38,7 +41,9 @@ def difference(left: Side, right: Side) -> Document:
 
 
 def diff_sections(content: Document, left: Side, right: Side) -> list[Section]:
-    """The sections of `difference`: the changed keys of the spec, then every width and cost of the two students."""
+    """Returns the sections of `difference`: the changed keys of the spec, then every width and cost of the two
+    students.
+    """
     sections = [Section("A and B", notes=(f"A is {left.name}", f"B is {right.name}"))]
     if content["spec"] is not None:
         columns = (Column("key"), Column("A"), Column("B"))
@@ -72,7 +77,7 @@ def _results(changes: list[Document]) -> Section:
 
 
 def _selections(left: Document, right: Document) -> list[Document] | None:
-    """Axis by axis, what two builds of one teacher kept; None unless both have selected."""
+    """Compares the indices that two builds of one teacher kept, axis by axis; None unless both have selected."""
     a, b = part(left, "selection"), part(right, "selection")
     if not a or not b:
         return None
@@ -87,8 +92,9 @@ def _selections(left: Document, right: Document) -> list[Document] | None:
 
 
 def _measured(side: Side) -> Document:
-    """What of results is compared: losses, task scores, what was won back; neither texts nor speeds, which no two runs
-    have the same."""
+    """Returns the part of the results that is compared: losses, task scores, the recovered share; texts and speeds
+    differ between any two runs and are left out.
+    """
     results = side.results or {}
     models: Document = {}
     for name, model in part(results, "models").items():
@@ -123,7 +129,9 @@ def _phases(left: Document, right: Document) -> Section:
 
 
 def _compared(plan: Document) -> Document:
-    """What of a plan is compared: the models and the phases, not where the spec lies or which indices were kept."""
+    """Returns the part of a plan that is compared: the models and the phases, without the spec's path and the kept
+    indices.
+    """
     phases = {
         str(one.get("name")): {k: v for k, v in one.items() if k not in ("name", "does")}
         for one in entries(plan, "phases")
@@ -141,7 +149,7 @@ def _changes(left: Document, right: Document) -> list[Document]:
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value that is not a mapping with its dotted path; a list is one value."""
+    """Yields every value that is not a mapping, with its dotted path; a list is one value."""
     if isinstance(value, Mapping) and value:
         for key, one in value.items():
             yield from _leaves(one, f"{path}.{key}" if path else str(key))

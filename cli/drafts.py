@@ -1,4 +1,4 @@
-"""Reading a spec for a command that has a teacher at hand: what is wrong is told in one go."""
+"""Reads a spec for a command that opens the teacher as well, so that all errors are reported at once."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from minitron.specs.load import InvalidDraft
 
 
 def load_whole(path: Path, overrides: Sequence[str]) -> LoadedSpec:
-    """The spec. SpecInvalid with its own mistakes and, of what is right in it, with all that its teacher and its data say
-    against it; `validate` is the command that says the first alone, and at once."""
+    """Loads the spec. SpecInvalid with the spec's own mistakes and, for its valid parts, with every mismatch with its
+    teacher and its data; `validate` reports the spec's own mistakes alone, without opening the teacher.
+    """
     try:
         return load_spec(path, overrides)
     except InvalidDraft as error:

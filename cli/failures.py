@@ -1,4 +1,6 @@
-"""From an exception to what a user sees: a sentence on stderr or an `errors` document, and an exit code."""
+"""The conversion of an exception to the user's output: a sentence on stderr or an `errors` document, and an exit
+code.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,17 @@ _FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "the disk quot
 
 @dataclass(frozen=True)
 class Failure:
-    """How a command ends that does not end well."""
+    """The outcome of a command that failed."""
 
     exit_code: int
     errors: tuple[SpecError, ...]
     follows: bool = False
-    """Whether it may be but a consequence of how another process failed."""
+    """Tells whether the failure may be a mere consequence of another process's failure."""
 
     def lines(self) -> list[str]:
-        """What is written to stderr: one line an error, those of a spec in the form that editors and CI can jump to."""
+        """Returns the lines for stderr: one line an error, those of a spec in the form that editors and CI can jump
+        to.
+        """
         kind = "" if self.exit_code == INTERRUPTED else "error: "
         return [
             str(error) if error.file else f"{kind}{error.message}" + (f"; {error.hint}" if error.hint else "")
@@ -34,17 +38,17 @@ class Failure:
         ]
 
     def document(self) -> dict[str, object]:
-        """The same for `--json`."""
+        """Returns the same errors as the document of `--json`."""
         return {"errors": errors_document(self.errors)}
 
 
 def errors_document(errors: Sequence[SpecError]) -> list[dict[str, object]]:
-    """`errors [{file, line, column, path, message, hint}]`."""
+    """Returns the errors as `[{file, line, column, path, message, hint}]`."""
     return [asdict(error) for error in errors]
 
 
 def failure_of(error: BaseException) -> Failure:
-    """What to say about `error`, and with which exit code. Never raises: this is where every error ends."""
+    """Returns the messages and the exit code for `error`. Never raises: every error ends here."""
     if isinstance(error, SpecInvalid):
         return Failure(error.exit_code, tuple(error.errors))
     if isinstance(error, Refused):
@@ -76,7 +80,9 @@ def failure_of(error: BaseException) -> Failure:
 
 
 def is_call_error(error: BaseException) -> bool:
-    """Whether typer refused the arguments. By shape: the class has moved between typer's releases."""
+    """Checks whether typer refused the arguments, by attributes of the error: its class has moved between typer's
+    releases.
+    """
     return hasattr(error, "format_message") and getattr(error, "exit_code", None) == WRONG
 
 
@@ -101,7 +107,7 @@ def _os_words(error: OSError) -> tuple[str, str]:
 
 
 def _call_words(error: BaseException) -> str:
-    """What typer has to say; nothing where it has printed the help instead."""
+    """Returns typer's message; empty where typer has printed the help instead."""
     message = str(error.format_message()) if hasattr(error, "format_message") else str(error)
     if not message:
         return ""

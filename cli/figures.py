@@ -1,4 +1,4 @@
-"""How figures are written for people. The same words in the terminal, in markdown and in progress lines."""
+"""The formatting of figures for people, the same in the terminal, in markdown and in progress lines."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _SECONDS_A_DAY = 86_400
 
 
 def count(value: int | float | None) -> str:
-    """An exact count with thousands separators: 260032 -> `260,032`."""
+    """Formats an exact count with thousands separators: 260032 -> `260,032`."""
     return NOTHING if value is None else f"{round(value):,}"
 
 
 def short(value: float | None) -> str:
-    """A count for narrow places, three digits and a decimal unit: 3000000 -> `3.00M`, 999 -> `999`."""
+    """Formats a count for narrow places, with three digits and a decimal unit: 3000000 -> `3.00M`, 999 -> `999`."""
     if value is None:
         return NOTHING
     number = float(value)
@@ -32,7 +32,7 @@ def short(value: float | None) -> str:
 
 
 def size(value: int | float | None) -> str:
-    """Bytes in binary units, as specs write them: 1572864 -> `1.50 MiB`."""
+    """Formats bytes in binary units, as specs write them: 1572864 -> `1.50 MiB`."""
     if value is None:
         return NOTHING
     number = float(value)
@@ -46,21 +46,23 @@ def size(value: int | float | None) -> str:
 
 
 def percent(part: float | None, whole: float | None = 1.0) -> str:
-    """`part` of `whole` as a percentage with one decimal; nothing where there is no whole."""
+    """Formats `part` of `whole` as a percentage with one decimal; `NOTHING` where `whole` is missing or zero."""
     if part is None or not whole:
         return NOTHING
     return f"{100 * part / whole:.1f}%"
 
 
 def decimal(value: float | None, digits: int = 4) -> str:
-    """A measured figure: 1.2345678 -> `1.235`; very large and very small ones in scientific notation."""
+    """Formats a measured figure: 1.2345678 -> `1.235`; very large and very small ones in scientific notation."""
     if value is None:
         return NOTHING
     return f"{value:.{digits}g}"
 
 
 def measured(key: str, value: float | str) -> tuple[str, str]:
-    """A figure of a running task as its name and its value, for people: what ends in `_bytes` is a size, `mfu` a share."""
+    """Formats name and value of a figure of a running task: a name that ends in `_bytes` makes the value a size, `mfu`
+    makes it a percentage.
+    """
     name = key.removesuffix("_bytes").replace("held_out_", "held-out ").replace("_", " ")
     if isinstance(value, str):
         return name, value
@@ -70,7 +72,7 @@ def measured(key: str, value: float | str) -> tuple[str, str]:
 
 
 def duration(seconds: float | None) -> str:
-    """Time left or taken: `42s`, `3m05s`, `2h10m`, `4d03h`."""
+    """Formats a time left or taken: `42s`, `3m05s`, `2h10m`, `4d03h`."""
     if seconds is None:
         return NOTHING
     whole = round(seconds)
@@ -84,7 +86,7 @@ def duration(seconds: float | None) -> str:
 
 
 def about(seconds: float | None) -> str:
-    """An estimated time in one unit: `under 1 s`, `42 s`, `3 min`, `2.5 h`, `12 days`."""
+    """Formats an estimated time in one unit: `under 1 s`, `42 s`, `3 min`, `2.5 h`, `12 days`."""
     if seconds is None:
         return NOTHING
     for unit, length, limit in (("s", 1, 90), ("min", 60, 5400), ("h", 3600, 2 * _SECONDS_A_DAY)):
@@ -95,19 +97,19 @@ def about(seconds: float | None) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """`1 step`, `1,000 steps`."""
+    """Formats a number with its noun: `1 step`, `1,000 steps`."""
     return f"{count(number)} {noun}" + ("" if number == 1 else "s")
 
 
 def hours(value: float | None) -> str:
-    """Device-hours, where a tenth of a second and a year both occur: 0.004 -> `0.004`, 1234.5 -> `1,235`."""
+    """Formats device-hours, from a tenth of a second to years: 0.004 -> `0.004`, 1234.5 -> `1,235`."""
     if value is None:
         return NOTHING
     return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
 def width(value: object) -> str:
-    """A width as it stands in a plan: a number, or a per-layer list as runs: `[128, 128, 96]` -> `128 x2, 96`."""
+    """Formats a width of a plan: a number, or a per-layer list as runs: `[128, 128, 96]` -> `128 x2, 96`."""
     if value is None:
         return NOTHING
     if isinstance(value, bool) or not isinstance(value, int | float | list | tuple):
@@ -125,7 +127,7 @@ def width(value: object) -> str:
 
 
 def kept(indices: Sequence[int], show: int = 8) -> str:
-    """A list of kept indices, its ends only when it is long: `0 1 2 3 ... 60 61 62 63`."""
+    """Formats a list of kept indices; of a long list only the ends: `0 1 2 3 ... 60 61 62 63`."""
     if len(indices) <= show:
         return " ".join(map(str, indices))
     half = show // 2

@@ -1,4 +1,6 @@
-"""The command that begins: init. A commented spec, a published recipe, or with `--teacher` a spec that plans at once."""
+"""The command that starts a project: init. Writes a commented spec, a published recipe, or with `--teacher` a spec that
+can be planned at once.
+"""
 
 from __future__ import annotations
 
@@ -94,20 +96,22 @@ def init(
 
 
 def described(text: str) -> str:
-    """The first line of comment in a recipe that says what it is."""
+    """Returns the first comment line of a recipe that describes it."""
     lines = [line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")]
     return next((line for line in lines if line and "$schema" not in line), "")
 
 
 def recipes_beginning(incomplete: str) -> list[str]:
-    """The recipes that a shell completes to."""
+    """Returns the recipes that the shell completes `incomplete` to."""
     from minitron.specs import recipe_names
 
     return [name for name in recipe_names() if name.startswith(incomplete)]
 
 
 def _write(path: Path, text: str) -> None:
-    """The spec, and beside it what it needs in a repository: the schema that editors read, and builds left out of git."""
+    """Writes the spec, and beside it the files that a repository needs: the schema for editors, and a .gitignore that
+    excludes builds.
+    """
     from minitron.specs import json_schema_text
     from minitron.specs.atomic import write_text
 
@@ -123,7 +127,7 @@ def _write(path: Path, text: str) -> None:
 
 @dataclass(frozen=True)
 class Budget:
-    """How many parameters the student shall have: a number, or a share of the teacher's."""
+    """The number of parameters that the student shall have: an absolute number, or a share of the teacher's."""
 
     parameters: int | None
     share: Fraction | None
@@ -146,7 +150,9 @@ def _budget(parameters: str | None, target: str | None) -> Budget:
 
 
 def spec_for(teacher: str, budget: Budget, data: Sequence[str], held_out: Sequence[str], path: Path) -> str:
-    """The text of a spec for a teacher, planned before it is returned; SpecInvalid where no student of it can be planned."""
+    """Writes the text of a spec for a teacher, and plans it before returning it; SpecInvalid where no student of the
+    teacher can be planned.
+    """
     from minitron.cli.libraries import quiet_libraries
 
     quiet_libraries()
@@ -190,13 +196,13 @@ def _expected(budget: Budget, proposal: Proposal) -> int:
 
 
 def _relative(name: str, folder: Path) -> str:
-    """A path as the spec in `folder` writes it."""
+    """Returns a path as the spec in `folder` writes it."""
     way = os.path.relpath(name, folder)
     return way if way.startswith(".") else f"./{way}"
 
 
 def _source(patterns: Sequence[str], folder: Path) -> Source | None:
-    """A data source of files or patterns; UsageError where they are of several kinds."""
+    """Makes a data source of files or patterns; UsageError where they are of several kinds."""
     kinds = {_kind(pattern) for pattern in patterns}
     if len(kinds) > 1:
         raise UsageError(
@@ -211,13 +217,13 @@ def _kind(pattern: str) -> str:
 
 
 def _corpus(patterns: Sequence[str]) -> int:
-    """About how many tokens the files hold."""
+    """Estimates the number of tokens in the files."""
     files = {file for pattern in patterns for file in glob.glob(pattern, recursive=True)}  # noqa: PTH207  (absolute ones too)
     return sum(Path(file).stat().st_size for file in files if Path(file).is_file()) // _BYTES_A_TOKEN
 
 
 def _training(train: Source | None, longest: int, corpus: int, size: int) -> list[str]:
-    """The lines of `distill`, for a student of `size` parameters and data of about `corpus` tokens."""
+    """Returns the lines of `distill`, for a student of `size` parameters and data of about `corpus` tokens."""
     tokens = min(_MOST_TOKENS, max(_PASSES * corpus, _LEAST_STEPS * _SHORTEST)) if train else _FIRST_TOKENS
     tokens = round(tokens, 2 - len(str(tokens)))
     length = longest
@@ -236,7 +242,7 @@ def _training(train: Source | None, longest: int, corpus: int, size: int) -> lis
 
 
 def _text(path: Path, model: str, student: dict[str, int], training: list[str], held_out: Source | None) -> str:
-    """The spec."""
+    """Returns the text of the spec."""
     measured = "# evaluate: {held_out: {text: [valid.txt]}}   # text that is never trained on, for loss and perplexity"
     if held_out or "python-stdlib:" in training[1]:
         measured = f"evaluate: {{held_out: {_flow(held_out or {'text': ['python-stdlib:held_out']})}}}"
@@ -256,7 +262,7 @@ def _flow(value: object) -> str:
 
 
 def _name(path: Path, model: str) -> str:
-    """A name that a build folder can have: the file's, or where that says nothing the teacher's."""
+    """Returns a name that is valid for a build folder: made from the file's name, or else from the teacher's."""
     stem = path.stem if path.name != DEFAULT_SPEC else f"{Path(model).name}-student"
     name = "".join(one if one.isascii() and (one.isalnum() or one in "._-") else "-" for one in stem)
     return name.lstrip("._-")[:100] or "student"

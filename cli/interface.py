@@ -1,5 +1,6 @@
-"""The Python interface (`import minitron`): the commands' steps as functions, their results as objects that show themselves
-in a terminal and in a notebook as the commands show them."""
+"""The Python interface (`import minitron`): the commands' steps as functions. Their results are objects that display
+themselves in a terminal and in a notebook as the commands do.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +34,10 @@ _WIDTH = 160
 
 
 class _Shown:
-    """Shows itself as sections: `print` writes tables, a notebook renders markdown."""
+    """A result that displays itself as sections: `print` writes tables, a notebook renders markdown."""
 
     def sections(self) -> list[Section]:
-        """What is shown."""
+        """Returns the sections to display."""
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -51,16 +52,16 @@ class _Shown:
 
 @dataclass(frozen=True, repr=False)
 class Plan(_Shown):
-    """What a spec comes to for its teacher: the preview that `minitron plan` prints."""
+    """The plan of a spec for its teacher: the preview that `minitron plan` prints."""
 
     spec: LoadedSpec
     """The spec, under its lock file where it has one."""
     build: Path
-    """The folder that it would be compiled into."""
+    """The folder that the spec would be compiled into."""
     document: Document
-    """What `minitron plan --json` prints (docs/json.md)."""
+    """The document that `minitron plan --json` prints (docs/json.md)."""
     resolved: CompilerPlan = field(compare=False)
-    """The compiler's own plan, from which a compile goes on."""
+    """The compiler's own plan, which a compile continues from."""
 
     @property
     def teacher(self) -> Document:
@@ -69,18 +70,18 @@ class Plan(_Shown):
 
     @property
     def student(self) -> Document:
-        """The same of the student."""
+        """Parameters, bytes, FLOPs and widths of the student."""
         return dict(self.document["student"])
 
     @property
     def stale(self) -> str | None:
-        """Why the build folder is not what this spec compiles to; None where it is up to date."""
+        """The reason why the build folder is not what this spec compiles to; None where it is up to date."""
         from minitron.compiler import why_stale
 
         return why_stale(self.build, self.spec)
 
     def sections(self) -> list[Section]:
-        """What `minitron plan` prints."""
+        """Returns the sections that `minitron plan` prints."""
         return shown_plan(self.document, full=False)
 
     def __repr__(self) -> str:
@@ -104,8 +105,9 @@ class Build(_Shown):
         quiet: bool = False,
         outside: bool = False,
     ) -> Document:
-        """Stores samples of the teacher's distribution, for `teacher_logits: {sampled: N}`; returns {samples, tokens, bytes,
-        folder}. What is there is not drawn again. `outside` lets `work` lie outside of the build."""
+        """Stores samples of the teacher's distribution, for `teacher_logits: {sampled: N}`; returns {samples, tokens,
+        bytes, folder}. Samples that exist are not drawn again. `outside` lets `work` lie outside of the build.
+        """
         from minitron.runtime import record
 
         return record(self.path, **_work(device, threads, quiet), outside=outside)
@@ -119,9 +121,9 @@ class Build(_Shown):
         unverified: bool = False,
         outside: bool = False,
     ) -> Document:
-        """Executes the training plan and returns `training`; an interrupted training goes on, a finished one is left.
-        `unverified` takes a student whose verification is missing or failed, `outside` lets `work` and `output` lie outside of
-        the build.
+        """Executes the training plan and returns `training`; resumes an interrupted training and leaves a finished one
+        as it is. `unverified` accepts a student whose verification is missing or failed, `outside` lets `work` and
+        `output` lie outside of the build.
 
         UsageError where the spec has no `distill` block; WorkError for broken files, a full disk, a loss that is not finite.
         """
@@ -159,31 +161,31 @@ class Build(_Shown):
 
     @property
     def model(self) -> Path:
-        """The folder of the distilled student; it is there once training is finished."""
+        """The folder of the distilled student, which exists once training is finished."""
         return self.path / MODEL
 
     @property
     def plan(self) -> Document | None:
-        """plan.json."""
+        """The content of plan.json."""
         return self._document("plan")
 
     @property
     def verification(self) -> Document | None:
-        """verification.json: what was checked against what, with the numbers."""
+        """The content of verification.json: every check with its reference and its figures."""
         return self._document("verification")
 
     @property
     def training(self) -> Document | None:
-        """{total_tokens, steps, first, last} of the training so far; None where none has begun."""
+        """The progress of the training, {total_tokens, steps, first, last}; None where none has begun."""
         return self._document("training")
 
     @property
     def results(self) -> Document | None:
-        """results.json; None before the first `evaluate`."""
+        """The content of results.json; None before the first `evaluate`."""
         return self._document("results")
 
     def sections(self) -> list[Section]:
-        """What `minitron show` prints."""
+        """Returns the sections that `minitron show` prints."""
         return build_sections(builds.show_document(self.path))
 
     def _document(self, name: str) -> Document | None:
@@ -195,7 +197,7 @@ class Build(_Shown):
 
 
 def load_spec_file(path: Path, overrides: Mapping[str, Any] | Sequence[str]) -> LoadedSpec:
-    """`minitron.load`."""
+    """Loads a spec file; the implementation of `minitron.load`."""
     if isinstance(overrides, Mapping):
         overrides = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
     return load_spec(path, overrides)
@@ -204,7 +206,7 @@ def load_spec_file(path: Path, overrides: Mapping[str, Any] | Sequence[str]) -> 
 def make_plan(
     spec: LoadedSpec | str | Path, build: str | Path | None, *, device: str | None, mfu: float | None, locked: bool
 ) -> Plan:
-    """`minitron.plan`."""
+    """Plans a spec; the implementation of `minitron.plan`."""
     quiet_libraries()
     from minitron.compiler import make_plan as resolve
     from minitron.compiler import plan_document, read_hardware
@@ -225,7 +227,7 @@ def compile_into(
     locked: bool,
     quiet: bool,
 ) -> Build:
-    """`minitron.compile`."""
+    """Compiles a spec; the implementation of `minitron.compile`."""
     quiet_libraries()
     from minitron.compiler import compile_spec
 
@@ -240,7 +242,7 @@ def compile_into(
 
 
 def _work(device: str | None, threads: int | None, quiet: bool) -> dict[str, Any]:
-    """The device and the progress of long work, as compiler and runtime take them."""
+    """Returns the device and the progress display of long work, as keyword arguments of compiler and runtime."""
     quiet_libraries()
     use_threads(threads)
     progress: Progress = Silent() if quiet else progress_for(stderr_console())

@@ -1,7 +1,7 @@
-"""Interrupts: SIGTERM is one too, as schedulers send it. Libraries may swallow them: a KeyboardInterrupt raised inside a
-callback from native code may be lost there.
+"""Interrupts of a command, SIGTERM included, as schedulers send it. A KeyboardInterrupt may be lost where it is raised
+inside a callback from native code.
 
-The signal is remembered as well, so that long work can ask between its stages whether it should go on.
+The signal is therefore remembered as well, so that long work can ask between its stages whether it should go on.
 """
 
 from __future__ import annotations
@@ -15,15 +15,19 @@ _seen: list[int] = []
 
 
 def watch() -> None:
-    """Remembers the signals of `ENDING` from now on, and raises KeyboardInterrupt as Python does for SIGINT. Where a signal
-    is ignored, as SIGINT for jobs in the background of a script and SIGHUP under nohup, or somebody else's, it stays so."""
+    """Remembers the signals of `ENDING` from now on, and raises KeyboardInterrupt as Python does for SIGINT. A signal
+    that is ignored, as SIGINT for jobs in the background of a script and SIGHUP under nohup, or that has another
+    handler is left alone.
+    """
     for number in ENDING:
         if signal.getsignal(number) is (signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL):
             signal.signal(number, _interrupt)
 
 
 def no_more() -> None:
-    """From here on nothing is left to interrupt: a signal that arrives twice must not disturb what is said at the end."""
+    """Ignores the signals from here on: nothing is left to interrupt, and a signal that arrives twice must not disturb
+    the last messages.
+    """
     for number in ENDING:
         if signal.getsignal(number) is _interrupt:
             signal.signal(number, signal.SIG_IGN)
@@ -35,11 +39,11 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def asked_for() -> bool:
-    """Whether one of the signals has come."""
+    """Tells whether one of the signals has come."""
     return bool(_seen)
 
 
 def check() -> None:
-    """KeyboardInterrupt where one was asked for and did not arrive."""
+    """Raises KeyboardInterrupt where a signal has come but its exception was lost."""
     if asked_for():
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""The commands that keep house: doctor, list, clean."""
+"""The commands for maintenance: doctor, list, clean."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _findings() -> Iterator[dict[str, str]]:
 
 
 def _has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 itself."""
+    """Checks whether the CPU has instructions that multiply bf16."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -138,7 +138,7 @@ def list_builds(
 
 
 def _builds_below(folder: Path) -> Iterator[Path]:
-    """Folders that hold a plan; what lies in a build is not looked through, and links are not followed."""
+    """Yields the folders that hold a plan; folders inside a build are not searched, and links are not followed."""
     for place, folders, files in os.walk(folder):
         if PLAN in files:
             folders.clear()
@@ -206,7 +206,9 @@ def clean(
 
 
 def _needless(build: Path) -> Iterator[Path]:
-    """Only what minitron writes under these very names, and no links: what they lead to is somebody else's."""
+    """Yields the files that may be removed: only those that minitron writes under these very names, and no links, whose
+    targets belong to somebody else.
+    """
     paths = [build / work / DATA_CACHE for work in (WORK, CORRECTION_WORK)]
     if builds.is_trained(build):
         paths += [build / work / CHECKPOINTS for work in (WORK, CORRECTION_WORK)]

@@ -1,4 +1,4 @@
-"""Keeping the libraries below from talking past our own messages."""
+"""The control of what libraries print beside our own messages."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from minitron.cli import output
 
 
 def quiet_libraries() -> None:
-    """Turns off the bars and the advice that transformers prints while it loads a model; imports transformers.
+    """Turns off the progress bars and the advice that transformers prints while it loads a model; imports transformers.
 
-    With `--verbose` they speak. Downloads from the Hub keep their bars: they are long, and nothing else shows how far they are.
+    With `--verbose` they stay on. Downloads from the Hub keep their bars: they take long, and nothing else shows their
+    progress.
     """
     if output.verbose():
         return

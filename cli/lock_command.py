@@ -1,4 +1,4 @@
-"""The command that pins: lock. And `--locked`, for the commands that follow a lock."""
+"""The command that pins versions, lock, and the option `--locked` of the commands that follow a lock."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def lock(spec: options.SpecFile, overrides: options.Overrides = None, as_json: o
 
 
 def follow_lock(loaded: LoadedSpec, *, locked: bool) -> LoadedSpec:
-    """The spec under its lock file, where it has one: refused where it is stale and `locked`, warned of otherwise."""
+    """Applies the spec's lock file, where there is one: a stale one is refused under `locked`, and otherwise warned
+    of.
+    """
     from minitron.compiler import apply_lock
 
     pinned, stale = apply_lock(loaded, locked=locked)

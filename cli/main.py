@@ -1,4 +1,4 @@
-"""The `minitron` command: the table of commands, and the one place where every error ends."""
+"""The `minitron` command: the table of commands, and the one place that handles every error."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def main() -> NoReturn:
 
 
 def command_line(arguments: Sequence[str]) -> int:
-    """Runs one command and returns its exit code; whatever it raises is said on stderr, or as JSON under `--json`."""
+    """Runs one command and returns its exit code; every error is reported on stderr, or as JSON under `--json`."""
     debug = "--debug" in arguments
     if not debug:
         warnings.simplefilter("ignore")

@@ -1,5 +1,6 @@
-"""Sections as GitHub markdown. What others wrote (names of models and files, reasons, texts) stays text there: it makes no
-link, no mention of a person, no reference to an issue, no markup and no new line."""
+"""Sections as GitHub markdown. Text from others (names of models and files, reasons, texts) stays plain text: it makes
+no link, no mention of a person, no reference to an issue, no markup and no new line.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ _STARTS = re.compile(r"^\s*(?=[#+=-])")
 
 
 def markdown(sections: Iterable[Section]) -> str:
-    """Sections as GitHub markdown, ending in a newline: what a pull request shows."""
+    """Renders sections as GitHub markdown, ending in a newline, for pull requests."""
     blocks = []
     for section in sections:
         lines = [f"### {cell(section.title)}", ""]
@@ -34,7 +35,7 @@ def markdown(sections: Iterable[Section]) -> str:
 
 
 def cell(text: str) -> str:
-    """`text` as it may stand in a table or a paragraph."""
+    """Escapes `text` for a table cell or a paragraph."""
     marked = _MARKS.sub(r"\\\g<0>", printable(text))
     return _LINKED.sub(lambda found: found[0] + _GAP, marked).replace("\t", " ").replace("\n", "<br>")
 

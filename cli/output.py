@@ -1,4 +1,6 @@
-"""How much a command says, and where: `--quiet`, `--verbose` and `--log-file`, which may stand anywhere on the line."""
+"""The options for the amount and the place of a command's output: `--quiet`, `--verbose` and `--log-file`, which may
+stand anywhere on the line.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from minitron.specs.progress import Progress, Silent, Task
 
 @dataclass
 class Output:
-    """What was asked for. A log gets progress and messages with the time, whatever the terminal shows."""
+    """The output options of the command. A log gets progress and messages with the time, whatever the terminal
+    shows.
+    """
 
     quiet: bool = False
     verbose: bool = False
@@ -26,7 +30,7 @@ _now = Output()
 
 
 def configure(arguments: Sequence[str]) -> list[str]:
-    """Takes the flags out of the arguments. UsageError where a log cannot be written."""
+    """Removes the output options from the arguments and applies them. UsageError where a log cannot be written."""
     rest: list[str] = []
     name: str | None = None
     waiting = iter(arguments)
@@ -59,28 +63,28 @@ def _open(name: str) -> IO[str]:
 
 
 def quiet() -> bool:
-    """Whether only results and errors are wanted."""
+    """Tells whether only results and errors are wanted."""
     return _now.quiet
 
 
 def verbose() -> bool:
-    """Whether libraries may speak as well."""
+    """Tells whether libraries may print messages as well."""
     return _now.verbose
 
 
 def log(line: str) -> None:
-    """One line with the time, where there is a log."""
+    """Writes one line with the time to the log, where there is one."""
     if _now.log is not None:
         _now.log.write(f"{stamp()}{line}\n")
 
 
 def stamp() -> str:
-    """The local time in front of a line of a log."""
+    """Returns the local time, for the beginning of a log line."""
     return time.strftime("%Y-%m-%d %H:%M:%S ")
 
 
 def progress() -> Progress:
-    """The progress of long work: on stderr, in the log, in both, or nowhere."""
+    """Returns the progress display of long work: on stderr, in the log, in both, or nowhere."""
     from minitron.cli.progress import LineProgress, progress_for
     from minitron.cli.render import stderr_console
 
@@ -89,19 +93,19 @@ def progress() -> Progress:
 
 
 class _Both:
-    """Progress that is shown twice."""
+    """A progress display that forwards to two others."""
 
     def __init__(self, *shown: Progress) -> None:
         self._shown = shown
 
     @contextmanager
     def task(self, name: str, total: float, unit: str, done: float = 0.0) -> Iterator[Task]:
-        """Opens a piece of work in both."""
+        """Opens a task in both."""
         with ExitStack() as stack:
             yield _Tasks([stack.enter_context(one.task(name, total, unit, done)) for one in self._shown])
 
     def message(self, text: str) -> None:
-        """One line in both."""
+        """Writes one line to both."""
         for one in self._shown:
             one.message(text)
 
@@ -111,6 +115,6 @@ class _Tasks:
         self._tasks = tasks
 
     def advance(self, amount: float = 1.0, **shown: float | str) -> None:
-        """Tells both."""
+        """Advances both."""
         for one in self._tasks:
             one.advance(amount, **shown)

@@ -1,4 +1,6 @@
-"""The sections of a plan: teacher and student side by side, axes, phases, whether it fits, the selection once made."""
+"""The sections of a plan: teacher and student side by side, axes, phases, the fit to a device, the selection once
+made.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from minitron.cli.sections import Column, Document, Section, entries, part
 
 
 def plan_sections(plan: Document) -> list[Section]:
-    """All sections of a plan (`plan --json`, plan.json), in the order in which they are always shown."""
+    """Returns all sections of a plan (`plan --json`, plan.json), always in the same order."""
     sections = [_models(plan), _axes(plan)]
     sections += [
         one
@@ -28,7 +30,7 @@ def plan_sections(plan: Document) -> list[Section]:
 
 
 def selection_section(plan: Document) -> Section | None:
-    """What was kept of each axis, shortened; None before anything was selected."""
+    """Returns the section of the kept indices of each axis, shortened; None before anything was selected."""
     selection = part(plan, "selection")
     if not selection:
         return None
@@ -62,7 +64,7 @@ def model_rows(plan: Document) -> Iterator[tuple[str, Any, Any, str, bool]]:
 
 
 def written(value: Any, kind: str) -> str:
-    """One value of `model_rows` for people."""
+    """Formats one value of `model_rows`."""
     if kind == "size":
         return figures.size(value)
     if kind == "count":
@@ -81,7 +83,7 @@ def _models(plan: Document) -> Section:
 
 
 def origin_notes(plan: Document) -> tuple[str, ...]:
-    """The spec and the teacher that a plan is of, and what there is to remark on them."""
+    """Returns the notes on the origin of a plan: its spec, its teacher, and remarks on them."""
     spec = part(plan, "spec")
     digest = str(spec.get("sha256", ""))[:12]
     notes = [f"spec {spec.get('path', figures.NOTHING)}, sha256 {digest}"] if spec else []
@@ -94,7 +96,7 @@ def origin_notes(plan: Document) -> tuple[str, ...]:
 
 
 def ratio(old: Any, new: Any) -> str:
-    """The share of a width or cost that is kept; of a per-layer list the mean counts."""
+    """Formats the share of a width or cost that is kept; for a per-layer list, the share of its mean."""
     return figures.percent(_mean(new), _mean(old))
 
 
@@ -157,7 +159,7 @@ def _phases(plan: Document) -> Section | None:
 
 
 def _devices(plan: Document) -> Section | None:
-    """What all phases together take on other devices."""
+    """Returns the section of the time that all phases together take on other devices."""
     rows = tuple(
         (
             str(one.get("device", "")),
@@ -177,7 +179,9 @@ def _devices(plan: Document) -> Section | None:
 
 
 def _costs(plan: Document) -> Section | None:
-    """Every cost with what it is: exact where it follows from shapes and the spec alone, else estimated."""
+    """Returns the section of every cost and its kind: exact where it follows from shapes and the spec alone, else
+    estimated.
+    """
     costs = entries(plan, "costs")
     if not costs:
         return None
@@ -203,7 +207,7 @@ def _cost(value: Any, unit: str) -> str:
 
 
 def deployment_section(plan: Document) -> Section | None:
-    """Where the student can run, as far as its shapes decide it."""
+    """Returns the section of the programs and devices that can run the student, as far as its shapes decide it."""
     found = entries(plan, "deployment")
     if not found:
         return None
@@ -221,7 +225,9 @@ def deployment_section(plan: Document) -> Section | None:
 
 
 def fits_section(plan: Document) -> Section | None:
-    """Whether the phases fit a device, where one was named, and which change makes them."""
+    """Returns the section that tells whether the phases fit the device, where one was named, and which changes make
+    them fit.
+    """
     fits = part(plan, "fits")
     if not fits:
         return None

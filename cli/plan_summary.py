@@ -1,4 +1,4 @@
-"""The first screen of a plan: what changes, what training it means, what it takes; the rest stands behind `--full`."""
+"""The first screen of a plan: the changes, the training, and the costs; the rest stands behind `--full`."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ _SHOWN = {"parameters", "weights", "KV cache per token", "FLOPs per token"}
 
 
 def shown_plan(plan: Document, *, full: bool, build: str | None = None) -> list[Section]:
-    """The sections of a plan: the summary, or with `full` everything; `build` says what is in the build folder."""
+    """Returns the sections of a plan: the summary, or with `full` everything; `build` describes the content of the
+    build folder.
+    """
     sections = plan_sections(plan) if full else summary(plan)
     return [*sections, *([Section("Build", notes=(build,))] if build else ())]
 
 
 def summary(plan: Document) -> list[Section]:
-    """What changes, how the student is trained, what each phase takes, whether it fits, what was kept."""
+    """Returns the sections of the changes, the training, the costs of each phase, the fit to a device, and the kept
+    indices.
+    """
     found = (
         _changes(plan),
         _training(plan),
@@ -53,7 +57,9 @@ def _changes(plan: Document) -> Section:
 
 
 def _exactness(plan: Document) -> str:
-    """One line on the axes that are narrowed: which are the same as zeroing what is dropped, which are not."""
+    """Returns one line on the narrowed axes: those that are the same as zeroing the dropped part, and those that are
+    not.
+    """
     narrowed = [one for one in entries(plan, "axes") if one.get("teacher") != one.get("student")]
     if not narrowed:
         return "no axis changes"
@@ -64,7 +70,7 @@ def _exactness(plan: Document) -> str:
 
 
 def _training(plan: Document) -> Section | None:
-    """What drives the loss: tokens, steps, batch, rate."""
+    """Returns the section of the training: loss, tokens, steps, batch, learning rate."""
     distill = part(part(part(plan, "spec"), "resolved"), "distill")
     tokens, length, batch = (distill.get(key) for key in ("tokens", "sequence_length", "global_batch_size"))
     if not (isinstance(tokens, int) and isinstance(length, int) and isinstance(batch, int)):
@@ -95,7 +101,7 @@ def _rate(value: Any) -> str:
 
 
 def _phases(plan: Document) -> Section | None:
-    """A row a phase: memory, disk and time, in units that people use."""
+    """Returns the section with a row for each phase: memory, disk and time, in everyday units."""
     phases = entries(plan, "phases")
     if not phases:
         return None

@@ -32,7 +32,9 @@ IN_LINE = 2
 
 
 def progress_for(console: Console, stamp: Callable[[], str] = str) -> Progress:
-    """The progress for where `console` (that of stderr) leads: bars on a terminal, else lines that begin with `stamp()`."""
+    """Returns the progress display for `console` (that of stderr): bars on a terminal, else lines that begin with
+    `stamp()`.
+    """
     if console.is_terminal and not console.is_dumb_terminal:
         return BarProgress(console)
     return LineProgress(console.file, stamp=stamp)
@@ -50,7 +52,7 @@ class LineProgress:
 
     @contextmanager
     def task(self, name: str, total: float, unit: str, done: float = 0.0) -> Iterator[Task]:
-        """Opens a piece of work; one line now where earlier work is continued, one when it is done."""
+        """Opens a task; prints one line at once where earlier work is continued, and one at its end."""
         if done:
             self.message(f"{name}: goes on at {_amount(done, total, unit)}")
         lines = _LineTask(self.message, self._clock, name, total, unit, done)
@@ -58,7 +60,7 @@ class LineProgress:
         lines.finish()
 
     def message(self, text: str) -> None:
-        """One plain line."""
+        """Prints one plain line."""
         self._stream.write(f"{self._stamp()}{one_line(text)}\n")
         self._stream.flush()
 
@@ -110,7 +112,7 @@ class _Panels(Bars):
 
 
 def _grid(values: dict[str, float | str]) -> Table:
-    """Names above values."""
+    """Returns a table with the names above their values."""
     names, texts = zip(*(figures.measured(key, one) for key, one in values.items()), strict=True)
     table = Table.grid(padding=(0, 3))
     table.add_row(*(Text(name, style="dim") for name in names))
@@ -151,7 +153,7 @@ class BarProgress:
                     self._bars.remove_task(one)
 
     def message(self, text: str) -> None:
-        """One plain line above the bars."""
+        """Prints one plain line above the bars."""
         self._bars.console.print(Text(one_line(text)), soft_wrap=True)
 
 
@@ -166,7 +168,7 @@ class _Bar:
 
 
 class _Words(ProgressColumn):
-    """Amount, rate, time left and figures of one bar."""
+    """The column of one bar's amount, rate, time left and figures."""
 
     def render(self, task: BarTask) -> Text:
         unit = task.fields["unit"]

@@ -1,4 +1,4 @@
-"""What a command does differently where torchrun started several processes of it."""
+"""The behaviour of a command where torchrun started several processes of it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ _PATIENCE = timedelta(seconds=5)
 
 
 def first_process() -> bool:
-    """Whether this process tells the results; the others would only repeat them."""
+    """Tells whether this process prints the results; the others would only repeat them."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def only_process(command: str) -> None:
-    """UsageError where several processes would do the same work and write the same files."""
+    """Checks that only one process runs the command. UsageError where several would do the same work and write the same
+    files.
+    """
     size = os.environ.get("WORLD_SIZE", "1")
     if size != "1":
         raise UsageError(
@@ -27,12 +29,13 @@ def only_process(command: str) -> None:
 
 
 def says(failure: Failure) -> bool:
-    """Whether this process tells the user how it failed. What all processes see, a mistake in a file or a loss that is no
-    number, is said once, by whichever of them is the first; what only one sees, by that one. What follows from the
-    failure of another process, a connection that it closed or the end that torchrun puts to the rest, is not said at
-    all.
+    """Tells whether this process reports its failure to the user. A failure that all processes see, such as a mistake
+    in a file or a loss that is no number, is reported once, by whichever process comes first; a failure that only one
+    process sees, by that process. Consequences of another process's failure, such as a connection that it closed or
+    torchrun's signal to the rest, are not reported at all.
 
-    They agree through the store that torchrun keeps for them. Where that cannot be reached each speaks for itself.
+    The processes agree through the store that torchrun keeps for them. Where the store cannot be reached, each process
+    reports its own failure.
     """
     attempt = "/".join(os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
     if os.environ.get("WORLD_SIZE", "1") == "1" or "MASTER_ADDR" not in os.environ:

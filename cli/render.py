@@ -21,7 +21,7 @@ FORMAT_VERSION = 1
 
 
 def terminal(sections: Iterable[Section]) -> RenderableType:
-    """Sections as rich tables; nothing in a cell is read as markup or as a control sequence."""
+    """Renders sections as rich tables; nothing in a cell is read as markup or as a control sequence."""
     parts: list[RenderableType] = []
     for section in sections:
         if parts:
@@ -34,8 +34,9 @@ def terminal(sections: Iterable[Section]) -> RenderableType:
 
 
 def document(content: Document) -> str:
-    """One JSON document with its `format_version` first, as every `--json` prints it. Characters that a terminal obeys stand
-    as JSON's escapes, also those that JSON itself would let pass."""
+    """Renders one JSON document with its `format_version` first, as every `--json` prints it. Characters that a
+    terminal interprets are written as JSON escapes, also those that JSON itself would allow.
+    """
     text = json.dumps({"format_version": FORMAT_VERSION, **content}, indent=2, ensure_ascii=False)
     return text if text.isascii() else "".join(map(_escaped, text))
 
@@ -54,7 +55,9 @@ def _table(section: Section) -> Table:
 
 
 def stdout_console() -> Console:
-    """Where results go. A pipe has no width, so tables are not folded there as they are on a narrow terminal."""
+    """Returns the console for results. A pipe has no width, so tables are not folded there as they are on a narrow
+    terminal.
+    """
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 200
@@ -62,24 +65,26 @@ def stdout_console() -> Console:
 
 
 def stderr_console() -> Console:
-    """Where messages and progress go."""
+    """Returns the console for messages and progress."""
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def write(*lines: str) -> None:
-    """Lines of a result, on stdout."""
+    """Prints lines of a result to stdout."""
     for line in lines:
         sys.stdout.write(printable(line.rstrip("\n")) + "\n")
 
 
 def say(*lines: str) -> None:
-    """Messages, on stderr: one line each, never folded, so that paths in them can be copied. A newline in what they quote
-    stands as its escape: nobody's file writes lines in our name. With `--quiet` they stand in the log alone."""
+    """Prints messages to stderr: one line each, never folded, so that paths in them can be copied. A newline inside a
+    message is written as its escape, so that quoted text cannot pass for a line of ours. With `--quiet` messages go to
+    the log alone.
+    """
     _tell(lines, shown=not output.quiet())
 
 
 def complain(*lines: str) -> None:
-    """What went wrong: as `say`, and also with `--quiet`."""
+    """Prints error messages: as `say`, but also with `--quiet`."""
     _tell(lines, shown=True)
 
 

@@ -1,4 +1,6 @@
-"""The sections of results.json: the models side by side, their benchmarks, what was required, and what each writes."""
+"""The sections of results.json: the models side by side, their benchmarks, the requirements, and each model's
+continuation.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ MODELS = ("teacher", "corrected_teacher", "pruned", "distilled")
 
 
 def results_sections(results: Document) -> list[Section]:
-    """results.json, part by part; benchmarks, requirements and continuations where there are some."""
+    """Returns the sections of results.json; benchmarks, requirements and continuations only where there are some."""
     models = part(results, "models")
     names = [name for name in MODELS if isinstance(models.get(name), dict)]
     sections = [_sizes(results, names)]
@@ -49,8 +51,9 @@ def _sizes(results: Document, names: list[str]) -> Section:
 
 
 def _benchmarks(results: Document, names: list[str]) -> Section:
-    """A row for each benchmark: scores with their standard errors, the share of the teacher's that the last model keeps,
-    and what others have published for the same student."""
+    """Returns the section with a row for each benchmark: scores with their standard errors, the last model's share of
+    the teacher's score, and scores that others have published for the same student.
+    """
     models, published = part(results, "models"), part(results, "published")
     last = names[-1]
     columns = [Column("benchmark"), Column("shots", right=True), *(Column(name, right=True) for name in names)]
@@ -92,7 +95,7 @@ def _requirements(requirements: list[Document]) -> Section:
 
 
 def shortfalls(results: Document) -> list[str]:
-    """A sentence for each benchmark that failed and each requirement that is not reached."""
+    """Returns a sentence for each benchmark that failed and each requirement that is not met."""
     models = part(results, "models")
     lines = [
         f"error: {name}: {score['error']}"

@@ -1,4 +1,4 @@
-"""What a command has to say, before anybody decides how it looks.
+"""The content of a command's output, independent of its rendering.
 
 A plan or a results document is turned into sections once; the terminal, the markdown and the report page render the
 same sections, so that words and order cannot differ between them.
@@ -15,7 +15,7 @@ Document = dict[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table; figures stand to the right, so that digits meet."""
+    """One column of a table; figures are aligned to the right, so that digits line up."""
 
     name: str
     right: bool = False
@@ -35,12 +35,14 @@ class Section:
 
 
 def part(document: Document, key: str) -> Document:
-    """The object under `key`; an empty one where there is none, for documents of an older or an interrupted command."""
+    """Returns the object under `key`; an empty one where there is none, for documents of an older or an interrupted
+    command.
+    """
     value = document.get(key)
     return value if isinstance(value, dict) else {}
 
 
 def entries(document: Document, key: str) -> list[Document]:
-    """The list of objects under `key`, without what is not an object."""
+    """Returns the list of objects under `key`, without entries that are not objects."""
     value = document.get(key)
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []

@@ -89,7 +89,7 @@ def plan(
 
 @dataclass(frozen=True)
 class Rendering:
-    """How a plan is shown, and whether the exit code tells that there is something to compile."""
+    """The form in which a plan is shown, and whether the exit code tells that there is something to compile."""
 
     as_json: bool
     as_markdown: bool
@@ -108,7 +108,7 @@ def preview(
     mfu: float | None,
     measured: str | None,
 ) -> None:
-    """`plan`, and `compile --dry-run`, which is the same thing."""
+    """Shows the preview of a spec: `plan`, and `compile --dry-run`, which does the same."""
     if rendering.as_json and rendering.as_markdown:
         raise UsageError("--json and --markdown are two renderings of one plan; choose one")
     from minitron.cli.libraries import quiet_libraries

@@ -1,4 +1,6 @@
-"""stdout and stderr whose reader may go away, as `| head` does: the work goes on, and what is written goes nowhere."""
+"""Streams for stdout and stderr whose reader may go away, as `| head` does: the work goes on, and further output is
+discarded.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,13 @@ from typing import IO, Any
 
 
 class Unbreakable:
-    """A text stream that writes into the void once nobody reads it any more."""
+    """A text stream that discards its output once nobody reads it any more."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Writes `text`; returns its length also where nobody reads it."""
+        """Writes `text`; returns its length even where nobody reads it."""
         try:
             return self._stream.write(text)
         except BrokenPipeError:
@@ -21,14 +23,14 @@ class Unbreakable:
             return len(text)
 
     def flush(self) -> None:
-        """Flushes what has been written."""
+        """Flushes the written text."""
         try:
             self._stream.flush()
         except BrokenPipeError:
             self._let_go()
 
     def _let_go(self) -> None:
-        """Has the descriptor lead nowhere, so that neither Python's last flush nor a library fails on it."""
+        """Redirects the descriptor to nowhere, so that neither Python's last flush nor a library fails on it."""
         void = os.open(os.devnull, os.O_WRONLY)
         os.dup2(void, self._stream.fileno())
         os.close(void)

@@ -1,4 +1,4 @@
-"""Build folder -> trained, evaluated model. Reads training.yaml and nothing else."""
+"""Turns a build folder into a trained and evaluated model. Reads training.yaml and nothing else."""
 
 from minitron.runtime.evaluate import evaluate
 from minitron.runtime.record import record

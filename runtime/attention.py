@@ -1,4 +1,4 @@
-"""Which of torch's attention kernels a training asks for first."""
+"""The order in which a training asks for torch's attention kernels."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _HOPPER = 9
-"""Compute capability of the H100 and H200. torch's FlashAttention is version 2, written for the GPUs before them: cuDNN's
-kernel uses what is new in these."""
+"""The compute capability of the H100 and H200. FlashAttention 2, which torch includes, was written for earlier GPUs;
+cuDNN's kernel uses the new instructions of these.
+"""
 
 _FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -21,8 +22,10 @@ _FASTEST_FIRST = [
 
 
 def fastest_attention(device: torch.device) -> AbstractContextManager[Any]:
-    """In here scaled dot-product attention takes the fastest kernel that can do what is asked; forward and, where
-    activations are recomputed, backward. Elsewhere than on Hopper torch's own order stands."""
+    """Makes scaled dot-product attention inside the context use the fastest kernel that supports the call, in forward
+    passes and, where activations are recomputed, in backward passes. On devices other than Hopper torch's own order
+    stands.
+    """
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != _HOPPER:
         return nullcontext()
     kernels: AbstractContextManager[Any] = sdpa_kernel(_FASTEST_FIRST, set_priority=True)

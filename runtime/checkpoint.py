@@ -47,7 +47,7 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, Recursio
 
 @dataclass(frozen=True)
 class TrainerState:
-    """How far training is. Everything else follows from `samples`."""
+    """The progress of a training. Everything else follows from `samples`."""
 
     step: int
     samples: int
@@ -56,7 +56,7 @@ class TrainerState:
 
 @dataclass(frozen=True)
 class TrainingCheckpoint:
-    """One folder, its state, and what the plan said when it was written."""
+    """One checkpoint folder, its state, and the content of the plan when the checkpoint was written."""
 
     folder: Path
     state: TrainerState
@@ -72,24 +72,27 @@ def _name(kind: str, part: int, parts: int, suffix: str = ".safetensors") -> str
 
 
 class Checkpoints:
-    """The checkpoints in `folder`, of which the last `keep` are kept, and with `keep_best` the one that did best on
-    held-out text."""
+    """The checkpoints in `folder`: the last `keep` are kept, and with `keep_best` also the one with the lowest held-out
+    loss.
+    """
 
     def __init__(self, folder: Path, keep: int, keep_best: bool = False) -> None:
         self.folder, self.keep, self.keep_best = folder, keep, keep_best
 
     def names(self) -> list[Path]:
-        """All that are there, the newest first."""
+        """Returns all checkpoint folders, the newest first."""
         return sorted(self.folder.glob("step-" + 8 * "[0-9]"), reverse=True)
 
     def unfinished(self, state: TrainerState) -> Path:
-        """Where all ranks write the parts of one, until it is whole and gets its name."""
+        """Returns the folder in which all ranks write the parts of a checkpoint, until the checkpoint is complete and
+        gets its name.
+        """
         return temporary_path(self.folder / f"step-{state.step:08d}")
 
     def write_part(
         self, state: TrainerState, part: int, parts: int, tensors: Mapping[str, Mapping[str, Piece]]
     ) -> None:
-        """Writes what one rank has: `tensors` are the pieces of the model and of the optimizer, on the CPU.
+        """Writes the part of one rank: `tensors` are the pieces of the model and of the optimizer, on the CPU.
 
         OSError and SafetensorError for a disk that is full or cannot be written to.
         """
@@ -109,7 +112,7 @@ class Checkpoints:
     def publish(
         self, state: TrainerState, parts: int, identity: Mapping[str, Any], held_out_loss: float | None
     ) -> None:
-        """Gives a checkpoint whose parts are all written its name, and removes those that are no longer kept."""
+        """Gives a checkpoint whose parts are all written its name, and removes checkpoints that are no longer kept."""
         folder = self.unfinished(state)
         files: dict[str, Any] = {}
         for part in range(parts):
@@ -130,7 +133,9 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
 
     def best(self) -> Path | None:
-        """The one with the lowest held-out loss, if such are kept; of equal ones the newest."""
+        """Returns the checkpoint with the lowest held-out loss, if best checkpoints are kept; of equal ones the
+        newest.
+        """
         losses = {}
         for folder in self.names() if self.keep_best else []:
             try:
@@ -142,11 +147,11 @@ class Checkpoints:
         return min(losses, key=losses.__getitem__, default=None)
 
     def newest(self, progress: Progress, world: World) -> TrainingCheckpoint | None:
-        """The newest one whose files are whole; None where there is none at all. All ranks call it, and each reads its
-        share of the files.
+        """Finds the newest checkpoint whose files are all intact; None where there is no checkpoint at all. All ranks
+        call this method, and each reads its share of the files.
 
-        Damaged ones are put aside with a message, for the next ones to take their places. WorkError where all are
-        damaged: a training is not begun anew unasked.
+        Damaged checkpoints are put aside with a message, and older ones are tried. WorkError where all are damaged: a
+        training is not restarted from the beginning unasked.
         """
         if world.leads:
             remove_leftovers(self.folder)
@@ -177,7 +182,7 @@ class Checkpoints:
 
 
 def identity_of_newest(folder: Path) -> dict[str, Any] | None:
-    """What the newest readable checkpoint in `folder` remembers of its plan; its weights are not looked at."""
+    """Returns the identity of the plan that the newest readable checkpoint in `folder` stores; weights are not read."""
     for one in Checkpoints(folder, keep=1).names():
         try:
             return dict(_read_state(one)["identity"])
@@ -187,7 +192,7 @@ def identity_of_newest(folder: Path) -> dict[str, Any] | None:
 
 
 def _check(folder: Path, world: World) -> TrainingCheckpoint:
-    """The checkpoint in `folder`, this rank's share of its files compared with their checksums."""
+    """Reads the checkpoint in `folder` and compares this rank's share of the files with their checksums."""
     document = _read_state(folder)
     parts, files = document["parts"], document["files"]
     expected = {_name(kind, part, parts) for kind in _KINDS for part in range(parts)}
@@ -201,7 +206,7 @@ def _check(folder: Path, world: World) -> TrainingCheckpoint:
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
-    """The document of state.json. One of UNREADABLE where it is not what was written."""
+    """Reads the document of state.json. Raises one of UNREADABLE where the content is not what was written."""
     document: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     if document["format_version"] != _FORMAT:
         raise ValueError(f"its format is {document['format_version']}, this version reads {_FORMAT}")
@@ -213,7 +218,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
 
 
 def _crc(document: Mapping[str, Any]) -> int:
-    """A checksum of a JSON document, whatever its order and spaces."""
+    """Computes a checksum of a JSON document, independent of key order and whitespace."""
     return zlib.crc32(json.dumps(document, sort_keys=True).encode())
 
 
@@ -231,8 +236,9 @@ def _sync(path: Path) -> None:
 
 
 def load(checkpoint: TrainingCheckpoint, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts the weights and the optimizer's moments where they were, whatever ranks they were spread over. WorkError
-    where they are another model's."""
+    """Restores the weights and the optimizer's moments, however many ranks wrote them. WorkError where the checkpoint
+    belongs to another model.
+    """
     try:
         with PieceFiles(checkpoint.files("model")) as files:
             for name, piece in model_pieces(model).items():
@@ -248,7 +254,7 @@ def load(checkpoint: TrainingCheckpoint, model: torch.nn.Module, optimizer: torc
 
 
 def _remembered(files: PieceFiles, name: str, parameter: torch.nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:
-    """What the optimizer knew of one parameter: tensors with its rows, spread as it is, and numbers."""
+    """Yields the optimizer's state of one parameter: tensors with its rows, sharded like the parameter, and numbers."""
     for path, shape in files.shapes.items():
         key, _, of = path.partition("/")
         if of == name and shape and shape[0] == parameter.shape[0]:

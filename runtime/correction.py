@@ -1,8 +1,9 @@
-"""Teacher correction: before it teaches, the teacher is fine-tuned on the distillation data (arXiv 2408.11796, section
-"Teacher Correction").
+"""Teacher correction: before distillation, the teacher is fine-tuned on the distillation data (arXiv 2408.11796,
+section "Teacher Correction").
 
-It is a training like any other, whose student is the teacher, whose loss is the cross-entropy, and whose result is
-BUILD/teacher. That folder says what it was made from, so that it is made once and made anew when a setting changes.
+The correction is a training like any other: its student is the teacher, its loss is the cross-entropy, and its result
+is BUILD/teacher. That folder records what it was made from, so that the correction runs once and runs again when a
+setting changes.
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ _IDENTITY = "identity.json"
 _BEFORE = "before.json"
 
 _PLACES = {"student": "teacher", "tokens": "teacher_correction.tokens", "optimizer": "teacher_correction.optimizer"}
-"""Where the values of the correction's own plan stand in training.yaml."""
+"""The places in training.yaml of the values of the correction's own plan."""
 
 
 @dataclass(frozen=True)
 class Correction:
-    """`loaded` is the plan of the correction, `source` the folder of the teacher as it was, `identity` what decides the
-    result."""
+    """The correction of a teacher: `loaded` is the plan of the correction, `source` the folder of the original teacher,
+    `identity` everything that decides the result.
+    """
 
     loaded: LoadedPlan
     source: Path
@@ -53,21 +55,22 @@ class Correction:
 
     @property
     def work(self) -> Path:
-        """Checkpoints and metrics."""
+        """Returns the folder of checkpoints and metrics."""
         return self.loaded.folder / self.plan.work
 
     @property
     def output(self) -> Path:
-        """The corrected teacher."""
+        """Returns the folder of the corrected teacher."""
         return self.loaded.folder / self.plan.output
 
     def done(self) -> bool:
-        """Whether the corrected teacher is there, made with these settings."""
+        """Checks whether the corrected teacher exists and was made with these settings."""
         return read_record(self.output).get("identity") == self.identity
 
     def begin(self, progress: Progress) -> None:
-        """Makes the work folder one of this correction: what another one left in it goes, and what a killed one left
-        beside it."""
+        """Prepares the work folder for this correction: files of another correction are removed, and so is what a
+        killed process left beside the folder.
+        """
         remove_leftovers(self.output.parent, self.output.name)
         before = _read(self.work / _IDENTITY) or read_record(self.output).get("identity")
         if before is not None and before != self.identity:
@@ -82,24 +85,28 @@ class Correction:
             write_text(self.work / _IDENTITY, json.dumps(self.identity, indent=1) + "\n")
 
     def _forget(self) -> None:
-        """Removes what a training with other settings wrote into the work folder, and nothing else that lies there."""
+        """Removes the files that a training with other settings wrote into the work folder, and no other files in
+        it.
+        """
         for name in (CHECKPOINTS, TENSORBOARD):
             shutil.rmtree(self.work / name, ignore_errors=True)
         for name in (METRICS, _BEFORE, _IDENTITY):
             (self.work / name).unlink(missing_ok=True)
 
     def remember(self, loss: float) -> None:
-        """Keeps the held-out loss of the teacher as it was, for a correction that is interrupted."""
+        """Stores the held-out loss of the original teacher, for a correction that is interrupted."""
         with writing(str(self.work)):
             write_text(self.work / _BEFORE, json.dumps({"held_out_loss": loss}) + "\n")
 
     def before(self) -> float | None:
-        """The held-out loss of the teacher as it was; None where it was not measured."""
+        """Returns the held-out loss of the original teacher; None where it was not measured."""
         return (_read(self.work / _BEFORE) or {}).get("held_out_loss")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What a corrected teacher was made from and what that changed; empty where `folder` holds none."""
+    """Reads the record of what a corrected teacher was made from and what the correction changed; empty where `folder`
+    holds none.
+    """
     return _read(folder / CORRECTION) or {}
 
 
@@ -112,7 +119,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def correction_of(loaded: LoadedPlan, data_hash: str) -> Correction | None:
-    """The correction that the plan asks for, None where it asks for none."""
+    """Returns the correction that the plan asks for; None where the plan asks for none."""
     plan = loaded.training()
     settings = plan.teacher_correction
     if settings is None:
@@ -146,8 +153,9 @@ def correction_of(loaded: LoadedPlan, data_hash: str) -> Correction | None:
 
 
 def corrected(loaded: LoadedPlan, session: Session) -> LoadedPlan:
-    """The plan with the corrected teacher as its teacher, which is trained first where it is not there yet; the plan
-    itself where it asks for no correction. Goes on, is interrupted and fails as `train` does."""
+    """Returns the plan with the corrected teacher as its teacher, and trains that teacher first where it does not exist
+    yet; returns the plan itself where it asks for no correction. Resumes, is interrupted and fails as `train` does.
+    """
     plan = loaded.training()
     correction = correction_of(loaded, data_hash(session.data, session.encoder, plan.tokens))
     if correction is None:
@@ -184,14 +192,14 @@ def _finish(correction: Correction, run: Run, weights: Weights, progress: Progre
 
 
 def with_corrected_teacher(loaded: LoadedPlan, correction: Correction) -> LoadedPlan:
-    """The plan, with the corrected teacher as its teacher."""
+    """Returns the plan with the corrected teacher as its teacher."""
     plan = loaded.training()
     teacher = plan.teacher.model_copy(update={"model": correction.plan.output, "revision": None})
     return replace(loaded, plan=plan.model_copy(update={"teacher": teacher}))
 
 
 def _files(correction: Correction, before: float | None, after: float | None) -> Mapping[str, str]:
-    """The files that a corrected teacher has beside its weights."""
+    """Returns the files that a corrected teacher has beside its weights."""
     plan = correction.plan
     told = f"Fine-tuned on {plan.steps * plan.step_tokens:,} tokens of the distillation data."
     if before is not None and after is not None:

@@ -1,10 +1,10 @@
 """Samples of a fixed length out of token streams, in an order that only (seed, global sample index) decides.
 
-Documents are packed: a stream is one document after the other, BOS before and EOS after each, where the tokenizer has
-them, and a sample is the next so many tokens of it, wherever documents begin and end in them. Attention reaches back to
-the beginning of the sample, across documents, and positions count from there: as in the pretraining of the models that
-are distilled, which learn from BOS and EOS where a document ends. So no masks but the causal one, and any attention
-kernel will do.
+Documents are packed: a stream is one document after the other, with BOS before and EOS after each where the tokenizer
+has them, and a sample is the next n tokens of the stream, wherever documents begin and end. Attention reaches back to
+the beginning of the sample, across documents, and positions count from there, as in the pretraining of the models that
+are distilled: they learn from BOS and EOS where a document ends. So there is no mask but the causal one, and any
+attention kernel will do.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from minitron.specs.progress import Progress
 
 @dataclass(frozen=True)
 class Batch:
-    """B sequences of L tokens: what is read, the token that comes next at each position, and where there is one to
-    predict."""
+    """B sequences of L tokens: the tokens that are read, the next token at each position, and a mask of the positions
+    that predict a token.
+    """
 
     input_ids_BL: Tensor
     labels_BL: Tensor
     valid_BL: Tensor
     rows_T: Tensor | None
-    """Positions in the flattened batch that predict something; None: all of them."""
+    """The positions in the flattened batch that predict a token; None stands for all of them."""
 
     @classmethod
     def of(cls, input_ids_BL: Tensor, labels_BL: Tensor, valid_BL: Tensor) -> Batch:
@@ -45,7 +46,9 @@ class Batch:
         return cls(input_ids_BL, labels_BL, valid_BL, rows_T)
 
     def pick(self, values_BL: Tensor) -> Tensor:
-        """The values [T, ...] at the positions that predict something. (Not by a mask: the gradient of that sorts.)"""
+        """Returns the values [T, ...] at the positions that predict a token. (Not with a boolean mask: its gradient
+        sorts.)
+        """
         flat = values_BL.flatten(0, 1)
         return flat if self.rows_T is None else flat.index_select(0, self.rows_T)
 
@@ -55,11 +58,11 @@ class Batch:
             yield Batch.of(self.input_ids_BL[part], self.labels_BL[part], self.valid_BL[part])
 
     def to(self, device: torch.device) -> Batch:
-        """On `device`; from pinned memory without waiting."""
+        """Copies the batch to `device`; from pinned memory without waiting."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Batch:
-        """In memory that a GPU can read by itself."""
+        """Copies the batch to pinned memory, which a GPU can read by itself."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -81,24 +84,24 @@ class Windows:
     length: int
     bos: int | None
     learnt: Tokens | None = None
-    """For each token whether its prediction is trained; None: all are."""
+    """The mask of the tokens whose prediction is trained; None stands for all."""
 
     largest: Largest = NOTHING
-    """The largest token of the stream: the models must have it."""
+    """The largest token of the stream: the models must have it in their vocabulary."""
 
     def __len__(self) -> int:
         predicted = len(self.stream) - (self.bos is None)
         return -(-predicted // self.length)
 
     def digest(self) -> str:
-        """A hash of all that is read and learnt."""
+        """Returns a hash of all tokens that are read and learnt."""
         digest = hashlib.sha256()
         for part in (self.stream, self.learnt):
             digest.update(b"all" if part is None else np.ascontiguousarray(part[0 : len(part)]).tobytes())
         return digest.hexdigest()
 
     def window(self, index: int) -> tuple[Array, Array]:
-        """Read and predicted tokens, as many of one as of the other, at most `length`."""
+        """Returns the tokens read and the tokens predicted: two arrays of equal length, at most `length`."""
         span = self._span(index)
         content = self.stream[span].astype(np.int64)
         if self.bos is None:
@@ -108,12 +111,12 @@ class Windows:
         return np.concatenate(([self.bos], content[:-1])).astype(np.int64)[: len(content)], content
 
     def _span(self, index: int) -> slice:
-        """The tokens that a window is made of."""
+        """Returns the slice of the stream that a window consists of."""
         start = index * self.length
         return slice(start, start + self.length + (self.bos is None))
 
     def _valid(self, index: int, predicted: Array) -> Array:
-        """Which of the predicted tokens are learnt."""
+        """Returns the mask of the predicted tokens that are learnt."""
         valid: Array = np.ones(len(predicted), bool) if self.bos is None else predicted != self.bos
         if self.learnt is None or not len(predicted):
             return valid
@@ -121,7 +124,9 @@ class Windows:
         return valid & marks[-len(predicted) :]
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """The windows `indices`, padded with token 0 and masked. Padding stands last, where no causal model sees it."""
+        """Returns the windows `indices`, padded with token 0 and masked. Padding stands last, where no causal model
+        sees it.
+        """
         inputs = np.zeros((len(indices), self.length), np.int64)
         labels, valid = np.zeros_like(inputs), np.zeros(inputs.shape, bool)
         for row, index in enumerate(indices):
@@ -141,16 +146,16 @@ class Corpus:
 
     @property
     def largest(self) -> Largest:
-        """The largest token of all sources."""
+        """Returns the largest token id of all sources."""
         return max((source.largest for source in self.sources), key=lambda one: one.id)
 
     def place(self, sample: int) -> tuple[int, int]:
-        """Source and window of the global sample with this index."""
+        """Returns source and window of the global sample with this index."""
         source, number = (0, sample) if len(self.sources) == 1 else blend_place(sample, self.quotas, self.seed)
         return source, shuffled(number, len(self.sources[source]), mix(self.seed, source))
 
     def batch(self, samples: Sequence[int]) -> Batch:
-        """The global samples with these indices."""
+        """Returns the global samples with these indices."""
         places = [self.place(sample) for sample in samples]
         rows = [self.sources[source].batch([window]) for source, window in places]
         return Batch.of(
@@ -162,8 +167,9 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Data:
-    """A resolved source, and of each of its parts a hash of what decides its documents: all files are read for it, so it is
-    made once and not by every rank."""
+    """A resolved source, and for each of its parts a hash of everything that decides its documents: the hash reads all
+    files, so the leader computes it once for all ranks.
+    """
 
     source: DataSource
     contents: tuple[str, ...]
@@ -178,8 +184,9 @@ def _parts(data: DataSource) -> tuple[Source, ...]:
 
 
 def _limits(data: DataSource, tokens: int) -> list[int | None]:
-    """How much of each part is read. A streamed data set has no end that one could wait for: as many tokens as training
-    can use of it. The rest is read whole, so that a short training sees all of it."""
+    """Returns the number of tokens to read of each part. A streamed data set may never end, so that only as many tokens
+    as training can use are read of it. Other parts are read whole, so that a short training samples from all of them.
+    """
     shares = [part.share if isinstance(part, BlendPart) else 1.0 for part in _parts(data)]
     whole = sum(shares)
     return [
@@ -189,7 +196,7 @@ def _limits(data: DataSource, tokens: int) -> list[int | None]:
 
 
 def data_hash(data: Data, encoder: TextEncoder, tokens: int) -> str:
-    """Of everything that decides the samples of a source, whatever folder it lies in."""
+    """Returns the hash of everything that decides the samples of a source, independent of the folder it lies in."""
     weights = [part.share if isinstance(part, BlendPart) else 1.0 for part in _parts(data.source)]
     limits = _limits(data.source, tokens)
     keys = [stream_key(content, encoder, limit) for content, limit in zip(data.contents, limits, strict=True)]
@@ -199,7 +206,7 @@ def data_hash(data: Data, encoder: TextEncoder, tokens: int) -> str:
 def open_corpus(
     data: Data, encoder: TextEncoder, cache: Path, *, length: int, tokens: int, seed: int, progress: Progress
 ) -> Corpus:
-    """The samples of a source, tokenized on the first call. WorkError where there is nothing to predict."""
+    """Opens the samples of a source, tokenized on the first call. WorkError where there is nothing to predict."""
     parts = _parts(data.source)
     windows = []
     for part, content, limit in zip(parts, data.contents, _limits(data.source, tokens), strict=True):
@@ -219,7 +226,7 @@ def open_held_out(
     max_tokens: int,
     progress: Progress,
 ) -> Windows:
-    """The first `max_tokens` tokens of a resolved source, in order; `content` is its hash."""
+    """Opens the first `max_tokens` tokens of a resolved source, in order; `content` is the source's hash."""
     limit = max_tokens + (encoder.bos is None)
     return _windows(token_stream(data, content, encoder, cache, progress, limit=limit), length, encoder)
 

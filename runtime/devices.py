@@ -1,4 +1,4 @@
-"""Which device to work on."""
+"""The choice of the device to work on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from minitron.specs.errors import UsageError
 
 
 def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
-    """`cpu`, `cuda`, `cuda:1`, or None for CUDA where there is one. Several ranks on one machine take one GPU each.
+    """Returns the device called `name` (`cpu`, `cuda`, `cuda:1`); None stands for CUDA where there is one, else the
+    CPU. Several ranks on one machine take one GPU each.
 
     UsageError for a device that this machine does not have.
     """

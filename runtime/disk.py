@@ -1,4 +1,4 @@
-"""What disks do to long work: they fill up."""
+"""The handling of full disks in long work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from minitron.specs.errors import WorkError
 
 @contextmanager
 def writing(what: str) -> Iterator[None]:
-    """WorkError instead of the errors that a disk raises while `what` is written."""
+    """Raises WorkError in place of the errors that a disk raises while `what` is written."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""`minitron eval BUILD`: teacher, pruned student and distilled student side by side."""
+"""Measures teacher, pruned student and distilled student side by side: `minitron eval BUILD`."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ def evaluate(
     unverified: bool = False,
     outside: bool = False,
 ) -> dict[str, Any]:
-    """Measures every model of BUILD that is there, writes BUILD/results.json and returns what it holds.
+    """Measures every model of BUILD that exists, writes BUILD/results.json and returns its content.
 
     For each of `teacher`, `corrected_teacher` where there is one, `pruned` and, once trained, `distilled`: parameters,
     bytes of the weights on disk, held-out loss (nats a token) and perplexity, greedy decoding speed (one sequence,
     key-value cache), the tasks of the suite, and a continuation of one prompt. `recovered` is the share of the pruning
-    loss that distillation won back: 1 is the teacher's loss (as it was, uncorrected), 0 the pruned student's.
+    loss that distillation won back: 1 is the loss of the (uncorrected) teacher, 0 that of the pruned student.
 
-    What was measured before of the same model, with the same data and settings, is not measured again; each measurement is
-    kept as soon as it is made. A task that fails has an `error` in place of a score. `tasks` are those to measure instead of
-    the whole suite, `limit` the questions of each; `unverified` and `outside`, UsageError and
-    WorkError are as for training.
+    Measurements of the same model with the same data and settings are not repeated; each measurement is stored as soon
+    as it is made. A task that fails has an `error` in place of a score. `tasks` are measured instead of the whole
+    suite, `limit` is the number of questions of each task; `unverified`, `outside`, UsageError and WorkError are as for
+    training.
     """
     loaded = read_training_plan(build)
     plan = loaded.plan.evaluate
@@ -101,7 +101,7 @@ def evaluate(
 
 
 def _measure_all(instruments: Instruments, progress: Progress) -> dict[str, Any]:
-    """Model -> what is known of it once everything that is missing has been measured."""
+    """Measures everything that is missing, and returns the results of each model by its name."""
     models = [MeasuredModel(instruments, *of) for of in _models(instruments.loaded)]
     missing = [model.missing() for model in models]
     if count := sum(map(len, missing)):
@@ -120,7 +120,7 @@ def _measure_all(instruments: Instruments, progress: Progress) -> dict[str, Any]
 
 
 def _models(loaded: LoadedPlan) -> Iterator[tuple[str, Path, ModelPlan]]:
-    """Name, folder and plan of every model that there is."""
+    """Yields name, folder and plan of every model that exists."""
     plan = loaded.plan
     yield "teacher", model_folder(loaded, "teacher", plan.teacher), plan.teacher
     correction = plan.teacher_correction if isinstance(plan, TrainingPlan) else None
@@ -132,7 +132,7 @@ def _models(loaded: LoadedPlan) -> Iterator[tuple[str, Path, ModelPlan]]:
 
 
 def _length(loaded: LoadedPlan) -> int:
-    """Of a sequence of held-out text."""
+    """Returns the length of a sequence of held-out text."""
     plan = loaded.plan
     if isinstance(plan, TrainingPlan):
         return plan.sequence_length
@@ -140,7 +140,7 @@ def _length(loaded: LoadedPlan) -> int:
 
 
 def _prompt(text: str | None, encoder: TextEncoder, windows: Windows | None) -> list[int] | None:
-    """The prompt's tokens: what the plan says, or the beginning of the held-out text."""
+    """Returns the tokens of the prompt: the plan's text, or the beginning of the held-out text."""
     if text is not None:
         ids = [int(token) for token in encoder.tokenizer(text, add_special_tokens=False).input_ids]
         return [encoder.bos, *ids] if encoder.bos is not None else ids or None
@@ -151,8 +151,9 @@ def _prompt(text: str | None, encoder: TextEncoder, windows: Windows | None) -> 
 
 
 def recovered(models: dict[str, Any]) -> float | None:
-    """(pruned - distilled) / (pruned - teacher) in held-out loss; None where pruning lost nothing or a loss is
-    missing."""
+    """Returns (pruned - distilled) / (pruned - teacher) in held-out loss; None where pruning lost nothing or a loss is
+    missing.
+    """
     losses: list[float] = []
     for name in ("teacher", "pruned", "distilled"):
         measured = (models.get(name) or {}).get("held_out")

@@ -1,8 +1,9 @@
-"""The batches of a rank, made while the step before them is computed.
+"""The batches of a rank, prepared while the step before them is computed.
 
-Reading memory-mapped tokens and stored samples, cutting them into micro batches, and finding out on the host what is valid
-takes milliseconds in which a GPU would have nothing to do; a copy from memory that is not pinned would make the host wait
-for the device. So a thread makes the next step's batch in pinned memory, and its copies are queued before the step computes.
+Reading memory-mapped tokens and stored samples, cutting them into micro batches, and finding the valid positions on the
+host take milliseconds in which a GPU would be idle; a copy from memory that is not pinned would make the host wait for
+the device. So a thread prepares the next step's batch in pinned memory, and its copies are queued before the step
+computes.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from minitron.runtime.world import World
 
 @dataclass(frozen=True)
 class Given:
-    """What one rank learns in a step. `batch` is all of it on the host, with `valid` tokens to predict; the micro batches
-    are on the device, each with the samples of the teacher where they stand in for it."""
+    """The data of one rank for a step. `batch` holds all of them on the host, with `valid` tokens to predict; the micro
+    batches are on the device, each with the teacher's samples where these replace the teacher.
+    """
 
     batch: Batch
     valid: int
@@ -28,19 +30,21 @@ class Given:
 
 
 class Feed:
-    """Hands out the step that begins with a global sample, and makes the one after it meanwhile."""
+    """Hands out the batch of a step, and prepares the next one meanwhile."""
 
     def __init__(
         self, corpus: Corpus, stored: StoredLogits | None, world: World, whole: int, micro: int, steps: int
     ) -> None:
-        """`whole` sequences a step over all ranks, `micro` at a time on this one, `steps` in all."""
+        """Takes `whole` sequences a step over all ranks, `micro` at a time on this rank, for `steps` steps in all."""
         self.corpus, self.stored, self.world = corpus, stored, world
         self.whole, self.micro, self.steps = whole, micro, steps
         self._worker = ThreadPoolExecutor(1, "feed")
         self._next: tuple[int, Future[Given]] | None = None
 
     def take(self, first: int) -> Given:
-        """The step whose first global sample is `first`, on the device. What goes wrong in reading it is raised here."""
+        """Returns the batch of the step whose first global sample is `first`, on the device. Errors in reading the
+        batch are raised here.
+        """
         begun = self._next is not None and self._next[0] == first
         made = self._next[1].result() if self._next is not None and begun else self._make(first)
         self._next = None

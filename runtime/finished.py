@@ -1,4 +1,4 @@
-"""The note that a training is finished: what was trained, and the files of the model that it wrote."""
+"""The note that a training is finished: the identity of the training, and the files of the model that it wrote."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ _INDEX = ".safetensors.index.json"
 
 @dataclass(frozen=True)
 class Finished:
-    """`identity` is what decided the training, `files` size and hash of what the model is made of, by name."""
+    """The content of the note: `identity` is what decided the training, `files` maps the name of each file of the model
+    to its size and hash.
+    """
 
     identity: Mapping[str, Any]
     files: Mapping[str, Mapping[str, Any]]
 
     def damage(self, model: Path) -> str | None:
-        """How the folder `model` is broken, in a few words; None where it is whole. UsageError where somebody has put other
-        weights of the same size there, which may be worth keeping."""
+        """Describes in a few words how the folder `model` is broken; None where it is intact. UsageError where somebody
+        has put other weights of the same size there, which may be worth keeping.
+        """
         changed = []
         for name, written in self.files.items():
             path = model / name
@@ -47,7 +50,7 @@ class Finished:
 
 
 def read_finished(path: Path) -> Finished | None:
-    """The note in `path`; None where there is none, or none that can be read."""
+    """Reads the note in `path`; None where there is none, or none that can be read."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["format_version"] != FORMAT_VERSION:

@@ -1,4 +1,6 @@
-"""Where a training may write: into folders of the build, beside what it reads, and over nothing that is somebody else's."""
+"""The check of the folders that a training writes to: they are folders of the build, apart from everything that it
+reads, and never overwrite files of somebody else.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,17 @@ WORK_FILES = (CHECKPOINTS, DATA_CACHE, FINISHED, METRICS, TENSORBOARD)
 
 
 def require_own_folders(loaded: LoadedPlan, *, outside: bool) -> None:
-    """Refused where a folder that training.yaml has written is one of the build's other folders, contains one or lies in one,
-    or, unless `outside`, lies outside of the build."""
+    """Checks the folders that training.yaml names for writing. Refused where one is, contains or lies in another folder
+    of the build, or, unless `outside`, lies outside of the build.
+    """
     if problems := list(folder_problems(loaded, outside=outside)):
         raise Refused(problems)
 
 
 def claim_folders(loaded: LoadedPlan) -> None:
-    """Marks the work folder as one of minitron's. UsageError where a work folder or an output is somebody else's."""
+    """Marks the work folder as one of minitron's. UsageError where the work folder or an output belongs to somebody
+    else.
+    """
     plan = loaded.training()
     works, outputs = [plan.work], [plan.output]
     if plan.teacher_correction is not None:
@@ -36,7 +41,7 @@ def claim_folders(loaded: LoadedPlan) -> None:
 
 
 def folder_problems(loaded: LoadedPlan, *, outside: bool) -> Iterator[Problem]:
-    """The folders of the plan that cannot be written to as they are named."""
+    """Yields the folders of the plan that cannot be written to under their names."""
     plan, build = loaded.plan, _real(loaded.folder)
     written = {"work": _real(loaded.folder / plan.work), "output": _real(loaded.folder / plan.output)}
     correction = plan.teacher_correction if isinstance(plan, TrainingPlan) else None
@@ -62,7 +67,7 @@ def folder_problems(loaded: LoadedPlan, *, outside: bool) -> Iterator[Problem]:
 
 
 def _read(loaded: LoadedPlan, plan: EvaluationPlan) -> Iterator[tuple[str, Path]]:
-    """What a training reads: models, tokenizer, stored logits, data."""
+    """Yields name and path of everything that a training reads: models, tokenizer, stored logits, data."""
     yield "the student", _real(loaded.folder / plan.student.model)
     yield "the tokenizer", _real(loaded.folder / plan.tokenizer)
     yield "the stored teacher logits", _real(loaded.folder / LOGITS)
@@ -75,7 +80,7 @@ def _real(path: Path) -> Path:
 
 
 def _within(path: Path, folder: Path) -> bool:
-    """Whether `path` is `folder` or lies in it."""
+    """Checks whether `path` is `folder` or lies in it."""
     return path == folder or folder in path.parents
 
 
@@ -84,5 +89,5 @@ def _meet(one: Path, other: Path) -> bool:
 
 
 def _below(path: Path, work: Path) -> bool:
-    """Whether `path` lies in the folder `work`, and not in what a training writes there."""
+    """Checks whether `path` lies in the folder `work`, but not in a folder that training writes there."""
     return work in path.parents and not any(_within(path, work / name) for name in WORK_FILES)

@@ -1,4 +1,4 @@
-"""What a model writes, and how fast."""
+"""Greedy generation, and its speed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ _REPETITIONS = 3
 
 @contextmanager
 def plain_generation(model: LanguageModel) -> Iterator[None]:
-    """Generation that does what it is told and no more. A model's own configuration may hold penalties, suppressed tokens and
-    several answers at a time, and transformers takes from it whatever a call leaves open."""
+    """Makes generation use only the settings of the call. A model's own configuration may hold penalties, suppressed
+    tokens and several answers at a time, and transformers takes from it every setting that a call leaves open.
+    """
     module = model.module
     own = module.generation_config
     module.generation_config = GenerationConfig(
@@ -34,10 +35,11 @@ def plain_generation(model: LanguageModel) -> Iterator[None]:
 def continue_greedily(
     model: LanguageModel, prompt: Sequence[int], tokens: int, *, to_the_end: bool = False
 ) -> list[int]:
-    """The most likely next tokens after `prompt`, one by one, until the model ends the text or there are `tokens`.
+    """Returns the most likely next tokens after `prompt`, one by one, until the model ends the text or there are
+    `tokens`.
 
-    `to_the_end`: the end of the text does not stop it, so that there are exactly `tokens`. Where the model cannot read
-    as many, the beginning of the prompt is left out, and then there are fewer.
+    `to_the_end`: the EOS token does not stop generation, so that there are exactly `tokens`. Where the model's context
+    is too short for all of them, the beginning of the prompt is left out, and there may be fewer tokens.
     """
     module, room = model.module, model.positions
     if room is not None:
@@ -58,7 +60,9 @@ def continue_greedily(
 
 
 def tokens_per_second(model: LanguageModel, prompt: Sequence[int], tokens: int) -> float:
-    """Of greedy decoding with a key-value cache, one sequence at a time, prompt included: the median of three runs."""
+    """Measures the speed of greedy decoding with a key-value cache, one sequence at a time, prompt included: the median
+    of three runs.
+    """
     rates = []
     for _ in range(_REPETITIONS):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What happens to gradients between backward and update: the ranks' shares are summed, and the whole is clipped."""
+"""The steps between backward and update: gradients are summed over the ranks, and their norm is clipped."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ _TINY = 1e-6  # keeps the quotient finite, as in torch.nn.utils.clip_grad_norm_
 
 
 def sum_gradients(parameters: Sequence[torch.nn.Parameter], world: World) -> Tensor:
-    """Sums over the ranks what backward has not summed already (it has, where a parameter is sharded), and returns the norm of
-    the whole. The host does not wait for it."""
+    """Sums the gradients over the ranks (those of sharded parameters are summed in backward already), and returns the
+    norm of all of them together. The host does not wait for the norm.
+    """
     _fill_up(parameters, world)
     whole, rows = _gradients(parameters)
     for gradient in whole:
@@ -31,7 +32,7 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter], world: World) -> Ten
 
 
 def clip(parameters: Sequence[torch.nn.Parameter], norm: float, most: float | None) -> None:
-    """Scales the gradients down to a norm of `most` where theirs is larger; None: never."""
+    """Scales the gradients down to a norm of `most` where theirs is larger; with None never."""
     if most is None or (scale := most / (norm + _TINY)) >= 1.0:
         return
     for together in _gradients(parameters):  # which may be on different devices
@@ -40,14 +41,16 @@ def clip(parameters: Sequence[torch.nn.Parameter], norm: float, most: float | No
 
 
 def _gradients(parameters: Sequence[torch.nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
-    """Those that are whole on this rank, and this rank's rows of the others."""
+    """Returns the gradients that are whole on this rank, and this rank's rows of the sharded ones."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
     return whole, [local(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
 
 
 def _fill_up(parameters: Sequence[torch.nn.Parameter], world: World) -> None:
-    """Zeros where another rank has a gradient and this one has none: its tokens may all have gone past an expert."""
+    """Sets zeros where another rank has a gradient and this one has none: an expert may have received no token of this
+    rank.
+    """
     whole = [one for one in parameters if one.requires_grad and not isinstance(one, DTensor)]
     if world.size == 1 or not whole:
         return

@@ -1,4 +1,4 @@
-"""Loss and perplexity on text that was never trained on."""
+"""Loss and perplexity on text that is not in the training data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from minitron.specs.errors import WorkError
 
 @dataclass(frozen=True)
 class HeldOut:
-    """`loss` is the mean of -log p in nats over `tokens` predicted tokens, `perplexity` its exponential."""
+    """The held-out figures: `loss` is the mean of -log p in nats over `tokens` predicted tokens, `perplexity` its
+    exponential.
+    """
 
     loss: float
     tokens: int
@@ -34,8 +36,9 @@ class HeldOut:
 def held_out(
     model: LanguageModel, windows: Windows, world: World, *, batch_size: int, compute_dtype: torch.dtype = torch.float32
 ) -> HeldOut:
-    """Every token of the windows predicted once, the ranks sharing the work; no [tokens x vocabulary] at any time.
-    WorkError where there is no token to predict."""
+    """Predicts every token of the windows once, the ranks sharing the work; no [tokens x vocabulary] tensor exists at
+    any time. WorkError where there is no token to predict.
+    """
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     mine = range(world.rank, len(windows), world.size)
     most = -(-len(windows) // world.size)
@@ -55,20 +58,20 @@ def held_out(
 
 
 def _figures(model: LanguageModel, batch: Batch) -> Tensor:
-    """The sum of -log p and how many tokens it is over, [2] in fp64."""
+    """Returns the sum of -log p and the number of its tokens, [2] in fp64."""
     hidden_TD = batch.pick(model.hidden_states(batch.input_ids_BL))
     sums = negative_log_likelihood(hidden_TD, model.head, batch.pick(batch.labels_BL))
     return torch.stack([sums, torch.full_like(sums, hidden_TD.shape[0])])
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Matrix products in `dtype`; in fp32 nothing is cast."""
+    """Runs matrix products in `dtype`; in fp32 nothing is cast."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 @contextmanager
 def evaluating(model: LanguageModel) -> Iterator[None]:
-    """In eval mode, and back to what it was."""
+    """Puts the model in eval mode, and at the end back into its previous mode."""
     training = model.module.training
     model.module.eval()
     try:

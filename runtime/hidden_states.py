@@ -1,7 +1,7 @@
-"""Hidden states of teacher and student, compared layer by layer while both are trained.
+"""Hidden states of teacher and student, compared layer by layer during training.
 
-Layers are counted from 0. The state of layer n is what decoder layer n yields: the residual stream after it, before any
-norm that reads it. The state of the embedding is what layer 0 is given.
+Layers are counted from 0. The state of layer n is the output of decoder layer n: the residual stream after the layer,
+before any norm that reads it. The state of the embedding is the input of layer 0.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from minitron.specs.errors import Problem, Refused
 from minitron.specs.training_consistency import pairs_exist
 
 PROJECTION = "hidden_state_projection"
-"""The student's submodule that holds the projection while it trains: optimizer, gradient sums and checkpoints treat it
-as they treat the head. It is no part of the final model."""
+"""The student's submodule that holds the projection during training: optimizer, gradient sums and checkpoints treat it
+as they treat the head. The final model does not contain it.
+"""
 
 EMBEDDING = -1
 
@@ -33,7 +34,7 @@ States = dict[int, Tensor]
 
 
 class Recorder:
-    """Keeps what some layers of a model yield during a forward. Nothing is kept outside `recording`."""
+    """Records the outputs of some layers of a model during a forward pass. Nothing is recorded outside `recording`."""
 
     def __init__(self, model: LanguageModel, numbers: Sequence[int], *, embedding: bool) -> None:
         assert model.layers is not None
@@ -46,7 +47,7 @@ class Recorder:
 
     @contextmanager
     def recording(self) -> Iterator[States]:
-        """Yields the states [B, L, width] by layer number, there once the forward has run."""
+        """Yields the states [B, L, width] by layer number; the mapping is filled once the forward pass has run."""
         self._states, self._recording = {}, True
         try:
             yield self._states
@@ -67,7 +68,9 @@ class Recorder:
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """What a training compares beside the logits. `pairs` are (teacher layer, student layer)."""
+    """The hidden states that a training compares in addition to the logits. `pairs` are (teacher layer, student
+    layer).
+    """
 
     settings: HiddenStateLoss
     pairs: tuple[tuple[int, int], ...]
@@ -76,7 +79,7 @@ class HiddenStates:
 
     @contextmanager
     def recording(self) -> Iterator[tuple[States, States]]:
-        """States of the teacher and of the student, there once each has run."""
+        """Yields the states of the teacher and of the student; each mapping is filled once its model has run."""
         with self.teacher.recording() as theirs, self.student.recording() as ours:
             yield theirs, ours
 
@@ -91,7 +94,9 @@ class HiddenStates:
         normaliser: float,
         compute_dtype: torch.dtype,
     ) -> HiddenStateTerm:
-        """The term of one micro batch, from the states [B, L, width] of its forwards and each valid token's logit loss."""
+        """Computes the loss term of one micro batch, from the states [B, L, width] of its forward passes and each valid
+        token's logit loss.
+        """
         projection = getattr(student.module, PROJECTION, None)
         sequences, length = batch.input_ids_BL.shape
         every_T = torch.arange(sequences, device=logits_T.device).repeat_interleave(length)
@@ -111,8 +116,9 @@ class HiddenStates:
 def prepare_hidden_states(
     settings: Settings, teacher: LanguageModel, student: LanguageModel, chunk_tokens: int, seed: int
 ) -> HiddenStates:
-    """Hooks both models and gives the student its projection where the widths differ. Refused with every layer that is
-    not there."""
+    """Hooks both models, and gives the student a projection where the widths differ. Refused with every layer that does
+    not exist.
+    """
     models = {"teacher": teacher, "student": student}
     message, hint = "is not there, and `loss.hidden_states` needs it", "compile again, or write where the layers stand"
     if absent := [Problem(f"{name}.layers", message, hint) for name, model in models.items() if model.layers is None]:
@@ -140,6 +146,6 @@ def prepare_hidden_states(
 
 
 def remove_projection(student: LanguageModel) -> None:
-    """Before the student is written as the final model."""
+    """Removes the projection before the student is written as the final model."""
     if hasattr(student.module, PROJECTION):
         delattr(student.module, PROJECTION)

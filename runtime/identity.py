@@ -1,6 +1,7 @@
-"""What makes two trainings the same training: what the plan says, the data, and the weights of the models.
+"""The identity of a training: the content of the plan, the data, and the weights of the models.
 
-A checkpoint, the note that a training is finished and stored teacher logits remember it; what is not the same is refused.
+A checkpoint, the note that a training is finished and stored teacher logits hold the identity; a training with another
+identity is refused.
 """
 
 from __future__ import annotations
@@ -18,15 +19,20 @@ from minitron.specs.training_plan import TrainingPlan
 _PIECES, _PIECE_BYTES = 256, 4096
 
 WEIGHTS = "teacher.weights"
-"""Key, in what a training remembers, of the weights and the configuration that the teacher had (before it was corrected)."""
+"""The key, in the identity of a training, of the weights and the configuration of the teacher (before it was
+corrected).
+"""
 
 STUDENT, HELD_OUT = "student.weights", "held_out"
-"""The same of the pruned student; a hash of the text that the training measures itself by."""
+"""The keys of the pruned student's weights, and of the hash of the text that the training measures its held-out loss
+on.
+"""
 
 
 def weights_digest(folder: Path) -> str:
-    """Tells two models apart without reading all of their weights: the configuration, the headers, and pieces from all over
-    the files. What training changes, it changes everywhere."""
+    """Returns a digest that tells two models apart without reading all of their weights: it covers the configuration,
+    the headers, and pieces spread over the files. Training changes all weights, so that pieces suffice.
+    """
     digest = hashlib.sha256((folder / CONFIG).read_bytes() if (folder / CONFIG).is_file() else b"")
     for path in weight_files(folder):
         size = path.stat().st_size
@@ -41,11 +47,12 @@ def weights_digest(folder: Path) -> str:
 
 
 def resume_identity(plan: TrainingPlan, data_hash: str) -> dict[str, Any]:
-    """What a training run cannot change on the way, flat: dotted key -> value.
+    """Returns the settings that a training cannot change once it has begun, flat: dotted key -> value.
 
-    Whatever decides which samples come, what is learnt from them and how the learning rate runs. Not in it: how often
-    something is measured or saved, and how the same sums are cut into pieces (micro batches, chunks, recomputation,
-    layout) or computed (compute_dtype, compile), so that a run can move to another machine.
+    The settings are those that decide which samples come, what is learnt from them and how the learning rate runs. Left
+    out are settings that decide how often something is measured or saved, how the same sums are cut into pieces (micro
+    batches, chunks, recomputation, layout) and how they are computed (compute_dtype, compile), so that a run can move
+    to another machine.
     """
     whole = plan.model_dump(mode="json")
     kept = {key: whole[key] for key in _IDENTITY_KEYS}
@@ -87,15 +94,18 @@ _CONTENTS = {
     STUDENT: ("student.model", "the pruned student"),
     HELD_OUT: ("held_out.data", "the held-out text or its tokenizer"),
 }
-"""Keys that stand for the contents of files: where these are named in training.yaml, and what they are."""
+"""Keys that stand for the contents of files: the key of training.yaml that names the files, and what they are."""
 
 _WHERE_KNOWN = (WEIGHTS, HELD_OUT)
-"""Keys that count only where both identities have them: a teacher need not be at hand, and held-out text may be left out."""
+"""Keys that count only where both identities have them: a teacher need not be there, and held-out text may be left
+out.
+"""
 
 
 def require_same_training(before: Mapping[str, Any], now: Mapping[str, Any], work: Path) -> None:
-    """Refused, with every value that decides the result and is not what it was when the training in `work` began. Weights
-    of a teacher count where both identities have them."""
+    """Checks that two identities are the same training. Refused with every value that decides the result and has
+    changed since the training in `work` began. Weights of a teacher count where both identities have them.
+    """
     if problems := list(_differences(before, now, f"or delete {work} to train from the beginning")):
         raise Refused(problems)
 

@@ -1,4 +1,6 @@
-"""Signals that ask a training to end: the first is noted until a checkpoint is written, a later one is obeyed at once."""
+"""The signals that ask a training to end: the first is noted until a checkpoint is written, a later one is obeyed at
+once.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,15 @@ from types import FrameType
 from minitron.specs.signals import ENDING
 
 _ECHO_SECONDS = 5.0
-"""One request may arrive as several signals: Ctrl-C goes to all processes of a terminal and torchrun passes it on to its
-own, and so do Slurm and torchrun with SIGTERM."""
+"""The seconds within which several signals count as one request: Ctrl-C goes to all processes of a terminal and
+torchrun passes it on to its own, and so do Slurm and torchrun with SIGTERM.
+"""
 
 
 class Interrupt:
-    """Set while a checkpoint can be written first (`deferred`); otherwise the signal raises KeyboardInterrupt at
-    once."""
+    """The state of the interrupt: set while a checkpoint can be written first (`deferred`); otherwise the signal raises
+    KeyboardInterrupt at once.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.requested = False
@@ -35,8 +39,9 @@ class Interrupt:
 
     @contextmanager
     def deferring(self) -> Iterator[None]:
-        """The first signal in here is only noted, for the loop to act on between two steps; another one, seconds later,
-        raises."""
+        """Defers the first signal inside the context, for the loop to act on between two steps; another signal, seconds
+        later, raises.
+        """
         self.deferred = True
         try:
             yield
@@ -46,8 +51,9 @@ class Interrupt:
 
 @contextmanager
 def interrupts() -> Iterator[Interrupt]:
-    """Takes the signals of `ENDING` over until it ends, where they are not ignored, as Ctrl-C is in the background of a
-    script and SIGHUP is under nohup. Outside the main thread, where Python allows no handlers, it does nothing."""
+    """Handles the signals of `ENDING` inside the context, except ignored ones, such as Ctrl-C in the background of a
+    script and SIGHUP under nohup. Outside the main thread, where Python allows no handlers, it does nothing.
+    """
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
         yield interrupt

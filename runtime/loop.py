@@ -23,14 +23,15 @@ from minitron.specs.errors import WorkError
 from minitron.specs.progress import Progress
 
 _SHOWN = ("loss", "held_out_loss", "lr", "mfu", "memory_bytes")
-"""The figures that a user sees while it runs, beside tokens, their rate and the time left."""
+"""The figures that a user sees during training, besides tokens, their rate and the time left."""
 
 
 def learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progress, name: str = "train") -> None:
-    """Step after step until all tokens are learnt; held-out loss and checkpoints each time that the plan's number
-    of tokens was learnt, and at the end.
+    """Runs steps until all tokens are learnt; measures the held-out loss and saves checkpoints after each multiple of
+    the plan's numbers of tokens, and at the end.
 
-    What is measured and saved when depends on the tokens alone, so a training that was killed is the same training.
+    The points of measuring and saving depend on the tokens alone, so that a training that was killed and resumed is the
+    same training.
     """
     plan, world = run.plan, run.world
     peak = peak_flops(world.device, run.compute_dtype)
@@ -77,8 +78,9 @@ def learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progres
 
 
 def _write(metrics: MetricsLog | None, line: Mapping[str, float]) -> WorkError | None:
-    """A line of the metrics, on the rank that writes them. What went wrong is for all ranks to stop for, and not for this one
-    alone, which the others would wait for."""
+    """Writes a line of the metrics, on the rank that writes them. Returns the error instead of raising it, so that all
+    ranks stop together: the others would wait for a rank that stopped alone.
+    """
     try:
         if metrics is not None:
             metrics.write(line)
@@ -104,13 +106,13 @@ def measure_held_out(run: Run) -> HeldOut:
 
 
 def _crosses(before: TrainerState, after: TrainerState, every: int | None) -> bool:
-    """Whether a multiple of `every` tokens lies between two states."""
+    """Checks whether a multiple of `every` tokens lies between two states."""
     return every is not None and before.tokens // every < after.tokens // every
 
 
 @contextmanager
 def _metrics(run: Run, state: TrainerState, progress: Progress) -> Iterator[MetricsLog | None]:
-    """The log, on the rank that writes."""
+    """Opens the metrics log on the rank that writes it; yields None on the others."""
     opened: list[MetricsLog] = []
 
     def open_log() -> None:

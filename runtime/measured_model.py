@@ -1,4 +1,4 @@
-"""One model of a build and all that is measured of it."""
+"""One model of a build and all measurements of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _BATCH_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Instruments:
-    """All that the models of a build are measured with."""
+    """The data and settings that all models of a build are measured with."""
 
     loaded: LoadedPlan
     encoder: TextEncoder
@@ -38,7 +38,7 @@ class Instruments:
     prompt: list[int] | None
     suite: Suite
     shown: tuple[Found, ...]
-    """Benchmarks that are not measured this time: what is known of them is shown."""
+    """Benchmarks that are not measured this time; results of earlier measurements are shown."""
 
     tasks_folder: Path
     world: World
@@ -46,34 +46,34 @@ class Instruments:
 
     @property
     def batch_size(self) -> int:
-        """Sequences in one forward."""
+        """Returns the number of sequences in one forward pass."""
         return 1 if self.windows is None else max(1, _BATCH_TOKENS // self.windows.length)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Something to be measured of a model; `key` identifies it and all that it depends on."""
+    """One measurement of a model; `key` identifies it and everything that it depends on."""
 
     name: str
     key: str
     make: Callable[[LanguageModel], Any]
     task: str | None = None
-    """The benchmark, where it is one: it may fail without the rest."""
+    """The benchmark, where the measurement is one: it may fail without failing the rest."""
 
     full: str | None = None
-    """Of a benchmark with a limit: the key of the same without one, which serves as well."""
+    """The key of the same benchmark without a limit, for a benchmark with one: the unlimited result serves as well."""
 
 
 @dataclass
 class MeasuredModel:
-    """A model of the build; `name` is that of results.json."""
+    """A model of the build; `name` is its name in results.json."""
 
     instruments: Instruments
     name: str
     folder: Path
     plan: ModelPlan
     failures: dict[str, str] = field(default_factory=dict)
-    """Benchmark -> why it could not be run."""
+    """The reason for each benchmark that could not be run."""
 
     def __post_init__(self) -> None:
         by = self.instruments
@@ -92,11 +92,11 @@ class MeasuredModel:
         self._shown = [self._benchmark(base, found) for found in by.shown]
 
     def missing(self) -> list[Measurement]:
-        """What was not measured before."""
+        """Returns the measurements that have not been made before."""
         return [one for one in self._measurements if self._known(one) is None]
 
     def measure(self, measurements: Sequence[Measurement], progress: Progress, task: Task) -> None:
-        """Makes measurements and keeps each as soon as it is made."""
+        """Makes measurements and stores each as soon as it is made."""
         if not measurements:
             return
         by = self.instruments
@@ -120,7 +120,7 @@ class MeasuredModel:
             task.advance(1, **figures)
 
     def results(self) -> dict[str, Any]:
-        """What results.json says of the model."""
+        """Returns the model's entry in results.json."""
         known = {one.name: self._known(one) for one in self._measurements if one.task is None}
         tasks: dict[str, Any] = {}
         for one in [*self._measurements, *self._shown]:

@@ -1,4 +1,4 @@
-"""Measurements of a build, each kept by what it depends on, so that none is made twice."""
+"""The measurements of a build, each stored under everything that it depends on, so that none is made twice."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from minitron.specs.builds import CONFIG, MEASUREMENTS
 
 _FORMAT = 1
 _PROBE_BYTES = 1 << 20
-"""More than all results of an evaluation take."""
+"""An upper bound of the size of an evaluation's results."""
 
 Entry = dict[str, Any]
 
 
 def check_room(build: Path) -> None:
-    """WorkError, before anything is measured, where the results could not be written into `build` in the end."""
+    """Checks that the results can be written into `build`. WorkError, before anything is measured, where they
+    cannot.
+    """
     with writing(f"{build}: results"), atomic_path(build / ".results-fit") as temporary:
         temporary.write_bytes(bytes(_PROBE_BYTES))
     (build / ".results-fit").unlink(missing_ok=True)
 
 
 class Measurements:
-    """What has been measured in a build. All ranks make the same calls; the leader reads and writes the file."""
+    """The stored measurements of a build. All ranks make the same calls; the leader reads and writes the file."""
 
     def __init__(self, build: Path, world: World) -> None:
         self._path, self._world = build / MEASUREMENTS, world
@@ -38,18 +40,19 @@ class Measurements:
         self._files: dict[str, list[Any]] = content["files"]
 
     def find(self, key: str) -> Any:
-        """What was measured under `key`; None where nothing was."""
+        """Returns the measurement stored under `key`; None where there is none."""
         entry = self._entries.get(key)
         return None if entry is None else entry["value"]
 
     def keep(self, key: str, of: Mapping[str, Any], value: Any) -> None:
-        """Writes a measurement; `of` says in words what it is a measurement of."""
+        """Stores a measurement; `of` describes in words what was measured."""
         self._entries[key] = {"of": dict(of), "value": value}
         self._write()
 
     def model(self, folder: Path) -> str:
-        """Identifies a model by the content of its configuration and weights. A file whose size and time of change are as they
-        were when it was last read is not read again."""
+        """Identifies a model by the content of its configuration and weights. A file whose size and modification time
+        are unchanged since the last reading is not read again.
+        """
 
         def identify() -> str:
             digest = hashlib.sha256()
@@ -80,8 +83,9 @@ class Measurements:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The file's content; nothing where there is none, or one that is broken or of another format: then all is measured
-    again."""
+    """Reads the file's content; empty where the file is missing, broken or of another format: then everything is
+    measured again.
+    """
     nothing: dict[str, Any] = {"measurements": {}, "files": {}}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -98,5 +102,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def key_of(**depends: Any) -> str:
-    """The key of a measurement that depends on these."""
+    """Returns the key of a measurement that depends on these values."""
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What is written down at every step: train/metrics.jsonl, and TensorBoard events where TensorBoard is installed."""
+"""The metrics of every step: train/metrics.jsonl, and TensorBoard events where TensorBoard is installed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from minitron.specs.progress import Progress
 
 
 class MetricsLog:
-    """Appends one JSON object a step. Opened at a step, it first forgets everything after it, so that each step
-    stands in the file once, however often training was killed; a last line that was cut short goes with it."""
+    """Appends one JSON object a step. Opened at a step, the log first removes all later lines, so that each step stands
+    in the file once, however often training was killed; a last line that was cut short is removed too.
+    """
 
     def __init__(self, folder: Path, step: int, progress: Progress) -> None:
         path = folder / METRICS
@@ -27,7 +28,7 @@ class MetricsLog:
         self._board = _tensorboard(folder / TENSORBOARD, step, progress)
 
     def write(self, figures: Mapping[str, float]) -> None:
-        """`figures` has `step`; one line a step."""
+        """Writes one line: `figures` has the key `step`."""
         with writing(self._file.name):
             self._file.write(json.dumps(dict(figures)) + "\n")
             self._file.flush()
@@ -37,7 +38,9 @@ class MetricsLog:
                         self._board.add_scalar(name, value, int(figures["step"]))
 
     def sync(self) -> None:
-        """On the disk before a checkpoint of the same step is: else a power cut could leave a step without its line."""
+        """Flushes the log to disk before a checkpoint of the same step exists: else a power cut could leave a step
+        without its line.
+        """
         os.fsync(self._file.fileno())
 
     def __enter__(self) -> MetricsLog:
@@ -52,7 +55,9 @@ class MetricsLog:
 
 
 def iter_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The steps of a metrics.jsonl one after the other, whole lines only; none where there is no such file."""
+    """Yields the steps of a metrics.jsonl one after the other, complete lines only; none where there is no such
+    file.
+    """
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as lines:
@@ -66,7 +71,7 @@ def iter_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def last_held_out_loss(path: Path) -> float | None:
-    """The held-out loss that a training measured last; None where it measured none."""
+    """Returns the held-out loss that a training measured last; None where it measured none."""
     loss = None
     for line in iter_metrics(path):
         loss = line.get("held_out_loss", loss)

@@ -1,4 +1,4 @@
-"""Hugging Face models, taken apart where the head begins."""
+"""Hugging Face models, split into backbone and head."""
 
 from __future__ import annotations
 
@@ -28,65 +28,70 @@ from minitron.specs.weight_files import SINGLE, find_weight_files, read_headers
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _HEAD_TOLERANCE = 0.02
-"""Of the largest logit. bf16 rounds by 0.4%; a scale, bias or soft-cap that was read wrongly changes more than that."""
+"""The tolerance as a share of the largest logit. bf16 rounds by 0.4%; a scale, bias or soft-cap that was read wrongly
+changes more than that.
+"""
 
 T = TypeVar("T")
 
 Tokenizer = Any
-"""A transformers tokenizer; the library has no types."""
+"""A transformers tokenizer; the library has no type annotations."""
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A module, and how its logits come from the hidden states of its backbone."""
+    """A module, and how its logits are computed from the hidden states of its backbone."""
 
     module: Any
     plan: HeadPlan
     layer_list: str | None = None
-    """Submodule that lists the decoder layers, where the plan says it."""
+    """The submodule that lists the decoder layers, where the plan names one."""
     root: Any = None
-    """The module that gathers what lies outside the layers, where the weights are spread over ranks (`sharding.py`)."""
+    """The module that gathers the weights outside the layers, where weights are sharded over ranks (`sharding.py`)."""
 
     def gathered(self, work: Callable[[], T]) -> T:
-        """Calls `work` while embedding, last norm and head are whole, wherever the weights are: all that computes with
-        the model runs in here. Where they are spread, all ranks call this equally often."""
+        """Calls `work` while embedding, last norm and head are whole, wherever the weights lie: every computation with
+        the model runs inside this call. Where the weights are sharded, all ranks call this method equally often.
+        """
         return work() if self.root is None else self.root(work)
 
     def rest(self) -> None:
-        """Spreads again what a computation without gradients left gathered, so that each rank has its rows only."""
+        """Reshards the weights that a computation without gradients left gathered, so that each rank holds its own rows
+        only.
+        """
         if self.root is not None:
             self.root.reshard()
 
     def hidden_states(self, input_ids_BL: Tensor) -> Tensor:
-        """The hidden states [B, L, D] that the head reads. No logits are computed and no cache is kept."""
+        """Returns the hidden states [B, L, D] that the head reads. No logits are computed and no cache is kept."""
         backbone = self.module.get_submodule(self.plan.backbone)
         hidden: Tensor = backbone(input_ids=input_ids_BL, use_cache=False).last_hidden_state
         return hidden
 
     @property
     def head(self) -> Head:
-        """The head with the module's own parameters, so that gradients reach them."""
+        """Returns the head with the module's own parameters, so that gradients reach them."""
         bias = None if self.plan.bias is None else self.module.get_parameter(self.plan.bias)
         return Head(self.module.get_parameter(self.plan.weight), bias, self.plan.scale, self.plan.softcap)
 
     @property
     def layers(self) -> torch.nn.ModuleList | None:
-        """The decoder layers, in order."""
+        """Returns the decoder layers, in order; None where the plan names none."""
         return None if self.layer_list is None else self.module.get_submodule(self.layer_list)
 
     @property
     def width(self) -> int:
-        """Channels of the hidden states."""
+        """Returns the number of channels of the hidden states."""
         return int(self.head.weight_VD.shape[1])
 
     @property
     def positions(self) -> int | None:
-        """How many tokens the model can read, where its configuration says so."""
+        """Returns the number of positions that the model can read, where its configuration states it; else None."""
         return _positions(self.module.config)
 
     @property
     def parameters(self) -> int:
-        """Number of parameters, tied ones counted once."""
+        """Counts the parameters, tied ones once."""
         return sum(parameter.numel() for parameter in self.module.parameters())
 
 
@@ -96,7 +101,9 @@ def _positions(config: Any) -> int | None:
 
 
 def readable(folder: Path) -> int | None:
-    """How many tokens the model in `folder` can read, where its configuration says so. WorkError for a broken one."""
+    """Returns the number of positions that the model in `folder` can read, where its configuration states it; else
+    None. WorkError for a broken configuration.
+    """
     return _positions(model_config(folder))
 
 
@@ -107,11 +114,11 @@ Place = Callable[[LanguageModel], LanguageModel]
 def load_model(
     loaded: LoadedPlan, at: str, plan: ModelPlan, dtype: torch.dtype, device: torch.device, place: Place | None = None
 ) -> LanguageModel:
-    """The model that the plan names under `at` (`teacher` or `student`), in eval mode, its head checked.
+    """Loads the model that the plan names under `at` (`teacher` or `student`), in eval mode, its head checked.
 
-    `place` is called with the model on the CPU, in the dtype that its files have where that is narrower than
-    `dtype`; None: it goes to `device` in `dtype`. Refused where the plan and the model do not fit, UsageError where
-    there is no model, WorkError for broken files.
+    `place` is called with the model on the CPU, in the dtype of its files where that is narrower than `dtype`; with
+    None the model goes to `device` in `dtype`. Refused where the plan and the model do not fit, UsageError where there
+    is no model, WorkError for broken files.
     """
     folder = model_folder(loaded, at, plan)
     if place is not None and stored_in(folder, "BF16"):
@@ -120,7 +127,7 @@ def load_model(
 
 
 def model_folder(loaded: LoadedPlan, at: str, plan: ModelPlan) -> Path:
-    """The folder that holds a model of the plan; a Hugging Face id is fetched."""
+    """Returns the folder that holds a model of the plan; a model named by its Hugging Face id is downloaded."""
     folder = loaded.folder / plan.model
     if folder.is_dir():
         return folder
@@ -143,10 +150,10 @@ def model_folder(loaded: LoadedPlan, at: str, plan: ModelPlan) -> Path:
 def open_model(
     folder: Path, dtype: torch.dtype, device: torch.device, plan: ModelPlan, at: str, place: Place | None = None
 ) -> LanguageModel:
-    """The model in `folder`, with the head and the layers that the `plan` at the dotted path `at` says.
+    """Opens the model in `folder`, with the head and the layers that the `plan` at the dotted path `at` names.
 
-    On a CPU the weights are held in fp32: bf16 weights are the same numbers there, and without bf16 instructions, which
-    most CPUs lack, computing in bf16 takes several times as long.
+    On a CPU the weights are held in fp32: it represents bf16 weights exactly, and without bf16 instructions, which most
+    CPUs lack, computing in bf16 takes several times as long.
     """
     module = open_module(folder, torch.float32 if device.type == "cpu" else dtype)
     model = LanguageModel(module, plan.head, plan.layers)
@@ -165,7 +172,9 @@ def open_model(
 
 
 def open_module(folder: Path, dtype: torch.dtype | Literal["auto"]) -> Any:
-    """The transformers model in `folder` on the CPU, in eval mode; `auto`: in the dtype of its configuration."""
+    """Opens the transformers model in `folder` on the CPU, in eval mode; `auto` stands for the dtype of its
+    configuration.
+    """
     weight_files(folder)
     config = model_config(folder)
     try:
@@ -191,7 +200,9 @@ def open_module(folder: Path, dtype: torch.dtype | Literal["auto"]) -> Any:
 
 
 def _generation(folder: Path, config: Any) -> GenerationConfig:
-    """How the model in a folder generates, by its own file or else by the tokens of its configuration."""
+    """Returns the generation settings of the model in a folder: its generation_config.json, or else the special tokens
+    of its configuration.
+    """
     settings = read_generation_settings(folder)
     if settings is None:
         tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -205,7 +216,7 @@ def _generation(folder: Path, config: Any) -> GenerationConfig:
 
 
 def _check_names(model: LanguageModel, at: str) -> None:
-    """What the plan names as the head, and as the list of layers, must be there."""
+    """Checks that the head and the list of layers that the plan names exist in the model."""
     module, plan = model.module, model.plan
     for key, find in (
         ("backbone", module.get_submodule),
@@ -229,8 +240,9 @@ def _check_names(model: LanguageModel, at: str) -> None:
 
 
 def _gives_other_logits(model: LanguageModel, device: torch.device) -> bool:
-    """Whether what the plan says about the head gives other logits than the module itself. (Where weights are no
-    numbers nothing is compared: training says so, and saves the batch.)"""
+    """Checks whether the head as the plan describes it gives other logits than the module itself. (Where weights are
+    not finite nothing is compared: training reports them, and saves the batch.)
+    """
     ids = torch.arange(8, device=device).unsqueeze(0) % model.head.vocabulary
     hidden = model.hidden_states(ids)[0].float()
     logits = hidden @ model.head.weight_VD.float().T
@@ -240,7 +252,9 @@ def _gives_other_logits(model: LanguageModel, device: torch.device) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, as the compiler finds them. WorkError where there are none or one is missing."""
+    """Lists the safetensors files of a checkpoint, found as the compiler finds them. WorkError where there are none or
+    one is missing.
+    """
     files = find_weight_files(folder)
     if not files.paths:
         raise WorkError(f"{folder} has no {SINGLE}; only safetensors weights are read, make the model again")
@@ -248,18 +262,19 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of all tensors in a checkpoint, from the headers of its files."""
+    """Returns the bytes of all tensors in a checkpoint, from the headers of its files."""
     return sum(info.nbytes for info in read_headers(weight_files(folder)).values())
 
 
 def stored_in(folder: Path, dtype: str) -> bool:
-    """Whether all tensors of a checkpoint are in this dtype, as safetensors spells it."""
+    """Checks whether all tensors of a checkpoint have this dtype, as safetensors spells it."""
     return all(info.dtype == dtype for info in read_headers(weight_files(folder)).values())
 
 
 def model_config(folder: Path) -> Any:
-    """The configuration of the model in a folder, without keys that only change how it is called. UsageError or WorkError
-    where it cannot be read."""
+    """Reads the configuration of the model in a folder, without keys that only change how the model is called.
+    UsageError or WorkError where it cannot be read.
+    """
     raw = read_model_config(folder)
     try:
         with quiet(), alone({key: value for key, value in raw.items() if key != "auto_map"}) as only_config:
@@ -270,7 +285,7 @@ def model_config(folder: Path) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in `folder`, which never warns about long texts: they are cut into sequences later."""
+    """Loads the tokenizer in `folder` without its warnings about long texts: texts are cut into sequences later."""
     if not folder.is_dir():
         raise WorkError(f"there is no folder {folder}, where the tokenizer should be; compile again")
     try:
@@ -293,7 +308,9 @@ def check_vocabularies(
     tokenizer: Tokenizer,
     read: Iterable[Largest],
 ) -> None:
-    """Teacher and student must speak of the same tokens, and have all that were read. Refused where they do not."""
+    """Checks that teacher and student have the same vocabulary, with all tokens that were read. Refused where they do
+    not.
+    """
     ours = student.head.vocabulary
     if teacher is not None and (theirs := teacher.head.vocabulary) != ours:
         message = f"the teacher has a vocabulary of {theirs} tokens and the student one of {ours}"
@@ -306,14 +323,17 @@ def check_vocabularies(
 
 
 def check_teacher(loaded: LoadedPlan, teacher: LanguageModel, tokenizer: Tokenizer, read: Iterable[Largest]) -> None:
-    """The teacher must speak of the tokenizer's tokens, and have all that were read. Refused where it does not."""
+    """Checks that the teacher has the tokenizer's vocabulary, with all tokens that were read. Refused where it does
+    not.
+    """
     check_read(teacher, tokenizer, read)
     _check_tokenizer(loaded, tokenizer)
 
 
 def check_read(model: LanguageModel, tokenizer: Tokenizer, read: Iterable[Largest]) -> None:
-    """The model has a row for every token that was read; a tokenizer may know tokens that no document has. Refused, with
-    token and document, where it has not."""
+    """Checks that the model has an embedding row for every token that was read; a tokenizer may have tokens that no
+    document contains. Refused, with token and document, where a row is missing.
+    """
     ours = model.head.vocabulary
     for largest in read:
         if largest.id >= ours:
@@ -333,7 +353,7 @@ def _check_tokenizer(loaded: LoadedPlan, tokenizer: Tokenizer) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the library's own bars and warnings: what matters is raised as an error of ours."""
+    """Silences the library's own progress bars and warnings: problems that matter are raised as our own errors."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

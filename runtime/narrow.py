@@ -1,4 +1,4 @@
-"""Numbers held in fewer bits than they are computed in: bf16 by stochastic rounding, and 8 bits by blocks.
+"""Values stored in fewer bits than they are computed in: bf16 by stochastic rounding, and 8 bits by blocks.
 
 Rounding to the nearest loses every change that is smaller than half a step: a bf16 weight has steps of 1/256 of itself, so
 that a training whose changes are a thousandth of a weight stands still. Rounded up or down at random, in proportion to the
@@ -22,7 +22,9 @@ _DECADES = 7
 
 
 def round_stochastically(exact: Tensor, generator: torch.Generator) -> Tensor:
-    """fp32 to bf16: up or down at random, so that the expectation is `exact`. What bf16 has stays; so do infinities."""
+    """Rounds fp32 to bf16, up or down at random, so that the expectation is `exact`. Values that bf16 represents stay
+    as they are; so do infinities.
+    """
     bits = exact.view(torch.int32)
     noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
     rounded = (bits + noise).bitwise_and_(-1 << 16).view(torch.float32)
@@ -32,7 +34,9 @@ def round_stochastically(exact: Tensor, generator: torch.Generator) -> Tensor:
 
 @lru_cache
 def code_book(signed: bool, device: torch.device) -> Tensor:
-    """The 256 numbers from -1 (unsigned: 0) to 1, ascending. Each decade has twice as many as the one below it."""
+    """Returns the 256 numbers from -1 (unsigned: 0) to 1, ascending. Each decade has twice as many as the one below
+    it.
+    """
     numbers = [0.0, 1.0]
     for decade in range(_DECADES):
         count = 1 << (decade if signed else decade + 1)
@@ -43,7 +47,7 @@ def code_book(signed: bool, device: torch.device) -> Tensor:
 
 
 def blocks_of(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows, and how many blocks each of them has, of a tensor with two dimensions or more."""
+    """Returns the number of rows of a tensor with two dimensions or more, and the number of blocks in each row."""
     columns = 1
     for size in shape[1:]:
         columns *= size
@@ -51,7 +55,7 @@ def blocks_of(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _in_blocks(exact: Tensor) -> Tensor:
-    """[rows, blocks, BLOCK], the last block of a row filled up with zeros."""
+    """Reshapes a tensor to [rows, blocks, BLOCK], the last block of a row padded with zeros."""
     rows, blocks = blocks_of(tuple(exact.shape))
     flat = exact.reshape(rows, -1)
     return torch.nn.functional.pad(flat, (0, blocks * BLOCK - flat.shape[1])).view(rows, blocks, BLOCK)
@@ -71,7 +75,7 @@ def quantize(exact: Tensor, signed: bool, codes: Tensor, scales: Tensor) -> None
 
 
 def dequantize(codes: Tensor, signed: bool, scales: Tensor) -> Tensor:
-    """The numbers in fp32."""
+    """Returns the values in fp32."""
     if not codes.numel():
         return torch.zeros(codes.shape, device=codes.device)
     parts = code_book(signed, codes.device)[codes.reshape(codes.shape[0], -1).long()]

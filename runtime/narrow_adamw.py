@@ -1,8 +1,8 @@
-"""AdamW that computes in fp32 and holds weights and moments in fewer bits.
+"""AdamW that computes in fp32 and stores weights and moments in fewer bits.
 
-Our own and not a library's, for two promises: what is rounded at random follows from the seed, the step and the parameter,
-so that a training that was interrupted gives the same bytes; and moments are plain tensors of rows, which checkpoints
-spread over any number of ranks.
+The implementation is our own and not a library's, for two guarantees: random rounding follows from the seed, the step
+and the parameter, so that a training that was interrupted gives the same bytes; and moments are plain tensors of rows,
+which checkpoints distribute over any number of ranks.
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ from minitron.runtime.sharding import local, rows_like
 StateName = Literal["float32", "bfloat16", "int8"]
 
 _SMALLEST = 4096
-"""Elements below which moments stay in fp32: norms and biases are nothing to save and much to lose."""
+"""The number of elements below which moments stay in fp32: narrow moments of norms and biases would save little and
+cost accuracy.
+"""
 
 _PART = 1 << 25
-"""Elements that are updated at a time: what a step needs beside weights, gradients and moments stays under a GiB."""
+"""The number of elements that are updated at a time: the memory of a step beside weights, gradients and moments stays
+under a GiB.
+"""
 
 _MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))
 
@@ -35,8 +39,9 @@ class NarrowAdamW(torch.optim.Optimizer):
     def __init__(
         self, groups: Iterable[dict[str, Any]], *, states: StateName, bf16_weights: bool, seed: int, **settings: Any
     ) -> None:
-        """`settings` are lr, betas and eps; `seed` decides, with the step, how bf16 is rounded. `bf16_weights`: weights become
-        bf16 numbers, whatever they are held in."""
+        """Takes lr, betas and eps as `settings`; `seed` decides, with the step, how bf16 is rounded. `bf16_weights`:
+        weights take bf16 values, whatever dtype they are stored in.
+        """
         super().__init__(groups, {"weight_decay": 0.0, **settings})
         self.states, self.bf16_weights, self.seed = states, bf16_weights, seed
 

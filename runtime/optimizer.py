@@ -14,9 +14,10 @@ from minitron.specs.blocks.training import Optimizer
 def make_optimizer(
     model: torch.nn.Module, settings: Optimizer, *, bf16_weights: bool = False, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """Decay for matrices, none for norms and biases: what has one dimension sets a scale or an offset and has no reason
-    to shrink (Loshchilov and Hutter, arXiv 1711.05101; the split is that of GPT-3, arXiv 2005.14165, appendix B).
-    Weights in bf16, and moments in bf16, are rounded at random by `seed`."""
+    """Makes AdamW with weight decay for matrices and none for norms and biases: a parameter with one dimension sets a
+    scale or an offset and has no reason to shrink (Loshchilov and Hutter, arXiv 1711.05101; the split is that of GPT-3,
+    arXiv 2005.14165, appendix B). Weights in bf16, and moments in bf16, are rounded at random by `seed`.
+    """
     # What is spread over ranks and what is whole on each (`sharding.py`) cannot be updated in one call.
     groups = [
         {

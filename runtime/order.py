@@ -1,9 +1,9 @@
-"""Which sample comes when: pure functions of (seed, global sample index), so no state is kept and no restart can
-lose it.
+"""The order of the samples: pure functions of (seed, global sample index), so that no state is stored and no restart
+can lose it.
 
 A permutation of any size is computed for one index at a time, by a Feistel network on the next larger power of four
-with cycle walking (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002, section 4), so that an epoch of
-a billion samples costs no memory.
+with cycle walking (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002, section 4), so that an epoch of a
+billion samples costs no memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BLEND_BLOCK = 10_000
 
 
 def mix(*numbers: int) -> int:
-    """64 well mixed bits of several numbers. (The finaliser of SplitMix64, Steele et al. 2014, chained.)"""
+    """Hashes several numbers to 64 well mixed bits. (The finaliser of SplitMix64, Steele et al. 2014, chained.)"""
     state = 0x9E3779B97F4A7C15
     for number in numbers:
         state = (state + (number & _MASK) + 0x9E3779B97F4A7C15) & _MASK
@@ -28,7 +28,7 @@ def mix(*numbers: int) -> int:
 
 
 def permute(index: int, size: int, key: int) -> int:
-    """Where `index` goes in the permutation of range(size) that `key` names."""
+    """Returns the image of `index` in the permutation of range(size) that `key` identifies."""
     assert 0 <= index < size
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     low = (1 << half) - 1
@@ -42,14 +42,17 @@ def permute(index: int, size: int, key: int) -> int:
 
 
 def shuffled(index: int, size: int, seed: int) -> int:
-    """The sample of a source of `size` samples that comes as its number `index`; each epoch in an order of its own."""
+    """Returns the sample at position `index` in the training order of a source of `size` samples; each epoch has an
+    order of its own.
+    """
     epoch, position = divmod(index, size)
     return permute(position, size, mix(seed, epoch))
 
 
 def blend_quotas(weights: Sequence[float]) -> list[int]:
-    """Samples of each source in a block: proportional to the weights, at least 1, together BLEND_BLOCK (largest
-    remainder)."""
+    """Returns the number of samples of each source in a block: proportional to the weights, at least 1, together
+    BLEND_BLOCK (largest remainder).
+    """
     total = sum(weights)
     exact = [weight / total * BLEND_BLOCK for weight in weights]
     quotas = [max(1, int(share)) for share in exact]
@@ -62,7 +65,7 @@ def blend_quotas(weights: Sequence[float]) -> list[int]:
 
 
 def blend_place(index: int, quotas: Sequence[int], seed: int) -> tuple[int, int]:
-    """The source that global sample `index` comes from, and how many came from that source before."""
+    """Returns the source of global sample `index`, and the number of samples of that source before it."""
     block, position = divmod(index, sum(quotas))
     slot = permute(position, sum(quotas), mix(seed, block, len(quotas)))
     for source, quota in enumerate(quotas):

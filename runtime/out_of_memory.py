@@ -1,4 +1,4 @@
-"""What a user is told where a device has no room for a training."""
+"""The error message for a device that has too little memory for a training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from minitron.specs.training_plan import TrainingPlan
 
 @contextmanager
 def told_in_a_sentence(plan: TrainingPlan) -> Iterator[None]:
-    """WorkError, with what of the plan takes less memory, where torch finds none. `plan` has the micro batch of a rank."""
+    """Turns torch's out-of-memory error into a WorkError that names the changes of the plan that take less memory.
+    `plan` has the micro batch of a rank.
+    """
     try:
         yield
     except torch.OutOfMemoryError:
@@ -25,7 +27,7 @@ def told_in_a_sentence(plan: TrainingPlan) -> Iterator[None]:
 
 
 def _ways(plan: TrainingPlan) -> Iterator[str]:
-    """Changes that take less memory, those first that a training which is under way may make."""
+    """Yields changes that take less memory, first those that are allowed in a training that has already begun."""
     if plan.micro_batch_size > 1:
         yield f"`micro_batch_size: {plan.micro_batch_size // 2}`"
     if not plan.gradient_checkpointing:

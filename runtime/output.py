@@ -20,18 +20,19 @@ from minitron.specs.generation_settings import FILE as GENERATION
 from minitron.specs.model_config import with_older_keys
 
 _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
-"""What else a model's folder may hold its weights in: they would not be the new ones."""
+"""Other files that a model's folder may hold its weights in: they would be outdated."""
 
 _TEMPLATES = "additional_chat_templates"
-"""The one folder that belongs to a tokenizer."""
+"""The one subfolder that belongs to a tokenizer."""
 
 Weights = dict[str, Tensor]
 
 
 def whole_weights(student: LanguageModel, dtype: torch.dtype, world: World) -> Weights:
-    """The student's tensors in `dtype`, by name. Where they are spread over ranks all ranks call this: one tensor at a
-    time is gathered, and the leader keeps it in host memory; for the others it is empty. Turns the student itself
-    to `dtype`: training is over."""
+    """Returns the student's tensors in `dtype`, by name. Where they are sharded, all ranks call this function: one
+    tensor at a time is gathered, and the leader keeps it in host memory; the other ranks get an empty mapping. Converts
+    the student itself to `dtype`: training is over.
+    """
     module = student.module.to(dtype)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     weights: Weights = {}
@@ -57,9 +58,10 @@ def write_model(
     report: Sequence[str],
     files: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes `target` whole or not at all: the `weights`, and what `source`, the pruned student, has beside
-    its weights (tokenizer, generation settings). `report` is what the model card says about the training; `files`, by
-    name, stand beside it or take its place."""
+    """Writes `target` whole or not at all: the `weights`, and the files of `source`, the pruned student, other than its
+    weights (tokenizer, generation settings). `report` is the model card's text about the training; `files`, by name,
+    are added or replace files of the same name.
+    """
     with writing(str(target)), atomic_folder(target) as temporary:
         with quiet():
             student.module.save_pretrained(temporary, state_dict=weights)
@@ -79,14 +81,15 @@ def write_model(
 
 
 def _keep_older_keys(source: Path, written: Path) -> None:
-    """Gives a configuration the keys for older loaders that the one that the model was loaded with has."""
+    """Copies into a configuration the keys for older loaders of transformers that the source's configuration has."""
     before, now = (json.loads(path.read_text(encoding="utf-8-sig")) for path in (source, written))
     written.write_text(json.dumps(with_older_keys(now, before), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def model_card(before: str, name: str, report: Sequence[str]) -> str:
-    """A card about the distilled model, with the front matter of the pruned student's card and that card's text
-    below."""
+    """Returns a card about the distilled model, with the front matter of the pruned student's card and that card's text
+    below.
+    """
     front, body = "", before
     if before.startswith("---\n") and "\n---\n" in before[4:]:
         front, body = before[4:].split("\n---\n", 1)

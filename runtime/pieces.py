@@ -1,7 +1,7 @@
-"""The state of a training as this rank holds it: whole tensors, or rows of tensors that are spread over the ranks.
+"""The state of a training as this rank holds it: whole tensors, or rows of tensors that are sharded over the ranks.
 
-A checkpoint is written and read in these pieces, each with its place in the whole tensor. So every rank writes only
-what it has and reads only what it needs, and a training goes on with any number of ranks.
+A checkpoint is written and read in these pieces, each with its place in the whole tensor. So every rank writes only the
+pieces it holds and reads only the pieces it needs, and a training can resume with any number of ranks.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from torch.distributed.tensor import DTensor
 from minitron.runtime.sharding import local
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8}
-"""What states are written in, by safetensors' names."""
+"""The dtypes that states are written in, by safetensors' names."""
 
 ROWS = "rows"
-"""Key in the header of a file: JSON, name -> [first row, shape of the whole tensor], for tensors that are not whole."""
+"""The key in the header of a file: JSON, name -> [first row, shape of the whole tensor], for tensors that are not
+whole.
+"""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The rows of `tensor` are those from `start` of a tensor of `shape`."""
+    """Rows of a tensor: those of `tensor` begin at row `start` of a whole tensor of `shape`."""
 
     tensor: Tensor
     start: int
@@ -51,7 +53,7 @@ def piece_of(tensor: Tensor) -> Piece:
 
 
 def model_pieces(model: torch.nn.Module) -> dict[str, Piece]:
-    """Parameters and persistent buffers by name; tied weights under their first name."""
+    """Returns parameters and persistent buffers by name; tied weights stand under their first name."""
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = {name: value for name, value in model.state_dict().items() if name not in parameters}
@@ -59,7 +61,7 @@ def model_pieces(model: torch.nn.Module) -> dict[str, Piece]:
 
 
 def optimizer_pieces(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Piece]:
-    """What the optimizer remembers of each parameter, as `exp_avg/NAME`."""
+    """Returns the optimizer's state of each parameter, as `exp_avg/NAME`."""
     return {
         f"{key}/{name}": piece_of(value)
         for name, parameter in model.named_parameters()
@@ -68,10 +70,10 @@ def optimizer_pieces(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
 
 
 class PieceFiles:
-    """Safetensors files that hold the pieces of tensors, read as if the tensors were whole."""
+    """The safetensors files that hold the pieces of tensors, read as if the tensors were whole."""
 
     def __init__(self, files: Iterable[Path]) -> None:
-        """Reads the headers. OSError and SafetensorError for what is no such file."""
+        """Reads the headers. OSError and SafetensorError for files that are not safetensors."""
         self._stack = ExitStack()
         self._found: dict[str, list[tuple[int, int, Any]]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -94,7 +96,7 @@ class PieceFiles:
         self._stack.close()
 
     def whole(self, name: str) -> Tensor:
-        """One tensor on the CPU."""
+        """Reads one whole tensor to the CPU."""
         shape = self.shapes[name]
         (_, _, file), *others = self._found[name]
         if not shape:
@@ -104,7 +106,7 @@ class PieceFiles:
 
     @torch.no_grad()
     def fill(self, name: str, piece: Piece) -> bool:
-        """Copies into `piece` what stands there in the whole tensor. False where the files lack any of it."""
+        """Fills `piece` with its rows of the whole tensor. False where the files lack any of the rows."""
         if self.shapes.get(name) != piece.shape:
             return False
         if not piece.shape:
@@ -121,12 +123,12 @@ class PieceFiles:
 
 
 def header(pieces: Mapping[str, Piece]) -> dict[str, str]:
-    """The metadata that says where the pieces belong."""
+    """Returns the file metadata that records the place of each piece in its tensor."""
     return {ROWS: json.dumps({name: [one.start, one.shape] for name, one in pieces.items() if not one.whole})}
 
 
 def worth_writing(pieces: Mapping[str, Piece], first: bool) -> Iterator[tuple[str, Piece]]:
-    """What this rank has to write: its rows, and whole tensors on the `first` rank alone."""
+    """Yields the pieces that this rank has to write: its rows, and whole tensors on the `first` rank alone."""
     for name, piece in pieces.items():
         if first if piece.whole else piece.tensor.numel():
             yield name, piece

@@ -1,4 +1,4 @@
-"""Reads training.yaml, whose models stand in `specs/training_plan.py`."""
+"""Reads training.yaml, whose schema is defined in `specs/training_plan.py`."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from minitron.specs.translate import Places, translate
 
 @dataclass(frozen=True)
 class LoadedPlan:
-    """A valid training.yaml and where each of its values stands."""
+    """A valid training.yaml, with the line of each of its values."""
 
     plan: EvaluationPlan
     path: Path
     tree: source.Node = field(repr=False)
     places: Mapping[str, str] = field(default_factory=dict)
-    """First keys of `plan` that stand elsewhere in the file, for a plan that was made from another one."""
+    """The first keys of `plan` that have another place in the file, for a plan that was made from another one."""
 
     @property
     def folder(self) -> Path:
-        """What relative paths in the plan are relative to."""
+        """Returns the folder that relative paths in the plan start from."""
         return self.path.parent
 
     def error(self, path: str, message: str, hint: str = "") -> SpecError:
-        """An error at the place of the dotted `path`."""
+        """Makes an error at the place of the dotted `path`."""
         first, dot, rest = path.partition(".")
         path = self.places.get(first, first) + dot + rest
         return Places(self.tree).error(path, message, hint)
 
     def training(self) -> TrainingPlan:
-        """The plan of a build that trains. UsageError where there is nothing to train."""
+        """Returns the plan of a build that trains. UsageError where there is nothing to train."""
         if not isinstance(self.plan, TrainingPlan):
             raise UsageError(
                 f"{self.path} says nothing about training: the build was compiled from a spec without `distill`; "
@@ -49,12 +49,14 @@ class LoadedPlan:
         return self.plan
 
     def data(self, at: str, data: DataSource) -> DataSource:
-        """The source that stands at `at`, its files found. Refused for files that are not there."""
+        """Returns the source under the key `at`, its files found. Refused for files that do not exist."""
         return resolve(data, self.folder, at=at)
 
 
 def read_training_plan(build: Path) -> LoadedPlan:
-    """Reads BUILD/training.yaml. UsageError where it is not there, SpecInvalid with everything that is wrong in it."""
+    """Reads BUILD/training.yaml. UsageError where the file does not exist, SpecInvalid with everything that is wrong in
+    it.
+    """
     path = build / TRAINING
     if not build.is_dir():
         raise UsageError(f"{build}: there is no such build folder; `minitron compile SPEC -o {build}` makes one")

@@ -1,4 +1,6 @@
-"""`minitron capture BUILD`: the teacher's distribution is sampled once and stored, for training without the teacher."""
+"""Samples the teacher's distribution once and stores the samples, for training without the teacher: `minitron capture
+BUILD`.
+"""
 
 from __future__ import annotations
 
@@ -45,15 +47,16 @@ from minitron.specs.progress import Progress, Silent
 from minitron.specs.training_plan import TrainingPlan
 
 _CHUNK_ELEMENTS = 1 << 23
-"""Logits at a time: 32 MiB of them and, for the sums, 64 MiB in fp64."""
+"""The number of logits at a time: 32 MiB of them and, for the sums, 64 MiB in fp64."""
 
 _DRAWS = 0x647261777300
-"""Keeps the draws apart from everything else that follows from the seed."""
+"""The salt that keeps the draws independent of everything else that follows from the seed."""
 
 
 def record(build: Path, *, device: str | None, progress: Progress, outside: bool = False) -> dict[str, Any]:
-    """Stores what training.yaml asks for in BUILD/teacher_logits and returns {samples, tokens, bytes, folder}. Goes on
-    where a killed capture was, adds to one that was for fewer tokens, and does nothing where all is there.
+    """Stores the samples that training.yaml asks for in BUILD/teacher_logits and returns {samples, tokens, bytes,
+    folder}. Resumes a capture that was killed, extends one that was for fewer tokens, and does nothing where all
+    samples exist.
 
     With several ranks each makes its share of the shards; the teacher is whole on each or sharded, as `layout` says.
     UsageError and WorkError as for training.
@@ -113,7 +116,7 @@ def _bytes(folder: Path) -> int:
 
 
 def _draw_missing(loaded: LoadedPlan, index: Index, samples: int, session: Session) -> None:
-    """Writes the shards of the first `samples` global samples that are not there, this rank's share of them."""
+    """Writes the missing shards of the first `samples` global samples, this rank's share of them."""
     plan, folder = loaded.training(), loaded.folder / LOGITS
     world, progress = session.world, session.progress
     corpus = session.open_corpus(plan)
@@ -144,7 +147,7 @@ def _draw_missing(loaded: LoadedPlan, index: Index, samples: int, session: Sessi
 
 @torch.no_grad()
 def _hidden_states(teacher: LanguageModel, batch: Batch) -> Tensor:
-    """[T, width] of the tokens that are predicted."""
+    """Returns the hidden states [T, width] at the positions that predict a token."""
     return teacher.gathered(lambda: batch.pick(teacher.hidden_states(batch.input_ids_BL)))
 
 
@@ -152,8 +155,9 @@ def _hidden_states(teacher: LanguageModel, batch: Batch) -> Tensor:
 def sample_teacher(
     teacher: LanguageModel, corpus: Corpus, samples: range, plan: TrainingPlan, device: torch.device
 ) -> Shard:
-    """Draws for every predicted token of some global samples. Which numbers are drawn with follows from the seed and the
-    sample."""
+    """Draws samples for every predicted token of some global samples. The random numbers follow from the seed and the
+    sample.
+    """
     assert isinstance(plan.teacher_logits, SampledLogits)
     draws, temperature = plan.teacher_logits.sampled, plan.loss.logits.temperature
     batch = corpus.batch(samples)

@@ -1,4 +1,4 @@
-"""Holds results against what a spec requires of them."""
+"""Compares results with the requirements of a spec."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ Judgement = dict[str, Any]
 
 
 def judge(require: Mapping[str, str], models: Mapping[str, Any], recovered: float | None) -> list[Judgement]:
-    """For each requirement `{name, bound, model, value, limit, ok, short_by}`. It is the distilled student that is held to it,
-    the pruned one where there is no other; a figure that was not measured does not pass."""
+    """Judges each requirement: `{name, bound, model, value, limit, ok, short_by}`. Requirements apply to the distilled
+    student, or to the pruned one where there is no other; a figure that was not measured does not pass.
+    """
     model = "distilled" if "distilled" in models else "pruned"
     judged = []
     for name, text in require.items():
@@ -31,7 +32,7 @@ def judge(require: Mapping[str, str], models: Mapping[str, Any], recovered: floa
 
 
 def figure(models: Mapping[str, Any], model: str, name: str) -> float | None:
-    """The held-out loss of a model, or its score in a task; None where there is none."""
+    """Returns the held-out loss of a model, or its score in a task; None where there is none."""
     measured = models.get(model) or {}
     if name == HELD_OUT_LOSS:
         return (measured.get("held_out") or {}).get("loss")

@@ -1,4 +1,4 @@
-"""Stored samples in place of a teacher: what they must have been drawn from, and whether they were."""
+"""Stored samples in place of a teacher: the identity that they must have been drawn for, and its check."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ _KEPT = (
 
 
 def samples_identity(training: Mapping[str, Any], teacher: Path | None) -> dict[str, Any]:
-    """What decides the samples, flat, from what decides the training (`resume_identity`); `teacher` is the folder of the
-    teacher's weights, where it is at hand. Not in it: how many tokens are trained on, and in which batches. A longer
-    training has the same samples and more."""
+    """Returns everything that decides the samples, flat, from everything that decides the training (`resume_identity`);
+    `teacher` is the folder of the teacher's weights, where it exists. The number of training tokens and the batch sizes
+    are left out: a longer training has the same samples and more.
+    """
     kept = {key: value for key, value in training.items() if key.startswith(_KEPT)}
     return kept if teacher is None else kept | {WEIGHTS: weights_digest(teacher)}
 
 
 def stored_logits(loaded: LoadedPlan, training: Mapping[str, Any]) -> StoredLogits:
-    """The samples that the plan trains from. The teacher itself need not be there; where it is, it must be theirs.
+    """Opens the samples that the plan trains from. The teacher itself need not exist; where it does, the samples must
+    be drawn from it.
 
-    UsageError where they are not (all) captured; Refused where they were drawn for another training.
+    UsageError where samples are missing; Refused where they were drawn for another training.
     """
     plan = loaded.training()
     assert isinstance(plan.teacher_logits, SampledLogits)
@@ -52,7 +54,7 @@ def stored_logits(loaded: LoadedPlan, training: Mapping[str, Any]) -> StoredLogi
 
 
 def samples_needed(plan: TrainingPlan) -> int:
-    """Global samples that a whole training reads."""
+    """Returns the number of global samples that a whole training reads."""
     return plan.steps * plan.global_batch_size
 
 

@@ -1,6 +1,7 @@
-"""Checkpoints are written beside the training: a copy in host memory is made between two steps, and a thread of each
-rank writes it while the next steps run. Ranks tell each other at every step how far they are; the last one to be ready
-makes the checkpoint whole."""
+"""Checkpoints written beside the training: a copy in host memory is made between two steps, and a thread of each rank
+writes it while the next steps run. Ranks exchange their progress at every step; once all parts are written, the
+checkpoint is published.
+"""
 
 from __future__ import annotations
 
@@ -25,21 +26,21 @@ Pieces = Mapping[str, Mapping[str, Piece]]
 
 @dataclass
 class _Save:
-    """One checkpoint on its way."""
+    """One checkpoint that is being written."""
 
     state: TrainerState
     held_out_loss: float | None
     thread: threading.Thread | None = None
     error: Exception | None = None
     published: bool = False
-    """Whether the leader has been told to make it whole; so on every rank."""
+    """True once the leader has been told to publish the checkpoint; the same on every rank."""
 
 
 class Saver:
     """Saves checkpoints, at most one at a time. All ranks make the same calls in the same order."""
 
     def __init__(self, checkpoints: Checkpoints, identity: Identity, world: World, *, spread: bool) -> None:
-        """`spread`: every rank has a part to write; else the leader has everything."""
+        """Takes `spread`: true where every rank has a part to write; else the leader has everything."""
         self.checkpoints, self.identity, self.world = checkpoints, identity, world
         self.parts = world.size if spread else 1
         self._writes = spread or world.leads
@@ -47,14 +48,15 @@ class Saver:
         self._buffers: dict[str, Tensor] = {}
 
     def status(self) -> tuple[bool, bool]:
-        """Whether this rank's part of a checkpoint is not yet on the disk, and whether something went wrong."""
+        """Tells whether this rank's part of a checkpoint is still being written, and whether writing has failed."""
         # In this order: a thread that has ended has said whether it failed.
         writing = self._save is not None and self._save.thread is not None and self._save.thread.is_alive()
         return writing, self._save is not None and self._save.error is not None
 
     def start(self, state: TrainerState, pieces: Pieces, held_out_loss: float | None) -> None:
-        """Copies `pieces`, which may change as soon as this returns, and begins to write them. Waits for the
-        checkpoint before this one if it is still on its way."""
+        """Copies `pieces`, which may change as soon as this method returns, and begins to write them. Waits first for
+        the previous checkpoint if it is still being written.
+        """
         self.finish()
         self._save = save = _Save(state, held_out_loss)
         if self._writes:
@@ -70,8 +72,9 @@ class Saver:
             save.error = error
 
     def settle(self, *, writing: bool, failed: bool) -> None:
-        """Between two steps: what `status` says, on any rank. Makes a checkpoint whole whose parts are all there.
-        WorkError on every rank where one has failed."""
+        """Publishes a checkpoint whose parts are all written; called between two steps with the `status` of all ranks
+        combined. WorkError on every rank where one has failed.
+        """
         if (save := self._save) is None:
             return
         if failed:
@@ -82,7 +85,7 @@ class Saver:
             self._publish(save)
 
     def finish(self) -> None:
-        """Waits until nothing is on its way. WorkError on every rank where one has failed."""
+        """Waits until no checkpoint is being written. WorkError on every rank where one has failed."""
         if (save := self._save) is None:
             return
         if save.thread is not None:
@@ -95,7 +98,9 @@ class Saver:
         self._save = None
 
     def _publish(self, save: _Save) -> None:
-        """The leader's part. What goes wrong here is raised by all ranks together, or they would wait for each other."""
+        """Publishes a checkpoint on the leader. Errors are raised by all ranks together, or they would wait for each
+        other.
+        """
         save.published = True
         if self.world.leads:
             try:
@@ -104,7 +109,9 @@ class Saver:
                 save.error = error
 
     def _failure(self, save: _Save) -> Exception:
-        """What to raise; what was half written is removed, so that there is room for what the user does next."""
+        """Returns the exception to raise, and removes the partly written files, so that there is space for the user's
+        next attempt.
+        """
         self._save = None
         checkpoints = self.checkpoints
         if self.world.leads:
@@ -123,7 +130,7 @@ class Saver:
         )
 
     def _copy(self, pieces: Pieces) -> Pieces:
-        """Copies in host memory that the next checkpoint uses again."""
+        """Copies the pieces into buffers in host memory that the next checkpoint reuses."""
         copies = {
             kind: {
                 name: replace(piece, tensor=self._to_host(f"{kind}/{name}", piece.tensor)) for name, piece in of.items()

@@ -1,4 +1,4 @@
-"""The course of the learning rate."""
+"""The schedule of the learning rate."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from minitron.specs.blocks.training import Optimizer
 
 
 def learning_rate(step: int, steps: int, optimizer: Optimizer) -> float:
-    """Of the optimizer step with number `step`, counted from 0, in a training of `steps`.
+    """Returns the learning rate of optimizer step `step`, counted from 0, in a training of `steps`.
 
     Linear warm-up that reaches `lr` at the last of the warm-up steps, then half a cosine down to exactly `min_lr`
     at the last step (Loshchilov and Hutter, arXiv 1608.03983, equation 5, without restarts).

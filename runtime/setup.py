@@ -1,4 +1,4 @@
-"""From a training plan to everything that its training needs, ready to run."""
+"""The setup of a training: from its plan to the models, data and optimizer, ready to run."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ from minitron.specs.training_plan import TrainingPlan, divisor_within
 
 @dataclass(frozen=True)
 class Session:
-    """What the trainings of one command have in common: the processes, the data that `data` in the plan names, with the
-    folder of its tokens, and who listens."""
+    """The state that the trainings of one command share: the processes, the data that the key `data` of the plan names,
+    with the folder of its tokens, and the progress display.
+    """
 
     world: World
     encoder: TextEncoder
@@ -46,7 +47,7 @@ class Session:
     progress: Progress
 
     def open_corpus(self, plan: TrainingPlan) -> Corpus:
-        """The samples that the plan trains on, tokenized by the leader where that has not been done."""
+        """Opens the samples that the plan trains on, tokenized by the leader where that has not been done."""
         return self.world.leader_first(
             lambda: open_corpus(
                 self.data, self.encoder, self.cache,
@@ -57,42 +58,44 @@ class Session:
 
 @dataclass(frozen=True)
 class Run:
-    """A training in this process."""
+    """One training in this process."""
 
     plan: TrainingPlan
     world: World
     work: Path
     student: LanguageModel
-    """In training mode, its weights in the plan's dtype."""
+    """The student in training mode, its weights in the plan's dtype."""
 
     teacher: LanguageModel | None
-    """None where no term needs one."""
+    """The teacher; None where no term of the loss needs one."""
 
     hidden: HiddenStates | None
-    """What is compared beside the logits."""
+    """The hidden states that are compared in addition to the logits."""
 
     stored: StoredLogits | None
-    """Samples of the teacher's distribution, where they stand in for it."""
+    """Samples of the teacher's distribution, where they replace the teacher."""
 
     corpus: Corpus
     held_out: Windows | None
     optimizer: torch.optim.Optimizer
     saver: Saver
     identity: dict[str, Any]
-    """What a checkpoint of this training remembers of the plan."""
+    """The identity that a checkpoint of this training stores."""
 
     loss: DistillationLoss
     compute_dtype: torch.dtype
 
     @cached_property
     def feed(self) -> Feed:
-        """The batches of this rank, step after step."""
+        """Returns the feed of this rank's batches, step after step."""
         plan = self.plan
         return Feed(self.corpus, self.stored, self.world, plan.global_batch_size, plan.micro_batch_size, plan.steps)
 
     @property
     def flops_per_token(self) -> int | None:
-        """Of a step: the student's forward and its backward, which is twice as much, and the teacher's forward."""
+        """Returns the FLOPs of a step per token: the student's forward pass, its backward pass, which takes twice as
+        much, and the teacher's forward pass. None where they are not known.
+        """
         student, teacher = self.plan.student.flops_per_token, self.plan.teacher.flops_per_token
         if student is None or (self.teacher is not None and teacher is None):
             return None
@@ -103,7 +106,7 @@ class Run:
 
 
 def prepare(session: Session, loaded: LoadedPlan, identity: dict[str, Any]) -> Run:
-    """Opens the data and the models of a plan, whose training is what `identity` says.
+    """Opens the data and the models of a plan, for the training that `identity` identifies.
 
     Refused where the plan does not fit them; WorkError for broken files.
     """
@@ -161,8 +164,9 @@ def prepare(session: Session, loaded: LoadedPlan, identity: dict[str, Any]) -> R
 
 
 def with_micro_batch(plan: TrainingPlan, world: World) -> TrainingPlan:
-    """The plan with the micro batch that a rank takes: the largest divisor of its share of the global batch that is no
-    more than the plan allows. Refused where the global batch cannot be shared equally."""
+    """Returns the plan with the micro batch of a rank: the largest divisor of the rank's share of the global batch that
+    does not exceed the plan's micro batch. Refused where the global batch cannot be shared equally.
+    """
     whole = plan.global_batch_size
     if whole % world.size:
         message = f"{whole} sequences cannot be shared equally by {world.size} processes"
@@ -173,7 +177,7 @@ def with_micro_batch(plan: TrainingPlan, world: World) -> TrainingPlan:
 
 
 def needs_teacher(plan: TrainingPlan) -> bool:
-    """Whether a term of the loss is computed from the teacher itself."""
+    """Checks whether a term of the loss is computed from the teacher itself."""
     hidden = plan.loss.hidden_states
     logits = plan.loss.logits.weight != 0 and plan.teacher_logits == "online"
     return logits or (hidden is not None and hidden.weight != 0)
@@ -184,7 +188,7 @@ def _compute_dtype(plan: TrainingPlan, world: World) -> torch.dtype:
 
 
 def load_teacher(loaded: LoadedPlan, world: World) -> LanguageModel:
-    """The teacher, frozen, whole on this rank or spread over all."""
+    """Loads the teacher, frozen, whole on this rank or sharded over all."""
     plan = loaded.training()
 
     def spread(model: LanguageModel) -> LanguageModel:
@@ -198,9 +202,10 @@ def load_teacher(loaded: LoadedPlan, world: World) -> LanguageModel:
 
 
 def _load_student(loaded: LoadedPlan, world: World) -> LanguageModel:
-    """The student in the plan's dtype of weights, whole on this rank or spread over all; one rank alone spreads nothing,
-    unless its weights rest in host memory. On a CPU bf16 weights are held in fp32: the same numbers, and computing with
-    them takes no instructions that most CPUs lack."""
+    """Loads the student in the plan's dtype of weights, whole on this rank or sharded over all; with one rank nothing
+    is sharded, unless the weights rest in host memory. On a CPU bf16 weights are held in fp32, which represents them
+    exactly and needs no instructions that most CPUs lack.
+    """
     plan = loaded.training()
     held = DTYPES[plan.weights] if world.device.type == "cuda" else torch.float32
 
@@ -225,7 +230,7 @@ def _load_student(loaded: LoadedPlan, world: World) -> LanguageModel:
 
 
 def recompute(module: Any) -> None:
-    """Has the activations of each layer computed again in the backward pass instead of keeping them."""
+    """Makes the backward pass compute the activations of each layer again, so that they are not stored."""
     # The first name is that of transformers 5.23 and later.
     enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -234,7 +239,9 @@ def recompute(module: Any) -> None:
 def held_out_windows(
     loaded: LoadedPlan, length: int, world: World, encoder: TextEncoder, cache: Path, progress: Progress
 ) -> Windows | None:
-    """The plan's held-out text in sequences of `length`; None where it has none. Refused and WorkError as for data."""
+    """Opens the plan's held-out text in sequences of `length`; None where the plan has none. Refused and WorkError as
+    for data.
+    """
     if (of := loaded.plan.held_out) is None:
         return None
 
@@ -251,7 +258,7 @@ def held_out_windows(
 
 
 def resume(run: Run, progress: Progress) -> TrainerState:
-    """How far this training already is; weights and moments are set to where they were then."""
+    """Restores weights and moments from the newest checkpoint and returns the progress of the training."""
     checkpoint = run.saver.checkpoints.newest(progress, run.world)
     if checkpoint is None:
         return run.state_after(0)

@@ -1,10 +1,10 @@
-"""Models whose weights are spread over the ranks: fully sharded data parallelism (FSDP2, `fully_shard`; Zhao et al.,
+"""Models whose weights are sharded over the ranks: fully sharded data parallelism (FSDP2, `fully_shard`; Zhao et al.,
 arXiv 2304.11277).
 
 Each decoder layer is one unit: its weights are gathered before it computes, freed after it, gathered again for its
-backward, and its gradients are summed and scattered. What lies outside the layers (embedding, last norm, head) is one
-more unit, the root. A loss that reads the head's weight directly must run while the root is gathered, so the root is a
-module of ours whose forward is whatever function it is given.
+backward pass, and its gradients are summed and scattered. The modules outside the layers (embedding, last norm, head)
+are one more unit, the root. A loss that reads the head's weight directly must run while the root is gathered, so the
+root is a module of ours whose forward method calls whatever function it is given.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ T = TypeVar("T")
 
 
 class Root(nn.Module):
-    """What FSDP takes for the whole model. Calling it with a function calls that while embedding, last norm and head
-    are whole; what the function returns must hold its differentiable results (in tuples, mappings, dataclasses)."""
+    """The module that FSDP treats as the whole model. Calling the root with a function calls that function while
+    embedding, last norm and head are whole; the function's return value must hold its differentiable results (in
+    tuples, mappings, dataclasses).
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -37,7 +39,9 @@ class Root(nn.Module):
 
 
 def decoder_layers(model: LanguageModel) -> list[nn.Module]:
-    """The layers that the plan names; else, of the backbone's lists of modules, the one with the most parameters."""
+    """Returns the layers that the plan names; else, of the backbone's module lists, the one with the most
+    parameters.
+    """
     if model.layers is not None:
         return list(model.layers)
     backbone: nn.Module = model.module.get_submodule(model.plan.backbone)
@@ -47,8 +51,9 @@ def decoder_layers(model: LanguageModel) -> list[nn.Module]:
 
 
 def compile_layers(model: LanguageModel) -> None:
-    """Has each layer's forward compiled when it is first called, in place. Only the forward: the hooks that gather
-    weights and the recomputation stay outside, and the names of the weights are what they were."""
+    """Compiles each layer's forward pass in place, at its first call. The hooks that gather weights and the
+    recomputation stay outside of the compiled code, and the names of the weights do not change.
+    """
     for layer in decoder_layers(model):
         setattr(layer, "forward", torch.compile(layer.forward))  # noqa: B010 (a type checker forbids the plain way)
 
@@ -61,10 +66,12 @@ def shard_student(
     cpu_offload: bool,
     weights: torch.dtype = torch.float32,
 ) -> LanguageModel:
-    """A student to train, in place: master weights in fp32, or what `weights` says, each rank its rows; gathered in
-    `compute_dtype`, gradients summed (not averaged: the loss is a share of the global mean) in fp32.
+    """Shards a student for training, in place: each rank has its rows of the master weights, in fp32 or in the dtype
+    `weights`; they are gathered in `compute_dtype`, and gradients are summed (not averaged: the loss is a share of the
+    global mean) in fp32.
 
-    `model` is on the CPU in any dtype; weights get their dtype one unit at a time, so that no rank ever holds them all.
+    `model` is on the CPU in any dtype; weights are converted one unit at a time, so that no rank ever holds all of
+    them.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if cpu_offload else OffloadPolicy()
@@ -72,8 +79,9 @@ def shard_student(
 
 
 def shard_teacher(model: LanguageModel, world: World) -> LanguageModel:
-    """A teacher that only computes, in place, its weights as they are. Once gathered its root stays whole: it is
-    needed for every micro batch, and the layers are what takes the room."""
+    """Shards a teacher for inference, in place, its weights unchanged. Once gathered its root stays whole: it is needed
+    for every micro batch, and the layers take most of the memory.
+    """
     return _shard(model, world, None)
 
 
@@ -99,19 +107,19 @@ def _shard(model: LanguageModel, world: World, dtype: torch.dtype | None, **poli
 
 
 def _to_dtype(unit: nn.Module, dtype: torch.dtype) -> None:
-    """The parameters of a unit that are still whole, in `dtype`. Not its buffers: these have a dtype of their own."""
+    """Converts the parameters of a unit that are still whole to `dtype`. Buffers keep a dtype of their own."""
     for parameter in unit.parameters():
         if not isinstance(parameter, DTensor):
             parameter.data = parameter.data.to(dtype)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's rows of a tensor; a tensor that is not spread, itself."""
+    """Returns this rank's rows of a sharded tensor, and any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def rows_like(parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros of `shape`, whose rows lie where those of the parameter do; there are as many."""
+    """Returns zeros of `shape`, sharded by rows as the parameter is; there are as many rows."""
     if not isinstance(parameter, DTensor):
         return torch.zeros(shape, dtype=dtype, device=parameter.device)
     rows = parameter.to_local()

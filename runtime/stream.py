@@ -29,7 +29,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Tokens(Protocol):
-    """What windows are cut from: an array, or a stream on disk."""
+    """The token sequence that windows are cut from: an array, or a stream on disk."""
 
     def __len__(self) -> int: ...
 
@@ -38,7 +38,7 @@ class Tokens(Protocol):
 
 @dataclass(frozen=True)
 class Largest:
-    """The largest token id of a stream, and the document that it was first seen in."""
+    """The largest token id of a stream, and the document in which it first occurs."""
 
     id: int = -1
     where: str = ""
@@ -49,12 +49,12 @@ NOTHING = Largest()
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What `shard-N.json` holds."""
+    """The content of `shard-N.json`."""
 
     tokens: int
     dtype: str
     pieces: int
-    """Pieces of documents in this shard and all before it: where tokenizing goes on."""
+    """The number of pieces of documents in this shard and all before it: tokenizing resumes there."""
 
     documents: int
     """Documents that end in this shard or before it."""
@@ -74,8 +74,9 @@ def shard_file(folder: Path, number: int, kind: str) -> Path:
 
 
 def write_shard(folder: Path, number: int, tokens: Array, learnt: Array | None, **about: Any) -> ShardIndex:
-    """Writes tokens, marks and, last, the index, whose other values are `about`. OSError where one cannot be written; then
-    there is no such shard."""
+    """Writes tokens, marks and, last, the index, whose other values are `about`. OSError where a file cannot be
+    written; then the shard does not exist.
+    """
     for kind, values in (("tokens", tokens), ("learnt", learnt)):
         if values is not None:
             with atomic_path(shard_file(folder, number, kind)) as temporary:
@@ -96,8 +97,9 @@ def _checksums(values: Array) -> list[int]:
 
 
 def read_shard_index(folder: Path, number: int) -> ShardIndex:
-    """ValueError for a shard whose files are not those that were written, OSError where it is not there. Contents are not
-    looked at."""
+    """Reads the index of a shard, but not the shard's contents. ValueError where the files are not those that were
+    written, OSError where the shard does not exist.
+    """
     try:
         values = json.loads(shard_file(folder, number, "json").read_text(encoding="utf-8"))
         if values.pop("format_version") != FORMAT_VERSION:
@@ -125,7 +127,7 @@ class Shards:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getitem__(self, part: slice) -> Array:
-        """The values, in memory. WorkError where the file does not hold what was written."""
+        """Returns the values, in memory. WorkError where the file does not hold what was written."""
         start, stop, step = part.indices(len(self))
         assert step == 1
         found = []
@@ -140,12 +142,12 @@ class Shards:
         return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def check_all(self) -> None:
-        """WorkError for the first block that does not hold what was written."""
+        """Checks all blocks. WorkError for the first block that does not hold what was written."""
         for number in range(len(self.arrays)):
             self.check(number)
 
     def check(self, number: int) -> None:
-        """The same of one shard."""
+        """Checks all blocks of one shard. WorkError for the first block that does not hold what was written."""
         self._check(number, slice(0, len(self.arrays[number])))
 
     def _check(self, number: int, part: slice) -> None:
@@ -160,7 +162,7 @@ class Shards:
             self.checked[number][block] = True
 
     def _damaged(self, number: int) -> WorkError:
-        """Removes the index of the shard, so that the next start makes it again."""
+        """Removes the index of a damaged shard, so that the next start makes the shard again, and returns the error."""
         file = shard_file(self.folder, number, self.kind)
         for index in (self.folder / INDEX, shard_file(self.folder, number, "json")):
             index.unlink(missing_ok=True)
@@ -169,7 +171,7 @@ class Shards:
 
 @dataclass(frozen=True)
 class TokenStream:
-    """All tokens of a source. `learnt` marks those whose prediction is trained; None: all."""
+    """All tokens of a source. `learnt` marks the tokens whose prediction is trained; None stands for all."""
 
     tokens: Shards
     learnt: Shards | None
@@ -182,17 +184,17 @@ class TokenStream:
         return self.tokens[part]
 
     def tolist(self) -> list[int]:
-        """All of it in memory."""
+        """Returns all tokens, in memory."""
         return [int(token) for token in self.tokens[:]]
 
     @classmethod
     def open(cls, folder: Path, count: int) -> TokenStream:
-        """The first `count` shards of a folder. ValueError and OSError as for `read_shard_index`."""
+        """Opens the first `count` shards of a folder. ValueError and OSError as for `read_shard_index`."""
         return cls.of(folder, [read_shard_index(folder, number) for number in range(count)])
 
     @classmethod
     def of(cls, folder: Path, indices: Sequence[ShardIndex]) -> TokenStream:
-        """The shards with these indices."""
+        """Opens the shards with these indices."""
         marked = any(index.learnt is not None for index in indices)
         tokens, learnt = [], []
         for number, index in enumerate(indices):

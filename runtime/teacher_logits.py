@@ -39,7 +39,9 @@ _FORMAT = 1
 
 _SHARDS = 128
 _SHARD_TOKENS = 1 << 15, 1 << 23
-"""About this many shards, each within these bounds: what a kill costs, and how many files a large capture leaves."""
+"""The approximate number of shards, and the bounds of each: they decide how much work a kill loses, and how many files
+a large capture leaves.
+"""
 
 _AGAIN = "`minitron capture` makes again what is missing"
 
@@ -49,7 +51,9 @@ Identity = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Index:
-    """`identity`: what decides the samples, flat; `samples`: how many of the global order are there, from the first."""
+    """The index of a capture: `identity` is what decides the samples, flat; `samples` is how many samples of the global
+    order are stored, from the first on.
+    """
 
     identity: dict[str, Any]
     samples: int
@@ -58,12 +62,12 @@ class Index:
 
     @property
     def key(self) -> str:
-        """Names the identity in each shard."""
+        """Returns the hash that stands for the identity in each shard."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
 
 def read_index(folder: Path) -> Index | None:
-    """The index of a capture, None where none was begun."""
+    """Reads the index of a capture; None where no capture was begun."""
     try:
         content = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         if content["format_version"] != _FORMAT:
@@ -86,8 +90,9 @@ def write_index(folder: Path, index: Index) -> None:
 
 
 def begin(folder: Path, identity: Identity, samples: int, length: int, progress: Progress) -> Index:
-    """The index to capture `samples` into. What was drawn from something else is removed, what was drawn from the same
-    stays and is added to."""
+    """Begins or extends a capture of `samples` and returns its index. Samples of another identity are removed, samples
+    of the same identity are kept and added to.
+    """
     remove_leftovers(folder)
     old = read_index(folder)
     plain = json.loads(json.dumps(dict(identity)))
@@ -105,7 +110,7 @@ def begin(folder: Path, identity: Identity, samples: int, length: int, progress:
 
 
 def changes(before: Identity, now: Identity) -> list[str]:
-    """The keys that two identities differ in."""
+    """Returns the keys that two identities differ in."""
     return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
 
 
@@ -115,7 +120,7 @@ def shard_path(folder: Path, number: int) -> Path:
 
 @dataclass(frozen=True)
 class Shard:
-    """The samples of some consecutive global samples, as the file has them."""
+    """The samples drawn for some consecutive global samples, as they stand in the file."""
 
     tokens: Array
     entropy: Array
@@ -134,7 +139,7 @@ class Shard:
 
 
 def write_shard(folder: Path, number: int, shard: Shard, key: str) -> None:
-    """WorkError where it cannot be written; other shards are untouched."""
+    """Writes one shard. WorkError where it cannot be written; other shards are untouched."""
     # One entry: several come out in any order, and equal captures would not be equal files.
     about = {"about": json.dumps({"format_version": _FORMAT, "key": key, "crc32": shard.crc()})}
     with writing(str(shard_path(folder, number))), atomic_path(shard_path(folder, number)) as temporary:
@@ -142,7 +147,9 @@ def write_shard(folder: Path, number: int, shard: Shard, key: str) -> None:
 
 
 def read_shard(folder: Path, number: int, key: str) -> Shard:
-    """ValueError for one that is not whole or of another capture, OSError where it is not there."""
+    """Reads one shard. ValueError for a shard that is damaged or of another capture, OSError where it does not
+    exist.
+    """
     try:
         with safe_open(shard_path(folder, number), framework="numpy") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
@@ -157,7 +164,7 @@ def read_shard(folder: Path, number: int, key: str) -> Shard:
 
 
 def has_shard(folder: Path, number: int, key: str, samples: int) -> bool:
-    """Tells whether a whole shard of at least `samples` samples is there."""
+    """Checks whether there is an intact shard of at least `samples` samples."""
     try:
         return len(read_shard(folder, number, key).tokens) >= samples
     except (OSError, ValueError):
@@ -165,16 +172,18 @@ def has_shard(folder: Path, number: int, key: str, samples: int) -> bool:
 
 
 class StoredLogits:
-    """Reads the samples of a finished capture. A shard stays in memory until another one is needed: training reads them in
-    order, and at most two meet in a batch."""
+    """Reads the samples of a finished capture. A shard stays in memory until another one is needed: training reads
+    shards in order, and a batch spans at most two.
+    """
 
     def __init__(self, folder: Path, index: Index, draws: int) -> None:
         self.folder, self.index, self.draws = folder, index, draws
         self._open: dict[int, _Opened] = {}
 
     def read(self, samples: Sequence[int]) -> SampledTargets:
-        """The targets of the valid tokens of these global samples, one sample after the other. WorkError for a shard
-        that is damaged."""
+        """Returns the targets of the valid tokens of these global samples, one sample after the other. WorkError for a
+        shard that is damaged.
+        """
         found = [self._sample(sample) for sample in samples]
         unique_T = np.concatenate([unique for unique, _, _, _ in found]).astype(np.int64)
         ids_TN = np.zeros((len(unique_T), self.draws), np.int64)
@@ -199,7 +208,7 @@ class StoredLogits:
         return self._open[number].sample(place)
 
     def _put_aside(self, path: Path, error: Exception) -> WorkError:
-        """So that the next capture sees that it is missing."""
+        """Renames a damaged shard, so that the next capture finds it missing, and returns the error."""
         aside = path.with_name(f"damaged-{path.name}")
         try:
             path.rename(aside)
@@ -209,7 +218,7 @@ class StoredLogits:
 
 
 class _Opened:
-    """A shard, and where each of its samples begins."""
+    """An open shard, and the start of each of its samples."""
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard

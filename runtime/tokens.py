@@ -1,4 +1,4 @@
-"""Documents to one long stream of token ids, written once, in shards, and then memory-mapped."""
+"""The conversion of documents to one long stream of token ids, written once, in shards, and then memory-mapped."""
 
 from __future__ import annotations
 
@@ -34,16 +34,20 @@ from minitron.specs.errors import WorkError
 from minitron.specs.progress import Progress
 
 _LAYOUT = 2
-"""Counts up when the same documents would become another stream."""
+"""The version of the format, raised when the same documents would become another stream."""
 
 _SHARD_TOKENS = 1 << 24
-"""Tokens of a shard: a few seconds of work, which is what a kill costs, and at most 200 MB while it is written."""
+"""The tokens of a shard: a few seconds of work, which is the loss when a process is killed, and at most 200 MB while it
+is written.
+"""
 
 _SCANNED = 1 << 24
-"""Tokens in memory at one time while the largest is looked for."""
+"""The tokens in memory at one time during the search for the largest."""
 
 _CHECKED_BYTES = 1 << 30
-"""A stream up to this size is checked whole when it is opened; of a larger one each block when it is first read."""
+"""The size up to which a stream is checked whole when it is opened; of a larger one each block is checked when it is
+first read.
+"""
 
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -58,8 +62,9 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A tokenizer, and what stands around each document: BOS where the tokenizer itself puts it, EOS where there is
-    one."""
+    """A tokenizer, and the special tokens around each document: BOS where the tokenizer itself adds it, EOS where there
+    is one.
+    """
 
     tokenizer: Tokenizer
     fingerprint: str
@@ -78,13 +83,14 @@ class TextEncoder:
         return cls(tokenizer, digest.hexdigest(), Encoder(recipe_of(tokenizer), tokenizer))
 
     def text(self, ids: Sequence[int]) -> str:
-        """What a model wrote, without its special tokens."""
+        """Decodes a model's output, without its special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def stream_key(content: str, encoder: TextEncoder, limit: int | None) -> str:
-    """Names the stream of a source: the same for the same contents (`content_hash`), tokenizer and limit, wherever they
-    lie."""
+    """Returns the name of a source's stream: the same for the same contents (`content_hash`), tokenizer and limit, in
+    whichever folder they lie.
+    """
     parts = [str(_LAYOUT), content, encoder.fingerprint, str(limit)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
@@ -92,11 +98,11 @@ def stream_key(content: str, encoder: TextEncoder, limit: int | None) -> str:
 def token_stream(
     source: Source, content: str, encoder: TextEncoder, cache: Path, progress: Progress, *, limit: int | None = None
 ) -> TokenStream:
-    """All tokens of a resolved source (at most `limit`), one after the other, read-only and memory-mapped. `content` is
-    the source's hash.
+    """Returns all tokens of a resolved source (at most `limit`), one after the other, read-only and memory-mapped.
+    `content` is the source's hash.
 
-    The first call writes them to `cache`, every later one finds them there, without a look at the source. A call that was
-    killed is gone on with, and damaged shards are made again. Tokens of Megatron-LM are read where they are.
+    The first call writes the tokens to `cache`, every later one finds them there without opening the source. A call
+    that was killed is resumed, and damaged shards are made again. Tokens of Megatron-LM are read in place.
     """
     if source.megatron is not None:
         return _megatron(source, content, encoder, cache, limit)
@@ -121,7 +127,7 @@ def token_stream(
 
 
 def _finished(folder: Path, progress: Progress) -> TokenStream | None:
-    """The stream in a folder; None where it is not there, not whole or damaged."""
+    """Opens the stream in a folder; None where it is missing, incomplete or damaged."""
     try:
         about = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         if about["format_version"] != FORMAT_VERSION:
@@ -141,7 +147,7 @@ def _finished(folder: Path, progress: Progress) -> TokenStream | None:
 
 
 def _write(source: Source, encoder: Encoder, writer: _Writer, limit: int | None, progress: Progress) -> Tally:
-    """Writes the shards that are not there yet, and counts what was left out."""
+    """Writes the shards that do not exist yet, and counts the documents that were left out."""
     tally = Tally()
     if limit is None or writer.tokens < limit:
         for batch in encode_all(encoder, _heard(source, tally, progress), skip=writer.pieces):
@@ -156,8 +162,9 @@ def _write(source: Source, encoder: Encoder, writer: _Writer, limit: int | None,
 
 
 class _Writer:
-    """Collects tokens and writes a shard whenever there are enough for one; goes on behind the whole shards of an earlier
-    process."""
+    """Collects tokens and writes a shard as soon as there are enough for one; continues after the complete shards of an
+    earlier process.
+    """
 
     def __init__(self, folder: Path, vocabulary: int, progress: Progress) -> None:
         self.folder = folder
@@ -185,7 +192,7 @@ class _Writer:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what is waiting; nothing where nothing is and a shard is there already."""
+        """Writes the collected tokens; does nothing where there are none and a shard exists already."""
         if not self._waiting and self.number:
             return
         waiting, self._waiting, self._count = self._waiting, [], 0
@@ -213,14 +220,16 @@ def _largest(ids: Array, waiting: list[Encoded]) -> Largest:
 
 
 def _marks(waiting: list[Encoded]) -> Array | None:
-    """Which tokens are learnt; None where all are."""
+    """Returns the marks of the tokens that are learnt; None where all are."""
     if all(one.learnt is None for one in waiting):
         return None
     return np.concatenate([np.ones(len(one.ids), bool) if one.learnt is None else one.learnt for one in waiting])
 
 
 def _whole_shards(folder: Path) -> list[ShardIndex]:
-    """The shards from the first on that an earlier process has written, their contents checked."""
+    """Returns the indices of the shards, from the first on, that an earlier process has written, their contents
+    checked.
+    """
     found: list[ShardIndex] = []
     while True:
         try:
@@ -235,7 +244,7 @@ def _whole_shards(folder: Path) -> list[ShardIndex]:
 
 
 def _megatron(source: Source, content: str, encoder: TextEncoder, cache: Path, limit: int | None) -> TokenStream:
-    """Tokens of Megatron-LM, where they lie; kept in `cache` is what only reading all of them tells, the largest."""
+    """Opens tokens of Megatron-LM in place; `cache` keeps the largest token id, which only reading all tokens gives."""
     assert source.megatron is not None
     arrays = [open_megatron(Path(entry)).tokens for entry in source.megatron]
     known = cache / f"{stream_key(content, encoder, None)}.json"
@@ -266,7 +275,7 @@ def _largest_mapped(array: Array, where: str) -> Largest:
 
 
 def _heard(source: Source, tally: Tally, progress: Progress) -> Iterator[Piece]:
-    """The documents, with progress in bytes where the files tell how many there are."""
+    """Yields the documents and reports progress, in bytes where the files tell how many there are."""
     files = data_files(source) if source.kind in ("text", "jsonl") else []
     if not files or any(file.suffix in COMPRESSED for file in files):
         yield from iter_pieces(source, tally)

@@ -1,5 +1,6 @@
-"""`minitron train BUILD`: the student learns from the teacher as training.yaml says; an interrupted training goes on where
-it was."""
+"""Trains the student on the teacher as training.yaml says, and resumes a training that was interrupted: `minitron train
+BUILD`.
+"""
 
 from __future__ import annotations
 
@@ -44,13 +45,13 @@ from minitron.specs.training_plan import TrainingPlan
 def train(
     build: Path, *, device: str | None, progress: Progress, unverified: bool = False, outside: bool = False
 ) -> None:
-    """Trains what BUILD/training.yaml says and writes BUILD/model. Goes on from the last checkpoint where there is
-    one, and does nothing where training is finished. `unverified` takes a student whose verification is missing or failed,
+    """Trains as BUILD/training.yaml says and writes BUILD/model. Resumes from the last checkpoint where there is one,
+    and does nothing where training is finished. `unverified` accepts a student whose verification is missing or failed,
     `outside` lets `work` and `output` lie outside of the build.
 
-    UsageError (SpecInvalid with the place) for a plan that is wrong, or not that of the training that is under way;
-    WorkError for broken files, a full disk, a loss that is not finite; KeyboardInterrupt after a signal that asks for the
-    end, a checkpoint written.
+    UsageError (SpecInvalid with the place) for a plan that is wrong, or not that of the training in progress; WorkError
+    for broken files, a full disk, a loss that is not finite; KeyboardInterrupt, after a checkpoint is written, for a
+    signal that asks the training to end.
     """
     loaded = read_training_plan(build)
     plan = loaded.training()
@@ -95,7 +96,7 @@ def _train(loaded: LoadedPlan, plan: TrainingPlan, session: Session, *, unverifi
 
 
 def _tidy_up(loaded: LoadedPlan, plan: TrainingPlan) -> None:
-    """Marks the folders that training writes to, and removes what killed processes left in them."""
+    """Marks the folders that training writes to, and removes files that killed processes left in them."""
     output = loaded.folder / plan.output
     with writing(str(loaded.folder / plan.work)):
         claim_folders(loaded)
@@ -104,8 +105,9 @@ def _tidy_up(loaded: LoadedPlan, plan: TrainingPlan) -> None:
 
 
 def _is_finished(work: Path, output: Path, identity: Mapping[str, Any], progress: Progress) -> bool:
-    """Whether the training is finished and its model whole. Refused where it was another training; WorkError where the
-    model is broken and no checkpoint is left to write it again from."""
+    """Checks whether the training is finished and its model intact. Refused where another training is finished there;
+    WorkError where the model is broken and no checkpoint is left to write it from.
+    """
     if not (work / FINISHED).exists():
         return False
     finished = read_finished(work / FINISHED)
@@ -126,7 +128,9 @@ def _is_finished(work: Path, output: Path, identity: Mapping[str, Any], progress
 
 
 def _contents(loaded: LoadedPlan, plan: TrainingPlan, session: Session) -> dict[str, str]:
-    """Hashes of what a training reads beside its data: `layout` and folders may change on the way, the contents may not."""
+    """Returns hashes of everything that a training reads beside its data: `layout` and folders may change during a
+    training, the contents may not.
+    """
     found: dict[str, str] = {}
     student = loaded.folder / plan.student.model
     if (student / CONFIG).is_file():
@@ -141,7 +145,9 @@ def _contents(loaded: LoadedPlan, plan: TrainingPlan, session: Session) -> dict[
 
 
 def _require_one_folder(work: Path, world: World) -> None:
-    """UsageError where some rank does not see what the leader writes: its part of a checkpoint would be lost."""
+    """Checks that all ranks see the folder that the leader writes to. UsageError where one does not: its part of a
+    checkpoint would be lost.
+    """
     world.wait()
     if world.any(not (work / LOCK).is_file()):
         raise UsageError(
@@ -150,7 +156,7 @@ def _require_one_folder(work: Path, world: World) -> None:
 
 
 def _finish(loaded: LoadedPlan, run: Run, weights: Weights) -> None:
-    """The final model, and the note that this training is done."""
+    """Writes the final model, and the note that this training is finished."""
     plan = run.plan
     loss = f"{plan.loss.logits.divergence} to the teacher with weight {plan.loss.logits.weight:g}"
     if plan.loss.cross_entropy:

@@ -1,4 +1,4 @@
-"""Training and evaluation take the student that was verified, and no other."""
+"""The check that training and evaluation use the student that was verified, and no other."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ ANYWAY = "or add --unverified to take it as it is"
 
 
 def require_verified(loaded: LoadedPlan) -> None:
-    """UsageError where the student of a plan is not, byte for byte, the one whose verification passed. A folder that is not
-    there is for the loading to say."""
+    """Checks that the student of a plan is, byte for byte, the one whose verification passed. UsageError where it is
+    not. A missing folder is reported later, when the model is loaded.
+    """
     folder, build = loaded.folder / loaded.plan.student.model, loaded.folder
     if not folder.is_dir():
         return

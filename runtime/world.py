@@ -1,7 +1,7 @@
-"""The processes that train together. One process alone is a world of size 1, in which all of this costs nothing.
+"""The processes that train together. A single process is a world of size 1, in which none of this costs anything.
 
-Data parallel: every rank computes its share of each global batch, and gradients are summed. What is divided by the
-global count of valid tokens before it is summed needs no other treatment.
+Training is data parallel: every rank computes its share of each global batch, and gradients are summed. Each share is
+divided by the global count of valid tokens before the sum, so that the sum is the global mean.
 """
 
 from __future__ import annotations
@@ -29,50 +29,54 @@ from minitron.specs.locks import only_one
 T = TypeVar("T")
 
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
-"""Beside a GPU the CPU has a backend too: weights that rest in host memory are reduced there."""
+"""The backends by device type. Next to a GPU the CPU has a backend too: weights that rest in host memory are reduced
+there.
+"""
 
 _POLL_SECONDS = 0.1
 
 _PATIENCE = timedelta(days=2)
-"""While the leader tokenizes or one rank writes, the others wait. That is no failure, as it is where a step hangs."""
+"""The time that ranks wait while the leader tokenizes or one rank writes. Such a wait is no failure; a step that hangs
+is.
+"""
 
 
 @dataclass(frozen=True)
 class World:
-    """`rank` of `size` processes, this one working on `device`."""
+    """A group of `size` processes, as seen from the one with number `rank`, which works on `device`."""
 
     rank: int
     size: int
     device: torch.device
     waiting: Any = None
-    """The group of all ranks over the CPU in which they wait for each other, however long that takes."""
+    """The group of all ranks over the CPU in which they wait for each other, however long the wait takes."""
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes files and talks to the user."""
+        """Tells whether this process writes files and prints messages."""
         return self.rank == 0
 
     def share(self, samples: range) -> range:
-        """This rank's part of consecutive global samples; their number is a multiple of `size`."""
+        """Returns this rank's part of consecutive global samples; their number is a multiple of `size`."""
         each = len(samples) // self.size
         return samples[self.rank * each : (self.rank + 1) * each]
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over all ranks, in place."""
+        """Sums a tensor over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(value)
         return value
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any rank."""
+        """Tells whether the flag is set on any rank."""
         return self.any_of(flag)[0]
 
     def any_of(self, *flags: bool) -> tuple[bool, ...]:
-        """For each flag whether it is so on any rank."""
+        """Tells for each flag whether it is set on any rank."""
         return tuple(count > 0 for count in self.total(*flags))
 
     def total(self, *counts: int) -> tuple[int, ...]:
-        """The sums of the ranks' counts. They go over the host, so that nothing waits for a GPU."""
+        """Sums the counts over all ranks. The counts are exchanged between hosts, so that nothing waits for a GPU."""
         if self.size == 1:
             return counts
         sums = torch.tensor(counts, dtype=torch.int64)
@@ -80,7 +84,7 @@ class World:
         return tuple(sums.tolist())
 
     def most(self, count: int) -> int:
-        """The largest of all ranks' counts."""
+        """Returns the largest of all ranks' counts."""
         if self.size == 1:
             return count
         value = torch.tensor(count, device=self.device)
@@ -88,13 +92,15 @@ class World:
         return int(value)
 
     def mesh(self) -> DeviceMesh:
-        """All ranks in a row, to spread tensors over. A world of one can have one too."""
+        """Returns the mesh of all ranks in one dimension, for sharding tensors. A world of one can have one too."""
         if not dist.is_initialized():
             dist.init_process_group(_BACKENDS[self.device.type], store=HashStore(), rank=0, world_size=1)
         return init_device_mesh(self.device.type, (self.size,))
 
     def from_leader(self, work: Callable[[], T]) -> T:
-        """What `work` yields, which the leader alone does. An error of ours is raised on all ranks."""
+        """Returns the result of `work`, which the leader alone calls. The leader's own errors are raised on all
+        ranks.
+        """
         outcome: list[Any] = [None, None]
         if self.leads:
             try:
@@ -112,14 +118,15 @@ class World:
         return result
 
     def leader_first(self, work: Callable[[], T]) -> T:
-        """What `work` yields: the leader does it alone, then all others do it and find what it left on the disk. An error
-        of the leader is raised on all ranks."""
+        """Returns the result of `work`: the leader calls it first, then all others call it and find the leader's files
+        on disk. An error of the leader is raised on all ranks.
+        """
         done: list[T] = []
         self.from_leader(lambda: done.append(work()))
         return done[0] if self.leads else work()
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Waits until all ranks have called this method."""
         if self.size > 1:
             arrived, pause = dist.barrier(group=self.waiting, async_op=True), 1e-4
             assert arrived is not None
@@ -131,8 +138,9 @@ class World:
 
 @contextmanager
 def locked(world: World, doing: str, *folders: Path) -> Iterator[None]:
-    """Keeps other processes from writing into the folders: the leader holds their locks, and where another process has one
-    all ranks raise. UsageError and WorkError as for `only_one`."""
+    """Keeps other processes from writing into the folders: the leader holds their locks, and where another process
+    holds one, all ranks raise. UsageError and WorkError as for `only_one`.
+    """
     with ExitStack() as stack:
 
         def lock() -> None:
@@ -145,8 +153,9 @@ def locked(world: World, doing: str, *folders: Path) -> Iterator[None]:
 
 @contextmanager
 def join_world(device: str | None) -> Iterator[World]:
-    """The world that torchrun started this process into, or a world of one. The one place where its variables are
-    read."""
+    """Joins the world that torchrun started this process into, or a world of one. The environment variables of torchrun
+    are read here and nowhere else.
+    """
     size = _number("WORLD_SIZE", 1)
     chosen = pick_device(device, _number("LOCAL_RANK", 0) if size > 1 else 0)
     if chosen.type == "cuda":
@@ -178,7 +187,7 @@ def join_world(device: str | None) -> Iterator[World]:
 
 
 def _number(name: str, default: int) -> int:
-    """A variable of the environment that torchrun sets. UsageError for what is no count."""
+    """Reads a variable of the environment that torchrun sets. UsageError for a value that is not a count."""
     text = os.environ.get(name)
     if text is None:
         return default
@@ -190,7 +199,7 @@ def _number(name: str, default: int) -> int:
 
 
 def _require_torchrun(size: int) -> None:
-    """UsageError where the variables that a process of several needs are missing or do not go together."""
+    """Checks the variables that each of several processes needs. UsageError where they are missing or inconsistent."""
     if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
         raise UsageError("WORLD_SIZE is set without RANK and MASTER_ADDR; start with torchrun, or unset WORLD_SIZE")
     if (rank := _number("RANK", 0)) >= size:
@@ -199,8 +208,9 @@ def _require_torchrun(size: int) -> None:
 
 
 def _connect(device: torch.device) -> Any:
-    """Joins the other processes and returns the group in which ranks wait for each other. WorkError where they cannot be
-    reached."""
+    """Joins the other processes and returns the group in which ranks wait for each other. WorkError where they cannot
+    be reached.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # of this thread
     try:
@@ -218,8 +228,9 @@ def _connect(device: torch.device) -> Any:
 
 
 def _aside(work: Callable[[], T]) -> T:
-    """What `work` yields, done in a thread: signals are delivered between two steps of Python, and a call that waits for
-    other processes would hold them up."""
+    """Returns the result of `work`, called in a thread: signals are delivered between two steps of Python, and a call
+    that waits for other processes would delay them.
+    """
     done: list[T] = []
     failed: list[BaseException] = []
 
@@ -246,7 +257,7 @@ _CONNECTION_LOST = ("closed by peer", "reset by peer", "broken pipe", "nccl", "c
 
 
 def _is_of_another(error: BaseException) -> bool:
-    """Whether an error of torch's communication means that another process is gone."""
+    """Checks whether an error of torch's communication means that another process has ended."""
     if isinstance(error, MinitronError) or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, dist.DistError) or any(words in str(error).lower() for words in _CONNECTION_LOST)

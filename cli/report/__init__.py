@@ -1,4 +1,4 @@
-"""BUILD/report.html: everything that is known about a build on one page that needs nothing but itself."""
+"""The report of a build, BUILD/report.html: everything that is known about the build on one self-contained page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from minitron.specs.builds import REPORT, TRAINING, correction_metrics_file, met
 
 
 def write_report(build: Path) -> Path:
-    """Writes BUILD/report.html, whatever of the build is there yet, and returns its path. WorkError for broken files."""
+    """Writes BUILD/report.html from the parts of the build that exist, and returns its path. WorkError for broken
+    files.
+    """
     document = builds.show_document(build)
     curves, correction = (
         read_curves(builds.records(path)) for path in (metrics_file(build), correction_metrics_file(build))

@@ -1,4 +1,4 @@
-"""Where a value stands in a chart, and the round numbers beside it."""
+"""The scales of charts: the coordinates of values, and round numbers for the ticks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Scale:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self, about: int = 4) -> list[float]:
-        """Round numbers within the range, roughly `about` of them; the one value of a range that is a point."""
+        """Returns round numbers within the range, roughly `about` of them; for a range of a single point that value."""
         span = self.high - self.low
         if span <= 0:
             return [self.low]
@@ -37,7 +37,7 @@ class Scale:
 
 
 def scale(values: list[float], start: float, end: float, *, zero: bool = False) -> Scale:
-    """The scale that holds all finite `values`, with a little air; from zero up where `zero` is set."""
+    """Returns the scale that holds all finite `values`, with some margin; it starts at zero where `zero` is set."""
     low, high = min(values), max(values)
     if zero:
         return Scale(min(0.0, low), max(0.0, high) * 1.05 or 1.0, start, end)
@@ -46,7 +46,7 @@ def scale(values: list[float], start: float, end: float, *, zero: bool = False) 
 
 
 def tick_label(value: float) -> str:
-    """A tick's number, in few characters: 0.0005, 5e-05, 2.2k, 160k."""
+    """Formats a tick's number in few characters: 0.0005, 5e-05, 2.2k, 160k."""
     if abs(value) < 1000:
         return f"{value:.3g}"
     number = figures.short(value)

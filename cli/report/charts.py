@@ -39,8 +39,9 @@ class Reference:
 def line_chart(
     name: str, title: str, curve: Sequence[tuple[float, Figure]], references: Sequence[Reference] = ()
 ) -> Markup:
-    """One figure over the tokens trained on: its mean at every point, and a band from lowest to highest where a point
-    stands for several steps. `name` is unique on the page."""
+    """Draws one figure over the training tokens: its mean at every point, and a band from lowest to highest where a
+    point stands for several steps. `name` is unique on the page.
+    """
     width, height = 620.0, 230.0
     places = [tokens for tokens, _ in curve]
     reached = [value for _, figure in curve for value in (figure.low, figure.high)]
@@ -68,7 +69,9 @@ def line_chart(
 
 
 def score_chart(name: str, title: str, values: Values, kept: Marks, *, wide: bool) -> Markup:
-    """Scores, kept and dropped: a bar each in the teacher's order, or ranked from the highest where there are many."""
+    """Draws scores, kept and dropped: a bar each in the teacher's order, or ranked from the highest where there are
+    many.
+    """
     width, height = (620.0, 150.0) if wide else (200.0, 96.0)
     bars = len(values) <= BARS
     left = _LEFT if wide else 6.0
@@ -143,7 +146,7 @@ def _grid(x: Scale, y: Scale, width: float, height: float) -> list[Markup]:
 
 
 def _references(references: Sequence[Reference], y: Scale, width: float) -> list[Markup]:
-    """A line for each reference with its label above it, lower where another label stands there."""
+    """Draws a line for each reference with its label above it, lower where another label stands there."""
     drawn, taken = [], -math.inf
     for one in sorted(references, key=lambda reference: y(reference.value)):
         at = y(one.value)

@@ -1,4 +1,6 @@
-"""The records of train/metrics.jsonl, thinned out as they are read: a run of any length becomes a few hundred points."""
+"""The records of train/metrics.jsonl, thinned out while they are read: a run of any length becomes a few hundred
+points.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ _POSITION = ("step", "tokens")
 
 @dataclass
 class Figure:
-    """What one key came to over the records of a point."""
+    """The mean and range of one key over the records of a point."""
 
     total: float = 0.0
     count: int = 0
@@ -38,7 +40,7 @@ class Figure:
 
 @dataclass
 class Point:
-    """Some records in a row; it stands where the last of them stands."""
+    """Consecutive records, drawn at the position of the last of them."""
 
     step: int = 0
     tokens: float = 0.0
@@ -58,23 +60,25 @@ class Curves:
     points: list[Point] = field(default_factory=list)
     records: int = 0
     each: int = 1
-    """Records in a point (in the last one perhaps fewer)."""
+    """The number of records in a point (the last point may have fewer)."""
 
     not_finite: int = 0
     """Figures that were NaN or infinite and are not drawn."""
 
     @property
     def keys(self) -> list[str]:
-        """In the order of their first appearance."""
+        """Returns the keys in the order of their first appearance."""
         return list(dict.fromkeys(key for point in self.points for key in point.figures))
 
     def of(self, key: str) -> list[tuple[float, Figure]]:
-        """(tokens, figure) of every point that has the key."""
+        """Returns (tokens, figure) of every point that has the key."""
         return [(point.tokens, point.figures[key]) for point in self.points if key in point.figures]
 
 
 def read_curves(records: Iterable[Document], limit: int = POINTS) -> Curves:
-    """Reads the records once, in memory for 2 x `limit` points whatever their number: full, neighbours merge in pairs."""
+    """Reads the records once, with at most 2 x `limit` points in memory: when full, neighbouring points are merged in
+    pairs.
+    """
     curves = Curves()
     for record in records:
         step, tokens = (_number(record.get(key)) for key in _POSITION)

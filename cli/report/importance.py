@@ -1,4 +1,4 @@
-"""The part of the report that says what each layer, channel, head and neuron was worth, and what stayed."""
+"""The part of the report that shows the score of each layer, channel, head and neuron, and which were kept."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COLUMNS = (
 
 
 def importance(axes: list[ScoredAxis]) -> Markup:
-    """A chart for every list of scores, and a table for every axis."""
+    """Returns a chart for every list of scores, and a table for every axis."""
     legend = element(
         "p",
         element("span", "kept", class_="key kept-key"),

@@ -1,4 +1,4 @@
-"""HTML from Python, escaped by construction: what is not `Markup` already is escaped on its way in."""
+"""HTML from Python, escaped by construction: every string that is not `Markup` is escaped when it is inserted."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Attribute = str | int | float | None
 
 
 class Markup(str):
-    """Text that is HTML; only `element`, `text` and `join` make it."""
+    """A string of HTML, made only by `element`, `text` and `join`."""
 
     __slots__ = ()
 
 
 def element(name: str, /, *children: str | None, **attributes: Attribute) -> Markup:
-    """`<name attributes>children</name>`.
+    """Makes `<name attributes>children</name>`.
 
     Children that are not `Markup` are escaped, None is left out. An attribute's underscores stand for hyphens, one at
     the end is dropped (`class_`), None leaves the attribute out; floats are written with one decimal, as coordinates.
@@ -37,12 +37,12 @@ def element(name: str, /, *children: str | None, **attributes: Attribute) -> Mar
 
 
 def text(value: str) -> Markup:
-    """`value` as it may stand between tags or in quotes: escaped, control characters and lone surrogates replaced."""
+    """Escapes `value` for use between tags or in quotes; control characters and lone surrogates are replaced."""
     return value if isinstance(value, Markup) else Markup(html.escape(printable(value), quote=True))
 
 
 def join(parts: Iterable[str | None]) -> Markup:
-    """The parts one after the other."""
+    """Concatenates the parts."""
     return Markup("".join(text(part) for part in parts if part is not None))
 
 

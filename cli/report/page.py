@@ -1,4 +1,4 @@
-"""The page: what stands on it, in which order. A table of contents in code."""
+"""The content of the page and its order: a table of contents in code."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-
 
 @dataclass(frozen=True)
 class Report:
-    """All that the page is made of."""
+    """The data that the page is made from."""
 
     build: Document
-    """What `minitron show --json` prints (see `builds.show_document`)."""
+    """The document that `minitron show --json` prints (see `builds.show_document`)."""
 
     trains: bool
-    """Whether its training plan asks for tokens to train on."""
+    """Tells whether the training plan asks for tokens to train on."""
 
     scores: list[ScoredAxis]
     curves: Curves
-    """Of the student's training."""
+    """The curves of the student's training."""
 
     correction: Curves
-    """Of the teacher's own training before it."""
+    """The curves of the teacher's own training before it."""
 
     def document(self, key: str) -> Document:
         return part(self.build, key)
@@ -54,7 +54,7 @@ class _Chapter:
 
 
 def page(report: Report) -> str:
-    """The whole HTML document, ending in a newline."""
+    """Returns the whole HTML document, ending in a newline."""
     chapters = list(_chapters(report))
     title = _name(report)
     head = element(
@@ -75,7 +75,7 @@ def page(report: Report) -> str:
 
 
 def _chapters(report: Report) -> Iterator[_Chapter]:
-    """Those that there is something for: what came out first, what it cost last."""
+    """Yields the chapters that have content: results first, costs last."""
     plan, results = report.document("plan"), report.document("results")
     references = held_out_references(results)
     if results:
@@ -131,7 +131,7 @@ def _name(report: Report) -> str:
 
 
 def _missing(report: Report) -> Iterator[str]:
-    """What a finished build would have and this one has not, with the command that makes it."""
+    """Yields the parts of a finished build that this one lacks, each with the command that makes it."""
     build = report.build.get("build", "BUILD")
     if not report.document("plan"):
         yield "There is no plan: the build was not compiled here."
@@ -160,7 +160,7 @@ def _progress(report: Report) -> tuple[float, int]:
 
 
 def _tiles(report: Report) -> Iterator[tuple[str, str, Markup | None]]:
-    """The figures that are looked for first: label, figure, a line below it."""
+    """Yields the figures that readers look for first: label, figure, a line below it."""
     teacher, student = part(report.document("plan"), "teacher"), part(report.document("plan"), "student")
     for label, key, write in (
         ("parameters", "parameters", figures.short),

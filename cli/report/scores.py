@@ -1,4 +1,6 @@
-"""scores.safetensors beside the selection: what each part was worth, and whether it stayed."""
+"""The scores of scores.safetensors together with the selection: the score of each part, and whether the part was
+kept.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,12 @@ class Scored:
     """The scores of one list of an axis, in the teacher's order."""
 
     layer: int | None
-    """None: the axis has one list for the whole network."""
+    """The layer of the list; None where the axis has one list for the whole network."""
 
     values: Values
     kept: Marks
     dropped_layer: bool = False
-    """The whole layer went, for its own score: nothing was chosen in it."""
+    """True where the whole layer was removed for its own score: nothing was chosen in it."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,13 @@ class ScoredAxis:
     axis: str
     lists: tuple[Scored, ...]
     chosen: bool
-    """Whether the student has fewer of them; where not, everything of a kept layer is marked as kept."""
+    """True where the student has fewer of them; else everything of a kept layer is marked as kept."""
 
 
 def read_scores(build: Path, plan: Document) -> list[ScoredAxis]:
-    """Every axis that was scored, depth first, then as in the file; empty where nothing was. WorkError: unreadable."""
+    """Reads every axis that was scored, depth first, then as in the file; empty where nothing was. WorkError:
+    unreadable.
+    """
     path = build / SCORES
     if not path.is_file():
         return []

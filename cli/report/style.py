@@ -1,4 +1,4 @@
-"""How the page looks: one style sheet, light and dark by what the reader's system asks for."""
+"""The style sheet of the page, light or dark as the reader's system prefers."""
 
 CSS = """
 :root { color-scheme: light dark; --paper: #fbfbf9; --card: #ffffff; --ink: #1b1c19; --muted: #5f605a; --line: #dddcd5;

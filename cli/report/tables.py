@@ -9,7 +9,7 @@ from minitron.cli.sections import Column, Section
 
 
 def section_table(section: Section) -> Markup:
-    """The table of a section and the sentences below it; its title is the table's caption."""
+    """Returns the table of a section and the sentences below it; the section's title is the table's caption."""
     notes = [element("p", note, class_="note") for note in section.notes]
     if not section.columns:
         return element("div", element("h3", section.title), *notes)
@@ -17,7 +17,7 @@ def section_table(section: Section) -> Markup:
 
 
 def table(caption: str, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> Markup:
-    """A table that scrolls by itself where the page is too narrow; its first column heads the rows."""
+    """Returns a table that scrolls on its own where the page is too narrow; the first column holds the row headers."""
     head = [element("th", one.name, scope="col", class_=_side(one)) for one in columns]
     body = [
         element(
@@ -37,7 +37,7 @@ def table(caption: str, columns: Sequence[Column], rows: Sequence[Sequence[str]]
 
 
 def details(summary: str, *content: str | None) -> Markup:
-    """What is unfolded by a click, without a script."""
+    """Returns content that a click unfolds, without a script."""
     return element("details", element("summary", summary), *content)
 
 

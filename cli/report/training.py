@@ -1,4 +1,4 @@
-"""The part of the report that shows how training went."""
+"""The part of the report that shows the course of training."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ _NOT_DRAWN = frozenset({"held_out_perplexity", "memory_bytes"})
 
 
 def training_curves(name: str, curves: Curves, references: Sequence[Reference]) -> Markup:
-    """A chart for every figure of a metrics.jsonl and one table with the numbers of all. `name` is unique on the page;
-    the held-out loss is drawn beside `references`."""
+    """Returns a chart for every figure of a metrics.jsonl and one table with the numbers of all. `name` is unique on
+    the page; the held-out loss is drawn beside `references`.
+    """
     keys = _keys(curves)
     charts = [_chart(name, key, curves.of(key), references if key == "held_out_loss" else ()) for key in keys]
     return element(
@@ -40,7 +41,7 @@ def training_curves(name: str, curves: Curves, references: Sequence[Reference]) 
 
 
 def _reading(curves: Curves) -> list[str]:
-    """How the charts are to be read."""
+    """Returns sentences that explain how to read the charts."""
     said = [f"{figures.count(curves.records)} steps"]
     if curves.each > 1:
         said.append(
@@ -66,7 +67,7 @@ def _same(a: list[tuple[float, Figure]], b: list[tuple[float, Figure]]) -> bool:
 
 
 def held_out_references(results: Document) -> list[Reference]:
-    """What teacher and pruned student come to on the text that the held-out loss of training is of."""
+    """Returns the losses of teacher and pruned student on the text that training measures its held-out loss on."""
     models = part(results, "models")
     losses = [(name, part(part(models, name), "held_out").get("loss")) for name in MODELS if name != "distilled"]
     return [Reference(name.replace("_", " "), float(loss)) for name, loss in losses if isinstance(loss, int | float)]

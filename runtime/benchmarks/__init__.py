@@ -1,1 +1,1 @@
-"""Benchmarks: which tasks there are, where their data lies, how they are run."""
+"""Benchmarks: the tasks, their local data, and how they are run."""

@@ -1,4 +1,4 @@
-"""The tasks that there are: those of lm-evaluation-harness and ours, found by name without loading any data."""
+"""The catalogue of tasks, those of lm-evaluation-harness and our own, found by name without loading any data."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from minitron.specs.errors import UsageError
 from minitron.specs.suggest import closest
 
 OURS = Path(__file__).with_name("tasks")
-"""Task files in the harness's format, for what the harness does not have."""
+"""Task files in the harness's format, for tasks that the harness lacks."""
 
 _FUNCTIONS = "minitron.runtime.benchmarks.metrics"
 _CODE = {"humaneval": "prompt_and_answers", "mbpp": "as_they_are"}
-"""Tasks whose programs we run: how an answer becomes a program. The harness would run them in processes of its own that are not
-confined, and fetches code from the Hub to do it."""
+"""The tasks whose programs we run, and how an answer becomes a program. The harness would run the programs in processes
+that are not confined, and would fetch code from the Hub to do it.
+"""
 
 Document = dict[str, Any]
 
 
 class Function(str):
-    """The dotted name of a function in a task file; the harness imports it."""
+    """The dotted name of a function in a task file; the harness imports the function."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -39,7 +40,7 @@ _Dumper.add_representer(Function, lambda dumper, name: dumper.represent_scalar("
 
 
 def task_file(document: Document) -> str:
-    """A task as a file that the harness reads."""
+    """Writes a task as a YAML file that the harness reads."""
     return yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
@@ -53,25 +54,27 @@ class Group:
 
 @dataclass(frozen=True)
 class Found:
-    """One benchmark, and the tasks that it is made of."""
+    """One benchmark, and the tasks that it consists of."""
 
     benchmark: Benchmark
     tasks: tuple[str, ...]
-    """Names of its tasks: of a group all that are in it, else its own."""
+    """The names of the benchmark's tasks: for a group all tasks in it, else the name of the task itself."""
 
     groups: tuple[Group, ...] = ()
-    """The group itself and those inside it; none where it is no group."""
+    """The group itself and the groups inside it; empty where the benchmark is no group."""
 
     configs: dict[str, Document] = field(default_factory=dict, compare=False)
     """Task -> its configuration with the benchmark's own settings."""
 
     unsafe: tuple[str, ...] = ()
-    """Those of its tasks that run what a model writes."""
+    """The tasks of the benchmark that run programs written by a model."""
 
 
 @cache
 def _manager() -> Any:
-    """The harness's index of all tasks, which takes seconds to make. UsageError where the harness is not installed."""
+    """Returns the harness's index of all tasks, which takes seconds to build. UsageError where the harness is not
+    installed.
+    """
     try:
         import lm_eval.models.huggingface  # noqa: F401
         from lm_eval.tasks import TaskManager
@@ -83,8 +86,9 @@ def _manager() -> Any:
 
 
 def find(suite: Sequence[Benchmark]) -> list[Found]:
-    """The benchmarks of a suite in its order, a tag's tasks one by one. UsageError for a name that there is not, and for tasks
-    that run the programs of models where that is not allowed or cannot be done safely."""
+    """Finds the benchmarks of a suite, in its order; a tag is replaced by its tasks. UsageError for an unknown name,
+    and for tasks that run programs written by models where that is not allowed or cannot be done safely.
+    """
     found = [one for benchmark in suite for one in _find(benchmark)]
     unsafe = {task: one for one in found for task in one.unsafe}
     if unsafe:
@@ -113,7 +117,9 @@ def _find(benchmark: Benchmark) -> Iterator[Found]:
 
 
 def _members(member: str | Document, tasks: dict[str, Document], groups: dict[str, Path]) -> None:
-    """Adds the tasks and groups at and below a member of a group: a name, or a mapping that changes or defines one."""
+    """Adds the tasks and groups at and below a member of a group; the member is a name, or a mapping that changes or
+    defines a task or group.
+    """
     index = _manager().task_index
     name = member if isinstance(member, str) else str(member.get("group") or member.get("task"))
     entry = index.get(name)
@@ -134,14 +140,15 @@ def _members(member: str | Document, tasks: dict[str, Document], groups: dict[st
 
 
 def subset(task: str) -> str | None:
-    """The name of a task's part of its data set, as `anatomy` of mmlu."""
+    """Returns the name of a task's part of its data set, such as `anatomy` of mmlu."""
     name = (_manager().task_index[task].cfg or {}).get("dataset_name")
     return None if name is None else str(name)
 
 
 def config(entry: Any, benchmark: Benchmark) -> Document:
-    """What the file of a task has to say, so that it is run as the benchmark asks: the task's own file is included, and
-    what differs replaces it."""
+    """Returns the content of a task's file with the settings of the benchmark: the file includes the task's own file
+    and replaces the keys that differ.
+    """
     own: Document = entry.cfg or {}
     if entry.name in _CODE:
         document = _with_our_functions(own, benchmark)
@@ -166,7 +173,7 @@ def _generation(own: Document, benchmark: Benchmark) -> Document:
 
 
 def _with_our_functions(own: Document, benchmark: Benchmark) -> Document:
-    """A task whose answers are programs, without any function of the harness."""
+    """Returns a task whose answers are programs, with our functions in place of the harness's."""
     document = {key: value for key, value in deepcopy(own).items() if key not in ("fewshot_config", "include")}
     document["metric_list"] = [
         {"metric": Function(f"{_FUNCTIONS}.pass_at_1"), "aggregation": "mean", "higher_is_better": True}
@@ -199,6 +206,8 @@ def _check_code(unsafe: dict[str, Found]) -> None:
 
 
 def named(suite: Sequence[Benchmark], names: Sequence[str]) -> tuple[Benchmark, ...]:
-    """The benchmarks that a user asks for by name: those of the suite with its settings, others with the task's own."""
+    """Returns the benchmarks that a user asks for by name: those of the suite with the suite's settings, others with
+    the task's own settings.
+    """
     known = {one.task: one for one in suite}
     return tuple(known.get(name) or Benchmark(task=name) for name in dict.fromkeys(names))

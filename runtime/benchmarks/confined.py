@@ -21,7 +21,7 @@ import struct
 import sys
 
 REFUSED = 97
-"""Exit status where the process could not be confined, so that the program was not begun."""
+"""The exit status where the process could not be confined, so that the program was not started."""
 
 # System calls that fail with "operation not permitted", by (x86-64, arm64) number; None: there is none of that name.
 _FORBIDDEN = {
@@ -70,7 +70,7 @@ _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _FILTER = 38, 22, 2
 
 
 def instructions(machine: str) -> list[tuple[int, int, int, int]]:
-    """The filter for a machine as (code, jump if true, jump if false, operand)."""
+    """Builds the filter for a machine, as a list of (code, jump if true, jump if false, operand)."""
     column, architecture = _ARCHITECTURES[machine]
     program = [
         (_LOAD, 0, 0, _ARCHITECTURE_AT),
@@ -105,7 +105,7 @@ def instructions(machine: str) -> list[tuple[int, int, int, int]]:
 
 
 def confine(cpu_seconds: int, memory_bytes: int) -> None:
-    """Gives up all that this file's first lines say. OSError where the system does not let it."""
+    """Gives up everything that this file's docstring lists. OSError where the system does not allow it."""
     machine = platform.machine()
     if sys.platform != "linux" or machine not in _ARCHITECTURES or sys.maxsize < 2**32:
         raise OSError(f"no confinement for {sys.platform} on {machine}")
@@ -124,7 +124,7 @@ def confine(cpu_seconds: int, memory_bytes: int) -> None:
 
 
 def main() -> None:
-    """Reads, confines itself, runs, and says that the program came to its end."""
+    """Reads the program, confines the process, runs the program, and reports that the program came to its end."""
     answer, cpu_seconds, memory_bytes = (int(argument) for argument in sys.argv[1:])
     token, _, program = sys.stdin.buffer.read().partition(b"\n")
     try:

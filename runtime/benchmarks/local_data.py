@@ -1,9 +1,9 @@
-"""Local copies of benchmark data in place of the Hub: the harness's own task, told to read other files.
+"""Local copies of benchmark data in place of the Hub: the harness's own task, configured to read other files.
 
-For a task T the folder holds `T.jsonl`, what it is evaluated on, and where the task shows examples that come from another
-split `T.train.jsonl`; without that one the examples come from the same file, the question itself left out. For a group G
-one file `G.jsonl` may hold the rows of all its tasks, told apart by their `subject`. Rows have the fields of the task's data
-set on the Hub, or one of the plain forms that are often passed around (see `_FORMS`).
+For a task T the folder holds `T.jsonl`, the documents to evaluate on, and, where the task takes its few-shot examples
+from another split, `T.train.jsonl`; without the latter the examples come from `T.jsonl`, the question itself left out.
+For a group G one file `G.jsonl` may hold the rows of all its tasks, told apart by their `subject`. Rows have the fields
+of the task's data set on the Hub, or one of the plain forms that are often passed around (see `_FORMS`).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _OTHER_NAMES = {
     "truthfulqa_mc1": "truthfulqa",
     "truthfulqa_mc2": "truthfulqa",
 }
-"""What a file may be called beside the name of its task."""
+"""The names that a file may have besides the name of its task."""
 
 _MBPP_TEST = range(11, 511)
-"""`task_id` of the test split, by the data set's card; the rest are prompts, validation and training."""
+"""The `task_id` of the test split, by the data set's card; the rest are prompts, validation and training."""
 
 _MBPP_PROMPT = range(1, 11)
 
@@ -37,14 +37,14 @@ _SUBJECT = "subject"
 
 
 def local_file(folder: Path, name: str, split: str = "") -> Path | None:
-    """The file of a task or group, None where there is none."""
+    """Finds the file of a task or group; None where there is none."""
     names = [name, *([_OTHER_NAMES[name]] if name in _OTHER_NAMES else [])]
     found = (folder / f"{one}{split}.jsonl" for one in names)
     return next((path for path in found if path.is_file()), None)
 
 
 def check_local_data(folder: Path, suite: Sequence[Found]) -> None:
-    """UsageError with everything that is not there."""
+    """Checks that a suite's files are there. UsageError with everything that is missing."""
     if not folder.is_dir():
         raise UsageError(f"evaluate.data_dir: there is no folder {folder}; write where the tasks' data is, or null")
     missing = [one.benchmark.task for one in suite if any(True for _ in _absent(folder, one))]
@@ -57,13 +57,13 @@ def check_local_data(folder: Path, suite: Sequence[Found]) -> None:
 
 
 def _absent(folder: Path, found: Found) -> Iterator[str]:
-    """The tasks of a benchmark that no file is for."""
+    """Yields the tasks of a benchmark that have no file."""
     if not any(local_file(folder, group.name) for group in found.groups):
         yield from (task for task in found.tasks if local_file(folder, task) is None)
 
 
 def data_hash(folder: Path, found: Found) -> str:
-    """Identifies the files that a benchmark reads."""
+    """Returns the hash of the files that a benchmark reads."""
     digest = hashlib.sha256()
     names = [*found.tasks, *(group.name for group in found.groups)]
     files = {local_file(folder, name, split) for name in names for split in ("", ".train")}
@@ -76,15 +76,17 @@ def data_hash(folder: Path, found: Found) -> str:
 
 @dataclass
 class LocalData:
-    """Writes what tasks read to `target`, from the files in `folder`."""
+    """Writes the data that tasks read into `target`, from the files in `folder`."""
 
     folder: Path
     target: Path
     _subjects: dict[Path, dict[str, list[tuple[int, Row]]]] = field(default_factory=dict)
-    """File of a group -> subject -> its rows; a group of many tasks is read once."""
+    """The rows of each group's file by subject; the file of a group with many tasks is read once."""
 
     def place(self, found: Found, task: str, *, shots: int) -> Document:
-        """The keys of a task's file that name its data. WorkError for data that is not that of the task."""
+        """Writes a task's data and returns the keys of the task's file that name the data. WorkError where the data do
+        not fit the task.
+        """
         data = {"test": self._written(found, task, "")}
         if any(local_file(self.folder, name, ".train") for name in _names(found, task)):
             data["train"] = self._written(found, task, ".train")
@@ -141,7 +143,9 @@ class LocalData:
 
 
 def _names(found: Found, task: str) -> list[str]:
-    """What the file of a task may be called: after the task itself, or after a group that it is in."""
+    """Returns the names that the file of a task may have: the name of the task itself, or of a group that contains the
+    task.
+    """
     return [task, *(group.name for group in found.groups)]
 
 
@@ -165,7 +169,7 @@ def _as_it_is(row: Row) -> Iterator[Row]:
 
 
 def _arc(row: Row) -> Iterator[Row]:
-    """`choices` as a list of texts and `answer` as the number of the right one."""
+    """Converts a row to `choices` as a list of texts and `answer` as the number of the right one."""
     if isinstance(row["choices"], dict):
         yield row
         return
@@ -177,7 +181,7 @@ def _arc(row: Row) -> Iterator[Row]:
 
 
 def _truthfulqa(row: Row) -> Iterator[Row]:
-    """The columns of the authors' TruthfulQA.csv, answers separated by `;`."""
+    """Converts the columns of the authors' TruthfulQA.csv, with answers separated by `;`."""
     if "mc1_targets" in row or "mc2_targets" in row:
         yield row
         return
@@ -193,7 +197,9 @@ def _truthfulqa(row: Row) -> Iterator[Row]:
 
 
 def _mbpp(row: Row) -> Iterator[Row]:
-    """The whole data set in one file: its test split is what counts."""
+    """Yields a row of the test split, in a file that holds the whole data set: the test split is the one that
+    counts.
+    """
     if row.get("task_id", _MBPP_TEST.start) in _MBPP_TEST:
         yield row
 

@@ -1,4 +1,4 @@
-"""The functions that task files name: what is kept of a data set, and how an answer is scored. The harness calls them."""
+"""The functions that task files name: filters of data sets and scores of answers. The harness calls them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from minitron.runtime.benchmarks.programs import passing
 
 
 def every_fifth(documents: Any) -> Any:
-    """Every fifth document of a `datasets.Dataset`, from the first."""
+    """Returns every fifth document of a `datasets.Dataset`, from the first on."""
     return documents.select(range(0, len(documents), 5))
 
 
@@ -22,12 +22,12 @@ def rougeL(references: Sequence[str], predictions: Sequence[str]) -> float:
 
 
 def prompt_and_answers(answers: Sequence[Sequence[str]], documents: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """HumanEval's programs: the prompt, which begins a function, with each of the answers behind it."""
+    """Builds HumanEval's programs: the prompt, which begins a function, followed by each of the answers."""
     return [[document["prompt"] + one for one in of] for of, document in zip(answers, documents, strict=True)]
 
 
 def as_they_are(answers: Sequence[Sequence[str]], documents: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """MBPP's programs: the answers themselves."""
+    """Returns MBPP's programs: the answers themselves."""
     return [list(of) for of in answers]
 
 
@@ -38,6 +38,8 @@ def pass_at_1(references: Sequence[str], predictions: Sequence[Sequence[str]]) -
 
 
 def solved_examples(documents: Any) -> Any:
-    """MBPP's three examples with solutions, the documents 2 to 4 of its prompt split, marked as such for its template."""
+    """Returns MBPP's three examples with solutions, documents 2 to 4 of its prompt split, marked as examples for the
+    template.
+    """
     chosen = documents.filter(lambda document: document["task_id"] in (2, 3, 4))
     return chosen.map(lambda document: document | {"is_fewshot": True})

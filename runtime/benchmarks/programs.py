@@ -1,4 +1,4 @@
-"""Runs the programs that models write: each in a process of its own that can only compute (see `confined.py`)."""
+"""Runs the programs that models write, each in a process of its own that can only compute (see `confined.py`)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from minitron.runtime.benchmarks.confined import REFUSED
 from minitron.specs.errors import UsageError
 
 ALLOWS_CODE = "HF_ALLOW_CODE_EVAL"
-"""The environment variable that allows tasks which run what a model writes: that of the Hugging Face libraries."""
+"""The environment variable that allows tasks which run programs written by models; the Hugging Face libraries use the
+same one.
+"""
 
 CPU_SECONDS = 4
-"""Of a program: the usual 3, and what Python needs to start."""
+"""The limit of processor time for a program: the usual 3 seconds, and the time that Python needs to start."""
 
 WALL_SECONDS = 20
-"""Until a program that sleeps or waits is ended; others share the cores meanwhile."""
+"""The time after which a program that sleeps or waits is ended; others share the cores meanwhile."""
 
 MEMORY_BYTES = 2**30
 
@@ -30,13 +32,13 @@ _ANSWER_BYTES = 1000
 
 
 def code_is_allowed() -> bool:
-    """Whether the user allows programs of models to be run."""
+    """Checks whether the user allows programs written by models to be run."""
     return os.environ.get(ALLOWS_CODE) == "1"
 
 
 @cache
 def check_confinement() -> None:
-    """UsageError where a process cannot be confined on this machine, so that no program is run on it."""
+    """Checks that a process can be confined on this machine. UsageError where not, so that no program is run."""
     status, answer = _run("", "")
     if status != 0:
         reason = answer or f"the process ended with {status}"
@@ -47,8 +49,9 @@ def check_confinement() -> None:
 
 
 def passing(programs: Sequence[str]) -> list[bool]:
-    """For each program whether it came to its end without an error, within the limits. As many run at a time as there are
-    cores."""
+    """Tells for each program whether it came to its end without an error and within the limits. At most as many
+    programs run at a time as there are cores.
+    """
     with ThreadPoolExecutor(max_workers=max(1, min(len(programs), len(os.sched_getaffinity(0))))) as pool:
         return list(pool.map(_passes, programs))
 
@@ -63,7 +66,7 @@ def _passes(program: str) -> bool:
 
 
 def _run(token: str, program: str) -> tuple[int | None, str]:
-    """Exit status, None after WALL_SECONDS, and what was written to the pipe that carries the token."""
+    """Returns the exit status, None after WALL_SECONDS, and the text written to the pipe that carries the token."""
     read, write = os.pipe()
     try:
         arguments = [sys.executable, "-I", "-S", str(_SCRIPT), *map(str, (write, CPU_SECONDS, MEMORY_BYTES))]

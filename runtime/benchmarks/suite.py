@@ -1,4 +1,6 @@
-"""Runs benchmarks with lm-evaluation-harness, which prompts, asks and scores; never with metrics of our own for its tasks."""
+"""Runs benchmarks with lm-evaluation-harness, which builds the prompts, asks the model and scores; its tasks never get
+metrics of our own.
+"""
 
 from __future__ import annotations
 
@@ -26,25 +28,25 @@ from minitron.specs.blocks.benchmarks import Benchmark
 from minitron.specs.errors import WorkError, first_line
 
 _ANSWER_TOKENS = 256
-"""What the harness lets an answer have where its task says nothing."""
+"""The harness's limit of an answer where its task states none."""
 
 _SEED = 1234
-"""Of the examples that are shown and of answers that are drawn: the harness's own default."""
+"""The seed of the few-shot examples and of sampled answers: the harness's own default."""
 
 Score = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Benchmarks that can be run here, and where their data comes from."""
+    """The benchmarks that can be run here, and the folder of their data."""
 
     found: tuple[Found, ...]
     data_dir: Path | None
     limit: int | None
-    """Questions of each task; None: all."""
+    """The number of questions of each task; None stands for all."""
 
     def identity(self, found: Found, *, limited: bool = True) -> dict[str, Any]:
-        """What a benchmark's score depends on beside the model."""
+        """Returns everything but the model that a benchmark's score depends on."""
         return {
             "benchmark": found.benchmark.model_dump(mode="json"),
             "limit": self.limit if limited else None,
@@ -54,7 +56,9 @@ class Suite:
 
 
 def make_suite(benchmarks: Sequence[Benchmark], data_dir: Path | None, limit: int | None = None) -> Suite:
-    """UsageError, before anything long begins, for benchmarks that cannot be run here."""
+    """Checks and collects the benchmarks of a plan. UsageError, before any long work begins, for benchmarks that cannot
+    be run here.
+    """
     found = tuple(find(benchmarks)) if benchmarks else ()
     if found and data_dir is not None:
         check_local_data(data_dir, found)
@@ -63,20 +67,21 @@ def make_suite(benchmarks: Sequence[Benchmark], data_dir: Path | None, limit: in
 
 @contextmanager
 def opened() -> Iterator[Path]:
-    """A folder for the files of the tasks and of the data that they read, which goes when it is left."""
+    """Yields a folder for the files of the tasks and their data; the folder is removed at the end of the context."""
     with tempfile.TemporaryDirectory(prefix="minitron-tasks-") as made:
         yield Path(made)
 
 
 class Unfinished(WorkError):
-    """One of several processes failed amid what they do together: none of them can go on."""
+    """The failure of one of several processes in the middle of joint work: none of the processes can go on."""
 
 
 def run(
     suite: Suite, found: Found, folder: Path, model: LanguageModel, tokenizer: Tokenizer, world: World, batch_size: int
 ) -> Score:
-    """One benchmark's score for a model, on all ranks: `{metric, value, stderr, shots, questions, ...}`. WorkError where it
-    cannot be run."""
+    """Runs one benchmark for a model, on all ranks, and returns its score: `{metric, value, stderr, shots, questions,
+    ...}`. WorkError where the benchmark cannot be run.
+    """
     with _quiet():
         tasks = load_tasks(suite, found, folder, world)
         shortened = {name: _leave_room(task, model.positions) for name, task in tasks["tasks"].items()}
@@ -91,8 +96,9 @@ def run(
 
 
 def load_tasks(suite: Suite, found: Found, folder: Path, world: World) -> Any:
-    """The harness's own objects for a benchmark, with its data: `{tasks, groups, group_map}`. WorkError on all ranks where that
-    fails on one."""
+    """Loads the harness's own objects for a benchmark, with its data: `{tasks, groups, group_map}`. WorkError on all
+    ranks where loading fails on one.
+    """
     loaded, failure = None, None
     try:
         loaded = _load(suite, found, folder)
@@ -145,13 +151,14 @@ def _write_files(suite: Suite, found: Found, target: Path) -> None:
 
 
 def reported(task: Any) -> list[str]:
-    """The metrics that a task reports; a `pass_at_1` does so as `pass@1`."""
+    """Returns the metrics that a task reports; a `pass_at_1` is reported as `pass@1`."""
     return [name.replace("pass_at_", "pass@") for name in task.aggregation()]
 
 
 def _leave_room(task: Any, positions: int | None) -> int | None:
-    """Lets no answer be longer than half of what the model can read: the question has to fit in as well. The tokens that are
-    left for it, where that is fewer than the task asks for."""
+    """Limits answers to half of the model's context, so that the question fits in as well. Returns the limit in tokens
+    where it is lower than the task's own; else None.
+    """
     if positions is None or task.config.output_type != "generate_until":
         return None
     settings = dict(task.config.generation_kwargs or {})
@@ -164,7 +171,7 @@ def _leave_room(task: Any, positions: int | None) -> int | None:
 def _evaluate(
     tasks: Any, limit: int | None, model: LanguageModel, tokenizer: Tokenizer, world: World, batch_size: int
 ) -> Any:
-    """The harness's results at the leader, None at the others."""
+    """Evaluates tasks and returns the harness's results on the leader, None on the other ranks."""
     import lm_eval
 
     from minitron.runtime.benchmarks.harness import Harness
@@ -193,8 +200,10 @@ def _score(found: Found, results: Any, tasks: Any) -> Score:
 
 
 def main_figure(figures: dict[str, Any], metric: str | None = None) -> Score:
-    """The figure that a task is quoted by: `metric`, or length-normalised accuracy where it has one, else the first that it
-    reports. Where an answer is read in several ways, the first of them counts: gsm8k's strict match."""
+    """Returns the figure that a task is quoted by: `metric`, or length-normalised accuracy where the task has one, else
+    the first that the task reports. Where an answer is read in several ways, the first way counts: gsm8k's strict
+    match.
+    """
     named: dict[str, Any] = {}
     for key, value in figures.items():
         if isinstance(value, int | float):
@@ -208,7 +217,7 @@ def main_figure(figures: dict[str, Any], metric: str | None = None) -> Score:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the notices of the libraries and without their bars: progress is ours to show."""
+    """Silences the notices and progress bars of the libraries: progress is shown by us."""
     import datasets
     import lm_eval.api.task
 

@@ -1,4 +1,4 @@
-"""Files of other programs' formats, made from a build."""
+"""Exports of a build to file formats of other programs."""
 
 from minitron.runtime.export.gguf_file import export_gguf
 

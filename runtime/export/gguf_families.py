@@ -1,4 +1,4 @@
-"""The models that a GGUF file can hold as minitron writes it: what the format calls them, and how their weights lie in it."""
+"""The models that minitron can write as GGUF: their names in the format, and the layout of their weights in it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Metadata = Callable[[Any], None]
 
 @dataclass(frozen=True)
 class Family:
-    """A family of the format."""
+    """A model family as the format defines it."""
 
     architecture: str
-    """Its name there."""
+    """The name of the family in the format."""
 
     interleaved: bool
     """The rows of query and key projections pair neighbouring channels for rotation; Hugging Face pairs a head's halves."""
 
     unsupported: tuple[str, ...] = ()
-    """Keys of the configuration that the format has nothing for."""
+    """Keys of the configuration that the format cannot express."""
 
 
 FAMILIES = {
@@ -34,11 +34,11 @@ FAMILIES = {
     "qwen2": Family("qwen2", interleaved=False),
     "qwen3": Family("qwen3", interleaved=False, unsupported=("attention_bias",)),
 }
-"""By `model_type`: those whose layout a test reads back with another program's reader."""
+"""The families by `model_type`: those whose layout a test reads back with another program's reader."""
 
 
 def family_of(config: Any) -> Family:
-    """UsageError with the reason where a model cannot be written."""
+    """Returns the family of a model. UsageError with the reason where the model cannot be written."""
     import gguf
 
     kind = config.model_type
@@ -65,8 +65,9 @@ def family_of(config: Any) -> Family:
 
 
 def rotary(config: Any) -> tuple[float, np.ndarray[Any, Any] | None]:
-    """The base of the rotary embedding and, for Llama 3.1's scaling, the factor of each frequency [head_dim / 2]. UsageError
-    for scalings that the format has nothing for."""
+    """Returns the base of the rotary embedding and, for Llama 3.1's scaling, the factor of each frequency [head_dim /
+    2]. UsageError for scalings that the format cannot express.
+    """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     settings = config.rope_parameters
@@ -84,12 +85,14 @@ def rotary(config: Any) -> tuple[float, np.ndarray[Any, Any] | None]:
 
 
 def head_width(config: Any) -> int:
-    """Channels of a head."""
+    """Returns the number of channels of a head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def tensors(model: Any, config: Any, family: Family) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name in the format and tensor, as it lies there, of every parameter. UsageError for one that has no name."""
+    """Yields the name of every parameter in the format and its tensor in the format's layout. UsageError for a
+    parameter that has no name there.
+    """
     import gguf
 
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
@@ -107,11 +110,13 @@ def tensors(model: Any, config: Any, family: Family) -> Iterator[tuple[str, torc
 
 
 def _rotated_heads(name: str, config: Any) -> int | None:
-    """How many heads a projection makes that are rotated by their position."""
+    """Returns the number of heads of a projection with rotary positions; None for other tensors."""
     return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
 
 
 def interleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows [heads, 2, width / 2] of a projection, a head's two halves one after the other, as [heads, width / 2, 2]."""
+    """Reorders the rows [heads, 2, width / 2] of a projection, in which the halves of a head follow each other, to
+    [heads, width / 2, 2].
+    """
     halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
     return halves.transpose(1, 2).reshape(tensor.shape)

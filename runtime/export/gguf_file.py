@@ -1,4 +1,4 @@
-"""`minitron export BUILD --gguf`: the student as one file for llama.cpp and what is built on it."""
+"""Writes the student as one file for llama.cpp and programs built on it: `minitron export BUILD --gguf`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ def export_gguf(
 ) -> Path:
     """Writes the distilled student of BUILD, or the pruned one where there is no other, and returns the file's path.
 
-    Matrices are stored as `weight_type`, all other tensors in fp32, as llama.cpp wants them; a matrix whose rows Q8_0 cannot
-    divide stays in bf16. UsageError for models and tokenizers that the format cannot hold, WorkError for broken ones.
+    Matrices are stored as `weight_type`, all other tensors in fp32, as llama.cpp requires; a matrix whose rows Q8_0
+    cannot divide into blocks stays in bf16. UsageError for models and tokenizers that the format cannot hold, WorkError
+    for broken ones.
     """
     try:
         import gguf
@@ -93,7 +94,7 @@ def _describe(writer: Any, build: Path, config: Any, weight_type: WeightType) ->
 
 
 def _kind(tensor: torch.Tensor, weight_type: WeightType) -> Any:
-    """How a tensor is stored."""
+    """Returns the GGUF type in which a tensor is stored."""
     import gguf
 
     kinds = gguf.GGMLQuantizationType
@@ -103,7 +104,7 @@ def _kind(tensor: torch.Tensor, weight_type: WeightType) -> Any:
 
 
 def _size(tensor: torch.Tensor, kind: Any) -> int:
-    """Bytes of a tensor in the file."""
+    """Returns the bytes of a tensor in the file."""
     import gguf
 
     weights, size = gguf.GGML_QUANT_SIZES[kind]

@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer in the keys of a GGUF file."""
+"""Writes a Hugging Face tokenizer as the keys of a GGUF file."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ _KNOWN = {
 
 
 def add_tokenizer(writer: Any, folder: Path, config: Any, pre: str | None) -> None:
-    """Writes the tokenizer of a model's folder. `pre` is the name that llama.cpp has for its pre-tokenizer, where that cannot
-    be told; UsageError then, without one, and for kinds of tokenizers that the format does not have."""
+    """Writes the tokenizer of a model's folder. `pre` is llama.cpp's name of the pre-tokenizer, for tokenizers whose
+    pre-tokenizer is not recognised; UsageError where it is then missing, and for kinds of tokenizers that the format
+    does not have.
+    """
     tokenizer = load_tokenizer(folder)
     inner = json.loads(tokenizer.backend_tokenizer.to_str())
     model = inner["model"]
@@ -54,7 +56,7 @@ def add_tokenizer(writer: Any, folder: Path, config: Any, pre: str | None) -> No
 
 
 def _tokens(tokenizer: Tokenizer, size: int) -> tuple[list[str], list[int]]:
-    """Text and type of every row of the embedding; rows that no token is for are filled up."""
+    """Returns text and type of every row of the embedding; rows without a token get a placeholder."""
     by_id = {number: token for token, number in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
     tokens, types = [], []
@@ -75,7 +77,9 @@ def _tokens(tokenizer: Tokenizer, size: int) -> tuple[list[str], list[int]]:
 
 
 def _pre_tokenizer(tokenizer: Tokenizer, config: Any) -> str:
-    """The name of the pre-tokenizer, where the model is of a family that is published with it and it behaves so."""
+    """Returns the name of the pre-tokenizer, where the model belongs to a family that is published with it and the
+    tokenizer behaves like it.
+    """
     kind, size = config.model_type, config.vocab_size
     known = _KNOWN.get((kind, size)) or _KNOWN.get((kind, None))
     pieces = [piece for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(_PROBE)]
