@@ -75,6 +75,24 @@ def compile_command(
     show_sections(sections, plan, as_json=as_json)
 
 
+def verify(
+    build: options.BuildFolder,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+) -> None:
+    """Run every check of a compile on a build as it lies there; exit code 1 where one fails, with what differs."""
+    from minitron.compiler import verify_build
+
+    only_process("verify")
+    builds.require_build(build)
+    quiet_libraries()
+    use_threads(threads)
+    verify_build(build, device=pick_device(device), progress=shown_progress())
+    verification = read_document(build / VERIFICATION) or {}
+    show_sections([verification_section(verification)], verification, as_json=as_json)
+
+
 def capture(
     build: options.BuildFolder,
     device: options.Device = None,

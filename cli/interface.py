@@ -97,6 +97,13 @@ class Build(_Shown):
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", builds.require_build(Path(self.path)))
 
+    def verify(self, *, device: str | None = None, threads: int | None = None, quiet: bool = False) -> Document:
+        """Runs every check of a compile on the build as it lies there and returns `verification`; WorkError where one fails."""
+        from minitron.compiler import verify_build
+
+        verify_build(self.path, **_work(device, threads, quiet))
+        return self.verification or {}
+
     def capture(
         self,
         *,

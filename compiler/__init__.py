@@ -6,6 +6,7 @@ from minitron.compiler.plan.plan import Plan, make_plan
 from minitron.compiler.plan_document import plan_document
 from minitron.compiler.teacher.lock import apply_lock, make_lock
 from minitron.compiler.teacher.open_teacher import why_not_finished, why_stale
+from minitron.compiler.verify_build import verify_build
 
 __all__ = [
     "Plan",
@@ -15,6 +16,7 @@ __all__ = [
     "make_plan",
     "plan_document",
     "read_hardware",
+    "verify_build",
     "why_not_finished",
     "why_stale",
 ]

@@ -323,19 +323,25 @@ def _compile(plan: Plan, device: str, progress: Progress, stages: Stages, scratc
     write_text(build / PLAN, _json(document))
     checks = stages.verify(compilation, student, samples)
     _check_unchanged(inputs, with_result(loaded, observe(at_commit(loaded, plan.checkpoint.commit))))
-    verification = {
+    write_verification(build, checks, folder_hashes(build / STUDENT))
+    return plan
+
+
+def write_verification(build: Path, checks: Sequence[Check], student: Mapping[str, str]) -> None:
+    """Writes verification.json; `student` has the hash of every file of student/. Raises WorkError where a check
+    failed."""
+    document = {
         "format_version": 1,
         "passed": not failed(checks),
         "checks": [check.to_json() for check in checks],
-        "student": folder_hashes(build / STUDENT),
+        "student": dict(student),
     }
-    write_text(build / VERIFICATION, _json(verification))
+    write_text(build / VERIFICATION, _json(document))
     if failed(checks):
         raise WorkError(
             f"the student failed its check {failed(checks)[0]}; verification.json has all of them. "
             "Please report this: the student must not be used"
         )
-    return plan
 
 
 def write_training_plan(plan: Plan, fingerprint: str) -> None:

@@ -1,0 +1,151 @@
+"""The `selection` check: what plan.json keeps is what the scores rank highest.
+
+Each list is held against the scores by a property, and nothing of `importance/select.py` is used: no index that is gone
+outranks one that stays. Of equal scores the lower index stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from minitron.compiler.importance.scores import ScoreTable
+from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN, LAYERS
+from minitron.compiler.roles.roles import Roles
+from minitron.compiler.student.targets import Targets
+from minitron.compiler.verify.kept import Kept, WrongSelection, flags_of, kept_leaves
+
+Numbers = npt.NDArray[Any]
+Selection = Mapping[str, Sequence[Sequence[int]]]
+
+
+def first_mistake(
+    selection: Selection,
+    scores: ScoreTable,
+    targets: Targets,
+    roles: Roles,
+    count: int,
+    *,
+    contiguous: bool,
+    basis: bool,
+) -> str | None:
+    """The first list that is not what the scores ask for, in words; None where all are.
+
+    `count` is the number of the teacher's layers; `basis` says that the student keeps the leading principal components.
+    """
+    try:
+        wanted = {LAYERS, *targets.widths}
+        if {HEADS, GROUPS} & wanted:
+            wanted |= {HEADS, GROUPS}
+        if wanted != set(selection):
+            return (
+                f"plan.json selects {', '.join(sorted(selection))}, and the spec asks for {', '.join(sorted(wanted))}"
+            )
+        lists = [_layers(selection[LAYERS][0], scores, targets, count, contiguous=contiguous)]
+        if HIDDEN in selection:
+            lists.append(_hidden(selection[HIDDEN][0], scores, targets.widths[HIDDEN], roles, basis=basis))
+        return next((found for found in (*lists, *_within_layers(selection, scores, targets, roles)) if found), None)
+    except WrongSelection as error:
+        return f"plan.json: {error}"
+
+
+def outranked(where: str, scores: Numbers, flags: npt.NDArray[np.bool_], count: int) -> str | None:
+    """What is wrong with one list of `count` indices, given as flags over `scores`."""
+    if flags.shape != scores.shape:
+        return f"{where} has {flags.size} indices, and scores for {scores.size}"
+    if int(flags.sum()) != count:
+        return f"{where} keeps {int(flags.sum())} indices, not {count}"
+    if not np.isfinite(scores).all():
+        return (
+            f"{where}: the score at {int(np.argmin(np.isfinite(scores)))} is {float(scores[~np.isfinite(scores)][0])}"
+        )
+    order = np.lexsort((np.arange(scores.size), -scores))
+    stays = flags[order]
+    if stays[:count].all():
+        return None
+    worst, best = int(order[np.nonzero(stays)[0][-1]]), int(order[np.nonzero(~stays)[0][0]])
+    return f"{where} keeps {worst}, scored {float(scores[worst]):g}, and drops {best}, scored {float(scores[best]):g}"
+
+
+def _layers(kept: Sequence[int], scores: ScoreTable, targets: Targets, count: int, *, contiguous: bool) -> str | None:
+    flags = flags_of(kept, count, LAYERS)
+    if targets.named_layers is not None or targets.layers == count:
+        wanted = tuple(range(count)) if targets.named_layers is None else targets.named_layers
+        return None if tuple(kept) == wanted else f"{LAYERS} keeps {list(kept)}, and the spec names {list(wanted)}"
+    if scores.layers is None:
+        return f"{LAYERS} are ranked, and there are no scores of layers"
+    if not contiguous:
+        return outranked(LAYERS, scores.layers, flags, targets.layers)
+    length = count - targets.layers
+    sums = [float(scores.layers[i : i + length].astype(np.float64).sum()) for i in range(count - length + 1)]
+    gone = [i for i in range(count) if not flags[i]]
+    tolerance = 1e-9 * (1 + abs(min(sums)))  # sums of the same numbers in another order
+    if gone != list(range(gone[0], gone[0] + length)) or sums[gone[0]] > min(sums) + tolerance:
+        return f"{LAYERS} drops {gone}, and the neighbours with the lowest sum begin at {int(np.argmin(sums))}"
+    return None
+
+
+def _hidden(kept: Sequence[int], scores: ScoreTable, count: int, roles: Roles, *, basis: bool) -> str | None:
+    flags = flags_of(kept, roles.hidden.size, HIDDEN)
+    if basis:
+        leading = np.arange(flags.size) < count
+        return None if (flags == leading).all() else f"{HIDDEN} keeps others than the first {count} components"
+    if scores.hidden is None:
+        return f"{HIDDEN} is narrowed, and there are no scores of it"
+    return outranked(HIDDEN, scores.hidden, flags, count)
+
+
+def _within_layers(selection: Selection, scores: ScoreTable, targets: Targets, roles: Roles) -> Iterator[str | None]:
+    """What is wrong with the lists of each layer."""
+    kept = kept_leaves({name: lists for name, lists in selection.items() if name != HIDDEN}, roles, lambda leaf: leaf)
+    for name, of_layer in roles.widths.items():
+        if name not in selection:
+            continue
+        for layer, width in of_layer.items():
+            if layer in selection[LAYERS][0]:
+                where, ranked = f"{name} in layer {layer}", scores.widths.get(name, {}).get(layer)
+                if ranked is None:
+                    yield f"{where} is narrowed, and there are no scores of it"
+                else:
+                    yield _rows(where, ranked, kept[width.leaf], targets.widths[name] // width.together)
+    if HEADS not in selection:
+        return
+    for layer in selection[LAYERS][0]:
+        if layer in roles.heads:
+            yield _attention(layer, selection, scores, targets, roles)
+
+
+def _rows(where: str, scores: Numbers, kept: Kept, count: int) -> str | None:
+    """A list, or one for each index of the parents; of parents that are gone nothing is kept."""
+    if not kept.parents:
+        return outranked(where, scores, kept.flags, count)
+    flags = kept.flags.reshape(-1, kept.flags.shape[-1])
+    rows = scores.reshape(-1, scores.shape[-1])
+    if rows.shape != flags.shape:
+        return f"{where} has scores of another shape, {list(scores.shape)}"
+    each = (
+        outranked(f"{where}, list {number},", row, stays, count)
+        for number, (row, stays) in enumerate(zip(rows, flags, strict=True))
+        if stays.any()
+    )
+    return next((found for found in each if found), None)
+
+
+def _attention(layer: int, selection: Selection, scores: ScoreTable, targets: Targets, roles: Roles) -> str | None:
+    site = roles.heads[layer]
+    at = [i for i in selection[LAYERS][0] if i in roles.heads].index(layer)
+    groups = flags_of(selection[GROUPS][at], site.groups, GROUPS)
+    heads = flags_of(selection[HEADS][at], site.groups * site.repeats, HEADS).reshape(site.groups, site.repeats)
+    if layer not in scores.heads or scores.heads[layer].shape != heads.shape:
+        return f"{HEADS} in layer {layer} are narrowed, and there are no scores of them"
+    of_heads = scores.heads[layer]
+    of_groups = np.sqrt(np.square(of_heads.astype(np.float64)).sum(1)).astype(np.float32)
+    count = targets.widths.get(GROUPS, site.groups)
+    repeats = targets.widths.get(HEADS, count * site.repeats) // count
+    found = outranked(f"{GROUPS} in layer {layer}", of_groups, groups, count)
+    for group in np.nonzero(groups)[0]:
+        found = found or outranked(f"{HEADS} in layer {layer}, group {group},", of_heads[group], heads[group], repeats)
+    return found
