@@ -1,4 +1,5 @@
-"""The spec language: what a user writes, and what is wrong with it. Imports neither torch nor the other packages."""
+"""The spec language: the models of what a user writes, and the checks on it. Imports neither torch nor the other
+packages."""
 
 from minitron.specs.available import unavailable
 from minitron.specs.errors import MinitronError, SpecError, SpecInvalid, UsageError, WorkError

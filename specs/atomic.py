@@ -1,4 +1,4 @@
-"""Files and folders that are never half there: written under a temporary name, synced, renamed."""
+"""Writes files and folders atomically: under a temporary name, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _QUOTED = re.compile(r"\(os error (\d+)\)")
 
 
 def explain(error: Exception) -> tuple[str, str]:
-    """What went wrong and what to do, for an error of writing; safetensors raises its own kind with the system's
-    words."""
+    """Returns (message, hint) for an error of writing; safetensors raises its own class, which quotes the system's
+    error."""
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
         return "the disk is full", "make room"
     return str(error), "see that it can be written to"
@@ -41,26 +41,29 @@ def sync_folder(folder: Path) -> None:
 
 
 def _usual_mode(path: Path) -> None:
-    """The permissions that a new file or folder has under the user's umask, whatever wrote it: some libraries write
-    files that nobody else may read."""
+    """Gives a new file or folder the permissions of the user's umask: some libraries write files that nobody else may
+    read."""
     umask = os.umask(0o077)  # it can only be read by setting it; in the meantime nothing is made that is too open
     os.umask(umask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def temporary_path(target: Path, which: object = "") -> Path:
-    """Where `target` is written until it is whole: a hidden name beside it that nobody else uses, `which` tells several
-    apart. What a killed process left there, `remove_leftovers` finds."""
+    """Returns the hidden path beside `target` under which `target` is written until it is complete.
+
+    The name is unique to this process; `which` tells several temporary paths of one target apart. `remove_leftovers`
+    removes the paths that killed processes left.
+    """
     return target.with_name(".".join([f"{_PREFIX}{target.name}", *([str(which)] if which else [])]) + _SUFFIX)
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether minitron made `folder`; an empty one is nobody's."""
+    """Checks whether minitron made `folder`; False for an empty folder."""
     return (folder / MARKER).is_file() or not any(folder.iterdir())
 
 
 def require_replaceable(folder: Path) -> None:
-    """UsageError where `folder` is there and minitron has not made it: it would be replaced whole."""
+    """Raises UsageError if `folder` exists and minitron has not made it, because the whole folder would be replaced."""
     if folder.is_symlink():
         raise UsageError(f"{folder} is a link, and would be replaced; remove the link, or name another folder")
     if folder.exists() and not (folder.is_dir() and is_ours(folder)):
@@ -68,8 +71,11 @@ def require_replaceable(folder: Path) -> None:
 
 
 def claim_folder(folder: Path, names: Iterable[str], otherwise: str) -> None:
-    """Marks `folder`, which is made where it is not there, as one that minitron writes `names` into. UsageError where some
-    of these are there already and the mark is not: somebody else's; `otherwise` says what to do then."""
+    """Marks `folder`, which is created if missing, as one that minitron writes `names` into.
+
+    UsageError if some of these names exist and the mark does not, because the files are then somebody else's;
+    `otherwise` says what to do instead.
+    """
     if not (folder / MARKER).is_file():
         if there := [name for name in names if os.path.lexists(folder / name)]:
             raise UsageError(f"{folder} holds {there[0]}, which minitron did not make; move it away, or {otherwise}")
@@ -79,7 +85,7 @@ def claim_folder(folder: Path, names: Iterable[str], otherwise: str) -> None:
 
 @contextlib.contextmanager
 def _errors_of(target: Path) -> Iterator[None]:
-    """An OSError that names `target` in place of a library's error that only quotes one: a full disk is a full disk."""
+    """Raises an OSError that names `target` in place of a library's error that only quotes one, such as a full disk."""
     try:
         yield
     except (OSError, MinitronError):
@@ -94,7 +100,8 @@ def _errors_of(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `target`; on success it is synced and takes the name `target`, on error it goes.
+    """Yields a temporary path beside `target`; on success the file is synced and renamed to `target`, on error it is
+    removed.
 
     The temporary name carries the process id, so that two processes never write into one file.
     """
@@ -113,17 +120,17 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Writes `text` as UTF-8, whole or not at all."""
+    """Writes `text` as UTF-8, completely or not at all."""
     with atomic_path(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """The same for a folder: yields an empty temporary folder; on success it replaces `target` whole.
+    """Yields an empty temporary folder, which on success replaces the whole folder `target`.
 
-    The old folder is renamed before it is removed: a kill leaves the old one, none or the new one, never a part of one.
-    UsageError where `target` is a folder that minitron has not made.
+    The old folder is renamed before it is removed: a killed process leaves the old folder, none or the new one, never a
+    part of one. UsageError if `target` is a folder that minitron has not made.
     """
     require_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -139,8 +146,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def publish_folder(temporary: Path, target: Path) -> None:
-    """Syncs a folder that is complete, marks it and gives it the name `target`, in the place of what had it. UsageError
-    where that was not made by minitron."""
+    """Syncs and marks a complete folder and renames it to `target`, replacing what is there. UsageError if minitron has
+    not made the folder that would be replaced."""
     (temporary / MARKER).write_text(_MARK, encoding="utf-8")
     for path in [temporary, *temporary.rglob("*")]:
         _usual_mode(path)
@@ -164,7 +171,7 @@ def publish_folder(temporary: Path, target: Path) -> None:
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Removes temporary files and folders that killed processes left in `folder`, of `name` or of all that they wrote."""
+    """Removes the temporary files and folders that killed processes left in `folder`: those of `name`, or all."""
     for path in folder.glob(f"{_PREFIX}{name}{_SUFFIX}" if name == "*" else f"{_PREFIX}{glob.escape(name)}.*{_SUFFIX}"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What the language has and this version cannot do yet: the one place that says so."""
+"""Lists what the language can express and this version cannot do yet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from minitron.specs.spec import Spec
 
 
 def unavailable(spec: Spec) -> list[Problem]:
-    """The parts of `spec` that this version cannot do."""
+    """Returns a problem for each part of `spec` that this version cannot do."""
     return list(_unavailable(spec))
 
 

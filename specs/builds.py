@@ -56,37 +56,38 @@ CARD = "README.md"
 
 
 def default_build(spec_file: Path, name: str) -> Path:
-    """Where a spec is built when nobody says otherwise: `builds/NAME` beside the spec."""
+    """Returns the default build folder of a spec: `builds/NAME` beside the spec."""
     return spec_file.parent / "builds" / name
 
 
 def build_of(loaded: LoadedSpec) -> Path:
-    """The same, of a spec that was read."""
+    """Returns the default build folder of a spec that was read."""
     return default_build(loaded.path, loaded.spec.name)
 
 
 def result_of(loaded: LoadedSpec) -> Path:
-    """The model that a spec comes to: the distilled student, or the pruned one where nothing is trained."""
+    """Returns the folder of the model that a spec results in: the distilled student, or the pruned one if nothing is
+    trained."""
     return build_of(loaded) / (STUDENT if loaded.spec.distill is None else MODEL)
 
 
 def finished_note(build: Path) -> Path:
-    """The file that says that the training of a build is complete."""
+    """Returns the path of the file that marks the training of a build as complete."""
     return build / WORK / FINISHED
 
 
 def metrics_file(build: Path) -> Path:
-    """The figures of each step of a build's training."""
+    """Returns the path of the metrics of each step of a build's training."""
     return build / WORK / METRICS
 
 
 def correction_metrics_file(build: Path) -> Path:
-    """The same of the teacher's own training before it teaches, where the spec asks for one."""
+    """Returns the path of the metrics of the teacher correction, if the spec asks for one."""
     return build / CORRECTION_WORK / METRICS
 
 
 def read_document(path: Path) -> dict[str, Any] | None:
-    """The JSON object in `path`; None where there is no such file, WorkError where it cannot be read."""
+    """Returns the JSON object in `path`; None if the file does not exist, WorkError if it cannot be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,5 @@
-"""Chains: a spec whose teacher is the result of another spec (`teacher.spec`), which may itself be such a spec."""
+"""Resolves chains: a spec whose teacher is the result of another spec (`teacher.spec`), which may itself be such a
+spec."""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ from minitron.specs.lockfile import with_lock
 
 
 def above(loaded: LoadedSpec) -> LoadedSpec | None:
-    """The spec whose result is the teacher, under its own lock where it has one; None where the teacher is a model.
+    """Loads the spec whose result is the teacher, with its own lock if there is one; None if the teacher is a model.
 
-    SpecInvalid at `teacher.spec` where there is no such file, and at the other file's own places where it is wrong.
+    SpecInvalid at `teacher.spec` if the file does not exist, and at the other file's own places if that spec is wrong.
     """
     name = loaded.spec.teacher.spec
     if name is None:
@@ -26,9 +27,9 @@ def above(loaded: LoadedSpec) -> LoadedSpec | None:
 
 
 def chain(loaded: LoadedSpec) -> tuple[LoadedSpec, ...]:
-    """The specs that have to be run before this one, in that order: the one with a model for its teacher comes first.
+    """Returns the specs that have to run before this one, in order: the spec whose teacher is a model comes first.
 
-    SpecInvalid at the `teacher.spec` that comes back to an earlier spec; otherwise as for `above`.
+    SpecInvalid at the `teacher.spec` that leads back to an earlier spec; other errors as for `above`.
     """
     specs: list[LoadedSpec] = []
     seen = [os.path.realpath(loaded.path)]

@@ -1,6 +1,6 @@
-"""What must hold between the values of a spec.
+"""Checks the constraints between the values of a spec.
 
-A constraint is a function of the spec; it names the parts that it reads, and is passed over when something in them was
+A constraint is a function of the spec. It names the paths that it reads, and is skipped if one of their values was
 already found wrong, so that no error is reported that only follows from another.
 """
 
@@ -35,7 +35,7 @@ CONSTRAINTS: list[Constraint] = []
 
 
 def constraint(*reads: str) -> Callable[[Check], Check]:
-    """Registers a check of what stands at `reads`."""
+    """Registers a check that reads the values at `reads`."""
 
     def register(check: Check) -> Check:
         CONSTRAINTS.append(Constraint(reads, check))
@@ -46,7 +46,7 @@ def constraint(*reads: str) -> Callable[[Check], Check]:
 
 @constraint("teacher")
 def one_teacher(spec: Spec) -> Iterator[Problem]:
-    """The teacher is a model or another spec's result."""
+    """Requires that the teacher is either a model or the result of another spec."""
     teacher = spec.teacher
     if teacher.model is None and teacher.spec is None:
         yield Problem("teacher", "names no teacher", "add `model:` (a Hugging Face id or a folder) or `spec:`")
@@ -58,7 +58,7 @@ def one_teacher(spec: Spec) -> Iterator[Problem]:
 
 @constraint("student")
 def some_target(spec: Spec) -> Iterator[Problem]:
-    """Something becomes smaller."""
+    """Requires that something becomes smaller."""
     if not list(spec.student.targets()) and spec.student.layers is None:
         example = 'such as `hidden_size: 4096`, `intermediate_size: "80%"` or `layers: {drop: [16, 17]}`'
         message = "says no target: the student would be the teacher"
@@ -67,7 +67,7 @@ def some_target(spec: Spec) -> Iterator[Problem]:
 
 @constraint("student.layers")
 def drop_or_keep(spec: Spec) -> Iterator[Problem]:
-    """Layers are named one way, and once each."""
+    """Requires that layers are named either by `drop` or by `keep`, and once each."""
     layers = spec.student.layers
     if layers is None:
         return
@@ -82,7 +82,7 @@ def drop_or_keep(spec: Spec) -> Iterator[Problem]:
 
 @constraint("student.layers", f"student.{DEPTH}")
 def depth_said_once(spec: Spec) -> Iterator[Problem]:
-    """Named layers already say how many there are."""
+    """Refuses a depth beside named layers, because the named layers already determine the depth."""
     if spec.student.layers is not None and spec.student.num_hidden_layers is not None:
         message = "`layers` already says how many layers stay, and may say another number"
         yield Problem(
@@ -92,7 +92,7 @@ def depth_said_once(spec: Spec) -> Iterator[Problem]:
 
 @constraint("student.num_attention_heads", "student.num_key_value_heads")
 def groups_divide_heads(spec: Spec) -> Iterator[Problem]:
-    """Every key-value group serves the same number of query heads."""
+    """Requires that every key-value group serves the same number of query heads."""
     heads, groups = spec.student.num_attention_heads, spec.student.num_key_value_heads
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         fitting = max(number for number in range(1, groups + 1) if heads % number == 0) if heads < 10**4 else 1
@@ -105,7 +105,7 @@ def groups_divide_heads(spec: Spec) -> Iterator[Problem]:
 
 @constraint("search")
 def lists_need_a_search(spec: Spec) -> Iterator[Problem]:
-    """Several widths are candidates, and a search decides between them."""
+    """Requires a search if a width has several candidates."""
     for key, width in spec.student.targets():
         if isinstance(width, tuple) and spec.search is None:
             yield Problem(f"student.{key}", "a list of widths needs `search`", "write one width, or add `search:`")
@@ -113,7 +113,7 @@ def lists_need_a_search(spec: Spec) -> Iterator[Problem]:
 
 @constraint("search")
 def some_budget(spec: Spec) -> Iterator[Problem]:
-    """A search without a limit would always pick the largest candidate."""
+    """Requires a limit for a search, because without a limit the largest candidate would always win."""
     limits = ("parameters", "memory", "flops_per_token", "kv_cache")
     if spec.search is not None and all(getattr(spec.search.budget, limit) is None for limit in limits):
         yield Problem("search.budget", "says no limit", "add one of " + ", ".join(f"`{limit}`" for limit in limits))
@@ -121,7 +121,7 @@ def some_budget(spec: Spec) -> Iterator[Problem]:
 
 @constraint("search", "teacher_correction", "distill")
 def training_has_data(spec: Spec) -> Iterator[Problem]:
-    """What trains before distillation trains on its data."""
+    """Requires `distill` for a search and for teacher correction, because both train on its data."""
     for key in ("search", "teacher_correction"):
         if getattr(spec, key) is not None and spec.distill is None:
             yield Problem(key, f"`{key}` trains on the data of `distill`, and there is none", "add `distill:`")
@@ -129,7 +129,7 @@ def training_has_data(spec: Spec) -> Iterator[Problem]:
 
 @constraint("importance.data")
 def scores_need_data(spec: Spec) -> Iterator[Problem]:
-    """Scores come from activations, and these from data."""
+    """Requires calibration data for scores, because scores come from activations."""
     named = spec.student.layers is not None
     scored = [key for key, _ in spec.student.targets() if not (key == DEPTH and named)]
     if scored and spec.importance.data is None:
@@ -142,7 +142,7 @@ def scores_need_data(spec: Spec) -> Iterator[Problem]:
 
 @constraint("importance.selection", "recovery")
 def elimination_counts_on_a_refit(spec: Spec) -> Iterator[Problem]:
-    """Elimination keeps what a refit can make the most of, which is not what is best without one."""
+    """Requires a refit for elimination, which keeps the channels best after a refit, not the best without one."""
     if spec.importance.selection == "greedy" and spec.recovery.refit == "none":
         message = "greedy keeps what is best once projections are refitted, and nothing is"
         yield Problem("importance.selection", message, "write scores, or `recovery: {refit: least_squares}`")
@@ -150,14 +150,14 @@ def elimination_counts_on_a_refit(spec: Spec) -> Iterator[Problem]:
 
 @constraint("distill.optimizer.lr", "distill.optimizer.min_lr")
 def distill_rate_falls(spec: Spec) -> Iterator[Problem]:
-    """The learning rate ends no higher than it starts."""
+    """Requires that the learning rate ends no higher than it starts."""
     if spec.distill is not None:
         yield from training.rate_falls(spec.distill.optimizer, "distill.optimizer")
 
 
 @constraint("teacher_correction.optimizer.lr", "teacher_correction.optimizer.min_lr")
 def correction_rate_falls(spec: Spec) -> Iterator[Problem]:
-    """The learning rate ends no higher than it starts."""
+    """Requires that the learning rate ends no higher than it starts."""
     if spec.teacher_correction is not None:
         yield from training.rate_falls(spec.teacher_correction.optimizer, "teacher_correction.optimizer")
 
@@ -166,7 +166,7 @@ def correction_rate_falls(spec: Spec) -> Iterator[Problem]:
     "distill.tokens", "distill.sequence_length", "distill.global_batch_size", "teacher_correction", "search.rank"
 )
 def enough_tokens(spec: Spec) -> Iterator[Problem]:
-    """Every training has at least one step."""
+    """Requires that every training has at least one step."""
     if spec.distill is None:
         return
     batch = spec.distill.global_batch_size * spec.distill.sequence_length
@@ -184,35 +184,35 @@ def enough_tokens(spec: Spec) -> Iterator[Problem]:
 
 @constraint("distill.loss")
 def loss_is_whole(spec: Spec) -> Iterator[Problem]:
-    """Something is minimised, and a dynamic weight has a scale."""
+    """Requires a loss term, and a logit loss to scale a dynamic weight to."""
     if spec.distill is not None:
         yield from training.loss_is_whole(spec.distill.loss, "distill.loss")
 
 
 @constraint("distill.teacher_logits", "distill.loss")
 def samples_are_enough(spec: Spec) -> Iterator[Problem]:
-    """What stored samples of the teacher's distribution give is all that the loss needs."""
+    """Requires a loss that stored samples of the teacher's distribution suffice for."""
     if spec.distill is not None:
         yield from training.samples_are_enough(spec.distill.loss, spec.distill.teacher_logits, "distill.loss")
 
 
 @constraint("distill.layout")
 def offloading_needs_sharding(spec: Spec) -> Iterator[Problem]:
-    """Weights that rest in host memory are sharded."""
+    """Requires sharding for weights that rest in host memory."""
     if spec.distill is not None:
         yield from training.offloading_needs_sharding(spec.distill.layout, "distill.layout")
 
 
 @constraint("distill.loss.hidden_states")
 def pairs_differ(spec: Spec) -> Iterator[Problem]:
-    """A pair of layers counts once."""
+    """Requires that no pair of layers is listed twice."""
     if spec.distill is not None:
         yield from training.pairs_differ(spec.distill.loss, "distill.loss")
 
 
 @constraint("distill.data", "distill.tokens")
 def budgets_make_up_the_training(spec: Spec) -> Iterator[Problem]:
-    """The tokens of a blend's parts are those of the training."""
+    """Requires that the tokens of a blend's parts add up to the tokens of the training."""
     parts = (spec.distill.data.blend if spec.distill is not None else None) or ()
     if spec.distill is None or not parts or any(part.tokens is None for part in parts):
         return
@@ -225,7 +225,7 @@ def budgets_make_up_the_training(spec: Spec) -> Iterator[Problem]:
 
 @constraint("distill.data", "evaluate.held_out")
 def held_out_documents_can_be_chosen(spec: Spec) -> Iterator[Problem]:
-    """A share of the training data is a share of documents that are read one by one."""
+    """Requires documents that are read one by one if held-out data is a share of the training data."""
     held_out = spec.evaluate.held_out if spec.evaluate is not None else None
     if held_out is None or held_out.fraction is None:
         return
@@ -244,7 +244,7 @@ def held_out_documents_can_be_chosen(spec: Spec) -> Iterator[Problem]:
 
 @constraint("distill.data", "evaluate.held_out")
 def held_out_is_held_out(spec: Spec) -> Iterator[Problem]:
-    """What is trained on measures nothing."""
+    """Refuses held-out data that is also trained on."""
     if spec.distill is None or spec.evaluate is None or spec.evaluate.held_out is None:
         return
     shared = set(_origins(spec.distill.data)) & set(_origins(spec.evaluate.held_out))
@@ -255,7 +255,7 @@ def held_out_is_held_out(spec: Spec) -> Iterator[Problem]:
 
 @constraint("evaluate.suite", "evaluate.require", "evaluate.held_out")
 def requirements_are_measured(spec: Spec) -> Iterator[Problem]:
-    """What must be reached is among what is measured."""
+    """Requires that each required score is among the measured ones."""
     if spec.evaluate is None:
         return
     tasks = [one.task for one in benchmarks(spec.evaluate.suite)]
@@ -272,7 +272,7 @@ def requirements_are_measured(spec: Spec) -> Iterator[Problem]:
 
 @constraint("evaluate.suite")
 def benchmarks_can_be_run(spec: Spec) -> Iterator[Problem]:
-    """Each benchmark stands in the suite once, and several answers to a question differ."""
+    """Requires that a suite lists each benchmark once, and that several answers to a question are sampled."""
     suite = () if spec.evaluate is None else benchmarks(spec.evaluate.suite)
     for index, one in enumerate(suite):
         if one.task in [before.task for before in suite[:index]]:
@@ -283,7 +283,7 @@ def benchmarks_can_be_run(spec: Spec) -> Iterator[Problem]:
 
 
 def _origins(source: DataSource) -> Iterator[str]:
-    """Each file pattern or split that a source reads, spelled so that equal ones are equal."""
+    """Yields each file pattern or split that a source reads, spelled so that equal ones compare equal."""
     for part in source.blend or [source]:
         if part.dataset is not None:
             subset = f" ({part.subset})" if part.subset else ""

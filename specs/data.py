@@ -1,4 +1,4 @@
-"""`data`: where documents come from. The same model stands in the spec and in training.yaml."""
+"""The block `data`: the sources of documents. The same model is used in the spec and in training.yaml."""
 
 from __future__ import annotations
 
@@ -157,13 +157,13 @@ class Source(Block, json_schema_extra=_say_one_kind):
 
     @property
     def kind(self) -> str:
-        """Which of the kinds this is."""
+        """Returns the key of the one kind of source that is given."""
         return next(kind for kind in _KINDS if getattr(self, kind, None) is not None)
 
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, value: Any) -> Any:
-        """Writes the defaults that go with the kind; what is wrong is left to the checks behind it."""
+        """Fills in the defaults that go with the kind; the later validators report wrong values."""
         if not isinstance(value, dict):
             return value
         kinds = [kind for kind in _KINDS if value.get(kind) is not None]
@@ -204,7 +204,7 @@ class Source(Block, json_schema_extra=_say_one_kind):
 
     @model_serializer(mode="wrap")
     def _only_given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the keys of other kinds."""
+        """Serializes the source without the keys of other kinds."""
         return {key: value for key, value in write(self).items() if value is not None}
 
 
@@ -219,7 +219,7 @@ class BlendPart(Source):
 
     @property
     def share(self) -> float:
-        """In proportion to the shares of the other parts."""
+        """Returns the part's weight, or its tokens, which is proportional to its share of the blend."""
         return float(self.weight if self.weight is not None else self.tokens or 0)
 
     @model_validator(mode="after")
@@ -231,7 +231,7 @@ class BlendPart(Source):
 
 
 class DataSource(Source):
-    """Where documents come from: exactly one of `text`, `jsonl`, `parquet`, `dataset`, `megatron` and `blend`."""
+    """A source of documents: exactly one of `text`, `jsonl`, `parquet`, `dataset`, `megatron` and `blend`."""
 
     blend: Annotated[Listed[BlendPart], Field(min_length=1)] | None = None
     """Several sources, mixed by weight: `[{weight: 0.7, text: [...]}, {weight: 0.3, jsonl: [...]}]`; or by `tokens`, each
@@ -245,14 +245,14 @@ class DataSource(Source):
 
 
 class HeldOutSource(DataSource):
-    """Where held-out documents come from: as `distill.data` has it, or `fraction`."""
+    """A source of held-out documents: one of the kinds of `distill.data`, or `fraction`."""
 
     fraction: Fraction | None = None
     """This share of the documents of `distill.data`, chosen by a hash of their text; training leaves them out."""
 
 
 def divided(source: DataSource, **share: float) -> DataSource:
-    """The source with `only` or `leave_out` for it, or for each part of a blend."""
+    """Returns the source with `only` or `leave_out` set on it, or on each part of a blend."""
     if source.blend is None:
         return source.model_copy(update=share)
     return source.model_copy(update={"blend": tuple(part.model_copy(update=share) for part in source.blend)})

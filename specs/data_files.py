@@ -1,4 +1,4 @@
-"""Finds the files of a data source: what a pattern names, and a hash of everything that decides the documents."""
+"""Finds the files of a data source and hashes everything that decides the documents."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ S = TypeVar("S", bound=Source)
 
 
 def resolve(source: S, folder: Path, *, at: str = "data") -> S:
-    """The source with every pattern replaced by the files it names: absolute, sorted, each once.
+    """Returns the source with every pattern replaced by the files it matches: absolute, sorted, each once.
 
-    Relative patterns start at `folder`. The standard library stays a word: it is another folder on every machine.
-    Refused, with a problem for every pattern that names nothing; `at` is the dotted path of the source.
+    Relative patterns start at `folder`. The standard library stays a word, because its folder differs between machines.
+    Raises Refused with a problem for every pattern that matches nothing; `at` is the dotted path of the source.
     """
     problems: list[Problem] = []
     resolved = _resolved(source, folder, at, problems)
@@ -36,7 +36,7 @@ def resolve(source: S, folder: Path, *, at: str = "data") -> S:
 
 
 def check_data(loaded: LoadedSpec) -> list[Problem]:
-    """Everything that is wrong with the data that a spec names."""
+    """Returns every problem of the data that a spec names."""
     problems: list[Problem] = []
     for at, source in data_sources(loaded.spec):
         _resolved(source, loaded.folder, at, problems)
@@ -48,7 +48,7 @@ def check_data(loaded: LoadedSpec) -> list[Problem]:
 
 
 def data_sources(spec: Spec) -> Iterator[tuple[str, DataSource]]:
-    """(dotted path, source) of all data that a spec names."""
+    """Yields (dotted path, source) for all data that a spec names."""
     if spec.importance.data is not None:
         yield "importance.data", spec.importance.data
     if spec.distill is not None:
@@ -59,7 +59,8 @@ def data_sources(spec: Spec) -> Iterator[tuple[str, DataSource]]:
 
 
 def sources_as_read(spec: Spec) -> Iterator[tuple[str, DataSource]]:
-    """The same as they are read: held-out documents that come out of the training data are taken from it."""
+    """Yields (dotted path, source) for all data as it is read: a held-out fraction becomes a share of the training
+    data."""
     held_out = spec.evaluate.held_out if spec.evaluate is not None else None
     fraction = held_out.fraction if held_out is not None else None
     for at, source in data_sources(spec):
@@ -87,7 +88,7 @@ def _resolved(source: S, folder: Path, at: str, problems: list[Problem]) -> S:
 
 
 def _expand(pattern: str, folder: Path) -> list[str]:
-    """The absolute files of a pattern, sorted. FileNotFoundError(message, hint) where there are none."""
+    """Returns the absolute files of a pattern, sorted. FileNotFoundError(message, hint) if there are none."""
     if pattern.startswith(STDLIB_PREFIX):
         return [pattern]
     path = folder.absolute() / pattern
@@ -129,7 +130,7 @@ _WHOLE_MACHINE = ("/", "/proc", "/sys", "/dev")
 
 
 def _check_root(pattern: str, folder: Path) -> None:
-    """`**` begins below a folder of the user's, not below the root of the file system."""
+    """Refuses a `**` that begins at the root of the file system instead of a folder of the user."""
     parts = Path(pattern).parts
     if "**" not in parts:
         return
@@ -140,7 +141,7 @@ def _check_root(pattern: str, folder: Path) -> None:
 
 
 def shown_path(text: str) -> str:
-    """A path in a message: what cannot be printed written out, its middle left out where it is long."""
+    """Returns a path as messages show it: unprintable characters escaped, the middle of a long path left out."""
     plain = text.encode("unicode_escape").decode() if not text.isprintable() else text
     return f"`{plain if len(plain) <= 120 else f'{plain[:80]}...{plain[-30:]}'}`"
 
@@ -163,7 +164,7 @@ def _dataset(name: str, folder: Path, at: str, problems: list[Problem]) -> str:
 
 
 def data_files(source: Source) -> list[Path]:
-    """The files that a resolved source is read from, in the order of reading; none for a data set of the Hub."""
+    """Returns the files of a resolved source in the order of reading; none for a data set of the Hub."""
     if isinstance(source, DataSource) and source.blend is not None:
         return [file for part in source.blend for file in data_files(part)]
     if source.dataset is not None:
@@ -184,10 +185,10 @@ def stdlib(entry: str) -> list[Path]:
 
 
 def content_hash(source: Source) -> str:
-    """A hash of everything that decides the documents of a resolved source: options, file names and contents.
+    """Hashes everything that decides the documents of a resolved source: options, file names and contents.
 
-    Folders do not count, so the same data has the same hash on another machine. Of a data set on the Hub only its id,
-    split and revision are known without reading it.
+    Folders do not count, so the same data has the same hash on another machine. For a data set on the Hub only the id,
+    split and revision count, because nothing else is known without reading the data.
     """
     digest = hashlib.sha256()
     # Files count by name and content, parts of a blend by their own hash, and how much of the data is read not at all.
@@ -213,8 +214,8 @@ _PIECES, _PIECE = 64, 64 << 10
 
 
 def data_file_hash(file: Path) -> str:
-    """`sha256:...` of a file's contents; of a large file `sampled:...`, of its size and of pieces from all over it, so that
-    terabytes are told apart in seconds. WorkError for a file that cannot be read."""
+    """Returns `sha256:...` of a file's contents, and for a large file `sampled:...` of its size and samples from all
+    over the file, so that terabytes are told apart in seconds. WorkError for a file that cannot be read."""
     try:
         found = file.stat()
         if not stat.S_ISREG(found.st_mode):
@@ -232,5 +233,5 @@ def data_file_hash(file: Path) -> str:
 
 
 def unreadable(file: Path, error: OSError) -> WorkError:
-    """The error of a data file that was there and cannot be read."""
+    """Returns the error for a data file that exists and cannot be read."""
     return WorkError(f"{file}: cannot be read ({error.strerror}); check that the file is there and its permissions")

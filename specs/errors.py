@@ -1,4 +1,4 @@
-"""The errors that a user can meet. Everything else that is raised is a bug of ours."""
+"""The errors that a user can meet. Every other exception is a bug of minitron."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from minitron.specs.one_line import message_text, one_line
 
 
 class MinitronError(Exception):
-    """What the command line prints without a traceback. `exit_code` is what the process ends with."""
+    """An error that the command line prints without a traceback. `exit_code` is the exit status of the process."""
 
     exit_code = 1
     follows = False
@@ -19,26 +19,26 @@ class MinitronError(Exception):
 
 
 class UsageError(MinitronError, ValueError):
-    """The spec or the call is wrong, and the message says what to write instead."""
+    """An error in the spec or the call; the message says what to write instead."""
 
     exit_code = 2
 
 
 class WorkError(MinitronError, RuntimeError):
-    """The spec is right, the work failed: a bad checkpoint, a full disk, a check that did not pass."""
+    """A failure of the work under a correct spec: a bad checkpoint, a full disk, a check that did not pass."""
 
 
 class OtherProcessEnded(WorkError):
-    """A process that trains beside this one is gone."""
+    """The failure of a process that trains beside this one."""
 
     follows = True
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something wrong at a dotted path of a spec or of training.yaml; `hint` says what to write instead.
+    """A fault at a dotted path of a spec or of training.yaml; `hint` says what to write instead.
 
-    Checks yield problems and know nothing of files and lines; `located` and `placing` give these, at the edge.
+    Checks yield problems without files and lines; `located` and `placing` add these at the boundary.
     """
 
     path: str
@@ -51,7 +51,7 @@ class Problem:
 
 
 class Refused(UsageError):
-    """Problems on their way to the edge, where `placing` turns them into a SpecInvalid with their lines."""
+    """Carries problems to `placing`, which turns them into a SpecInvalid with their lines."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
@@ -59,17 +59,17 @@ class Refused(UsageError):
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
     def __reduce__(self) -> tuple[type[Refused], tuple[tuple[Problem, ...]]]:
-        """Lets one process hand it to another."""
+        """Makes the error picklable, so that one process can send it to another."""
         return Refused, (self.problems,)
 
 
 @dataclass(frozen=True)
 class SpecError:
-    """One thing that is wrong in a spec, at its place.
+    """A fault in a spec, with its place.
 
     `path` is the dotted path in the spec (`student.hidden_size`); `message` says what is wrong, `hint` what to write
-    instead. `line` and `column` count from 1; 0 where there is no place (a value given by `--set`). Whatever a user wrote
-    that stands in path, message or hint cannot begin a line of its own and is cut where it is long.
+    instead. `line` and `column` count from 1; 0 if there is no place (a value given by `--set`). User text in path,
+    message or hint cannot begin a line of its own and is cut if it is long.
     """
 
     file: str
@@ -103,7 +103,7 @@ class SpecInvalid(UsageError):
         super().__init__("\n".join(str(e) for e in self.errors))
 
     def __reduce__(self) -> tuple[type[SpecInvalid], tuple[list[SpecError]]]:
-        """Lets one process hand it to another."""
+        """Makes the error picklable, so that one process can send it to another."""
         return SpecInvalid, (self.errors,)
 
 
@@ -111,11 +111,11 @@ class Document(Protocol):
     """A file that was read with the places of its values: `LoadedSpec` and `LoadedPlan`."""
 
     def error(self, path: str, message: str, hint: str = "") -> SpecError:
-        """An error at the place of the dotted `path`, or of its nearest parent."""
+        """Returns an error at the place of the dotted `path`, or of its nearest parent."""
 
 
 def located(problems: Iterable[Problem], document: Document) -> list[SpecError]:
-    """The problems at their places in `document`."""
+    """Returns the problems at their places in `document`."""
     return [document.error(problem.path, problem.message, problem.hint) for problem in problems]
 
 
@@ -123,8 +123,8 @@ def located(problems: Iterable[Problem], document: Document) -> list[SpecError]:
 def placing(
     document: Document, at: str | None = None, kinds: tuple[type[MinitronError], ...] = (UsageError,)
 ) -> Iterator[None]:
-    """Raises what goes wrong inside as a SpecInvalid: problems at their own places in `document`, any other error of
-    `kinds` at the dotted path `at`, where one is given. What has its place already keeps it."""
+    """Re-raises errors of the body as SpecInvalid: problems at their own places in `document`, any other error of
+    `kinds` at the dotted path `at`, if one is given. An error that already has its place keeps it."""
     try:
         yield
     except SpecInvalid:
@@ -138,5 +138,5 @@ def placing(
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what a library says about an error; the error's class where it says nothing."""
+    """Returns the first line of a library's error message, or the error's class if the message is empty."""
     return str(error).strip().split("\n")[0].rstrip() or type(error).__name__

@@ -1,4 +1,4 @@
-"""`extends`: a spec that takes another as its base."""
+"""Resolves `extends`: merges a spec over the spec that it names as its base."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from minitron.specs.source import Entry, Mapping, Node, Scalar, Sequence, read_b
 
 
 def read_with_bases(content: bytes, file: str) -> tuple[Mapping, list[SpecError]]:
-    """The tree of a file, merged over the bases that it names, and the mistakes that leave a tree.
+    """Returns the tree of a file, merged over its bases, and the mistakes that still leave a tree.
 
-    Places point into the file that a value stands in; `file` is how the first one is called in messages. SpecInvalid
-    for what leaves no tree.
+    Places point into the file that a value stands in; `file` is the name of the first file in messages. SpecInvalid for
+    mistakes that leave no tree.
     """
     tree, errors = _mapping(content, file)
     layers = [tree]
@@ -34,7 +34,7 @@ def read_with_bases(content: bytes, file: str) -> tuple[Mapping, list[SpecError]
 
 
 def merge(base: Mapping, over: Mapping) -> Mapping:
-    """Mappings merge key by key; everything else in `over` replaces what `base` has."""
+    """Merges mappings key by key; everything else in `over` replaces the value in `base`."""
     entries = dict(base.entries)
     for key, entry in over.entries.items():
         below = entries.get(key)
@@ -83,7 +83,7 @@ def _read(base: Path, entry: Entry) -> bytes:
 
 
 def _rebased(base: Mapping, to: Path, folder: Path) -> Mapping:
-    """The base with its relative paths written relative to the folder `to`."""
+    """Returns the base with its relative paths rewritten relative to the folder `to`."""
     if os.path.realpath(to) == os.path.realpath(folder):
         return base
     way = Path(os.path.relpath(folder, to))

@@ -1,4 +1,4 @@
-"""Hashes of files. Those of large ones are remembered, so that weights are read once and not by every command."""
+"""Hashes files and remembers the hashes of large ones, so that weights are not read again by every command."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SETTLED_NS = 2_000_000_000
 
 
 def file_hash(path: Path) -> str:
-    """`sha256:...` of a file's bytes. OSError where it cannot be read.
+    """Returns `sha256:...` of a file's bytes. OSError if the file cannot be read.
 
-    A remembered hash counts as long as the file has the same size, inode and times of change (also that of its inode, which
-    no tool sets back).
+    A remembered hash is valid as long as the file has the same size, inode, modification time and inode change time
+    (which no tool sets back).
     """
     stat = path.stat()
     if stat.st_size < LEAST_BYTES:
@@ -42,7 +42,7 @@ def file_hash(path: Path) -> str:
 
 
 def store() -> Path:
-    """The file that remembers: `minitron/hashes.json` in the user's cache folder."""
+    """Returns the path of the hash cache: `minitron/hashes.json` in the user's cache folder."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "minitron" / "hashes.json"
 
@@ -53,7 +53,7 @@ def _hash(path: Path) -> str:
 
 
 def _remembered() -> dict[str, object]:
-    """What is remembered; nothing where the file is missing or broken: then all is hashed again."""
+    """Reads the hash cache; empty if the file is missing or broken, so that everything is hashed again."""
     try:
         document = json.loads(store().read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -74,8 +74,8 @@ def _remember(key: str, entry: list[object]) -> None:
 
 
 def folder_hashes(folder: Path, suffixes: Iterable[str] = ("",)) -> dict[str, str]:
-    """Name -> hash of the files in a folder whose names end in one of `suffixes`, hidden ones left out. WorkError where one
-    cannot be read."""
+    """Returns name -> hash of the files in a folder whose names end in one of `suffixes`, hidden files left out.
+    WorkError if a file cannot be read."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     try:
         return {name: file_hash(folder / name) for name in names if name.endswith(tuple(suffixes))}
@@ -84,7 +84,7 @@ def folder_hashes(folder: Path, suffixes: Iterable[str] = ("",)) -> dict[str, st
 
 
 def first_difference(folder: Path, hashes: Mapping[str, str]) -> str | None:
-    """What is not as `hashes` say, in a few words: `NAME is missing`, `NAME has changed`; None where all is."""
+    """Describes the first difference from `hashes`: `NAME is missing`, `NAME has changed`; None if there is none."""
     for name, expected in hashes.items():
         try:
             found = file_hash(folder / name)

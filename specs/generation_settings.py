@@ -1,7 +1,8 @@
-"""A model's generation_config.json as students carry it on: without what contradicts itself.
+"""Reads a model's generation_config.json and removes settings that contradict each other.
 
-Settings that another one switches off change nothing, and transformers refuses to save them: a temperature without sampling, a
-length penalty without beams, several answers of a greedy search. They are left out. So is a file that holds no object.
+Settings that another one disables change nothing, and transformers refuses to save them: a temperature without
+sampling, a length penalty without beams, several answers of a greedy search. Such settings are left out, and so is a
+file without a JSON object.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _OUTPUTS = dict.fromkeys(("output_attentions", "output_hidden_states", "output_s
 
 
 def read_generation_settings(folder: Path) -> dict[str, Any] | None:
-    """The settings of the model in a folder; None where it has none, or a file that holds none."""
+    """Returns the settings of the model in a folder; None if there is no file, or no object in the file."""
     path = folder / FILE
     try:
         content = read_json(path, _LIMIT)
@@ -36,7 +37,7 @@ def read_generation_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def without_contradictions(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that have an effect."""
+    """Returns the settings that have an effect."""
     idle: dict[str, Any] = {}
     beams, answers, padding = (settings.get(key) for key in ("num_beams", "num_return_sequences", "pad_token_id"))
     several = isinstance(beams, int) and not isinstance(beams, bool) and beams > 1

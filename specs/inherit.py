@@ -1,4 +1,4 @@
-"""What a block takes from another where it says nothing itself."""
+"""Fills in the values that a block takes from another block when it leaves them out."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ _UNSCORED = {"layers", "multiple_of"}
 
 
 def inherit(tree: Mapping) -> Mapping:
-    """The tree with `importance.data` taken from `distill.data` where scores are needed and it is left out: the documents that
-    the student is trained on, in sequences of the same length. Places stay those of `distill.data`."""
+    """Returns the tree with `importance.data` taken from `distill.data` if scores need data and none is given: the
+    documents that the student is trained on, in sequences of the same length. Places stay those of `distill.data`."""
     data, student = _at(tree, "distill", "data"), _at(tree, "student")
     scored = isinstance(student, Mapping) and not student.entries.keys() <= _UNSCORED
     importance = _at(tree, "importance")

@@ -1,4 +1,4 @@
-"""Reads JSON documents that others wrote, within bounds: neither depth nor size of a file can exhaust this process."""
+"""Reads JSON documents from outside, within bounds: neither depth nor size of a file can exhaust this process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ JSON_LIMIT = 256_000_000
 
 
 def parse_json(text: bytes) -> Any:
-    """The value that `text` holds, in UTF-8 with or without a byte order mark. ValueError with the reason."""
+    """Parses `text`, UTF-8 with or without a byte order mark. ValueError with the reason."""
     try:
         return json.loads(text.decode("utf-8-sig"))
     except RecursionError:
@@ -19,7 +19,8 @@ def parse_json(text: bytes) -> Any:
 
 
 def read_json(path: Path, limit: int = JSON_LIMIT) -> Any:
-    """The value in a file. ValueError with the reason where the file is larger than `limit` bytes or holds no JSON."""
+    """Returns the value in a file. ValueError with the reason if the file is larger than `limit` bytes or holds no
+    JSON."""
     with path.open("rb") as handle:
         text = handle.read(limit + 1)
     if len(text) > limit:

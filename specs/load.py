@@ -1,4 +1,4 @@
-"""From a file to a spec that holds: read, take the base in, override, validate, check the constraints."""
+"""Loads a spec from a file: reads it, merges its base, applies overrides, validates, checks the constraints."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from minitron.specs.translate import Places, translate
 
 @dataclass(frozen=True)
 class LoadedSpec:
-    """A valid spec, where it came from, and where each of its values stands."""
+    """A valid spec, the file it was read from, and the place of each of its values."""
 
     spec: Spec
     path: Path
@@ -43,22 +43,23 @@ class LoadedSpec:
 
     @property
     def folder(self) -> Path:
-        """What relative paths in the spec are relative to."""
+        """Returns the folder that relative paths in the spec start at."""
         return self.path.parent
 
     @cached_property
     def resolved(self) -> dict[str, Any]:
-        """The spec as written, with every default written out, as JSON has it."""
+        """Returns the spec as JSON values, with every default written out."""
         return (self.written or self.spec).model_dump(mode="json")
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the resolved spec: equal for two files that ask for the same, however they are written."""
+        """Returns the hash of the resolved spec: equal for two files with the same meaning, however they are written."""
         canonical = json.dumps(self.resolved, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def pinned(self, pins: Mapping[str, str]) -> LoadedSpec:
-        """The same spec with commits in place of branches and tags; what a user asked for, and its hash, stay."""
+        """Returns the spec with commits in place of branches and tags; the spec as requested, and its hash, stay the
+        same."""
         if not pins:
             return self
         spec = self.spec
@@ -67,13 +68,13 @@ class LoadedSpec:
         return replace(self, spec=spec, pins=dict(pins), written=self.written or self.spec)
 
     def error(self, path: str, message: str, hint: str = "") -> SpecError:
-        """An error at the place of the dotted `path`, or of its nearest parent where only a default stands."""
+        """Returns an error at the place of the dotted `path`, or of its nearest parent if only a default stands there."""
         return Places(self.tree).error(path, message, hint)
 
 
 class InvalidDraft(SpecInvalid):
-    """The errors of a spec, and as `draft` what is left of it when everything that was found wrong is taken out: so the
-    rest can be held against the teacher in the same go."""
+    """The errors of a spec, and as `draft` the spec without the wrong values, so that the rest can be checked against
+    the teacher in the same run."""
 
     def __init__(self, errors: Sequence[SpecError], draft: LoadedSpec) -> None:
         super().__init__(errors)
@@ -81,7 +82,7 @@ class InvalidDraft(SpecInvalid):
 
 
 def _replaced(value: Any, path: shape.Path, new: str) -> Any:
-    """A copy of a block, or of a list of blocks, with one value in it replaced."""
+    """Returns a copy of a block, or of a list of blocks, with one value in it replaced."""
     if not path:
         return new
     step, rest = path[0], path[1:]
@@ -91,9 +92,10 @@ def _replaced(value: Any, path: shape.Path, new: str) -> Any:
 
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> LoadedSpec:
-    """Reads and checks a spec. It needs the file and its bases only: no network, no data, no model.
+    """Reads and checks a spec from the file and its bases only: no network, no data, no model.
 
-    InvalidDraft (a SpecInvalid) with all errors of the file; UsageError where it cannot be read or an override leads nowhere.
+    InvalidDraft (a SpecInvalid) with all errors of the file; UsageError if it cannot be read or an override leads
+    nowhere.
     """
     tree, errors = read_with_bases(_read(path), str(path))
     for override in overrides:
@@ -139,10 +141,11 @@ STAND_INS: Mapping[str, Any] = {
 
 
 def _check(tree: source.Mapping, values: dict[str, Any]) -> tuple[Spec, list[SpecError]]:
-    """The spec, and all its errors; with errors, what is wrong has been taken out of the spec.
+    """Returns the spec and all its errors; if there are errors, the wrong values have been removed from the spec.
 
-    pydantic stops checking a model where one of its parts is wrong, and constraints need a whole spec. So what is wrong is
-    taken out and the rest is checked again, until it holds; errors that only follow from an earlier one are dropped.
+    pydantic stops checking a model if one of its parts is wrong, and constraints need a whole spec. Wrong values are
+    therefore removed and the rest is checked again until it is valid; errors that only follow from an earlier one are
+    dropped.
     """
     errors: list[SpecError] = []
     broken: list[shape.Path] = []
@@ -161,7 +164,7 @@ def _check(tree: source.Mapping, values: dict[str, Any]) -> tuple[Spec, list[Spe
 
 
 def _whole(tree: source.Mapping, values: dict[str, Any], errors: list[SpecError], broken: list[shape.Path]) -> Spec:
-    """The spec of what is right in `values`, from which the rest is taken out; that is added to `errors` and `broken`."""
+    """Returns the spec of the valid values in `values`; the rest is removed from it and added to `errors` and `broken`."""
     while True:
         try:
             return Spec.model_validate(values)
@@ -174,14 +177,14 @@ def _whole(tree: source.Mapping, values: dict[str, Any], errors: list[SpecError]
 
 
 def _touches(path: shape.Path, broken: list[shape.Path]) -> bool:
-    """Whether `path` lies above, at or below one of the broken ones."""
+    """Checks whether `path` lies above, at or below one of the broken ones."""
     return any(path[: len(other)] == other[: len(path)] for other in broken)
 
 
 def _take_out(values: dict[str, Any], path: shape.Path) -> bool:
-    """Deletes a wrong value, or gives a missing one its stand-in; says whether there was anything to do.
+    """Deletes a wrong value, or gives a missing one its stand-in; returns whether there was anything to do.
 
-    For what is wrong or missing in a list the whole list is deleted.
+    A wrong or missing value in a list deletes the whole list.
     """
     steps: list[tuple[dict[str, Any], str]] = []
     inside: Any = values

@@ -1,8 +1,8 @@
-"""`NAME.lock.yaml`: what a spec is compiled from, pinned. Reading it, writing it, and what has changed since.
+"""Reads and writes `NAME.lock.yaml`, the pinned inputs of a compile, and lists what has changed since.
 
-A lock holds the inputs that the spec only names: the commit that a revision pointed to, hashes of configuration, weights,
-tokenizer and data, the versions of the tools. What the spec says itself (widths, tokens, learning rates) is not in it, so a
-width can be changed without renewing the lock.
+A lock holds the inputs that the spec only names: the commit that a revision pointed to, hashes of configuration,
+weights, tokenizer and data, the versions of the tools. Values of the spec itself (widths, tokens, learning rates) are
+not in it, so a width can be changed without renewing the lock.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Lock:
     inputs: Inputs
 
     def error(self, path: tuple[str, ...], message: str, hint: str) -> SpecError:
-        """An error at the place of a key, or of its nearest parent."""
+        """Returns an error at the place of a key, or of its nearest parent."""
         place, node = self.tree.place, self.tree
         for key in path:
             if key not in node.entries:
@@ -66,12 +66,12 @@ class Lock:
 
 
 def lock_path(loaded: LoadedSpec) -> Path:
-    """Beside the spec, under the spec's name."""
+    """Returns the path of the lock: beside the spec, under the spec's name."""
     return loaded.folder / f"{loaded.spec.name}{LOCK_SUFFIX}"
 
 
 def read_lock(loaded: LoadedSpec) -> Lock | None:
-    """The lock of a spec, None where there is none. SpecInvalid with the place where it is broken."""
+    """Returns the lock of a spec, None if there is none. SpecInvalid with the place if it is broken."""
     path = lock_path(loaded)
     try:
         content = read_small(path)
@@ -94,13 +94,14 @@ def read_lock(loaded: LoadedSpec) -> Lock | None:
 
 
 def with_lock(loaded: LoadedSpec) -> LoadedSpec:
-    """The spec with the commits of its lock file taken in, where there is one."""
+    """Returns the spec pinned to the commits of its lock file, if there is one."""
     lock = read_lock(loaded)
     return loaded if lock is None else loaded.pinned(pins(lock, loaded))
 
 
 def pins(lock: Lock, loaded: LoadedSpec) -> dict[str, str]:
-    """Dotted path -> commit, for every model and data set that the spec still names as it did when it was locked."""
+    """Returns dotted path -> commit for every model and data set that the spec still names as it did when it was
+    locked."""
     found: dict[str, str] = {}
     spec = loaded.written or loaded.spec
     teacher = _part(lock.inputs, "teacher")
@@ -118,7 +119,7 @@ def pins(lock: Lock, loaded: LoadedSpec) -> dict[str, str]:
 
 
 def source_parts(at: str, one: DataSource) -> Iterator[tuple[str, str, Source]]:
-    """(dotted path, key in the lock, source) of a source, or of each part of a blend."""
+    """Yields (dotted path, key in the lock, source) of a source, or of each part of a blend."""
     if one.blend is None:
         yield at, at, one
         return
@@ -128,7 +129,7 @@ def source_parts(at: str, one: DataSource) -> Iterator[tuple[str, str, Source]]:
 
 
 def render_lock(inputs: Inputs, spec: str) -> str:
-    """The file's text; `spec` is the spec's file name. The same inputs give the same bytes."""
+    """Returns the file's text; `spec` is the spec's file name. The same inputs give the same bytes."""
     lines = [*HEADER.format(spec=spec).splitlines(), f"format_version: {FORMAT_VERSION}", f"spec: {_scalar(spec)}"]
     for key, value in inputs.items():
         lines += ["", *(f"# {COMMENTS[key]}".splitlines() if key in COMMENTS else [])]
@@ -153,7 +154,7 @@ def _scalar(text: str) -> str:
 
 
 def changes(before: Inputs, now: Inputs) -> Iterator[tuple[tuple[str, ...], str | None, str | None]]:
-    """(path, before, now) for everything that differs; None where there is nothing on that side."""
+    """Yields (path, before, now) for every difference; None on the side that lacks the key."""
     old, new = dict(_leaves(before)), dict(_leaves(now))
     for path in dict.fromkeys([*old, *new]):
         if old.get(path) != new.get(path):
@@ -161,13 +162,13 @@ def changes(before: Inputs, now: Inputs) -> Iterator[tuple[tuple[str, ...], str 
 
 
 def stale(lock: Lock, now: Inputs, spec: str) -> list[SpecError]:
-    """What a lock says that is not so (any more), each at its line."""
+    """Returns an error, at its line, for each entry of the lock that no longer matches the inputs."""
     hint = f"`minitron lock {spec}` renews it"
     return [lock.error(path, in_words(before, after), hint) for path, before, after in changes(lock.inputs, now)]
 
 
 def in_words(before: str | None, now: str | None) -> str:
-    """One change as it stands behind the name of what changed."""
+    """Describes one change, to follow the name of what changed."""
     if before is None:
         return f"is {_short(now)} and not locked"
     if now is None:
@@ -176,7 +177,7 @@ def in_words(before: str | None, now: str | None) -> str:
 
 
 def _short(text: str | None) -> str:
-    """Hashes and commits by their first digits."""
+    """Shortens hashes and commits to their first digits."""
     return re.sub(rf"\b([0-9a-f]{{{_SHOWN}}})[0-9a-f]{{20,}}\b", r"\1", str(text))
 
 
@@ -189,7 +190,7 @@ def _leaves(inputs: Inputs, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple
 
 
 def _texts(node: source.Mapping) -> Inputs:
-    """As written: a commit of digits alone is a commit and not a number."""
+    """Returns the entries as written: a commit made of digits alone stays text."""
     inputs: Inputs = {}
     for key, entry in node.entries.items():
         match entry.node:

@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""Allows one process at a time in a folder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ LOCK = ".minitron.lock"
 
 @contextmanager
 def only_one(folder: Path, doing: str, *, active: bool = True) -> Iterator[None]:
-    """Keeps a second process from writing into `folder`, which is made where it is not there. The system takes the lock
-    back however this process ends.
+    """Keeps a second process from writing into `folder`, which is created if missing. The system releases the lock
+    however this process ends.
 
-    UsageError, with what the other process is `doing`, where one holds the lock; WorkError where the folder cannot be
-    written to. Ranks that do not write (`active` false) need no lock.
+    UsageError, with what the other process is `doing`, if another process holds the lock; WorkError if the folder
+    cannot be written to. Ranks that do not write (`active` false) need no lock.
     """
     if not active:
         yield

@@ -1,4 +1,4 @@
-"""How many tokens the distillation loss works on at a time: the runtime allocates by it, the planner estimates by it."""
+"""The number of tokens in a chunk of the distillation loss: the runtime allocates by it, the planner estimates by it."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ HEAD_BLOCK = 16384
 
 @dataclass(frozen=True)
 class LossChunks:
-    """Tokens whose logits exist together, and tokens whose gradients do: a multiple of the first."""
+    """The number of tokens whose logits exist together, and the number whose gradients do: a multiple of the first."""
 
     logits: int
     gradients: int
 
 
 def loss_chunks(kind: str, tokens: int, vocabulary: int, most: int, gradient_bytes: int) -> LossChunks:
-    """`kind` is cpu or cuda, `most` bounds a chunk of logits from above, `gradient_bytes` is what one gradient takes: 4
-    where it takes the place of its logit."""
+    """Chooses the chunk sizes: `kind` is cpu or cuda, `most` is the largest chunk of logits, `gradient_bytes` is the
+    size of one gradient (4 if it replaces its logit in memory)."""
     chunk = max(1, min(most, tokens, LOGITS_BYTES[kind] // (4 * vocabulary)))
     if gradient_bytes == 4:
         return LossChunks(chunk, chunk)

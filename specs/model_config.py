@@ -1,7 +1,9 @@
-"""A model's config.json as compiler and runtime take it: read within bounds, without keys that only change how it is called.
+"""Reads a model's config.json for compiler and runtime: within bounds, and without keys that only change how the model
+is called.
 
-The keys that are left out decide what a call returns, or which kernel computes it, and never which function the model is:
-compiler and runtime choose them for themselves. A kernel named `owner/name` would be code from the Hub, which is never run.
+The keys that are left out decide what a call returns, or which kernel computes it, and never which function the model
+is: compiler and runtime choose them for themselves. A kernel named `owner/name` would be code from the Hub, which is
+never run.
 """
 
 from __future__ import annotations
@@ -39,18 +41,18 @@ OLDER_ROTARY_KEYS = (
 
 
 def with_dtype(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration that says its dtype in the older key too."""
+    """Returns a configuration that states its dtype under the older key too."""
     return {**config, "torch_dtype": config["dtype"]} if isinstance(config.get("dtype"), str) else dict(config)
 
 
 def with_older_keys(config: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
-    """A configuration that transformers has written anew, with the older keys that the one that it was read from has."""
+    """Returns a configuration that transformers has rewritten, with the older keys of the one it was read from."""
     older = {key: source[key] for key in (*OLDER_ROTARY_KEYS, ROPE_SCALING) if key in source and key not in config}
     return {**with_dtype(config), **older}
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """The configuration of the model in a folder. UsageError where it cannot be one, with the reason."""
+    """Returns the configuration of the model in a folder. UsageError with the reason if it cannot be one."""
     path = folder / CONFIG
     if not path.is_file():
         raise UsageError(f"{folder} has no {CONFIG}; it is not a Hugging Face checkpoint")
@@ -73,7 +75,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 
 
 def _plain(part: dict[str, Any]) -> dict[str, Any]:
-    """The configuration, or a part of it, without `CALLING`, and with dtypes as they are written today."""
+    """Returns the configuration, or a part of it, without `CALLING`, and with dtypes spelled as today."""
     result = {}
     for key, value in part.items():
         if key in CALLING:
@@ -87,7 +89,7 @@ def _plain(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _entries(value: Any, at: str = "") -> Iterator[tuple[str, str, Any]]:
-    """(path, key, value) of everything in a document; entries of lists have the key of their list."""
+    """Yields (path, key, value) of everything in a document; entries of lists have the key of their list."""
     pending = [(at, "", value)]
     while pending:
         at, key, value = pending.pop()
@@ -100,7 +102,7 @@ def _entries(value: Any, at: str = "") -> Iterator[tuple[str, str, Any]]:
 
 @contextmanager
 def alone(config: dict[str, Any]) -> Iterator[Path]:
-    """A folder that holds a configuration and nothing else, for libraries that read one from a folder only."""
+    """Yields a folder that holds only a configuration, for libraries that read a configuration from a folder only."""
     with tempfile.TemporaryDirectory(prefix="minitron-") as name:
         folder = Path(name)
         (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Text of a message that holds what somebody else wrote: on one line, without control characters, and not too long."""
+"""Makes text from outside safe for messages: on one line, without control characters, and not too long."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ _HIDDEN = {"Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp"}
 
 
 def one_line(text: str) -> str:
-    """`text` with every character that moves a cursor, begins a line or is not seen as its escape: a newline becomes
-    `\\n`."""
+    """Escapes every character that moves a cursor, begins a line or is invisible: a newline becomes `\n`."""
     return text if text.isprintable() else "".join(_visible(one) for one in text)
 
 
 def message_text(text: str) -> str:
-    """The same, with quoted values and unbroken runs of more than `LONGEST` characters cut to their beginning."""
+    """Escapes `text` as `one_line` does and cuts quoted values and unbroken runs of more than `LONGEST` characters."""
     text = _QUOTED.sub(lambda found: f"`{_cut(found[1])}`", one_line(text))
     return _RUN.sub(lambda found: _cut(found[0]), text)
 

@@ -1,5 +1,5 @@
-"""docs/json.md: what minitron writes as JSON, from output.schema.json beside this module, which tests hold real output
-against. `python -m minitron.specs.reference` writes it anew."""
+"""Writes docs/json.md, the reference of minitron's JSON output, from output.schema.json beside this module, which tests
+compare with real output. `python -m minitron.specs.reference` rewrites it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ This page is generated from that schema.
 
 
 def output_schema() -> dict[str, Any]:
-    """The schema: `$defs` has one definition a document."""
+    """Returns the schema: `$defs` has one definition per document."""
     schema: dict[str, Any] = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
     return schema
 
 
 def output_reference_text() -> str:
-    """The page: a section for each definition, a line for each key of it, nested ones by their dotted path."""
+    """Returns the page: a section for each definition, a line for each key, nested keys by their dotted path."""
     sections = [_HEAD]
     for name, node in output_schema()["$defs"].items():
         rows = ["| key | type | meaning |", "|---|---|---|"]

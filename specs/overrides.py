@@ -1,4 +1,4 @@
-"""`--set path.in.spec=value`."""
+"""Applies `--set path.in.spec=value`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from minitron.specs.source import MAX_DEPTH, Entry, Mapping, Node, Place, Scalar
 
 
 def apply_override(root: Mapping, override: str) -> Mapping:
-    """The tree with one value replaced or added. UsageError for what is not `path=value` or leads nowhere.
+    """Returns the tree with one value replaced or added. UsageError for text that is not `path=value` or leads nowhere.
 
     Errors that are later found in the value have the override itself as their place.
     """
@@ -45,7 +45,7 @@ def _at(node: Node, place: Place) -> Node:
 
 
 def _replace(node: Node | None, rest: Path, value: Node, place: Place, override: str, above: Path) -> Node:
-    """`node` with what stands at `rest` below it replaced; mappings on the way that are not there yet are added."""
+    """Returns `node` with the value at `rest` below it replaced; missing mappings on the way are added."""
     if not rest:
         return value
     step, *_ = rest

@@ -1,4 +1,4 @@
-"""How long work tells what it is doing, without knowing whether a terminal, a pipe or nobody is listening."""
+"""The interface through which long work reports progress, independent of a terminal, a pipe or no listener."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Protocol
 
 
 class Task(Protocol):
-    """One running piece of work with a known amount to do."""
+    """A running piece of work with a known total."""
 
     def advance(self, amount: float = 1.0, **figures: float | str) -> None:
-        """`amount` more units are done; `figures` (loss, lr, ...) replace those shown beside the bar."""
+        """Adds `amount` finished units; `figures` (loss, lr, ...) replace those shown beside the bar."""
 
 
 class Progress(Protocol):
@@ -21,7 +21,7 @@ class Progress(Protocol):
         """Opens a piece of work of `total` units, of which `done` were done by an earlier process."""
 
     def message(self, text: str) -> None:
-        """One plain line for the user."""
+        """Shows one plain line to the user."""
 
 
 class _SilentTask:
@@ -30,7 +30,7 @@ class _SilentTask:
 
 
 class Silent:
-    """Progress to nowhere."""
+    """A progress listener that shows nothing."""
 
     @contextmanager
     def task(self, name: str, total: float, unit: str, done: float = 0.0) -> Iterator[Task]:

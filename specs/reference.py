@@ -1,6 +1,6 @@
-"""The spec reference in docs/, written from the JSON Schema, so that it cannot say anything else.
+"""Generates the spec reference in docs/ from the JSON Schema, so that the two cannot disagree.
 
-`python -m minitron.specs.reference` writes both anew, and docs/json.md, into a checkout; a test compares.
+`python -m minitron.specs.reference` rewrites the schema, the reference and docs/json.md in a checkout; a test compares.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Numbers may carry units: counts `K M B T` (`380B`), sizes `KB MB GB TB KiB MiB G
 
 
 def reference_text() -> str:
-    """The reference as Markdown: a section for each block, a line for each of its keys."""
+    """Returns the reference as Markdown: a section for each block, a line for each of its keys."""
     schema = json_schema()
     blocks = schema["$defs"]
     homes: dict[str, str] = {}  # where a block is described, by its name in the schema: at the first path that it has
@@ -42,7 +42,7 @@ def reference_text() -> str:
 
 
 def _inner_blocks(block: JsonSchema, path: str) -> Iterator[tuple[str, str]]:
-    """The blocks that stand directly under the keys of a block, as (name in the schema, dotted path)."""
+    """Yields (name in the schema, dotted path) of the blocks directly under the keys of a block."""
     for key, value in block["properties"].items():
         for name in _references(value):
             yield name, f"{path}.{key}".lstrip(".")
@@ -82,7 +82,7 @@ def _yaml(value: object) -> str:
 
 
 def _type(node: JsonSchema, homes: dict[str, str]) -> str:
-    """What may stand there, in words."""
+    """Describes in words the values that a schema node allows."""
     if several := node.get("anyOf") or node.get("oneOf"):
         # Leaving a key out is the way to write null, so only a key whose default is something else shows it.
         shown = [one for one in several if one != {"type": "null"} or node.get("default") is not None]
@@ -134,7 +134,7 @@ def _range(node: JsonSchema) -> str:
 
 
 def main() -> None:
-    """Writes the committed schema and the references anew."""
+    """Rewrites the committed schema and the references."""
     write_text(SCHEMA_FILE, json_schema_text())
     write_text(REFERENCE_FILE, reference_text())
     write_text(output_reference.REFERENCE_FILE, output_reference.output_reference_text())

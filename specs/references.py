@@ -1,7 +1,7 @@
-"""The files that a spec names, read off its own tree before any of them is opened.
+"""Lists the files that a spec names, from its own tree, before any of them is opened.
 
-A tool that checks specs of strangers asks this first: whatever a spec names is then known with its place, and nothing that
-lies elsewhere was read to know it.
+A tool that checks specs of strangers runs this first: every path that a spec names is then known with its place, and no
+file elsewhere was read to find it.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class Reference:
 
     @property
     def is_spec(self) -> bool:
-        """Whether a spec is named."""
+        """Checks whether the path names a spec."""
         return self.key in (EXTENDS, "teacher.spec")
 
     def error(self, message: str, hint: str = "") -> SpecError:
-        """An error at the place of the path."""
+        """Returns an error at the place of the path."""
         return self.place.error(self.key, message, hint)
 
 
 def references(content: bytes, file: str) -> list[Reference]:
-    """The paths that the text of one spec names, in their order; none of a text that is no spec."""
+    """Returns the paths that the text of one spec names, in their order; none if the text is no spec."""
     try:
         root, _ = read_bytes(content, file)
     except SpecInvalid:
@@ -53,7 +53,7 @@ def references(content: bytes, file: str) -> list[Reference]:
 
 
 def is_path(text: str, key: str, folder: Path) -> bool:
-    """Whether the value of a key named `key` is a path, as seen from `folder`."""
+    """Checks whether the value of a key named `key` is a path, as seen from `folder`."""
     if text.startswith(STDLIB_PREFIX):
         return False
     if key in PATHS:

@@ -13,7 +13,7 @@ JsonSchema = dict[str, Any]
 
 
 def json_schema() -> JsonSchema:
-    """The schema as a draft 2020-12 document."""
+    """Returns the schema as a draft 2020-12 document."""
     schema = _tidied(Spec.model_json_schema())
     assert isinstance(schema, dict)
     extends = {
@@ -29,12 +29,13 @@ def json_schema() -> JsonSchema:
 
 
 def json_schema_text() -> str:
-    """The schema as `minitron schema` prints it and as it is committed beside this module."""
+    """Returns the schema as `minitron schema` prints it and as it is committed beside this module."""
     return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
 def _tidied(node: Any) -> Any:
-    """Without what helps nobody who edits a spec: titles made from Python names, and defaults of whole blocks."""
+    """Removes what is of no use to somebody who edits a spec: titles made from Python names, and defaults of whole
+    blocks."""
     if isinstance(node, list):
         return [_tidied(item) for item in node]
     if not isinstance(node, Mapping):

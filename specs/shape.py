@@ -1,4 +1,4 @@
-"""What the language allows at a path: read off the models, so that messages never say anything else than they do."""
+"""Reads from the models which keys and values the language allows at a path, so that messages agree with the models."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ Path: TypeAlias = tuple[str | int, ...]
 
 
 def dotted(path: Path) -> str:
-    """`("data", "text", 0)` -> `data.text.0`."""
+    """Joins a path: `("data", "text", 0)` -> `data.text.0`."""
     return ".".join(str(part) for part in path)
 
 
 def from_dotted(path: str) -> Path:
-    """`data.text.0` -> `("data", "text", 0)`; whole numbers are places in lists, for no key of the language is one."""
+    """Splits a path: `data.text.0` -> `("data", "text", 0)`; whole numbers are list indices, because no key of the
+    language is a number."""
     return tuple(int(part) if part.isdecimal() else part for part in path.split(".")) if path else ()
 
 
 def alternatives(annotation: Any) -> Iterator[Any]:
-    """The types that an annotation allows, with `Annotated` and unions taken apart."""
+    """Yields the types that an annotation allows, with `Annotated` and unions taken apart."""
     origin = get_origin(annotation)
     if origin is Annotated:
         yield from alternatives(get_args(annotation)[0])
@@ -35,12 +36,12 @@ def alternatives(annotation: Any) -> Iterator[Any]:
 
 
 def blocks_at(root: type[Block], path: Path) -> list[type[Block]]:
-    """The models that may stand at `path`; none where it leads nowhere or to plain values."""
+    """Returns the models that may stand at `path`; none if the path leads nowhere or to plain values."""
     return [kind for kind in _types_at(root, path) if isinstance(kind, type) and issubclass(kind, Block)]
 
 
 def words_at(root: type[Block], path: Path) -> list[str]:
-    """The words that may stand at `path`, where only certain ones may."""
+    """Returns the words that may stand at `path`, if only certain words may."""
     literals = (kind for kind in _types_at(root, path) if get_origin(kind) is Literal)
     return [word for literal in literals for word in get_args(literal)]
 
@@ -61,7 +62,7 @@ def _step(kind: Any, part: str | int) -> Iterator[Any]:
 
 
 def all_blocks(root: type[Block], path: str = "") -> Iterator[tuple[str, type[Block]]]:
-    """Every block of the language with its dotted path; blocks in a list have the path of the list."""
+    """Yields every block of the language with its dotted path; blocks in a list have the path of the list."""
     yield path, root
     for key, field in root.model_fields.items():
         for kind in alternatives(field.annotation):
@@ -73,7 +74,7 @@ def all_blocks(root: type[Block], path: str = "") -> Iterator[tuple[str, type[Bl
 
 @cache
 def homes(root: type[Block]) -> dict[str, list[str]]:
-    """Every key of the language, and the paths of the blocks that it may stand in: for keys in the wrong block."""
+    """Returns every key of the language with the paths of the blocks that allow it, for keys in the wrong block."""
     found: dict[str, list[str]] = {}
     for path, block in all_blocks(root):
         for key in block.model_fields:

@@ -1,4 +1,4 @@
-"""Reads files that people write: specs, their bases, lock files, training plans. None of them is large or endless."""
+"""Reads small files that people write: specs, their bases, lock files, training plans."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ LARGEST_BYTES = 16 << 20
 
 
 class Unfit(OSError):
-    """The file is there and is none that can be read whole; `strerror` says why."""
+    """The error for an existing file that cannot be read whole; `strerror` gives the reason."""
 
     def __init__(self, path: Path, why: str) -> None:
         super().__init__(errno.EINVAL, why, str(path))
 
 
 def read_small(path: Path) -> bytes:
-    """The contents of a file. Unfit, before anything is read, for a pipe, a device and a file of more than LARGEST_BYTES;
-    other kinds of OSError as `Path.read_bytes` raises them."""
+    """Returns the contents of a file. Unfit, before anything is read, for a pipe, a device and a file of more than
+    LARGEST_BYTES; other kinds of OSError as `Path.read_bytes` raises them."""
     try:
         found = path.stat()
     except ValueError as error:  # a NUL in its name

@@ -1,8 +1,8 @@
-"""YAML with the place of every key and value.
+"""Reads YAML with the place of every key and value.
 
-The tree is built from the parser's events by a loop of our own rather than by PyYAML's constructors. That gives
+The tree is built from the parser's events by a loop of minitron's own rather than by PyYAML's constructors. That gives
 places, duplicate keys and several errors at once; it reads `1e-4` as a number and `off` as neither a boolean nor a
-string; and no input hangs it or exhausts the stack, because the size that an alias would expand to is known before
+string; and no input hangs the loop or exhausts the stack, because the expanded size of an alias is known before
 anything is expanded.
 """
 
@@ -36,7 +36,7 @@ _UNREADABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U0001000
 
 @dataclass(frozen=True, slots=True)
 class YesNo:
-    """A bare `yes`, `no`, `on` or `off`: a boolean to some YAML readers, a string to others, so to us neither."""
+    """A bare `yes`, `no`, `on` or `off`: a boolean to some YAML readers, a string to others, and neither here."""
 
     text: str
 
@@ -48,20 +48,20 @@ ScalarValue: TypeAlias = str | int | float | bool | YesNo | None
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where something stands. Line and column count from 1; line 0 means all of `file`, as for a `--set`."""
+    """The place of a value in a file. Line and column count from 1; line 0 means all of `file`, as for a `--set`."""
 
     file: str
     line: int
     column: int
 
     def error(self, path: str, message: str, hint: str = "") -> SpecError:
-        """An error at this place."""
+        """Returns an error at this place."""
         return SpecError(self.file, self.line, self.column, path, message, hint)
 
 
 @dataclass(frozen=True, slots=True)
 class Scalar:
-    """One value. `text` is what the user wrote, `value` what it means."""
+    """One value. `text` is the user's spelling, `value` its meaning."""
 
     place: Place
     text: str
@@ -90,7 +90,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """A mapping; merge keys (`<<`) are already taken in."""
+    """A mapping; merge keys (`<<`) are already merged."""
 
     place: Place
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -103,7 +103,7 @@ Plain: TypeAlias = ScalarValue | list["Plain"] | dict[str, "Plain"]
 
 
 def plain(node: Node) -> Plain:
-    """The tree as dicts, lists and scalars, without places."""
+    """Returns the tree as dicts, lists and scalars, without places."""
     match node:
         case Scalar():
             return node.value
@@ -114,7 +114,7 @@ def plain(node: Node) -> Plain:
 
 
 def scalar_value(text: str) -> ScalarValue:
-    """What an unquoted scalar means: the YAML 1.2 core schema, with `1e-4` and `1_000` as numbers."""
+    """Returns the value of an unquoted scalar by the YAML 1.2 core schema, with `1e-4` and `1_000` as numbers."""
     if text in _CONSTANTS:
         return _CONSTANTS[text]
     if text in _YES_NO:
@@ -129,7 +129,7 @@ def scalar_value(text: str) -> ScalarValue:
 
 
 def read_bytes(content: bytes, file: str) -> tuple[Node, list[SpecError]]:
-    """The tree of a file's bytes; otherwise as `read_text`."""
+    """Parses a file's bytes; otherwise as `read_text`."""
     if len(content) > MAX_BYTES:
         raise SpecInvalid([SpecError(file, 0, 0, "", f"is {len(content)} bytes long, more than a spec can be")])
     try:
@@ -142,7 +142,8 @@ def read_bytes(content: bytes, file: str) -> tuple[Node, list[SpecError]]:
 
 
 def read_text(text: str, file: str) -> tuple[Node, list[SpecError]]:
-    """The tree of a YAML text, and the mistakes that leave a tree (a key that stands twice). SpecInvalid for others."""
+    """Returns the tree of a YAML text, and the mistakes that still leave a tree (a duplicate key). SpecInvalid for
+    others."""
     if bad := _UNREADABLE.search(text):
         place = _place_after(text[: bad.start()], file)
         raise SpecInvalid([place.error("", f"unreadable character U+{ord(bad.group()):04X}", "delete it")])

@@ -1,4 +1,4 @@
-"""The whole spec."""
+"""The model of a whole spec."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Name = Annotated[str, AfterValidator(_check_name), Field(json_schema_extra={"pat
 
 
 class Spec(Block):
-    """How a large language model becomes a smaller one."""
+    """The compression of a large language model into a smaller one."""
 
     apiVersion: Literal["minitron/v1"] = "minitron/v1"
     """The version of the spec language."""
@@ -71,7 +71,7 @@ class Spec(Block):
 
     @model_validator(mode="after")
     def _fit_correction(self) -> Spec:
-        """Fits the warm-up of the teacher's own training to its tokens, which come in the batches of `distill`."""
+        """Fits the warm-up of the teacher correction to its tokens, which come in the batches of `distill`."""
         if self.teacher_correction is None or self.distill is None:
             return self
         batch = self.distill.sequence_length * self.distill.global_batch_size

@@ -1,8 +1,8 @@
 """The Python standard library of the running interpreter as a text corpus that every machine already has.
 
-What counts as library: modules whose top-level name stands in `sys.stdlib_module_names` (so neither site-packages nor
-the regression tests nor build configuration), without the packages that are applications, prose or generated
-tables, and without test folders inside packages. What is held out depends on the top-level name alone.
+The corpus holds the modules whose top-level name is in `sys.stdlib_module_names` (so neither site-packages nor the
+regression tests nor build configuration), without the packages that are applications, prose or generated tables, and
+without test folders inside packages. The held-out part depends on the top-level name alone.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _HELD_OUT_SHARE = 12
 
 
 def _stem(top_level: str) -> str:
-    """`top_level` without the marks of a pure-Python twin: `_pydatetime` (3.12) is what was `datetime` (3.11).
+    """Returns `top_level` without the marks of a pure-Python twin: `_pydatetime` (3.12) was `datetime` in 3.11.
 
-    Modules move between these names from one Python to the next and must not change sides.
+    Modules move between these names from one Python version to the next and must not change sides of the split.
     """
     return re.sub(r"^_+(py_?)?", "", top_level)
 
 
 def is_held_out(top_level: str) -> bool:
-    """Whether the module or package with this top-level name is never trained on."""
+    """Checks whether the module or package with this top-level name is never trained on."""
     digest = hashlib.sha256(_stem(top_level).encode("utf-8")).digest()
     return digest[0] % _SHARES == _HELD_OUT_SHARE
 
@@ -55,7 +55,7 @@ def _top_level(relative: Path) -> str:
 
 
 def _sources(root: Path) -> Iterator[Path]:
-    """Paths of the library's sources, relative to `root`; walks no folder that cannot hold any (site-packages)."""
+    """Yields paths of the library's sources, relative to `root`; skips folders that cannot hold any (site-packages)."""
     for entry in root.iterdir():
         name = entry.name.removesuffix(".py")
         if name not in sys.stdlib_module_names or name in _NOT_LIBRARY:
@@ -65,10 +65,10 @@ def _sources(root: Path) -> Iterator[Path]:
 
 
 def stdlib_files(split: Split) -> list[Path]:
-    """The `.py` files of one side of the split: absolute, sorted by their place in the library.
+    """Returns the `.py` files of one side of the split: absolute, sorted by their place in the library.
 
-    Empty files and files that are not UTF-8 are left out. Raises `UsageError` for another `split`, `WorkError` where
-    this Python comes without its sources (a zipped or frozen library).
+    Empty files and files that are not UTF-8 are left out. UsageError for another `split`, WorkError if this Python
+    comes without its sources (a zipped or frozen library).
     """
     if split not in get_args(Split):
         raise UsageError(f"python-stdlib:{split} is not a split of the corpus; write python-stdlib:train or held_out")

@@ -1,4 +1,4 @@
-"""Did you mean ...?"""
+"""Suggests known words for misspelled ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that `word` is most likely a misspelling of; None where none is near."""
+    """Returns the known word that `word` is most likely a misspelling of; None if none is near."""
     by_lower = {name.lower(): name for name in known}
     found = difflib.get_close_matches(word.lower().replace("-", "_"), by_lower, n=1, cutoff=0.6) or (
         difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
@@ -16,5 +16,5 @@ def closest(word: str, known: Iterable[str]) -> str | None:
 
 
 def one_of(words: Sequence[str]) -> str:
-    """`a`, `a or b`, `a, b or c`."""
+    """Joins words for a message: `a`, `a or b`, `a, b or c`."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

@@ -1,6 +1,6 @@
-"""What must hold between the values of a training, in the spec and in training.yaml alike.
+"""Checks the constraints between the values of a training, in the spec and in training.yaml alike.
 
-Each check takes the block and the dotted path `at` which that block stands in its file.
+Each check takes the block and the dotted path `at` of that block in its file.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from minitron.specs.errors import Problem
 
 
 def rate_falls(optimizer: Optimizer, at: str) -> Iterator[Problem]:
-    """The learning rate ends no higher than it starts."""
+    """Requires that the learning rate ends no higher than it starts."""
     if optimizer.min_lr > optimizer.lr:
         message = f"{optimizer.min_lr:g} is higher than `lr`, {optimizer.lr:g}"
         yield Problem(f"{at}.min_lr", message, f"write at most {optimizer.lr:g}")
 
 
 def loss_is_whole(loss: Loss, at: str) -> Iterator[Problem]:
-    """Something is minimised, and a dynamic weight, which is scaled to the logit loss, has that loss."""
+    """Requires a loss term; a dynamic weight, which is scaled to the logit loss, requires that loss."""
     hidden = loss.hidden_states
     if not (loss.logits.weight or loss.cross_entropy or (hidden is not None and hidden.weight)):
         yield Problem(at, "every weight is 0: nothing would be learnt", "write `logits: {weight: 1.0}`")
@@ -30,7 +30,7 @@ def loss_is_whole(loss: Loss, at: str) -> Iterator[Problem]:
 
 
 def pairs_differ(loss: Loss, at: str) -> Iterator[Problem]:
-    """A pair of layers counts once."""
+    """Requires that no pair of layers is listed twice."""
     if loss.hidden_states is None or isinstance(loss.hidden_states.pairs, str):
         return
     for index, pair in enumerate(pairs := loss.hidden_states.pairs):
@@ -40,8 +40,8 @@ def pairs_differ(loss: Loss, at: str) -> Iterator[Problem]:
 
 
 def samples_are_enough(loss: Loss, teacher_logits: str | SampledLogits, at: str) -> Iterator[Problem]:
-    """Samples of the teacher's distribution give the forward KL, and nothing that needs the whole distribution or the
-    teacher itself."""
+    """Requires, for stored samples of the teacher's distribution, the forward KL and no term that needs the whole
+    distribution or the teacher itself."""
     if teacher_logits == "online":
         return
     if loss.logits.divergence != "forward_kl":
@@ -53,14 +53,14 @@ def samples_are_enough(loss: Loss, teacher_logits: str | SampledLogits, at: str)
 
 
 def offloading_needs_sharding(layout: Layout, at: str) -> Iterator[Problem]:
-    """Weights that rest in host memory are sharded, also on one device."""
+    """Requires sharding for weights that rest in host memory, also on one device."""
     if layout.cpu_offload and layout.student != "sharded":
         message = "a student that is replicated stays on its device"
         yield Problem(f"{at}.cpu_offload", message, "write `student: sharded`, also for one device")
 
 
 def pairs_exist(hidden: HiddenStateLoss, teacher_layers: int, student_layers: int, at: str) -> Iterator[Problem]:
-    """The layers whose hidden states are compared are layers of the two models."""
+    """Requires that the layers whose hidden states are compared exist in the two models."""
     if isinstance(hidden.pairs, str):
         return
     for index, pair in enumerate(hidden.pairs):

@@ -1,6 +1,6 @@
-"""The models of training.yaml: everything that training and evaluation are told, with every value written out.
+"""The models of training.yaml: all settings of training and evaluation, with every value written out.
 
-The compiler builds a plan and writes it, people edit it, the runtime reads it and nothing else. Its blocks for optimizer,
+The compiler builds a plan and writes it, people edit it, and the runtime reads nothing else. The blocks for optimizer,
 loss, data and checkpoints are those of the spec language, so words and units mean the same in both files.
 """
 
@@ -35,8 +35,8 @@ def _check_format(version: int) -> int:
 
 
 class HeadPlan(Block):
-    """How a model's logits come from its hidden states: `z = scale * (h @ weight.T + bias)`, `softcap * tanh(z /
-    softcap)`."""
+    """The computation of a model's logits from its hidden states: `z = scale * (h @ weight.T + bias)`, `softcap *
+    tanh(z / softcap)`."""
 
     backbone: Text
     """Submodule whose last hidden state `h` is what the head reads."""
@@ -58,7 +58,7 @@ class HeadPlan(Block):
 
 
 class ModelPlan(Block):
-    """One model: where it is and how its logits are computed."""
+    """One model: its folder and the computation of its logits."""
 
     model: Text
     """Folder in Hugging Face format, relative to training.yaml."""
@@ -77,21 +77,21 @@ class ModelPlan(Block):
 
 
 class TeacherPlan(ModelPlan):
-    """The teacher; a Hugging Face id may stand for the folder."""
+    """The teacher; a Hugging Face id may replace the folder."""
 
     revision: Text | None = None
     """Commit of a Hugging Face id."""
 
 
 class ComputeDtype(Block):
-    """What the student's forward and backward compute in, by device; updates are computed in fp32."""
+    """The dtype of the student's forward and backward, by device; updates are computed in fp32."""
 
     cpu: DtypeName
     cuda: DtypeName
 
 
 class CorrectionPlan(TeacherCorrection):
-    """The teacher's own training before it teaches; data, batch and seed are those of the student's."""
+    """The teacher correction; data, batch size and seed are those of the student's training."""
 
     every_tokens: Count
     """A checkpoint is written each time that this many tokens were trained on."""
@@ -104,19 +104,19 @@ class CorrectionPlan(TeacherCorrection):
 
 
 class CheckpointPlan(CheckpointSettings):
-    """As in the spec, with the interval always given."""
+    """The checkpoint settings of the spec, with the interval always given."""
 
     every_tokens: Count
 
 
 class LayoutPlan(Layout):
-    """As in the spec, with the teacher's place always given."""
+    """The layout of the spec, with the teacher's place always given."""
 
     teacher: Literal["sharded", "replicated"]
 
 
 class HeldOutPlan(Block):
-    """Text that is never trained on."""
+    """The text that is never trained on."""
 
     data: DataSource
     max_tokens: Count
@@ -127,7 +127,7 @@ class HeldOutPlan(Block):
 
 
 class EvaluatePlan(Block):
-    """What `minitron eval` does."""
+    """The measurements of `minitron eval`."""
 
     suite: Listed[Listing]
     """Benchmarks, each a task's name or with its shots and metric."""
@@ -148,7 +148,7 @@ class EvaluatePlan(Block):
 
 
 class EvaluationPlan(Block):
-    """A build without distillation: enough to evaluate teacher and pruned student."""
+    """The plan of a build without distillation: enough to evaluate teacher and pruned student."""
 
     format_version: Annotated[int, AfterValidator(_check_format)]
     name: Text
@@ -218,18 +218,18 @@ _MOST_SEQUENCES = 1 << 16  # in a forward; beyond that nothing is gained, and th
 
 
 def divisor_within(share: int, most: int) -> int:
-    """The largest divisor of a device's `share` of the global batch that is no more than `most`."""
+    """Returns the largest divisor of a device's `share` of the global batch that is no more than `most`."""
     return max(size for size in range(1, min(share, most, _MOST_SEQUENCES) + 1) if share % size == 0)
 
 
 def to_document(plan: EvaluationPlan) -> dict[str, Any]:
-    """The plan as training.yaml holds it. What is measured stands last."""
+    """Returns the plan as training.yaml holds it, with the measurements last."""
     document = plan.model_dump(mode="json")
     return document | {key: document.pop(key) for key in ("held_out", "evaluate")}
 
 
 def problems(plan: TrainingPlan) -> Iterator[Problem]:
-    """What each value allows and all values together do not."""
+    """Yields problems of values that are valid alone and contradict one another."""
     yield from training_consistency.rate_falls(plan.optimizer, "optimizer")
     if plan.teacher_correction is not None:
         yield from training_consistency.rate_falls(plan.teacher_correction.optimizer, "teacher_correction.optimizer")

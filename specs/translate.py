@@ -1,6 +1,6 @@
-"""pydantic's errors in the words of the language: what was given, what is wanted, what to write.
+"""Translates pydantic's errors into the words of the language: what was given, what is wanted, what to write.
 
-It knows nothing of the spec but the model that it is given, and so serves training.yaml as well.
+The translation knows only the model that it is given, and so serves training.yaml as well.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from minitron.specs.suggest import closest, one_of
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The path of something wrong, and the error to show; none where it only follows from another one."""
+    """The path of a fault, and the error to show; None if the fault only follows from another one."""
 
     path: Path
     error: SpecError | None
@@ -55,9 +55,9 @@ class _Case:
 
 
 def locate(root: Node, path: Path) -> tuple[Place, Node | None]:
-    """Where `path` stands, or its nearest parent where it does not (then without a node).
+    """Returns the place and node of `path`; if it does not exist, the place of its nearest parent and no node.
 
-    A scalar stands at its own place; a mapping or list stands at its key, which is where a reader looks for it.
+    A scalar has its own place; a mapping or list has the place of its key, where a reader looks for it.
     """
     place, node = root.place, root
     for part in path:
@@ -75,17 +75,17 @@ def locate(root: Node, path: Path) -> tuple[Place, Node | None]:
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where the values of a file stand, by dotted path."""
+    """The places of a file's values, by dotted path."""
 
     tree: Node
 
     def error(self, path: str, message: str, hint: str = "") -> SpecError:
-        """An error at the place of the dotted `path`, or of its nearest parent where only a default stands."""
+        """Returns an error at the place of the dotted `path`, or of its nearest parent if only a default stands there."""
         return locate(self.tree, from_dotted(path))[0].error(path, message, hint)
 
 
 def translate(details: list[ErrorDetails], root: Node, model: type[Block]) -> list[Found]:
-    """Every error that pydantic found when it read the tree `root` as a `model`, at its place."""
+    """Returns every error that pydantic found when it read the tree `root` as a `model`, at its place."""
     paths = [_path(detail, root) for detail in details]
     unknown = [path for path, detail in zip(paths, details, strict=True) if detail["type"] == "extra_forbidden"]
     meant = {(*path[:-1], _nearest_key(model, path)) for path in unknown}
@@ -109,7 +109,7 @@ def translate(details: list[ErrorDetails], root: Node, model: type[Block]) -> li
 
 
 def _path(detail: ErrorDetails, root: Node) -> Path:
-    """pydantic's location without the names of union members, and without an index into what is no list."""
+    """Returns pydantic's location without the names of union members, and without an index into what is no list."""
     loc = detail["loc"]
     # An unknown key is the user's own word, whatever it is.
     own = len(loc) - 1 if detail["type"] == "extra_forbidden" else None

@@ -1,7 +1,6 @@
-"""Numbers with units, read exactly: `380B` tokens, `24GiB` of memory, `80%` of the teacher.
+"""Reads numbers with units exactly: `380B` tokens, `24GiB` of memory, `80%` of the teacher.
 
-Everything goes through `Decimal` and `Fraction`: `1.8B` is 1,800,000,000 and 70% of 10 is 7, whatever a float makes of
-it.
+All arithmetic uses `Decimal` and `Fraction`: `1.8B` is 1,800,000,000 and 70% of 10 is 7, without float rounding.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _PERCENT = re.compile(rf"({NUMBER_PATTERN})\s*%")
 
 
 def parse_quantity(text: str, units: Mapping[str, int]) -> int:
-    """`8.0B` with `COUNT_UNITS` -> 8000000000. A number without a unit is taken as it is.
+    """Parses a quantity: `8.0B` with `COUNT_UNITS` -> 8000000000. A number without a unit is taken unchanged.
 
     ValueError, whose text says what is wrong with `text`, for anything that is not a whole number.
     """
@@ -62,7 +61,7 @@ def parse_quantity(text: str, units: Mapping[str, int]) -> int:
 
 
 def format_quantity(value: int, units: Mapping[str, int]) -> str:
-    """The shortest spelling that `parse_quantity` reads back as exactly `value`: 1800000000 -> `1.8B`."""
+    """Returns the shortest spelling that `parse_quantity` reads as exactly `value`: 1800000000 -> `1.8B`."""
     spellings = [str(value)]
     for unit, factor in units.items():
         number = Decimal(value) / factor
@@ -74,7 +73,7 @@ def format_quantity(value: int, units: Mapping[str, int]) -> str:
 
 
 def parse_exactly(text: str, units: Mapping[str, int]) -> int | None:
-    """`parse_quantity`, or None for what it refuses."""
+    """Calls `parse_quantity` and returns None for what it refuses."""
     try:
         return parse_quantity(text, units)
     except ValueError:
@@ -83,13 +82,13 @@ def parse_exactly(text: str, units: Mapping[str, int]) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A part of what the teacher has, held exactly: `80%` is 4/5."""
+    """A share of the teacher's value, held exactly: `80%` is 4/5."""
 
     of_one: Fraction
 
     @classmethod
     def parse(cls, text: str) -> Share:
-        """`80%` -> 4/5. ValueError, whose text says what is wrong, for anything else."""
+        """Parses a share: `80%` -> 4/5. ValueError, whose text says what is wrong, for anything else."""
         match = _PERCENT.fullmatch(text.strip())
         if match is None:
             raise ValueError(f"`{text}` is not a percentage")
@@ -99,7 +98,7 @@ class Share:
         return cls(Fraction(number) / 100)
 
     def of(self, width: int, multiple: int = 1) -> int:
-        """This share of `width`, rounded down to a multiple of `multiple`."""
+        """Returns this share of `width`, rounded down to a multiple of `multiple`."""
         return int(self.of_one * width) // multiple * multiple
 
     def __float__(self) -> float:
@@ -112,8 +111,8 @@ class Share:
 
 
 def default_multiple(teacher_width: int) -> int:
-    """What a share of a width is rounded down to unless the spec says `multiple_of`.
+    """Returns the multiple that a share of a width is rounded down to, unless the spec sets `multiple_of`.
 
-    64 keeps matrix products on the fast tile sizes of GPUs; widths under 1024 would lose too much to it.
+    64 keeps matrix products on the fast tile sizes of GPUs; for widths under 1024 rounding to 64 would lose too much.
     """
     return 64 if teacher_width >= 1024 else 8

@@ -1,10 +1,11 @@
-"""The weight files of a checkpoint folder: which of them make up the model, and the headers of these files.
+"""Finds the weight files that make up the model in a checkpoint folder, and reads their headers.
 
-Compiler and runtime both find files here, in the order in which transformers looks for them: the file that config.json names
-as `transformers_weights`, model.safetensors, then the shards of the index. A remark names what lies beside them. A folder in
-which two of these places hold different weights is refused, because nobody can tell which of them was meant.
+Compiler and runtime both find files here, in the order in which transformers looks for them: the file that config.json
+names as `transformers_weights`, model.safetensors, then the shards of the index. A remark names the files beside them
+that are ignored. A folder in which two of these places hold different weights is refused, because nobody can tell which
+of them was meant.
 
-Headers are read here and not by safetensors: that needs torch or numpy for bfloat16, and specs/ imports neither.
+Headers are read here and not by safetensors, which needs torch or numpy for bfloat16, and specs/ imports neither.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ _BITS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a weight file, from its header: `dtype` as safetensors spells it (BF16, F32, ...), `start` the place of
-    its first byte in the file."""
+    """One tensor of a weight file, from its header: `dtype` as safetensors spells it (BF16, F32, ...), `start` the
+    offset of its first byte in the file."""
 
     file: Path
     dtype: str
@@ -51,16 +52,16 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The files that make up a model, sorted; none where the folder has no weights. `remarks` name what is ignored."""
+    """The files that make up a model, sorted; none if the folder has no weights. `remarks` name the ignored files."""
 
     paths: tuple[Path, ...]
     remarks: tuple[str, ...] = ()
 
 
 def find_weight_files(folder: Path) -> WeightFiles:
-    """The weight files of a checkpoint folder.
+    """Returns the weight files of a checkpoint folder.
 
-    UsageError where an adapter lies there, WorkError where files are missing, broken, or contradict one another.
+    UsageError if an adapter lies there, WorkError if files are missing, broken, or contradict one another.
     """
     check_no_adapter(folder)
     named = _named_in_config(folder)
@@ -92,7 +93,7 @@ def find_weight_files(folder: Path) -> WeightFiles:
 
 
 def check_no_adapter(folder: Path) -> None:
-    """UsageError where a folder holds an adapter, alone or beside the weights of its base model."""
+    """Raises UsageError if a folder holds an adapter, alone or beside the weights of its base model."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return
     base = ""
@@ -112,7 +113,8 @@ def check_no_adapter(folder: Path) -> None:
 
 
 def indexed_files(index: Path) -> list[str]:
-    """The names of the files in an index, sorted. WorkError where it is broken, or lacks what transformers reads of it."""
+    """Returns the file names in an index, sorted. WorkError if the index is broken, or lacks keys that transformers
+    reads."""
     try:
         document = read_json(index, INDEX_LIMIT)
         names = sorted(set(document["weight_map"].values()))
@@ -129,7 +131,8 @@ def indexed_files(index: Path) -> list[str]:
 
 
 def read_headers(files: WeightFiles | Sequence[Path]) -> dict[str, TensorInfo]:
-    """All tensors of the files, by name. WorkError where a file is broken, or two files hold different tensors of one name."""
+    """Returns all tensors of the files, by name. WorkError if a file is broken, or two files hold different tensors of
+    one name."""
     paths = files.paths if isinstance(files, WeightFiles) else files
     tensors: dict[str, TensorInfo] = {}
     for path in paths:
@@ -145,7 +148,7 @@ def read_headers(files: WeightFiles | Sequence[Path]) -> dict[str, TensorInfo]:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file. WorkError where the file is broken or cut short."""
+    """Returns the tensors of one safetensors file. WorkError if the file is broken or cut short."""
     size = path.stat().st_size
     try:
         with path.open("rb") as handle:
@@ -177,7 +180,8 @@ def _tensor(path: Path, entry: Mapping[str, Any], data: int) -> TensorInfo:
 
 
 def _named_in_config(folder: Path) -> str | None:
-    """The weight file that config.json names, which transformers prefers to all others. WorkError where it cannot be one."""
+    """Returns the weight file that config.json names, which transformers prefers to all others. WorkError if it cannot
+    be one."""
     try:
         document = read_json(folder / "config.json", INDEX_LIMIT)
     except (OSError, ValueError):
@@ -198,7 +202,8 @@ def _named_in_config(folder: Path) -> str | None:
 
 
 def _beside_single(folder: Path, single: Path, index: Path) -> list[str]:
-    """What is ignored beside a file that holds the whole model. WorkError where shards of an index hold another one."""
+    """Returns the names of the files ignored beside a file that holds the whole model. WorkError if shards of an index
+    hold another model."""
     if not index.is_file():
         return []
     shards = [folder / name for name in indexed_files(index) if (folder / name).is_file() and folder / name != single]
@@ -218,7 +223,7 @@ def _equal(one: TensorInfo | None, other: TensorInfo | None) -> bool:
 
 
 def _same(one: TensorInfo, other: TensorInfo) -> bool:
-    """Whether two places hold the same tensor, byte by byte."""
+    """Compares two tensors in files, byte by byte."""
     if (one.dtype, one.shape, one.nbytes) != (other.dtype, other.shape, other.nbytes):
         return False
     return _same_bytes(_place(one), _place(other))
@@ -234,7 +239,7 @@ def _place(info: TensorInfo) -> _Place:
 
 @lru_cache(maxsize=1 << 16)
 def _same_bytes(one: _Place, other: _Place) -> bool:
-    """Whether two pieces of files are equal; a command asks several times of the same files."""
+    """Compares two pieces of files; cached, because a command asks several times about the same files."""
     return all(a == b for a, b in itertools.zip_longest(_pieces(*one[:3]), _pieces(*other[:3])))
 
 
@@ -254,5 +259,5 @@ def _names(paths: Sequence[Path]) -> str:
 
 
 def _words(error: Exception) -> str:
-    """What was wrong, on one line; an operating system's words without the path, which the message has."""
+    """Describes an error on one line; an operating system's error without the path, which the message already has."""
     return getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__

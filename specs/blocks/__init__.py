@@ -1,1 +1,1 @@
-"""The blocks of a spec, a file each. What they say under each field is what the schema and the reference say."""
+"""The blocks of a spec, one file each. Their field descriptions are the text of the schema and the reference."""

@@ -1,4 +1,4 @@
-"""What every block is made of: the base model, and the types of values that carry units or take several forms."""
+"""The base model of every block, and the types of values that carry units or take several forms."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class Block(BaseModel):
 
 
 def wrong(message: str, hint: str = "") -> PydanticCustomError:
-    """An error in our own words, for validators to raise. `{given}` in `message` becomes what the user wrote."""
+    """Builds a validation error with its own message, for validators to raise. `{given}` in `message` becomes the
+    user's text."""
     return PydanticCustomError("minitron", "{message}", {"message": message, "hint": hint})
 
 
@@ -128,7 +129,7 @@ _REVISION = re.compile(r"[A-Za-z0-9][\w.+@=-]*(/[\w.+@=-]+)*", re.ASCII)
 
 
 def _check_revision(value: str) -> str:
-    """As git names branches and tags: nothing that leads out of a folder of them."""
+    """Accepts names that git allows for branches and tags, so that a revision cannot lead out of its folder."""
     if not _REVISION.fullmatch(value) or ".." in value:
         raise wrong("{given} is no branch, tag or commit", "write a name such as main or v1.0, or a commit")
     return value
@@ -204,12 +205,13 @@ WORD, LONGER = "<word>", "<longer>"
 
 
 def is_longer(value: Any) -> str:
-    """The discriminator of `word | mapping` and `word | list`: which of the two was written."""
+    """Returns the discriminator of `word | mapping` and `word | list`: which of the two was written."""
     return WORD if isinstance(value, str) else LONGER
 
 
 def word_or(hint: str, *words: str, also: type | tuple[type, ...]) -> BeforeValidator:
-    """Refuses what is neither one of `words` nor an `also`, before the union is tried, with one message for both."""
+    """Refuses a value that is neither one of `words` nor an `also`, before the union is tried, with one message for
+    both."""
 
     def check(value: Any) -> Any:
         if isinstance(value, str) and value in words:

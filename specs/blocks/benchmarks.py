@@ -1,4 +1,4 @@
-"""The benchmarks of a suite: which task, with how many examples before the question, by which metric."""
+"""The benchmarks of a suite: task, number of examples before the question, and metric of each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from minitron.specs.blocks.base import (
 
 
 class Benchmark(Block):
-    """One task of lm-evaluation-harness, or of minitron's own (`xlsum_english`). What is null is as the task itself has it."""
+    """One task of lm-evaluation-harness, or of minitron's own (`xlsum_english`). A null value keeps the task's own
+    setting."""
 
     task: Text
     """Name of the task or of the group of tasks."""
@@ -44,7 +45,7 @@ class Benchmark(Block):
 
 
 def _one(value: Any) -> Any:
-    """A name alone is a benchmark with the task's own settings."""
+    """Turns a bare name into a benchmark with the task's own settings."""
     if isinstance(value, str):
         return {"task": value}
     if not isinstance(value, dict | Benchmark):
@@ -53,7 +54,7 @@ def _one(value: Any) -> Any:
 
 
 def _shortest(benchmark: Benchmark) -> str | dict[str, Any]:
-    """The name where there is nothing more to say."""
+    """Returns the bare name if no other setting differs from the task's own."""
     settings = {key: value for key, value in benchmark if value is not None}
     return benchmark.task if len(settings) == 1 else settings
 
@@ -88,5 +89,5 @@ MINITRON_9 = (
 
 
 def benchmarks(suite: Suite) -> tuple[Benchmark, ...]:
-    """The benchmarks that a suite stands for."""
+    """Returns the benchmarks that a suite stands for."""
     return MINITRON_9 if isinstance(suite, str) else suite

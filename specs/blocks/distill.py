@@ -1,4 +1,4 @@
-"""`distill`: how the student learns from the teacher."""
+"""The block `distill`: losses, optimizer, data, layout and checkpoints of distillation."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from minitron.specs.data import DataSource
 
 
 class SampledLogits(Block):
-    """The teacher's output distribution, stored as samples (arXiv 2503.16870): the gradient is that of the whole
-    distribution in expectation. Goes with `divergence: forward_kl` and without `hidden_states`."""
+    """The teacher's output distribution, stored as samples (arXiv 2503.16870): in expectation, the gradient equals that
+    of the whole distribution. Requires `divergence: forward_kl` and excludes `hidden_states`."""
 
     sampled: Annotated[int, Field(ge=1, le=65535)]
     """Unbiased samples for each token, drawn in proportion to its probability."""
@@ -66,9 +66,9 @@ class LogitLoss(Block):
 
 
 class HiddenStateLoss(Block):
-    """The distance between hidden states of teacher and student (Minitron, arXiv 2407.14679, section 3). Where the widths
-    differ, one linear projection for all pairs takes the student's states to the teacher's width; it is learnt with the
-    student and thrown away."""
+    """The distance between hidden states of teacher and student (Minitron, arXiv 2407.14679, section 3). If the widths
+    differ, one linear projection for all pairs maps the student's states to the teacher's width; the projection is
+    trained with the student and discarded afterwards."""
 
     pairs: LayerPairs = "last:last"
     """`last:last`, or pairs of [teacher layer, student layer]: what these decoder layers yield, counted from 0 in each
@@ -85,7 +85,7 @@ class HiddenStateLoss(Block):
 
 
 class Loss(Block):
-    """What is minimised: the weighted sum of these terms."""
+    """The training loss: the weighted sum of these terms."""
 
     logits: LogitLoss = LogitLoss()
     """The divergence of the output distributions."""
@@ -101,7 +101,7 @@ class Loss(Block):
 
 
 class Layout(Block):
-    """What each device holds, where several train together."""
+    """The distribution of models and training state over several devices."""
 
     student: Literal["sharded", "replicated"] = "sharded"
     """`sharded`: every device holds its share of the weights, gradients and moments (FSDP); `replicated`: all of them."""
@@ -114,7 +114,7 @@ class Layout(Block):
 
 
 class CheckpointSettings(Block):
-    """What is kept to go on from after an interruption."""
+    """The checkpoints from which an interrupted training resumes."""
 
     every_tokens: Count | None = None
     """A checkpoint each time that this many tokens were trained on. Left out: twenty over the whole training."""
@@ -131,7 +131,8 @@ LEAST_STEPS = 300
 
 
 class Distill(Block):
-    """How the student learns from the teacher. Left out, `minitron compile` prunes and nothing is trained."""
+    """The distillation of the student from the teacher. Without this block `minitron compile` only prunes, and nothing
+    is trained."""
 
     data: DataSource
     """What to train on."""
@@ -180,7 +181,8 @@ class Distill(Block):
 
     @model_validator(mode="after")
     def _fit_to_tokens(self) -> Distill:
-        """Fits batch and warm-up to the tokens, where neither is written: the defaults are those of long trainings."""
+        """Fits batch size and warm-up to the number of tokens if neither is written, because the defaults suit long
+        trainings."""
         changes: dict[str, Any] = {}
         batch = self.global_batch_size
         if not self.model_fields_set & {"global_batch_size", "micro_batch_size"}:

@@ -1,4 +1,4 @@
-"""`evaluate`: how good the result is."""
+"""The block `evaluate`: the measurements of the result's quality."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from minitron.specs.data import HeldOutSource
 
 
 class Published(Block):
-    """Scores that others have published for the same student, shown beside ours."""
+    """Scores that others have published for the same student, shown next to the measured scores."""
 
     source: Text
     """Where they stand."""
@@ -21,7 +21,7 @@ class Published(Block):
 
 
 class Evaluate(Block):
-    """What is measured of teacher, pruned student and distilled student."""
+    """The measurements on teacher, pruned student and distilled student."""
 
     suite: Suite = ()
     """`minitron-9`: the nine benchmarks of the published tables with their shots and metrics; or a list of lm-eval's tasks,

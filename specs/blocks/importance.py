@@ -1,4 +1,4 @@
-"""`importance`: what is kept."""
+"""The block `importance`: how the compiler chooses what to keep."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Aggregation = Literal["l2", "mean", "var"]
 
 
 class CalibrationData(DataSource):
-    """The documents whose activations are measured, and how much of them."""
+    """The documents whose activations are measured, and the amount of them."""
 
     samples: PositiveInt = 1024
     """Number of sequences."""
@@ -23,7 +23,8 @@ class CalibrationData(DataSource):
 
 
 class WidthScores(Block):
-    """How activations become one score for each channel, head and neuron (Minitron, arXiv 2407.14679, section 2.2)."""
+    """The aggregation of activations into one score for each channel, head and neuron (Minitron, arXiv 2407.14679,
+    section 2.2)."""
 
     batch: Aggregation = "l2"
     """Aggregation over the samples."""
@@ -33,7 +34,7 @@ class WidthScores(Block):
 
 
 class DepthScores(Block):
-    """How layers are ranked (Minitron, arXiv 2407.14679, section 2.2)."""
+    """The ranking of layers (Minitron, arXiv 2407.14679, section 2.2)."""
 
     metric: Literal["block_influence", "loss", "logit_mse"] = "block_influence"
     """`block_influence`: how much a layer turns the residual stream; `loss`, `logit_mse`: the harm of dropping it."""
@@ -43,7 +44,7 @@ class DepthScores(Block):
 
 
 class Importance(Block):
-    """How it is decided which channels, heads, neurons and layers stay."""
+    """The choice of channels, heads, neurons and layers to keep."""
 
     data: CalibrationData | None = None
     """Calibration data, where scores decide something. Left out: that of `distill.data`, in sequences of the same length."""

@@ -1,4 +1,4 @@
-"""`recovery`: what is repaired before any training."""
+"""The block `recovery`: repairs before any training."""
 
 from __future__ import annotations
 

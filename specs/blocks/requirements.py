@@ -1,4 +1,4 @@
-"""What a result must reach, for pipelines: `held_out_loss: "<= 1.05x teacher"`."""
+"""The scores that a result must reach, for pipelines: `held_out_loss: "<= 1.05x teacher"`."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ _HINT = 'write ">= 0.95x teacher", "<= 1.05x teacher" or a number such as ">= 0.
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """At least or at most `number`, times the score of the model `of` where one is named."""
+    """A lower or upper bound: `number`, multiplied by the score of the model `of` if one is named."""
 
     relation: str
     number: float
     of: str | None
 
     def limit(self, reference: float | None) -> float | None:
-        """The number that a score is held to; None where it depends on a score that is missing."""
+        """Returns the number that a score is compared to; None if it depends on a missing score."""
         if self.of is None:
             return self.number
         return None if reference is None else self.number * reference
 
     def shortfall(self, value: float, limit: float) -> float:
-        """How far `value` is on the wrong side of `limit`; 0 where it is on the right one."""
+        """Returns the distance of `value` from `limit` on the wrong side; 0 on the right side."""
         return max(0.0, limit - value if self.relation == ">=" else value - limit)
 
 
 def read_bound(text: str) -> Bound | None:
-    """The bound that `text` says; None where it says none."""
+    """Parses a bound; None if `text` is not one."""
     found = re.match(_PATTERN, text)
     return None if found is None else Bound(found[1], float(found[2]), found[3])
 

@@ -1,4 +1,4 @@
-"""`search`: which of several shapes becomes the student."""
+"""The block `search`: chooses the student's shape among several."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from minitron.specs.blocks.base import Block, Bytes, Count, Flops, Fraction, Pos
 
 
 class Budget(Block):
-    """What the student may cost. Several limits may stand together; every one of them holds."""
+    """The limits on the student's cost. If several are given, every one of them holds."""
 
     parameters: Count | None = None
     """Number of parameters, met to within `tolerance`."""
@@ -27,7 +27,7 @@ class Budget(Block):
 
 
 class Rank(Block):
-    """How candidates are ranked: successive halving by short distillation."""
+    """The ranking of candidates: successive halving by short distillation."""
 
     metric: Literal["kl"] = "kl"
     """What ranks them: the divergence from the teacher on held-out data."""

@@ -1,4 +1,4 @@
-"""`student`: how small it shall be."""
+"""The block `student`: the target widths and depth."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LayerNumbers = Annotated[Listed[NonNegativeInt], Field(min_length=1)]
 
 
 class Layers(Block, json_schema_extra={"oneOf": [{"required": ["drop"]}, {"required": ["keep"]}]}):
-    """The layers named outright, counted from 0: exactly one of `drop` and `keep`."""
+    """An explicit list of layers, counted from 0: exactly one of `drop` and `keep`."""
 
     drop: LayerNumbers | None = None
     """Layers to leave out."""
@@ -25,10 +25,10 @@ class Layers(Block, json_schema_extra={"oneOf": [{"required": ["drop"]}, {"requi
 
 
 class Student(Block):
-    """Target widths; what is left out stays as in the teacher.
+    """Target widths; a key that is left out keeps the teacher's value.
 
-    A value is a number, a share of the teacher's (`"80%"`), or, under `search`, a list of these. `vocab_size` is never
-    changed.
+    A value is a number, a share of the teacher's value (`"80%"`), or, under `search`, a list of these. `vocab_size` is
+    never changed.
     """
 
     hidden_size: Width | None = None
@@ -71,7 +71,7 @@ class Student(Block):
     """What a share of a width is rounded down to a multiple of. Left out: 64 for widths from 1024 up, else 8."""
 
     def targets(self) -> Iterator[tuple[str, Target | tuple[Target, ...]]]:
-        """The widths that are asked for, by key; the depth among them, `layers` not."""
+        """Yields (key, target) for each width that is set, the depth included and `layers` excluded."""
         for key in type(self).model_fields:
             if key not in ("layers", "multiple_of") and (width := getattr(self, key)) is not None:
                 yield key, width

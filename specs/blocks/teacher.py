@@ -1,4 +1,4 @@
-"""`teacher`: the model to make smaller."""
+"""The block `teacher`: the model to compress."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from minitron.specs.blocks.base import Block, Revision, Text
 
 
 class Teacher(Block, json_schema_extra={"oneOf": [{"required": ["model"]}, {"required": ["spec"]}]}):
-    """The model to make smaller: `model`, or `spec` for the result of another spec."""
+    """The model to compress: `model`, or `spec` for the result of another spec."""
 
     model: Text | None = None
     """Hugging Face id, or a folder relative to this file."""

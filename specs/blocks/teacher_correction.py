@@ -1,4 +1,4 @@
-"""`teacher_correction`: the teacher gets used to the data first."""
+"""The block `teacher_correction`: fine-tunes the teacher on the distillation data first."""
 
 from __future__ import annotations
 

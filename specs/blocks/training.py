@@ -1,4 +1,4 @@
-"""What every kind of training in a spec has: an optimizer and its schedule."""
+"""The parts common to every training in a spec: an optimizer and its schedule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(Block):
-    """AdamW and the course of its learning rate: a linear warm-up to `lr`, then down to `min_lr` at the last token."""
+    """AdamW and its learning-rate schedule: a linear warm-up to `lr`, then a decay to `min_lr` at the last token."""
 
     name: Literal["adamw"] = "adamw"
     """The optimizer."""
@@ -62,7 +62,7 @@ WARMUP_SHARE = 0.02
 
 
 def fit_warmup(optimizer: Kind, steps: int) -> Kind:
-    """The optimizer with a warm-up that suits a training of `steps` steps, where none is written."""
+    """Returns the optimizer with a warm-up that suits `steps` steps, if none is written."""
     fitting = int(WARMUP_SHARE * steps)
     if "warmup_steps" in optimizer.model_fields_set or optimizer.warmup_steps <= fitting:
         return optimizer

@@ -1,6 +1,6 @@
-"""Reads the documents of a data source, one after the other, in an order that depends on nothing but the files.
+"""Reads the documents of a data source one after the other, in an order that depends on nothing but the files.
 
-A document is a text, a conversation (which whoever holds a tokenizer renders with its template), or token ids. Long texts come
+A document is a text, a conversation (rendered later with the tokenizer's chat template), or token ids. Long texts come
 in pieces, so that memory does not grow with a file.
 """
 
@@ -35,15 +35,15 @@ __all__ = [
 
 
 def iter_documents(source: Source, *, limit: int | None = None, tally: Tally | None = None) -> Iterator[Document]:
-    """The documents of a resolved source that are not blank, at most `limit` of them; each whole, however long it is.
+    """Yields the documents of a resolved source that are not blank, at most `limit`; each complete, however long.
 
-    WorkError for a file that cannot be read as what the source says it is, and where there is no document at all.
+    WorkError for a file that cannot be read in the form that the source states, and if there is no document at all.
     """
     return itertools.islice(documents_of(iter_pieces(source, tally)), limit)
 
 
 def iter_pieces(source: Source, tally: Tally | None = None) -> Iterator[Piece]:
-    """The same in pieces, long texts cut in several. What was read and left out is counted in `tally`."""
+    """Yields the documents of a resolved source in pieces; `tally` counts the documents read and left out."""
     tally = Tally() if tally is None else tally
     if isinstance(source, DataSource) and source.blend is not None:
         return _blended(source.blend, tally)
@@ -57,9 +57,10 @@ def iter_pieces(source: Source, tally: Tally | None = None) -> Iterator[Piece]:
 
 
 def _blended(parts: tuple[BlendPart, ...], tally: Tally) -> Iterator[Piece]:
-    """Documents of several sources, so that the characters read of each stay in proportion to its share.
+    """Yields documents of several sources so that the characters read from each stay in proportion to its share.
 
-    It ends when every source was read once; one that ends earlier begins again, so the proportions hold to the end.
+    The blend ends when every source was read once; a source that ends earlier starts again, so that the proportions
+    hold to the end.
     """
     streams = [iter_pieces(part, tally) for part in parts]
     read = [0.0] * len(parts)

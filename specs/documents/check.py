@@ -1,4 +1,4 @@
-"""Finds in seconds what is wrong with data, before hours are spent: small sources are read whole, of large ones samples."""
+"""Finds faults of data in seconds, before hours are spent: reads small sources completely and samples large ones."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ SAMPLED_FILES = 128
 
 
 def check_readable(source: Source) -> None:
-    """There is a document in a resolved source, and its files are what the source says: their form, their columns, the rows
-    that are looked at. WorkError for the first fault.
+    """Checks that a resolved source has a document and that its files have the stated form and columns, in the rows
+    that are sampled. WorkError for the first fault.
 
-    Of the Hub nothing is read: it needs a network. Under `on_error: skip` only the absence of any document is a fault.
+    Data sets of the Hub are not read, because that needs a network. Under `on_error: skip` only a source without any
+    document is a fault.
     """
     if isinstance(source, DataSource) and source.blend is not None:
         for part in source.blend:
@@ -63,7 +64,7 @@ def _spread(files: list[Path]) -> list[Path]:
 
 
 def _size(file: Path) -> int:
-    """What a file holds cannot be less than this; whether it can be read is found out by reading it."""
+    """Returns the size of a file, a lower bound of what it holds; 0 leaves an unreadable file to the reader."""
     try:
         return file.stat().st_size
     except OSError:

@@ -12,7 +12,7 @@ from minitron.specs.errors import WorkError, first_line
 
 
 def dataset_rows(source: Source) -> Iterator[tuple[Any, str]]:
-    """(row, place) of the source's split, which streaming fetches as they are read."""
+    """Yields (row, place) of the source's split, which streaming fetches while rows are read."""
     rows, read = iter(_load(source)), 0
     while True:
         try:
@@ -65,7 +65,7 @@ def _sliced(split: str) -> bool:
 
 
 def _split(loaded: dict[str, Any], source: Source) -> Iterable[Any]:
-    """A split of those that were loaded, or what `train[:50%]` and `train+test` make of them."""
+    """Selects a split from the loaded ones, or combines them as `train[:50%]` and `train+test` say."""
     import datasets
 
     wanted = str(source.split)

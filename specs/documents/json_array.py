@@ -1,4 +1,4 @@
-"""The elements of a JSON array that may be larger than the memory, one at a time."""
+"""Reads the elements of a JSON array that may be larger than memory, one at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ _SPACE = " \t\r\n"
 
 
 def elements(handle: IO[bytes], where: str) -> Iterator[tuple[Any, str]]:
-    """(element, place) of the array that a file holds. WorkError where it is none, or not whole."""
+    """Yields (element, place) of the array that a file holds. WorkError if the file holds no array or an incomplete
+    one."""
     decoder, text = json.JSONDecoder(), _Buffer(handle, where)
     text.expect("[")
     number = 0
@@ -40,7 +41,8 @@ class _Buffer:
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
 
     def more(self) -> bool:
-        """Reads on; as much again as there is, so that a long element is not parsed from its beginning too often."""
+        """Reads on, as much as the buffer already holds, so that a long element is seldom parsed from its beginning
+        again."""
         block = self.handle.read(max(BLOCK, len(self.text)))
         try:
             self.text += self.decoder.decode(block, final=not block)
@@ -49,7 +51,7 @@ class _Buffer:
         return bool(block)
 
     def next(self) -> str:
-        """The next character that is no white space, which stays; nothing at the end."""
+        """Returns the next character that is not white space without consuming it; empty at the end of the file."""
         while True:
             self.text = self.text.lstrip(_SPACE)
             if self.text or not self.more():

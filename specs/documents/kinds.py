@@ -1,4 +1,4 @@
-"""The documents that sources yield, and the count of what was read and left out."""
+"""The types of documents that sources yield, and the count of documents read and left out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Chat messages, rendered with the tokenizer's chat template by whoever holds a tokenizer."""
+    """Chat messages, which the encoder renders with the tokenizer's chat template."""
 
     messages: list[Message]
     tools: list[Any] | None = None
@@ -25,7 +25,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class TokenIds:
-    """A document that was tokenized by others."""
+    """The token ids of a document that was tokenized before."""
 
     ids: Sequence[int]
 
@@ -35,7 +35,7 @@ Document: TypeAlias = str | Conversation | TokenIds
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A document, or a part of a text too long to be held in memory; `where` names it in messages."""
+    """A document, or a part of a text too long to be held in memory; `where` names the piece in messages."""
 
     content: Document
     where: str
@@ -73,7 +73,7 @@ class Tally:
             self.reasons.append(reason)
 
     def notes(self) -> list[str]:
-        """What a user should know of it, a sentence each."""
+        """Returns remarks for the user, one sentence each."""
         notes = []
         if self.skipped:
             notes.append(f"{self.skipped} documents could not be read and were left out, such as {self.reasons[0]}")
@@ -83,7 +83,7 @@ class Tally:
 
 
 def size_of(document: Document) -> int:
-    """Roughly the number of characters, for proportions and for cutting work into batches."""
+    """Returns roughly the number of characters, for proportions and for dividing work into batches."""
     if isinstance(document, str):
         return len(document)
     if isinstance(document, TokenIds):

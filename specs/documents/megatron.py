@@ -24,15 +24,15 @@ _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 @dataclass(frozen=True)
 class MegatronTokens:
-    """The tokens of one `.bin` file in their order, memory-mapped, and where each document begins in them; its last entry
-    is the number of tokens."""
+    """The tokens of one `.bin` file, memory-mapped, and the start of each document; the last start is the number of
+    tokens."""
 
     tokens: Any
     bounds: Any
 
 
 def open_megatron(file: Path) -> MegatronTokens:
-    """WorkError where one of the two files is missing, broken, or does not belong to the other."""
+    """Opens a `.bin` file and its `.idx`. WorkError if one is missing, broken, or does not belong to the other."""
     import numpy as np
 
     index = file.with_suffix(".idx")

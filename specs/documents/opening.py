@@ -32,7 +32,7 @@ def packages_missing(what: str) -> WorkError:
 
 @contextmanager
 def open_bytes(file: Path) -> Iterator[IO[bytes]]:
-    """The contents of a file, decompressed by the ending of its name. WorkError for what cannot be read."""
+    """Opens a file and decompresses it by its file name extension. WorkError for a file that cannot be read."""
     try:
         if not stat.S_ISREG(file.stat().st_mode):
             raise WorkError(f"{file}: is not a regular file; data is read several times, so write it to one")
@@ -80,7 +80,7 @@ def _decompressed(file: Path) -> IO[bytes]:
 
 @contextmanager
 def open_text(file: Path) -> Iterator[IO[str]]:
-    """The same as text: UTF-8 without its byte order mark, every line ended by \\n. WorkError for other encodings."""
+    """Opens a file as text: UTF-8 without byte order mark, every line ended by \n. WorkError for other encodings."""
     with open_bytes(file) as handle:
         try:
             yield io.TextIOWrapper(handle, encoding="utf-8-sig")
@@ -93,7 +93,7 @@ def not_utf8(where: str, error: UnicodeDecodeError) -> WorkError:
 
 
 def check_utf8(file: Path) -> None:
-    """Reads a whole text file. WorkError where it cannot be read to its end."""
+    """Reads a whole text file. WorkError if it cannot be read to its end."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open_bytes(file) as handle:
         try:
@@ -105,7 +105,7 @@ def check_utf8(file: Path) -> None:
 
 
 def blocks(handle: IO[str]) -> Iterator[str]:
-    """The text of a file in pieces of about BLOCK characters, each ending where a text may be cut, but for the last."""
+    """Yields the text of a file in pieces of about BLOCK characters, each but the last ending where a text may be cut."""
     kept: list[str] = []
     while block := handle.read(BLOCK):
         if not kept:
@@ -125,5 +125,5 @@ def blocks(handle: IO[str]) -> Iterator[str]:
 
 
 def cut(text: str) -> list[str]:
-    """A long text in the pieces that `blocks` would read it in."""
+    """Cuts a long text into the pieces that `blocks` would yield."""
     return [text] if len(text) <= 2 * BLOCK else list(blocks(io.StringIO(text)))

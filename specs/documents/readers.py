@@ -33,7 +33,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 def read_source(source: Source, tally: Tally) -> Iterator[Piece]:
-    """The documents of one resolved source, no blend, that are not blank; counted in `tally`."""
+    """Yields the documents of one resolved source (no blend) that are not blank, and counts them in `tally`."""
     match source.kind:
         case "text":
             pieces = _text(source, tally)
@@ -103,7 +103,7 @@ def _paragraphs(handle: Iterable[str], where: str) -> Iterator[Piece]:
 
 
 def _file(parts: Iterator[str], where: str, tally: Tally) -> Iterator[Piece]:
-    """A whole file as one document, a part at a time; what is blank before its first word belongs to it."""
+    """Yields a whole file as one document, part by part; blank text before the first word belongs to the document."""
     blank: list[str] = []
     for part in parts:
         if part.strip():
@@ -155,7 +155,7 @@ def _json_rows(source: Source, tally: Tally) -> Iterator[tuple[Any, str]]:
 
 
 def is_array(handle: Any) -> bool:
-    """Whether a file is one JSON array: a line of JSON Lines is an object, so it does not begin with a bracket."""
+    """Checks whether a file is one JSON array: a line of JSON Lines is an object, so it does not begin with a bracket."""
     while first := handle.peek(1):
         rest = first.removeprefix(_BOM).lstrip()
         if rest:
@@ -178,7 +178,7 @@ def _json_lines(handle: Iterable[bytes], source: Source, tally: Tally, where: st
 
 
 def json_line(line: bytes, where: str) -> Any:
-    """The value on one line. WorkError where it is none."""
+    """Parses the JSON value on one line. WorkError if the line holds none."""
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -200,7 +200,7 @@ def _parquet_rows(source: Source, tally: Tally) -> Iterator[tuple[Any, str]]:
 
 
 def parquet_rows(file: Path, reader: RowReader, limit: int | None = None) -> Iterator[tuple[Any, str]]:
-    """The rows of a parquet file, of the columns that are needed. WorkError for a file that is none, or lacks a column."""
+    """Yields the needed columns of each row of a parquet file. WorkError for another format or a missing column."""
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -227,14 +227,14 @@ def parquet_rows(file: Path, reader: RowReader, limit: int | None = None) -> Ite
 
 
 def describe(source: Source) -> str:
-    """A source in a message: its kind and the first of its files."""
+    """Returns a source as messages name it: its kind and the first of its files."""
     value = getattr(source, source.kind)
     shown = ", ".join(str(item) for item in value[:3]) if isinstance(value, tuple) else str(value)
     return f"`{source.kind}: {shown}{', ...' if isinstance(value, tuple) and len(value) > 3 else ''}`"
 
 
 def documents_of(pieces: Iterable[Piece]) -> Iterator[Document]:
-    """Whole documents, of the pieces of long ones joined."""
+    """Joins the pieces of long texts and yields whole documents."""
     kept: list[str] = []
     for piece in pieces:
         if piece.begins and piece.ends:

@@ -1,4 +1,4 @@
-"""From a row of a data file, a mapping of fields, to the document in it."""
+"""Extracts the document from a row of a data file, a mapping of fields."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHOWN_FIELDS = 20  # of a row, in a message
 
 
 class RowReader:
-    """Reads the rows of one source: which fields, and what becomes of them."""
+    """Reads the rows of one source by its row options."""
 
     def __init__(self, source: Source, tally: Tally) -> None:
         self.source, self.tally = source, tally
@@ -26,13 +26,13 @@ class RowReader:
 
     @property
     def columns(self) -> list[str]:
-        """The names of all fields that a row needs, as the source writes them."""
+        """Returns the names of all fields that a row needs, as the source writes them."""
         more = [self.source.completion_field, self.source.tools_field]
         return [self.name, *(name for name in more if name is not None)]
 
     def read(self, row: Any, where: str) -> Document | None:
-        """The document in a row; None for an empty one. WorkError, which says what the row has instead, where there is
-        none."""
+        """Returns the document in a row; None for an empty one. WorkError, which lists what the row has instead, if
+        there is none."""
         if not isinstance(row, dict):
             raise WorkError(f"{where}: is not an object with a field `{self.name}`; each document must be one")
         value = self._required(row, self.name, self.option, where)
@@ -105,7 +105,7 @@ class RowReader:
         return [{"role": "system", "content": self.source.system}, *messages]
 
     def _whole(self, value: Any) -> Any:
-        """With U+FFFD for each half of a surrogate pair that lacks its other half: UTF-8 cannot express them."""
+        """Replaces each unpaired surrogate by U+FFFD, because UTF-8 cannot express it."""
         repaired = _without_surrogates(value)
         if repaired is not value:
             self.tally.repaired += 1
@@ -113,7 +113,7 @@ class RowReader:
 
 
 def content_field(source: Source) -> tuple[str, str]:
-    """(option, name) of the field that a document is read from."""
+    """Returns (option, name) of the field that a document is read from."""
     for option in ("messages_field", "prompt_field", "ids_field"):
         if (name := getattr(source, option)) is not None:
             return option, str(name)
@@ -121,7 +121,7 @@ def content_field(source: Source) -> tuple[str, str]:
 
 
 def look_up(row: dict[str, Any], name: str) -> Any:
-    """The value of a field, or of a field inside a field (`content.body`); a private mark where there is none."""
+    """Returns the value of a field, or of a nested field (`content.body`); a private sentinel if there is none."""
     if name in row:
         return row[name]
     value: Any = row
@@ -142,9 +142,11 @@ def no_field(where: str, name: str, option: str, known: Iterable[str]) -> WorkEr
 
 
 def _given(message: Message) -> Message:
-    """A message without the keys that only other messages have. Columns of parquet files and data sets give every message all
-    keys, with null for those that it does not have, and templates ask whether a key is there. A null `content` is said
-    outright: beside tool calls there is none."""
+    """Returns a message without the keys that only other messages have.
+
+    Columns of parquet files and data sets give every message all keys, with null for those that the message lacks, and
+    templates test whether a key exists. A null `content` stays, because a message with tool calls has no content.
+    """
     return {key: _pruned(value) for key, value in message.items() if value is not None or key == "content"}
 
 
@@ -155,7 +157,7 @@ def _pruned(value: Any) -> Any:
 
 
 def _without_surrogates(value: Any) -> Any:
-    """The same object where nothing had to be replaced."""
+    """Replaces unpaired surrogates in a nested value; returns the same object if nothing had to be replaced."""
     if isinstance(value, str):
         if value.isascii():
             return value

@@ -1,4 +1,4 @@
-"""Chooses a share of the documents by a hash of what they say: the same documents in every order and beside any others."""
+"""Chooses a share of the documents by a hash of their content: the same documents in every order and in any mixture."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from minitron.specs.documents.kinds import Conversation, Document, Piece, TokenI
 
 
 def chosen(pieces: Iterator[Piece], source: Source) -> Iterator[Piece]:
-    """The pieces of the documents that `only` and `leave_out` let through. A long document is chosen by its first piece, and
-    documents that begin alike go the same way, copies of one another among them."""
+    """Yields the pieces of the documents that `only` and `leave_out` let through.
+
+    The first piece decides for a long document, so documents with the same beginning, copies included, go the same way.
+    """
     kept = True
     for piece in pieces:
         if piece.begins:
@@ -25,7 +27,7 @@ def chosen(pieces: Iterator[Piece], source: Source) -> Iterator[Piece]:
 
 
 def _place(document: Document) -> float:
-    """Where a document stands between 0 and 1."""
+    """Maps a document to a number between 0 and 1 by a hash of its content."""
     if isinstance(document, str):
         content = document
     elif isinstance(document, TokenIds):

@@ -1,4 +1,5 @@
-"""From documents to token ids: one framing, one chat template, one tokenizer, for calibration, training and held-out text."""
+"""Turns documents into token ids: the same framing, chat template and tokenizer for calibration, training and held-out
+text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Renders conversations with a chat template, and finds what of them is the assistant's.
+"""Renders conversations with a chat template and finds the spans that the assistant wrote.
 
 A template is a program that came with a model: it runs in the sandbox of transformers, in a process of its own
 (`specs.encoding.worker`), within RENDER_SECONDS and RENDER_BYTES.
@@ -29,8 +29,8 @@ Span = tuple[int, int]
 
 
 def render(conversation: Conversation, recipe: EncodingRecipe, where: str) -> tuple[str, list[Span] | None]:
-    """The text of a conversation, and what of it is the assistant's; None where all of it is trained on. WorkError, with the
-    document's place, where the template refuses it."""
+    """Returns the text of a conversation and the spans of the assistant; None for the spans if all tokens are trained
+    on. WorkError, with the document's place, if the template refuses the conversation."""
     template = recipe.tool_template if conversation.tools else recipe.template
     spans = conversation.train_on == "assistant"
     if template is None and conversation.pair:
@@ -72,14 +72,15 @@ def _call(
 
 
 def _by_marks(conversation: Conversation, template: str, recipe: EncodingRecipe) -> tuple[str, list[Span]]:
-    """By the template's own `{% generation %}`."""
+    """Renders a conversation and takes the assistant's spans from the template's own `{% generation %}` marks."""
     return _call(conversation.messages, conversation, template, recipe, return_assistant_tokens_mask=True)
 
 
 def _by_prefixes(
     conversation: Conversation, template: str, recipe: EncodingRecipe, where: str
 ) -> tuple[str, list[Span]]:
-    """What rendering one message more adds to the prompt for it, if that prompt is how the whole begins."""
+    """Finds the assistant's spans by rendering prefixes: each message adds the text behind the prompt for it, provided
+    that the whole text begins with that prompt."""
     messages, spans = conversation.messages, []
     whole = _rendered(messages, conversation, template, recipe)
     for index, message in enumerate(messages):
@@ -99,7 +100,7 @@ def _by_prefixes(
 
 
 def _turn(text: str, recipe: EncodingRecipe) -> str:
-    """An assistant's turn up to the token that ends it: nobody generates the line break behind it."""
+    """Returns an assistant's turn up to the token that ends it: the line break behind it is never generated."""
     end = recipe.special_tokens.get("eos_token")
     bare = text.rstrip()
     return bare if end and bare.endswith(end) else text
@@ -128,8 +129,8 @@ def _errors(where: str) -> Iterator[None]:
 
 @contextmanager
 def _time_limit() -> Iterator[None]:
-    """Raises TimeoutError where rendering takes too long. What Python cannot interrupt, a single endless operation, ends the
-    process after twice that time."""
+    """Raises TimeoutError if rendering takes too long. An operation that Python cannot interrupt ends the process after
+    twice that time."""
 
     def expire(*_: Any) -> None:
         raise TimeoutError

@@ -42,8 +42,8 @@ _CHARACTERWISE = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase"}
 
 @dataclass(frozen=True)
 class CutRule:
-    """How the parts of a text are encoded: one that goes on from another behind `context`, one that goes on in another before
-    TAIL; the tokens of these are taken off again."""
+    """The encoding of the parts of a cut text: a part with text before it is encoded behind `context`, a part with text
+    after it is encoded in front of TAIL; the tokens of both are removed again."""
 
     context: str
     tokens: tuple[int, ...]
@@ -51,7 +51,7 @@ class CutRule:
 
 
 def cut_rule(tokenizer: Any) -> CutRule | None:
-    """The rule of a tokenizer of the `tokenizers` library; None where its texts must stay whole."""
+    """Returns the rule of a tokenizer of the `tokenizers` library; None if its texts must stay whole."""
     document = json.loads(tokenizer.to_str())
     if not (_added(document) and _normalizer(document.get("normalizer"))):
         return None
@@ -81,8 +81,8 @@ def _added(document: dict[str, Any]) -> bool:
 
 
 def _keeps_context(document: dict[str, Any]) -> bool:
-    """No added token takes the line break before a cut into itself: the text behind it would then be given a beginning of
-    its own."""
+    """Checks that no added token strips the line break before a cut, because the text behind it would then be encoded
+    like the beginning of a text."""
     return not any(
         token["rstrip"] or (token["content"].endswith("\n") and token["content"] != "\n")
         for token in document.get("added_tokens") or ()
@@ -119,7 +119,8 @@ def _stages(pre_tokenizer: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 
 def _stage(stage: dict[str, Any]) -> bool | None:
-    """Whether a stage of the pre-tokenizer ends a word at every cut; None where it may do something else to the halves."""
+    """Checks whether a stage of the pre-tokenizer ends a word at every cut; None if it may treat the halves
+    differently."""
     match stage["type"]:
         case "ByteLevel":
             return splits_line(_GPT2) if stage.get("use_regex", True) else False
@@ -157,7 +158,7 @@ def _model(model: dict[str, Any], line: str, *, ends_word: bool) -> bool:
 
 
 def _prepends(component: dict[str, Any] | None) -> bool:
-    """Whether text is put in front of what is encoded."""
+    """Checks whether a component prepends text to what is encoded."""
     if component is None:
         return False
     match component["type"]:

@@ -1,4 +1,4 @@
-"""From pieces of documents to token ids: BOS before each document and EOS behind it, once each."""
+"""Encodes pieces of documents as token ids: BOS before each document and EOS behind it, once each."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class Encoded:
 
 
 class Encoder:
-    """Applies a recipe. `tokenizer` is the one that the recipe was made of, needed where it is written in Python."""
+    """Applies a recipe. `tokenizer` is the one that the recipe was made from; a tokenizer written in Python is needed
+    itself."""
 
     def __init__(self, recipe: EncodingRecipe, tokenizer: Any = None) -> None:
         self.recipe, self._python = recipe, tokenizer
@@ -54,12 +55,12 @@ class Encoder:
 
     @cached_property
     def cut_rule(self) -> CutRule | None:
-        """How long texts are cut; None where they have to stay whole."""
+        """Returns the rule by which long texts are cut; None if they have to stay whole."""
         return None if self._library is None else cut_rule(self._library)
 
     def prepare(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        """The pieces in the form that this tokenizer can be given: long texts cut where that changes nothing, and whole where
-        it would."""
+        """Yields the pieces as this tokenizer can take them: long texts cut if that leaves the tokens unchanged, else
+        joined."""
         kept: list[str] = []
         for piece in pieces:
             text = piece.content
@@ -77,8 +78,8 @@ class Encoder:
                     yield Piece(part, piece.where, begins=begins, ends=ends, lenient=piece.lenient)
 
     def encode(self, pieces: Sequence[Piece]) -> list[Encoded]:
-        """The tokens of prepared pieces. WorkError, with its place, for a document that the chat template refuses; a lenient
-        piece is left out instead."""
+        """Returns the tokens of prepared pieces. WorkError, with its place, for a document that the chat template
+        refuses; a lenient piece is left out instead."""
         done: list[Encoded | None] = [None] * len(pieces)
         texts: list[str] = []
         places: list[int] = []
@@ -104,13 +105,13 @@ class Encoder:
         return [one for one in done if one is not None]
 
     def _whole(self, piece: Piece, text: str) -> str:
-        """A part of a text with what stands for the parts beside it."""
+        """Returns a part of a text with the stand-ins for its neighbouring parts."""
         if self.cut_rule is None or (piece.begins and piece.ends):
             return text
         return ("" if piece.begins else self.cut_rule.context) + text + ("" if piece.ends else TAIL)
 
     def _tokenize(self, texts: list[str], *, offsets: bool) -> Iterator[tuple[Array, Array | None]]:
-        """Ids of each text and, where they are asked for, the characters [tokens, 2] that each token is made of."""
+        """Yields the ids of each text and, if asked for, the character offsets [tokens, 2] of each token."""
         if self._library is None:
             for ids in self._python(texts, add_special_tokens=False).input_ids if texts else []:
                 yield np.asarray(ids, np.uint32), None
@@ -138,7 +139,8 @@ class Encoder:
         return Encoded(np.concatenate([before, ids, after]).astype(np.uint32), learnt, piece.where, piece.ends)
 
     def _learnt(self, piece: Piece, ids: Array, offsets: Array | None, spans: list[Span]) -> Array:
-        """A token that begins with a space before the assistant's first word is the assistant's."""
+        """Marks the tokens that are trained on; a token that begins with a space before the assistant's first word
+        belongs to the assistant."""
         if offsets is None:
             raise WorkError(
                 f"{piece.where}: this tokenizer does not tell where its tokens lie in the text, so `train_on: assistant` "
@@ -150,7 +152,7 @@ class Encoder:
         return learnt
 
     def _ended(self, ids: Array, piece: Piece) -> bool:
-        """Whether EOS is there already: a chat template may have written it, and a line break behind it."""
+        """Checks whether EOS is already there: a chat template may have written it, followed by a line break."""
         if len(ids) and int(ids[-1]) == self.recipe.eos:
             return True
         if not isinstance(piece.content, Conversation):

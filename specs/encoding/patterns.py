@@ -1,8 +1,8 @@
-"""Reads the regular expressions that tokenizers split text by, as far as a cut between two lines asks for it.
+"""Analyses the regular expressions that tokenizers split text by, as far as a cut between two lines needs it.
 
-Understood are alternatives of sequences of characters, character classes and groups, repeated or not, and a look ahead at one
-character behind white space that tells no letter from another. Everything else (looks behind, anchors, references) is not,
-and the answer is then None.
+Supported are alternatives of sequences of characters, character classes and groups, repeated or not, and a lookahead at
+one character behind white space that treats all letters alike. For everything else (lookbehinds, anchors, references)
+the answer is None.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class _NotUnderstood(Exception):
 
 @dataclass(frozen=True)
 class _Element:
-    """A character of a class, or a group, `least` to `most` times; which of the characters that matter it may hold."""
+    """A character class or a group, repeated `least` to `most` times, and which of the relevant characters it may
+    contain."""
 
     line: bool
     letter: bool
@@ -39,7 +40,7 @@ class _Element:
 
 @cache
 def crosses(expression: str) -> bool | None:
-    """Whether a match may hold a line break that is followed by an ASCII letter; None where that cannot be told."""
+    """Checks whether a match may contain a line break followed by an ASCII letter; None if that cannot be decided."""
     try:
         alternatives, end = _alternatives(expression, 0)
         return None if end != len(expression) else any(_joined(one) for one in alternatives)
@@ -49,7 +50,8 @@ def crosses(expression: str) -> bool | None:
 
 @cache
 def splits_line(expression: str) -> bool:
-    """Whether a match always begins at a letter behind a line break: none crosses it, and every letter begins one."""
+    """Checks whether a match always begins at a letter behind a line break: none crosses it, and every letter begins
+    one."""
     if crosses(expression) is not False:
         return False
     compiled = regex.compile(expression)
@@ -106,7 +108,7 @@ def _group(text: str, place: int) -> tuple[list[list[_Element]], int]:
 
 
 def _character(text: str, place: int) -> tuple[regex.Pattern[str], int]:
-    """The pattern of one character."""
+    """Returns the pattern of one character."""
     if text[place] == "[":
         end = place + 1
         while text[end] != "]" or end == place + 1 or text[place + 1 : end] == "^":
@@ -128,7 +130,7 @@ def _character(text: str, place: int) -> tuple[regex.Pattern[str], int]:
 
 
 def _repetition(text: str, place: int) -> tuple[int, int, int]:
-    """(least, most, place behind it) of what was just read."""
+    """Returns (least, most, place behind it) of the element that was just read."""
     found = regex.compile(r"([*+?]|\{(\d*)(,?)(\d*)\})[?+]?").match(text, place)
     if found is None:
         return 1, 1, place
@@ -146,7 +148,7 @@ def _repetition(text: str, place: int) -> tuple[int, int, int]:
 
 
 def _joined(elements: list[_Element]) -> bool:
-    """Whether a line break may be followed by a letter in a sequence."""
+    """Checks whether a sequence may contain a line break followed by a letter."""
     for index, element in enumerate(elements):
         if element.joined:
             return True

@@ -1,7 +1,7 @@
-"""Encodes batches of documents in several processes, and gives their tokens in the order of the documents.
+"""Encodes batches of documents in several processes, and yields their tokens in the order of the documents.
 
-Processes and not threads: the tokenizer library releases the interpreter's lock, and what becomes of its tokens in Python
-does not. Chat templates run in no other place (`specs.encoding.chat`).
+Processes are used instead of threads because only the tokenizer library releases the interpreter's lock; the Python
+code that handles its tokens does not. Chat templates run only in these processes (`specs.encoding.chat`).
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ SMALL = 16 * _BATCH_CHARACTERS
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def encode_all(
     encoder: Encoder, pieces: Iterable[Piece], *, skip: int = 0, processes: int | None = None, small: int = SMALL
 ) -> Iterator[list[Encoded]]:
-    """The tokens of all pieces, a batch at a time, in order. WorkError as for `Encoder.encode`.
+    """Yields the tokens of all pieces, a batch at a time, in order. WorkError as for `Encoder.encode`.
 
-    The first `skip` pieces, as the encoder prepares them, are passed over: an earlier process had them. The first `small`
-    characters of text are encoded here. `processes` is the number of cores where it is left out; 0 encodes text here,
-    however long it is.
+    The first `skip` pieces, counted after `Encoder.prepare`, are skipped because an earlier process encoded them. The
+    first `small` characters of text are encoded in this process. `processes` defaults to the number of cores; with 0
+    all text is encoded in this process.
     """
     batches = _batches(itertools.islice(encoder.prepare(pieces), skip, None))
     processes = cores() if processes is None else processes
@@ -61,7 +61,7 @@ def encode_all(
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Enough at a time to be worth a message, never more than fits in memory."""
+    """Groups pieces into batches: large enough to be worth a message, never larger than fits in memory."""
     batch: list[Piece] = []
     size = 0
     for piece in pieces:
@@ -142,7 +142,7 @@ class _Pool:
 
 
 def _environment() -> dict[str, str]:
-    """That of this process, one thread to each other one, and the same `minitron` in it."""
+    """Returns the environment of the encoding processes: that of this process, one thread each, the same `minitron`."""
     here = str(Path(minitron.__file__).resolve().parent.parent)
     path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
     one = dict.fromkeys(("RAYON_NUM_THREADS", "OMP_NUM_THREADS"), "1")

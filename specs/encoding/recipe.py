@@ -1,4 +1,4 @@
-"""Everything that decides the tokens of a document, as plain values: one process can hand it to another."""
+"""The values that decide the tokens of a document, plain so that one process can send them to another."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class EncodingRecipe:
-    """A tokenizer, its chat template, and what stands around each document: BOS where the tokenizer itself puts it, EOS where
+    """A tokenizer, its chat template, and the framing of each document: BOS if the tokenizer itself adds it, EOS if
     there is one."""
 
     tokenizer: str | None
@@ -27,7 +27,7 @@ class EncodingRecipe:
 
 
 def recipe_of(tokenizer: Any) -> EncodingRecipe:
-    """The recipe of a tokenizer of transformers."""
+    """Returns the recipe of a tokenizer of transformers."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     bos = tokenizer.bos_token_id
     ids = list(tokenizer("a").input_ids)
@@ -44,7 +44,7 @@ def recipe_of(tokenizer: Any) -> EncodingRecipe:
 
 
 def _plain(backend: Any) -> str:
-    """Without the padding and truncation that an earlier call may have set."""
+    """Returns the tokenizer's JSON without the padding and truncation that an earlier call may have set."""
     from tokenizers import Tokenizer
 
     copy = Tokenizer.from_str(backend.to_str())

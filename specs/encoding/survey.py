@@ -1,5 +1,5 @@
-"""Counts what training sees of a source: documents, tokens, what is left out; of a large source the first part, from which
-the whole is estimated."""
+"""Counts what training sees of a source: documents, tokens, and what is left out. Only the first part of a large source
+is read, and the total is estimated from it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHOWN_TOKENS = 64
 
 @dataclass
 class Survey:
-    """The figures of one source. `tokens` and `documents` are those that were read."""
+    """The figures of one source. `tokens` and `documents` count those that were read."""
 
     tally: Tally = field(default_factory=Tally)
     tokens: int = 0
@@ -46,7 +46,7 @@ class Survey:
 def survey(
     source: Source, encoder: Encoder, sequence_length: int, *, characters: int | None = SURVEYED, samples: int = 2
 ) -> Survey:
-    """Reads a resolved source, no blend, as far as `characters`; all of it where that is None. WorkError as for reading."""
+    """Reads a resolved source (no blend) up to `characters`; all of it if None. WorkError as for reading."""
     found = Survey()
     reader = _Reader(source, found.tally, characters)
     length = 0
@@ -59,7 +59,7 @@ def survey(
 
 
 def _count(found: Survey, one: Encoded, length: int, sequence_length: int, samples: int) -> int:
-    """Adds a piece; returns the length of the document that goes on behind it, 0 where it ends."""
+    """Adds a piece; returns the length so far of the document that continues behind it, 0 at a document's end."""
     if one.error is not None:
         found.tally.skip(one.error)
         found.tally.documents -= 1
@@ -77,7 +77,7 @@ def _count(found: Survey, one: Encoded, length: int, sequence_length: int, sampl
 
 
 class _Reader:
-    """Hands documents on until there are enough."""
+    """Yields documents until there are enough."""
 
     def __init__(self, source: Source, tally: Tally, characters: int | None) -> None:
         self.source, self.tally, self.characters = source, tally, characters
@@ -92,7 +92,8 @@ class _Reader:
 
 
 def _estimate(source: Source, tokens: int, read: int) -> int | None:
-    """In proportion to the bytes of the files; None for files whose size does not tell what is in them."""
+    """Estimates the total in proportion to the bytes of the files; None for files whose size does not tell their
+    content."""
     files = data_files(source)
     if source.kind not in ("text", "jsonl", "megatron") or any(file.suffix in COMPRESSED for file in files) or not read:
         return None

@@ -21,7 +21,7 @@ from minitron.specs.errors import WorkError
 
 
 def request(pieces: Sequence[Piece]) -> bytes:
-    """A line that asks for the tokens of pieces."""
+    """Builds the line that asks for the tokens of pieces."""
     return json.dumps([_plain(piece) for piece in pieces]).encode() + b"\n"
 
 
@@ -39,7 +39,7 @@ def answer(encoded: Sequence[Encoded]) -> bytes:
 
 
 def read_answer(stream: IO[bytes]) -> list[Encoded]:
-    """WorkError as the other process raised it; EOFError where it ended."""
+    """Reads one answer. WorkError as the other process raised it; EOFError if that process ended."""
     line = stream.readline()
     if not line.endswith(b"\n"):
         raise EOFError
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def _limit_memory() -> None:
-    """Before templates run: what they take beyond RENDER_BYTES raises MemoryError."""
+    """Limits memory before templates run: beyond RENDER_BYTES a template raises MemoryError."""
     import resource
     from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Specs to start from: a commented one, and published recipes. Each is a YAML file beside this module."""
+"""The specs to start from: a commented one, and published recipes. Each is a YAML file beside this module."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _STARTER = "starter"
 
 
 def recipe_names() -> list[str]:
-    """The published recipes, in alphabetical order."""
+    """Returns the names of the published recipes in alphabetical order."""
     return sorted(file.stem for file in _FOLDER.glob("*.yaml") if file.stem != _STARTER)
 
 
 def recipe_text(name: str) -> str:
-    """The YAML text of a recipe. UsageError for a name that is none."""
+    """Returns the YAML text of a recipe. UsageError for an unknown name."""
     names = recipe_names()
     if name not in names:
         nearest = closest(name, names)
@@ -27,7 +27,7 @@ def recipe_text(name: str) -> str:
 
 
 def starting_spec() -> str:
-    """The YAML text of a commented spec to start from."""
+    """Returns the YAML text of a commented spec to start from."""
     return _read(_STARTER)
 
 
