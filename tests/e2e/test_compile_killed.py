@@ -19,7 +19,7 @@ from tests.foundry import Foundry
 from .tiny import TIMEOUT, environment
 
 # So small that a tiny calibration is many blocks, each of them saved, as a large one is.
-BATCH_TOKENS, BLOCK_BYTES = 64, 1
+BATCH_TOKENS, BLOCK_BYTES = 12, 1
 SMALL_BLOCKS = f"""\
 from minitron.compiler.importance import batches
 

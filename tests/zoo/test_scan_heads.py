@@ -103,5 +103,5 @@ def test_tables_that_a_module_above_fills_are_what_a_loaded_model_has(foundry: F
     """Falcon-H1 fills a table of each mixer from its outermost module."""
     made = foundry.build(teacher(foundry, "falcon_h1"), {"intermediate_size": 20}, program=False)
     assert all(check["passed"] for check in made.checks.values())
-    with pytest.raises(SpecInvalid, match=r"a table that the model computes for itself .*mup_vector"):
+    with pytest.raises(SpecInvalid, match=r"a buffer that the model's code computes .*mup_vector"):
         foundry.plan(teacher(foundry, "falcon_h1"), {SCAN_HEADS: 2})
