@@ -22,6 +22,7 @@ import torch
 
 from minitron.specs.errors import MinitronError, WorkError
 from minitron.specs.progress import Silent
+from minitron.specs.signals import ENDING
 
 Before = Callable[[], None] | None
 
@@ -74,6 +75,10 @@ def evaluate_rank(build: Path, pipe: Connection, before: Before) -> None:
 
 def _work(command: Any, build: Path, pipe: Connection, before: Before) -> None:
     torch.set_num_threads(1)
+    # Under nohup the hang-up is ignored, and children inherit that: a signal that a test sends would find nothing, rightly.
+    for number in ENDING:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     if before is not None:
         before()
     try:
