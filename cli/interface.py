@@ -5,6 +5,7 @@ themselves in a terminal and in a notebook as the commands do.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,12 +34,12 @@ if TYPE_CHECKING:
 _WIDTH = 160
 
 
-class _Shown:
+class _Shown(ABC):
     """A result that displays itself as sections: `print` writes tables, a notebook renders markdown."""
 
+    @abstractmethod
     def sections(self) -> list[Section]:
         """Returns the sections to display."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         console = Console(width=_WIDTH, highlight=False, markup=False, emoji=False, color_system=None)

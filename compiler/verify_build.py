@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from minitron.compiler.emit.rewritten import RewrittenStudent
 from minitron.compiler.importance.scores import ScoreTable
 from minitron.compiler.plan.plan import Plan, make_plan, settled, with_weights
 from minitron.compiler.teacher.provenance import at_commit, observe, with_result
-from minitron.compiler.verify.checks import Check
+from minitron.compiler.verify.checks import Check, exactly
 from minitron.compiler.verify.run import CHECKS
 from minitron.compiler.verify.selection import first_mistake
 from minitron.compiler.verify.written_weights import files_of, first_difference
@@ -95,8 +94,8 @@ def _files(build: Path, recorded: Mapping[str, str]) -> Check:
     for name in sorted({*there, *recorded}):
         if there.get(name) != recorded.get(name):
             state = "missing" if name not in there else "new" if name not in recorded else "not what the compile wrote"
-            return _exactly("files", f"{STUDENT}/{name} is {state}", "")
-    return _exactly("files", None, "every file of student/ is what the compile wrote")
+            return exactly("files", f"{STUDENT}/{name} is {state}", "")
+    return exactly("files", None, "every file of student/ is what the compile wrote")
 
 
 def _selection(plan: Plan, selection: Selection, scores: ScoreTable) -> Check | None:
@@ -107,7 +106,7 @@ def _selection(plan: Plan, selection: Selection, scores: ScoreTable) -> Check | 
         selection, scores, plan.targets, plan.teacher.roles, plan.teacher.captured.layer_count,
         contiguous=plan.loaded.spec.importance.depth.contiguous, basis=plan.rotates,
     )  # fmt: skip
-    return _exactly("selection", found, "plan.json keeps what the scores rank highest")
+    return exactly("selection", found, "plan.json keeps what the scores rank highest")
 
 
 def _weights(compilation: Compilation, student: RewrittenStudent, selection: Selection) -> Check | None:
@@ -125,9 +124,4 @@ def _weights(compilation: Compilation, student: RewrittenStudent, selection: Sel
         found = first_difference(compilation.plan.teacher, held, selection, repairs, written)
     except WorkError as error:
         found = str(error)
-    return _exactly("weights", found, "every element of student/ is the teacher's that plan.json keeps")
-
-
-def _exactly(name: str, mistake: str | None, detail: str) -> Check:
-    """A comparison without a tolerance: `mistake` is the first difference in words, None where there is none."""
-    return Check(name, mistake is None, True, 0.0 if mistake is None else math.inf, 0.0, mistake or detail)
+    return exactly("weights", found, "every element of student/ is the teacher's that plan.json keeps")

@@ -77,6 +77,11 @@ def compare(name: str, got: torch.Tensor, wanted: torch.Tensor, detail: str, tol
     return Check(name, error <= tolerance, True, error, tolerance, detail)
 
 
+def exactly(name: str, mistake: str | None, detail: str) -> Check:
+    """A comparison without a tolerance: `mistake` is the first difference in words, None where there is none."""
+    return Check(name, mistake is None, True, 0.0 if mistake is None else math.inf, 0.0, mistake or detail)
+
+
 def broken(name: str, error: WorkError) -> Check:
     """A comparison that did not come about because a side of it does not work at all."""
     return Check(name, False, True, float("inf"), TOLERANCE, str(error))
@@ -94,8 +99,7 @@ def check_widths(
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     wrong = [f"{key} is {config.get(key)}, not {width}" for key, width in wanted.items() if config.get(key) != width]
     wrong += [f"{name} is {got.get(name)}, not {shape}" for name, shape in shapes.items() if got.get(name) != shape]
-    passed = not wrong
-    return Check("widths", passed, True, 0.0 if passed else float("inf"), 0.0, "; ".join(wrong[:3]) or "as asked for")
+    return exactly("widths", "; ".join(wrong[:3]) or None, "as asked for")
 
 
 def sample_ids(vocab_size: int, length: int, samples: torch.Tensor | None) -> torch.Tensor:
