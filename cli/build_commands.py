@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,6 +17,7 @@ from minitron.cli.libraries import quiet_libraries
 from minitron.cli.lock_command import follow_lock
 from minitron.cli.output import progress as shown_progress
 from minitron.cli.plan_summary import shown_plan
+from minitron.cli.processes import process_count, results_wanted, sharing, start
 from minitron.cli.ranks import first_process, only_process
 from minitron.cli.render import document, say, show_sections, write
 from minitron.cli.results_sections import results_sections, shortfalls
@@ -96,13 +98,18 @@ def verify(
 def capture(
     build: options.BuildFolder,
     device: options.Device = None,
+    devices: options.Devices = None,
     threads: options.Threads = None,
     allow_outside: options.AllowOutside = False,
 ) -> None:
     """Store samples of the teacher's distribution, for `teacher_logits: {sampled: N}`; done once, resumable."""
     builds.require_build(build)
     quiet_libraries()
-    stored = _capture(build, pick_device(device), threads, outside=allow_outside)
+    chosen = pick_device(device)
+    if (count := process_count(devices, chosen, device)) > 1:
+        start("capture", build, count, *_options(chosen, threads, outside=allow_outside))
+        return
+    stored = _capture(build, chosen, threads, outside=allow_outside)
     rows = (
         ("sequences", figures.count(stored["samples"])),
         ("tokens", figures.count(stored["tokens"])),
@@ -116,6 +123,7 @@ def capture(
 def train(
     build: options.BuildFolder,
     device: options.Device = None,
+    devices: options.Devices = None,
     threads: options.Threads = None,
     unverified: options.Unverified = False,
     allow_outside: options.AllowOutside = False,
@@ -123,7 +131,11 @@ def train(
     """Execute the training plan of a build; what an interrupted run has done is not done again."""
     builds.require_training_plan(build)
     quiet_libraries()
-    _train(build, pick_device(device), threads, unverified=unverified, outside=allow_outside)
+    chosen = pick_device(device)
+    if (count := sharing(build, process_count(devices, chosen, device), devices)) > 1:
+        start("train", build, count, *_options(chosen, threads, unverified=unverified, outside=allow_outside))
+        return
+    _train(build, chosen, threads, unverified=unverified, outside=allow_outside)
     progress = builds.training_progress(build)
     if first_process():
         show_sections([*([training_section(progress)] if progress else []), _places(build)], {})
@@ -132,6 +144,7 @@ def train(
 def evaluate(
     build: options.BuildFolder,
     device: options.Device = None,
+    devices: options.Devices = None,
     threads: options.Threads = None,
     tasks: Annotated[
         str | None,
@@ -151,12 +164,25 @@ def evaluate(
     if names == []:
         raise UsageError("--tasks names no benchmark; write --tasks hellaswag,mmlu")
     quiet_libraries()
-    results = _evaluate(
-        build, pick_device(device), threads, tasks=names, limit=limit, unverified=unverified, outside=allow_outside
-    )
+    chosen = pick_device(device)
+    if (count := process_count(devices, chosen, device)) > 1:
+        more = _options(chosen, threads, unverified=unverified, outside=allow_outside)
+        more += ["--tasks", tasks] if tasks is not None else []
+        more += ["--limit", str(limit)] if limit is not None else []
+        start("eval", build, count, *more, *(["--json"] if as_json else []))
+        return
+    results = _evaluate(build, chosen, threads, tasks=names, limit=limit, unverified=unverified, outside=allow_outside)
     if first_process():
         show_sections(results_sections(results), results, as_json=as_json)
-    _end_with_shortfalls(results)
+    if results_wanted():
+        _end_with_shortfalls(results)
+
+
+def _options(chosen: str, threads: int | None, *, unverified: bool = False, outside: bool = False) -> list[str]:
+    """Returns the options of a command for the processes that it starts."""
+    given = ["--devices", "none", "--device", chosen]
+    given += ["--threads", str(threads)] if threads is not None else []
+    return given + ["--unverified"] * unverified + ["--allow-outside"] * outside
 
 
 def _end_with_shortfalls(results: Document) -> None:
@@ -174,6 +200,7 @@ def run(
     output: options.Output = None,
     overrides: options.Overrides = None,
     device: options.Device = None,
+    devices: options.Devices = None,
     threads: options.Threads = None,
     locked: options.Locked = False,
 ) -> None:
@@ -183,16 +210,47 @@ def run(
     loaded = load_whole(spec, overrides or ())
     build = builds.build_folder(output, loaded)
     quiet_libraries()
-    chosen = pick_device(device)
+    machine = _Machine(pick_device(device), devices, threads, count=process_count(devices, pick_device(device), device))
     for upper in chain(loaded):
-        _run_above(upper, chosen, threads, locked=locked)
-    _make(loaded, build, chosen, threads, locked=locked)
-    results = _evaluate(build, chosen, threads)
+        _run_above(upper, machine, locked=locked)
+    _make(loaded, build, machine, locked=locked)
+    results = machine.evaluate(build)
     show_sections([*results_sections(results), _places(build)], results)
     _end_with_shortfalls(results)
 
 
-def _run_above(upper: LoadedSpec, device: str, threads: int | None, *, locked: bool) -> None:
+@dataclass(frozen=True)
+class _Machine:
+    """The devices that `run` works on: each step in this process, or in `count` processes that it starts."""
+
+    device: str
+    devices: str | None
+    threads: int | None
+    count: int
+
+    def capture(self, build: Path) -> None:
+        if self.count > 1:
+            self._start("capture", build, self.count)
+        else:
+            _capture(build, self.device, self.threads)
+
+    def train(self, build: Path) -> None:
+        if (count := sharing(build, self.count, self.devices)) > 1:
+            self._start("train", build, count)
+        else:
+            _train(build, self.device, self.threads)
+
+    def evaluate(self, build: Path) -> Document:
+        if self.count == 1:
+            return _evaluate(build, self.device, self.threads)
+        self._start("eval", build, self.count)
+        return read_document(build / RESULTS) or {}
+
+    def _start(self, command: str, build: Path, count: int) -> None:
+        start(command, build, count, *_options(self.device, self.threads), results=False)
+
+
+def _run_above(upper: LoadedSpec, machine: _Machine, *, locked: bool) -> None:
     """Compiles and trains the spec whose student is the teacher of another spec; its evaluation is left to a run of its
     own.
     """
@@ -202,11 +260,11 @@ def _run_above(upper: LoadedSpec, device: str, threads: int | None, *, locked: b
         say(f"{upper.path}: {result_of(upper)} is finished and becomes the teacher, skipped")
         return
     say(f"{upper.path}: its result becomes the teacher, so it runs first")
-    _make(upper, build_of(upper), device, threads, locked=locked)
+    _make(upper, build_of(upper), machine, locked=locked)
     write("")
 
 
-def _make(loaded: LoadedSpec, build: Path, device: str, threads: int | None, *, locked: bool) -> None:
+def _make(loaded: LoadedSpec, build: Path, machine: _Machine, *, locked: bool) -> None:
     """Compiles where the build is missing or stale; captures and trains where the spec says so."""
     from minitron.compiler import why_stale
 
@@ -220,14 +278,14 @@ def _make(loaded: LoadedSpec, build: Path, device: str, threads: int | None, *, 
         plan = make_plan(loaded, build=build, weights=True)
         show_sections(shown_plan(content := plan_document(plan), full=False), content)
         write("")
-        _compile(loaded, build, device, threads, plan)
+        _compile(loaded, build, machine.device, machine.threads, plan)
     interrupts.check()
     if loaded.spec.distill is None:
         say("train: the spec has no `distill` block, skipped")
     else:
         if loaded.spec.distill.teacher_logits != "online" and not builds.is_trained(build):
-            _capture(build, device, threads)
-        _train(build, device, threads)
+            machine.capture(build)
+        machine.train(build)
     interrupts.check()
 
 

@@ -24,9 +24,11 @@ from minitron.cli import (
 )
 from minitron.cli import output as voice
 from minitron.cli.failures import DONE, INTERRUPTED, failure_of
+from minitron.cli.processes import launched
 from minitron.cli.ranks import says
 from minitron.cli.render import complain, document, write
 from minitron.cli.streams import Unbreakable
+from minitron.specs.errors import OtherProcessEnded, ProcessesFailed
 
 app = typer.Typer(
     name="minitron",
@@ -121,6 +123,10 @@ def command_line(arguments: Sequence[str]) -> int:
 
 def _report(error: BaseException, *, as_json: bool) -> int:
     failure = failure_of(error)
+    if launched() and isinstance(error, KeyboardInterrupt | OtherProcessEnded):
+        return failure.exit_code  # the launcher says it once
+    if isinstance(error, ProcessesFailed):
+        return failure.exit_code
     if not says(failure):
         return failure.exit_code
     if as_json:

@@ -24,6 +24,8 @@ class Output:
     quiet: bool = False
     verbose: bool = False
     log: IO[str] | None = None
+    given: tuple[str, ...] = ()
+    """The options as they were given, `--debug` among them, for processes that this one starts."""
 
 
 _now = Output()
@@ -35,6 +37,7 @@ def configure(arguments: Sequence[str]) -> list[str]:
     name: str | None = None
     waiting = iter(arguments)
     _now.quiet, _now.verbose, _now.log = False, False, None
+    _now.given = tuple(one for one in ("--quiet", "--verbose", "--debug") if one in arguments)
     for one in waiting:
         if one == "--quiet":
             _now.quiet = True
@@ -50,6 +53,7 @@ def configure(arguments: Sequence[str]) -> list[str]:
         raise UsageError("--quiet and --verbose ask for opposites; choose one")
     if name is not None:
         _now.log = _open(name)
+        _now.given += ("--log-file", str(Path(name).absolute()))
     return rest
 
 
@@ -70,6 +74,11 @@ def quiet() -> bool:
 def verbose() -> bool:
     """Tells whether libraries may print messages as well."""
     return _now.verbose
+
+
+def given() -> tuple[str, ...]:
+    """Returns the output options of this command, for processes that it starts."""
+    return _now.given
 
 
 def log(line: str) -> None:

@@ -6,6 +6,7 @@ import os
 from datetime import timedelta
 
 from minitron.cli.failures import Failure
+from minitron.cli.processes import results_wanted
 from minitron.specs.errors import UsageError
 
 _PATIENCE = timedelta(seconds=5)
@@ -13,7 +14,8 @@ _PATIENCE = timedelta(seconds=5)
 
 def first_process() -> bool:
     """Tells whether this process prints the results; the others would only repeat them."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return alone or (os.environ.get("RANK", "0") == "0" and results_wanted())
 
 
 def only_process(command: str) -> None:

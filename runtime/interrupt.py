@@ -11,12 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from minitron.specs.signals import ENDING
-
-_ECHO_SECONDS = 5.0
-"""The seconds within which several signals count as one request: Ctrl-C goes to all processes of a terminal and
-torchrun passes it on to its own, and so do Slurm and torchrun with SIGTERM.
-"""
+from minitron.specs.signals import ECHO_SECONDS, ENDING
 
 
 class Interrupt:
@@ -33,7 +28,7 @@ class Interrupt:
     def on_signal(self, _number: int, _frame: FrameType | None) -> None:
         now = self._clock()
         self._first = now if self._first is None else self._first
-        if not self.deferred or now - self._first >= _ECHO_SECONDS:
+        if not self.deferred or now - self._first >= ECHO_SECONDS:
             raise KeyboardInterrupt
         self.requested = True
 

@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from minitron.runtime.devices import pick_device
+from minitron.runtime.launch import end_with_launcher
 from minitron.specs.errors import MinitronError, OtherProcessEnded, UsageError, WorkError, first_line
 from minitron.specs.locks import only_one
 
@@ -39,6 +40,10 @@ _PATIENCE = timedelta(days=2)
 """The time that ranks wait while the leader tokenizes or one rank writes. Such a wait is no failure; a step that hangs
 is.
 """
+
+
+_MEETING = timedelta(minutes=10)
+"""The time in which processes that are started together must reach their store."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,7 @@ def join_world(device: str | None) -> Iterator[World]:
     """Joins the world that torchrun started this process into, or a world of one. The environment variables of torchrun
     are read here and nowhere else.
     """
+    end_with_launcher()
     size = _number("WORLD_SIZE", 1)
     chosen = pick_device(device, _number("LOCAL_RANK", 0) if size > 1 else 0)
     if chosen.type == "cuda":
@@ -205,6 +211,17 @@ def _require_torchrun(size: int) -> None:
     if (rank := _number("RANK", 0)) >= size:
         raise UsageError(f"RANK is {rank} and WORLD_SIZE {size}; ranks are counted from 0: start with torchrun")
     _number("MASTER_PORT", 0)
+    if _shared_attempt() > 0 and _number("GROUP_WORLD_SIZE", 1) > 1:
+        raise UsageError(
+            "torchrun's restarts on several machines need `export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` on each of them before "
+            "torchrun; set it, or leave --max-restarts out and start the training again"
+        )
+
+
+def _shared_attempt() -> int:
+    """Returns the number of restarts before this attempt, where torchrun keeps one store for all of them; else 0."""
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return _number("TORCHELASTIC_RESTART_COUNT", 0) if shared else 0
 
 
 def _connect(device: torch.device) -> Any:
@@ -214,7 +231,7 @@ def _connect(device: torch.device) -> Any:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # of this thread
     try:
-        dist.init_process_group(_BACKENDS[device.type])
+        _init_process_group(device)
         waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)
         # All are connected now: a rank that refuses the plan at once is not one that another cannot reach.
         dist.barrier(group=waiting)
@@ -225,6 +242,25 @@ def _connect(device: torch.device) -> Any:
             "run and can reach that address"
         ) from None
     return waiting
+
+
+def _init_process_group(device: torch.device) -> None:
+    """Joins the default group of the processes that torchrun has started.
+
+    torchrun keeps one store for all of its attempts (torch 2.13), and torch reads it as if each attempt had one of its
+    own: after a restart processes find the addresses of those that are gone. So a later attempt has its own place there.
+    Attempts are counted on each machine; several machines need a store for each attempt, which torchrun can be told.
+    """
+    attempt = _shared_attempt()
+    if attempt == 0:
+        dist.init_process_group(_BACKENDS[device.type])
+        return
+    rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    place = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
+    shared = TCPStore(*place, size, is_master=False, timeout=_MEETING)
+    dist.init_process_group(
+        _BACKENDS[device.type], store=PrefixStore(f"attempt-{attempt}", shared), rank=rank, world_size=size
+    )
 
 
 def _aside(work: Callable[[], T]) -> T:

@@ -34,6 +34,14 @@ class OtherProcessEnded(WorkError):
     follows = True
 
 
+class ProcessesFailed(MinitronError):
+    """The failure of processes that this one has started; they have said why."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("the processes that were started have failed, and say why")
+        self.exit_code = exit_code
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """A fault at a dotted path of a spec or of training.yaml; `hint` says what to write instead.
