@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from minitron.specs import training_consistency as training
 from minitron.specs.blocks.benchmarks import benchmarks
+from minitron.specs.blocks.choices import rates, sizes
 from minitron.specs.blocks.requirements import HELD_OUT_LOSS, RECOVERED
 from minitron.specs.blocks.student import DEPTH
 from minitron.specs.data import DataSource
@@ -56,9 +57,11 @@ def one_teacher(spec: Spec) -> Iterator[Problem]:
         yield Problem("teacher.revision", "`revision` goes with `model`, not with `spec`", "leave it out")
 
 
-@constraint("student")
+@constraint("student", "search")
 def some_target(spec: Spec) -> Iterator[Problem]:
-    """Requires that something becomes smaller."""
+    """Requires that something becomes smaller; a search with a budget proposes what."""
+    if spec.search is not None and spec.search.budget is not None:
+        return
     if not list(spec.student.targets()) and spec.student.layers is None:
         example = 'such as `hidden_size: 4096`, `intermediate_size: "80%"` or `layers: {drop: [16, 17]}`'
         message = "says no target: the student would be the teacher"
@@ -103,22 +106,6 @@ def groups_divide_heads(spec: Spec) -> Iterator[Problem]:
         )
 
 
-@constraint("search")
-def lists_need_a_search(spec: Spec) -> Iterator[Problem]:
-    """Requires a search if a width has several candidates."""
-    for key, width in spec.student.targets():
-        if isinstance(width, tuple) and spec.search is None:
-            yield Problem(f"student.{key}", "a list of widths needs `search`", "write one width, or add `search:`")
-
-
-@constraint("search")
-def some_budget(spec: Spec) -> Iterator[Problem]:
-    """Requires a limit for a search, because without a limit the largest candidate would always win."""
-    limits = ("parameters", "memory", "flops_per_token", "kv_cache")
-    if spec.search is not None and all(getattr(spec.search.budget, limit) is None for limit in limits):
-        yield Problem("search.budget", "says no limit", "add one of " + ", ".join(f"`{limit}`" for limit in limits))
-
-
 @constraint("search", "teacher_correction", "distill")
 def training_has_data(spec: Spec) -> Iterator[Problem]:
     """Requires `distill` for a search and for teacher correction, because both train on its data."""
@@ -152,7 +139,8 @@ def elimination_counts_on_a_refit(spec: Spec) -> Iterator[Problem]:
 def distill_rate_falls(spec: Spec) -> Iterator[Problem]:
     """Requires that the learning rate ends no higher than it starts."""
     if spec.distill is not None:
-        yield from training.rate_falls(spec.distill.optimizer, "distill.optimizer")
+        optimizer = spec.distill.optimizer
+        yield from training.rate_falls(optimizer.at(min(rates(optimizer.lr))), "distill.optimizer")
 
 
 @constraint("teacher_correction.optimizer.lr", "teacher_correction.optimizer.min_lr")
@@ -162,22 +150,20 @@ def correction_rate_falls(spec: Spec) -> Iterator[Problem]:
         yield from training.rate_falls(spec.teacher_correction.optimizer, "teacher_correction.optimizer")
 
 
-@constraint(
-    "distill.tokens", "distill.sequence_length", "distill.global_batch_size", "teacher_correction", "search.rank"
-)
+@constraint("distill.tokens", "distill.sequence_length", "distill.global_batch_size", "teacher_correction")
 def enough_tokens(spec: Spec) -> Iterator[Problem]:
     """Requires that every training has at least one step."""
     if spec.distill is None:
         return
-    batch = spec.distill.global_batch_size * spec.distill.sequence_length
+    sequences = max(sizes(spec.distill.global_batch_size))
+    batch = sequences * spec.distill.sequence_length
     trainings = {
         "distill.tokens": spec.distill.tokens,
         "teacher_correction.tokens": spec.teacher_correction.tokens if spec.teacher_correction else batch,
-        "search.rank.tokens": spec.search.rank.tokens if spec.search else batch,
     }
     for path, tokens in trainings.items():
         if tokens < batch:
-            size = f"{spec.distill.global_batch_size} x {spec.distill.sequence_length} = {batch}"
+            size = f"{sequences} x {spec.distill.sequence_length} = {batch}"
             message = f"{format_quantity(tokens, COUNT_UNITS)} tokens are less than one global batch, {size} tokens"
             yield Problem(path, message, f"write at least {batch}, or a smaller `distill.global_batch_size`")
 

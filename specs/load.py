@@ -14,11 +14,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from minitron.specs import shape, source
-from minitron.specs.consistency import CONSTRAINTS
 from minitron.specs.errors import SpecError, SpecInvalid, UsageError, located
 from minitron.specs.extends import read_with_bases
 from minitron.specs.inherit import inherit
 from minitron.specs.overrides import apply_override
+from minitron.specs.search_rules import CONSTRAINTS
 from minitron.specs.shape import from_dotted
 from minitron.specs.small_files import Unfit, read_small
 from minitron.specs.spec import Spec
@@ -130,7 +130,9 @@ STAND_INS: Mapping[str, Any] = {
     "name": "unnamed",
     "teacher": {},
     "student": {},
-    "budget": {},
+    "input": 1,
+    "output": 1,
+    "device": "h100",
     "data": {"text": "unnamed"},
     "tokens": 1,
     "sampled": 1,

@@ -105,6 +105,8 @@ def _type(node: JsonSchema, homes: dict[str, str]) -> str:
             return "`true` or `false`"
         case "null":
             return "`null`"
+        case "object" if "properties" in node:
+            return "a range `{" + ", ".join(node["properties"]) + "}`"
         case _:
             return "text"
 

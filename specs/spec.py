@@ -8,11 +8,12 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from minitron.specs.blocks.base import Block, wrong
+from minitron.specs.blocks.choices import sizes
 from minitron.specs.blocks.distill import Distill
 from minitron.specs.blocks.evaluate import Evaluate
 from minitron.specs.blocks.importance import Importance
 from minitron.specs.blocks.recovery import Recovery
-from minitron.specs.blocks.search import Search
+from minitron.specs.blocks.search import RUNG_SHARE, Search
 from minitron.specs.blocks.student import Student
 from minitron.specs.blocks.teacher import Teacher
 from minitron.specs.blocks.teacher_correction import TeacherCorrection
@@ -74,7 +75,16 @@ class Spec(Block):
         """Fits the warm-up of the teacher correction to its tokens, which come in the batches of `distill`."""
         if self.teacher_correction is None or self.distill is None:
             return self
-        batch = self.distill.sequence_length * self.distill.global_batch_size
+        batch = self.distill.sequence_length * max(sizes(self.distill.global_batch_size))
         optimizer = fit_warmup(self.teacher_correction.optimizer, self.teacher_correction.tokens // batch)
         correction = self.teacher_correction.model_copy(update={"optimizer": optimizer})
         return self.model_copy(update={"teacher_correction": correction})
+
+    @model_validator(mode="after")
+    def _fit_rungs(self) -> Spec:
+        """Fits the tokens of the rungs to those of the distillation if they are not written."""
+        if self.search is None or self.distill is None or "tokens" in self.search.rank.model_fields_set:
+            return self
+        tokens = max(1, min(self.search.rank.tokens, int(RUNG_SHARE * self.distill.tokens)))
+        search = self.search.model_copy(update={"rank": self.search.rank.model_copy(update={"tokens": tokens})})
+        return self.model_copy(update={"search": search})

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from typing import Generic, TypeVar
 
 COUNT_UNITS: Mapping[str, int] = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 FLOPS_UNITS: Mapping[str, int] = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
@@ -108,6 +109,18 @@ class Share:
         hundredths = self.of_one * 100
         number = Decimal(hundredths.numerator) / Decimal(hundredths.denominator)
         return f"{number.normalize():f}%"
+
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Span(Generic[Value]):
+    """A range that a search looks through: from `least` to `most`, both included, in steps of `step` where one is given."""
+
+    least: Value
+    most: Value
+    step: int | None = None
 
 
 def default_multiple(teacher_width: int) -> int:

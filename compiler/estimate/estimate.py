@@ -111,8 +111,8 @@ class Estimate:
     def layout(self, devices: int) -> Layout:
         """The layout that training.yaml gives on `devices` devices."""
         distill = self.distill
-        share = max(1, distill.global_batch_size // devices)
-        most = distill.micro_batch_size or micro_batch(distill.global_batch_size, distill.sequence_length)
+        share = max(1, distill.batch // devices)
+        most = distill.micro_batch_size or micro_batch(distill.batch, distill.sequence_length)
         micro = divisor_within(share, most)
         return Layout(
             devices,
@@ -122,7 +122,7 @@ class Estimate:
             recompute=distill.gradient_checkpointing,
             offload=distill.layout.cpu_offload,
             bf16_weights=distill.weights == "bfloat16",
-            moments=distill.optimizer.states,
+            moments=distill.adamw.states,
         )
 
     def sharding(self) -> tuple[bool, bool]:
@@ -231,7 +231,7 @@ class Estimate:
         return phases
 
     def _steps(self, tokens: int) -> str:
-        batch, length = self.distill.global_batch_size, self.distill.sequence_length
+        batch, length = self.distill.batch, self.distill.sequence_length
         return f"{tokens // (batch * length)} steps of {batch} sequences of {length} tokens"
 
     def devices(self, hardware: HardwareAssumptions) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ def fits_json(estimate: Estimate, hardware: HardwareAssumptions) -> dict[str, An
 
 
 def _why_not(estimate: Estimate, cluster: Cluster, layout: Layout) -> str | None:
-    whole = estimate.distill.global_batch_size
+    whole = estimate.distill.batch
     if whole % cluster.count:
         return f"{whole} sequences of a global batch cannot be shared equally by {cluster.count} devices"
     peak = _peak(estimate, cluster, layout)
@@ -63,7 +63,7 @@ def _peak(estimate: Estimate, cluster: Cluster, layout: Layout) -> int:
 
 def _changes(estimate: Estimate, cluster: Cluster, layout: Layout) -> Iterator[tuple[list[str], int, Layout]]:
     """Yields each change: the lines to write, the number of devices, and the resulting layout."""
-    whole = estimate.distill.global_batch_size
+    whole = estimate.distill.batch
 
     def smaller(base: Layout) -> Iterator[tuple[list[str], Layout]]:
         for micro in range(base.micro_batch - 1, 0, -1):

@@ -24,7 +24,7 @@ from minitron.compiler.student.constraints import (
 from minitron.compiler.student.status import AxisStatus, status_of
 from minitron.specs.blocks.student import Student
 from minitron.specs.errors import Problem
-from minitron.specs.units import Share, default_multiple
+from minitron.specs.units import Share, Span, default_multiple
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ def resolve_targets(student: Student, teacher: AnalysedTeacher) -> tuple[Targets
                 Problem(path, f"the teacher ({teacher.captured.config.model_type}) has no {key}", "leave it out")
             )
             continue
-        values = value if isinstance(value, tuple) else (value,)  # a search has several candidates
+        # A search has several candidates.
+        ends = (value.least, value.most) if isinstance(value, Span) else (value,)
+        values = value if isinstance(value, tuple) else ends
         for index, one in enumerate(values):
             here = f"{path}.{index}" if isinstance(value, tuple) else path
             width = _width(key, one, widest[key], student.multiple_of)

@@ -20,7 +20,16 @@ from pydantic_core import PydanticCustomError
 
 from minitron.specs.source import YesNo
 from minitron.specs.suggest import closest
-from minitron.specs.units import BYTES_UNITS, COUNT_UNITS, FLOPS_UNITS, LARGEST, NUMBER_PATTERN, Share, parse_quantity
+from minitron.specs.units import (
+    BYTES_UNITS,
+    COUNT_UNITS,
+    FLOPS_UNITS,
+    LARGEST,
+    NUMBER_PATTERN,
+    Share,
+    Span,
+    parse_quantity,
+)
 
 
 class Block(BaseModel):
@@ -166,21 +175,58 @@ def _read_target(value: Any) -> Target:
     return share
 
 
-def _read_width(value: Any) -> Target | tuple[Target, ...]:
-    if not isinstance(value, list | tuple):
-        return _read_target(value)
+def read_list(value: list[T] | tuple[T, ...], read: Callable[[Any], Any], what: str) -> tuple[Any, ...]:
+    """Reads a list of values that a search chooses from; `what` names one of them."""
     if not value:
-        raise wrong("the list is empty", "write the widths to try, or leave the key out")
-    targets = tuple(_read_target(item) for item in value)
-    if len(set(targets)) < len(targets):
-        raise wrong("the list names a width twice", "keep one of them")
-    return targets
+        raise wrong("the list is empty", f"write the {what}s to try, or leave the key out")
+    found = tuple(read(item) for item in value)
+    if len(set(found)) < len(found):
+        raise wrong(f"the list names a {what} twice", "keep one of them")
+    return found
 
 
-def _write_width(width: Target | tuple[Target, ...]) -> int | str | list[int | str]:
+def read_span(
+    value: Mapping[str, Any], read: Callable[[Any], Any], example: str, *, stepped: bool = False
+) -> Span[Any]:
+    """Reads `{min, max}`, with `stepped` also `step`, that a search chooses from."""
+    known = ("min", "max", "step") if stepped else ("min", "max")
+    for key in value:
+        if key not in known:
+            nearest = closest(str(key), known)
+            meant = f"did you mean `{nearest}`? " if nearest else ""
+            raise wrong(f"unknown key `{key}` of a range", f"{meant}write {example}")
+    for key in ("min", "max"):
+        if value.get(key) is None:
+            raise wrong(f"the range has no `{key}`", f"write {example}")
+    least, most, step = read(value["min"]), read(value["max"]), value.get("step")
+    if step is not None and (isinstance(step, bool) or not isinstance(step, int) or not 1 <= step <= LARGEST):
+        raise wrong("the range's `step` is not a whole number of at least 1", f"write {example}")
+    if not isinstance(least, Share) and not isinstance(most, Share) and least > most:
+        raise wrong(f"the range begins at {least:g} and ends at {most:g}", f"write {example}")
+    if isinstance(least, Share) and isinstance(most, Share) and least.of_one > most.of_one:
+        raise wrong(f"the range begins at {least} and ends at {most}", f"write {example}")
+    return Span(least, most, step)
+
+
+def _read_width(value: Any) -> Target | tuple[Target, ...] | Span[Target]:
+    if isinstance(value, Span):
+        return value
+    if isinstance(value, Mapping):
+        return read_span(value, _read_target, "{min: 1024, max: 4096, step: 256}", stepped=True)
+    return read_list(value, _read_target, "width") if isinstance(value, list | tuple) else _read_target(value)
+
+
+def _write_target(target: Target) -> int | str:
+    return target if isinstance(target, int) else str(target)
+
+
+def _write_width(width: Target | tuple[Target, ...] | Span[Target]) -> Any:
     if isinstance(width, tuple):
-        return [item if isinstance(item, int) else str(item) for item in width]
-    return width if isinstance(width, int) else str(width)
+        return [_write_target(item) for item in width]
+    if isinstance(width, Span):
+        ends: dict[str, int | str] = {"min": _write_target(width.least), "max": _write_target(width.most)}
+        return ends | ({} if width.step is None else {"step": width.step})
+    return _write_target(width)
 
 
 _TARGET_SCHEMA = [
@@ -188,13 +234,29 @@ _TARGET_SCHEMA = [
     {"type": "string", "pattern": PERCENT_PATTERN, "examples": ["80%"]},
 ]
 
+
+def choice_schema(one: list[dict[str, Any]], *, stepped: bool = False) -> WithJsonSchema:
+    """The JSON Schema of a value, a list of values, or a range of them."""
+    ends: dict[str, Any] = {"min": {"anyOf": one} if len(one) > 1 else one[0]}
+    ends["max"] = ends["min"]
+    step = {"step": {"type": "integer", "minimum": 1}} if stepped else {}
+    span = {
+        "type": "object",
+        "properties": ends | step,
+        "required": ["min", "max"],
+        "additionalProperties": False,
+    }
+    several = {"type": "array", "minItems": 1, "items": ends["min"]}
+    return WithJsonSchema({"anyOf": [*one, several, span]})
+
+
 Width: TypeAlias = Annotated[
-    Target | tuple[Target, ...],
+    Target | tuple[Target, ...] | Span[Target],
     PlainValidator(_read_width),
-    PlainSerializer(_write_width, return_type=int | str | list[int | str]),
-    WithJsonSchema({"anyOf": [*_TARGET_SCHEMA, {"type": "array", "minItems": 1, "items": {"anyOf": _TARGET_SCHEMA}}]}),
+    PlainSerializer(_write_width),
+    choice_schema(_TARGET_SCHEMA, stepped=True),
 ]
-"""A width of the student; a list of them under `search`."""
+"""A width of the student; under `search` a list or a range of them."""
 
 
 # --- a word, or something longer ---

@@ -19,7 +19,8 @@ from minitron.specs.blocks.base import (
     is_longer,
     word_or,
 )
-from minitron.specs.blocks.training import Optimizer, fit_warmup
+from minitron.specs.blocks.choices import Sizes, rates, sizes
+from minitron.specs.blocks.training import DistillOptimizer, Optimizer, fit_warmup
 from minitron.specs.data import DataSource
 
 
@@ -147,14 +148,15 @@ class Distill(Block):
     """Tokens in a sequence. Documents are packed into them one after the other, BOS before and EOS after each where the
     tokenizer has them; attention reaches across documents."""
 
-    global_batch_size: PositiveInt = 768
-    """Sequences in an optimizer step, over all devices. Left out: 768, and fewer where `tokens` would not make 300 steps."""
+    global_batch_size: Sizes = 768
+    """Sequences in an optimizer step, over all devices; under `search` a list or a range. Left out: 768, and fewer where
+    `tokens` would not make 300 steps."""
 
     micro_batch_size: PositiveInt | None = None
     """At most this many sequences go through the model at one time: each device takes the largest divisor of its share of
     `global_batch_size`. Left out: the compiler chooses."""
 
-    optimizer: Optimizer = Optimizer()
+    optimizer: DistillOptimizer = DistillOptimizer()
     """The optimizer and its schedule."""
 
     weights: Literal["float32", "bfloat16"] = "float32"
@@ -184,9 +186,26 @@ class Distill(Block):
         """Fits batch size and warm-up to the number of tokens if neither is written, because the defaults suit long
         trainings."""
         changes: dict[str, Any] = {}
-        batch = self.global_batch_size
+        batch = max(sizes(self.global_batch_size))
         if not self.model_fields_set & {"global_batch_size", "micro_batch_size"}:
             batch = max(1, min(batch, self.tokens // (self.sequence_length * LEAST_STEPS)))
             changes["global_batch_size"] = batch
         optimizer = fit_warmup(self.optimizer, self.tokens // (self.sequence_length * batch))
         return self.model_copy(update=changes | {"optimizer": optimizer})
+
+    @property
+    def batch(self) -> int:
+        """The sequences of an optimizer step, of a training that runs: a search gives each candidate its own."""
+        (size,) = sizes(self.global_batch_size)
+        return size
+
+    @property
+    def adamw(self) -> Optimizer:
+        """The optimizer of a training that runs: a search gives each candidate its own."""
+        (rate,) = rates(self.optimizer.lr)
+        return self.optimizer.at(rate)
+
+    def chosen(self, lr: float, batch: int) -> Distill:
+        """Returns the distillation at one learning rate and batch size."""
+        optimizer = self.optimizer.model_copy(update={"lr": lr})
+        return self.model_copy(update={"optimizer": optimizer, "global_batch_size": batch})

@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from minitron.specs.blocks.base import Block, Listed, NonNegativeInt, PositiveInt, Target, Width
+from minitron.specs.units import Span
 
 DEPTH = "num_hidden_layers"
 
@@ -27,8 +28,8 @@ class Layers(Block, json_schema_extra={"oneOf": [{"required": ["drop"]}, {"requi
 class Student(Block):
     """Target widths; a key that is left out keeps the teacher's value.
 
-    A value is a number, a share of the teacher's value (`"80%"`), or, under `search`, a list of these. `vocab_size` is
-    never changed.
+    A value is a number, a share of the teacher's value (`"80%"`), or, under `search`, a list of these or a range
+    (`{min: 1024, max: 4096, step: 256}`). `vocab_size` is never changed.
     """
 
     hidden_size: Width | None = None
@@ -70,7 +71,7 @@ class Student(Block):
     multiple_of: PositiveInt | None = None
     """What a share of a width is rounded down to a multiple of. Left out: 64 for widths from 1024 up, else 8."""
 
-    def targets(self) -> Iterator[tuple[str, Target | tuple[Target, ...]]]:
+    def targets(self) -> Iterator[tuple[str, Target | tuple[Target, ...] | Span[Target]]]:
         """Yields (key, target) for each width that is set, the depth included and `layers` excluded."""
         for key in type(self).model_fields:
             if key not in ("layers", "multiple_of") and (width := getattr(self, key)) is not None:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import Field
 
 from minitron.specs.blocks.base import Block, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from minitron.specs.blocks.choices import Rates
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -54,6 +55,19 @@ class CorrectionOptimizer(Optimizer):
 
     warmup_steps: NonNegativeInt = 120
     """Steps from 0 to `lr`. Left out: 120, and at most 2% of all steps."""
+
+
+class DistillOptimizer(Optimizer):
+    """AdamW and its learning-rate schedule: a linear warm-up to `lr`, then a decay to `min_lr` at the last token."""
+
+    # Wider than the rate of a training that runs: `at` gives that one.
+    lr: Rates = 1e-4  # type: ignore[assignment]
+    """The highest learning rate; under `search` a list or a range (`{min: 1e-3, max: 8e-3}`), of which the best is found."""
+
+    def at(self, lr: float) -> Optimizer:
+        """Returns the optimizer of a training at one learning rate."""
+        values = {key: getattr(self, key) for key in Optimizer.model_fields} | {"lr": lr}
+        return Optimizer.model_construct(_fields_set=set(self.model_fields_set), **values)
 
 
 Kind = TypeVar("Kind", bound=Optimizer)

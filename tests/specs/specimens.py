@@ -61,6 +61,12 @@ teacher: {model: org/teacher}
 student: {layers: {drop: [2]}}
 """
 
+# A search, and text to judge its candidates on; stands below SMALL.
+SEARCH = """\
+search: {budget: {memory: 1GiB}}
+evaluate: {held_out: {text: [b.txt]}}
+"""
+
 # Everything that a distillation needs, and no more.
 SMALL = """\
 name: small

@@ -20,7 +20,7 @@ from minitron.specs.source import Mapping, plain, read_text
 from minitron.specs.spec import Spec
 from minitron.specs.units import Share
 from tests.specs.conftest import Errors, Load
-from tests.specs.specimens import SHORTEST, SMALL, WHOLE
+from tests.specs.specimens import SEARCH, SHORTEST, SMALL, WHOLE
 
 
 def test_the_contract_s_own_example_is_valid_and_means_what_it_says(load: Load) -> None:
@@ -76,7 +76,7 @@ def test_widths_are_numbers_shares_or_lists_of_them(load: Load) -> None:
     text = SMALL.replace(
         "hidden_size: 48", 'hidden_size: [48, "50%"], intermediate_size: 62.5%, num_key_value_heads: 2'
     )
-    student = load(text + "search: {budget: {memory: 1GiB}}\n").spec.student
+    student = load(text + SEARCH).spec.student
     assert dict(student.targets()) == {
         "hidden_size": (48, Share(Fraction(1, 2))),
         "intermediate_size": Share(Fraction(5, 8)),

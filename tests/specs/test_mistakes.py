@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.specs.conftest import Errors
-from tests.specs.specimens import SHORTEST, SMALL
+from tests.specs.specimens import SEARCH, SHORTEST, SMALL
 
 
 class Wrong(NamedTuple):
@@ -409,15 +409,14 @@ WRONG = {
         "write `key: value`",
     ),
     "no budget": Wrong(
-        SMALL.replace("48", "[32, 48]") + "search: {budget: {}}\n",
+        SMALL.replace("48", "[32, 48]") + SEARCH.replace("memory: 1GiB", ""),
         "6:10",
         "search.budget",
         "says no limit",
         "`parameters`",
     ),
     "a search without data": Wrong(
-        SMALL.replace("48", "[32, 48]").replace("distill: {data: {text: [a.txt]}, tokens: 1B}", "")
-        + "search: {budget: {memory: 1GiB}}\n",
+        SMALL.replace("48", "[32, 48]").replace("distill: {data: {text: [a.txt]}, tokens: 1B}", "") + SEARCH,
         "6:1",
         "search",
         "trains on the data of `distill`",
