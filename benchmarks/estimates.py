@@ -189,7 +189,7 @@ def compare(name: str, shape: dict[str, Any], folder: Path, device: str, variant
         varied = replace(plan, loaded=load_spec(spec, VARIANTS[variant]))
         shutil.rmtree(build / "train", ignore_errors=True)
         shutil.rmtree(build / "model", ignore_errors=True)
-        write_training_plan(varied, "estimates")
+        write_training_plan(varied, "estimates", None)
         with measuring(device, loop_module, "train_step") as steps:
             train(build, device=device, progress=Silent())
         distill = next(one for one in Estimate(varied).phases(hardware) if one.name == "distill")

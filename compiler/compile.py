@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from minitron.compiler.capture.models import build_meta
+from minitron.compiler.emit.coordinates import write_coordinates
 from minitron.compiler.emit.model_card import model_card
 from minitron.compiler.emit.program import build_program, save_program
 from minitron.compiler.emit.rewritten import RewrittenStudent
 from minitron.compiler.emit.student import StudentFolder, student_weights, write_student
-from minitron.compiler.emit.training_plan import render, training_plan
+from minitron.compiler.emit.training_plan import aligned, render, training_plan
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.graph.executor import Executor, Settings
 from minitron.compiler.graph.names import Fetch, strip_wrapper
@@ -54,6 +55,7 @@ from minitron.compiler.weights.source import WeightSource, open_weights
 from minitron.specs.atomic import claim_folder, remove_leftovers, write_text
 from minitron.specs.builds import (
     COMPILED,
+    COORDINATES,
     MODEL,
     PARTIAL_SCORES,
     PLAN,
@@ -310,6 +312,7 @@ def _compile(plan: Plan, device: str, progress: Progress, stages: Stages, scratc
         compilation, selection = rotate(compilation, selection, scores, samples)
     plan = settled(plan, selection)
     compilation = replace(compilation, plan=plan)
+    rotated = compilation.source
     student = stages.rewrite(plan, selection, compilation.buffers)
     if plan.refits:
         compilation = refit(compilation, student, samples, scratch)
@@ -318,7 +321,7 @@ def _compile(plan: Plan, device: str, progress: Progress, stages: Stages, scratc
     (build / VERIFICATION).unlink(missing_ok=True)
     stages.emit(compilation, student)
     stages.write_program(compilation, student)
-    write_training_plan(plan, fingerprint)
+    write_training_plan(plan, fingerprint, kept_coordinates(plan, selection, rotated))
     document = plan_document(plan, selection) | {"fingerprint": fingerprint, "inputs": inputs}
     write_text(build / PLAN, _json(document))
     checks = stages.verify(compilation, student, samples)
@@ -344,13 +347,24 @@ def write_verification(build: Path, checks: Sequence[Check], student: Mapping[st
         )
 
 
-def write_training_plan(plan: Plan, fingerprint: str) -> None:
-    """Writes training.yaml."""
+def kept_coordinates(plan: Plan, selection: Selection, source: WeightSource) -> torch.Tensor | None:
+    """Returns what the student keeps of the teacher's hidden states: the channels [width], or the components [teacher's width,
+    width]; None where it keeps all. `source` holds the weights that the student was cut from."""
+    if selection.hidden is None:
+        return None
+    kept = torch.from_numpy(selection.hidden)
+    return source.basis[:, kept].float() if isinstance(source, RotatedWeights) else kept
+
+
+def write_training_plan(plan: Plan, fingerprint: str, kept: torch.Tensor | None) -> None:
+    """Writes training.yaml, and coordinates.safetensors where the training reduces hidden states to the `kept` coordinates."""
     estimate = Estimate(plan)
     document = training_plan(
         plan.loaded, plan.build, plan.checkpoint, plan.heads, plan.teacher.captured.layer_path, fingerprint,
         {"teacher": estimate.teacher_costs, "student": estimate.student_costs},
     )  # fmt: skip
+    document = aligned(document, plan.layers, None if kept is None else COORDINATES)
+    write_coordinates(plan.build / COORDINATES, kept if getattr(document, "kept_coordinates", None) else None)
     write_text(plan.build / TRAINING, render(document, plan.loaded.path, plan.build))
 
 

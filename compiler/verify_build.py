@@ -10,8 +10,17 @@ from typing import Any
 
 import torch
 
-from minitron.compiler.compile import Compilation, Stages, refit, rotate, run_buffers, write_verification
+from minitron.compiler.compile import (
+    Compilation,
+    Stages,
+    kept_coordinates,
+    refit,
+    rotate,
+    run_buffers,
+    write_verification,
+)
 from minitron.compiler.compile import verify as run_verification
+from minitron.compiler.emit.coordinates import same_coordinates
 from minitron.compiler.emit.rewritten import RewrittenStudent
 from minitron.compiler.importance.scores import ScoreTable
 from minitron.compiler.plan.plan import Plan, make_plan, settled, with_weights
@@ -21,7 +30,7 @@ from minitron.compiler.verify.run import CHECKS
 from minitron.compiler.verify.selection import first_mistake
 from minitron.compiler.verify.written_weights import files_of, first_difference
 from minitron.compiler.weights.source import open_weights
-from minitron.specs.builds import PLAN, PROGRAM, SCORES, STUDENT, VERIFICATION, read_document
+from minitron.specs.builds import COORDINATES, PLAN, PROGRAM, SCORES, STUDENT, VERIFICATION, read_document
 from minitron.specs.errors import UsageError, WorkError
 from minitron.specs.file_hashes import folder_hashes
 from minitron.specs.load import LoadedSpec, load_spec
@@ -36,6 +45,7 @@ def verify_build(build: Path, *, device: str, progress: Progress) -> None:
     """Runs every check of a compile on a build, and three that need no activations, and writes verification.json.
 
         files      student/ holds the files that the compile wrote, byte for byte
+        coordinates  coordinates.safetensors, where there is one, has what the student keeps of the teacher's hidden states
         selection  plan.json keeps what scores.safetensors ranks highest
         weights    every element of every tensor in student/ is the teacher's that plan.json keeps
 
@@ -81,10 +91,11 @@ def _checks(plan: Plan, selection: Selection, device: str, progress: Progress, s
     if plan.rotates:
         compilation, chosen = rotate(compilation, chosen, scores, samples)
     compilation = replace(compilation, plan=settled(plan, chosen))
+    coordinates = _coordinates(compilation.build, kept_coordinates(compilation.plan, chosen, compilation.source))
     student = stages.rewrite(compilation.plan, chosen, compilation.buffers)
     if plan.refits:
         compilation = refit(compilation, student, samples, scratch)
-    found = [_selection(plan, selection, scores), _weights(compilation, student, selection)]
+    found = [coordinates, _selection(plan, selection, scores), _weights(compilation, student, selection)]
     return [*(one for one in found if one is not None), *run_verification(compilation, student, samples, CHECKS)]
 
 
@@ -96,6 +107,15 @@ def _files(build: Path, recorded: Mapping[str, str]) -> Check:
             state = "missing" if name not in there else "new" if name not in recorded else "not what the compile wrote"
             return exactly("files", f"{STUDENT}/{name} is {state}", "")
     return exactly("files", None, "every file of student/ is what the compile wrote")
+
+
+def _coordinates(build: Path, kept: torch.Tensor | None) -> Check | None:
+    """Compares the coordinates that training reduces hidden states to with those of the student; None where it has none."""
+    if not (build / COORDINATES).exists():
+        return None
+    same = kept is not None and same_coordinates(build / COORDINATES, kept)
+    wrong = None if same else f"{COORDINATES} is not what the student keeps of the teacher's hidden states"
+    return exactly("coordinates", wrong, "the coordinates of the hidden states are those that the student keeps")
 
 
 def _selection(plan: Plan, selection: Selection, scores: ScoreTable) -> Check | None:

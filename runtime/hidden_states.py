@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from minitron.runtime.data import Batch
@@ -19,7 +22,7 @@ from minitron.runtime.loss import HiddenStateLoss, HiddenStateTerm, hidden_state
 from minitron.runtime.models import LanguageModel
 from minitron.runtime.order import mix
 from minitron.specs.blocks.distill import HiddenStateLoss as Settings
-from minitron.specs.errors import Problem, Refused
+from minitron.specs.errors import Problem, Refused, WorkError, first_line
 from minitron.specs.training_consistency import pairs_exist
 
 PROJECTION = "hidden_state_projection"
@@ -69,13 +72,19 @@ class Recorder:
 @dataclass(frozen=True)
 class HiddenStates:
     """The hidden states that a training compares in addition to the logits. `pairs` are (teacher layer, student
-    layer).
+    layer); `kept` are the channels [D] or components [E, D] of the teacher's states that the student's are compared with.
     """
 
     settings: HiddenStateLoss
     pairs: tuple[tuple[int, int], ...]
     teacher: Recorder
     student: Recorder
+    kept: Tensor | None = None
+    fades: bool = False
+
+    def at(self, progress: float) -> HiddenStates:
+        """Returns the same comparison with the weight that it has after the share `progress` of all steps."""
+        return replace(self, settings=replace(self.settings, factor=1.0 - progress)) if self.fades else self
 
     @contextmanager
     def recording(self) -> Iterator[tuple[States, States]]:
@@ -105,6 +114,7 @@ class HiddenStates:
             [batch.pick(student_states[ours]) for _, ours in self.pairs],
             [batch.pick(teacher_states[theirs]) for theirs, _ in self.pairs],
             None if projection is None else projection.weight,
+            kept=self.kept,
             logits_T=logits_T,
             sequence_T=every_T if batch.rows_T is None else every_T[batch.rows_T],
             sequences=sequences,
@@ -113,36 +123,90 @@ class HiddenStates:
         )
 
 
+def read_coordinates(path: Path) -> Tensor:
+    """Reads what the student keeps of the teacher's hidden states: `index` [D] or `matrix` [E, D]. Refused where there is no
+    file, WorkError where it cannot be read.
+    """
+    if not path.is_file():
+        raise Refused([Problem("kept_coordinates", f"there is no file {path}", "compile again")])
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise WorkError(f"{path} could not be read ({first_line(error)}); compile again") from None
+    found = [(name, value) for name, value in tensors.items() if (name, value.dim()) in (("index", 1), ("matrix", 2))]
+    if len(tensors) != 1 or not found:
+        raise WorkError(f"{path} holds {sorted(tensors)} instead of `index` or `matrix`; compile again")
+    ((name, value),) = found
+    coordinates: Tensor = value.long() if name == "index" else value.float()
+    return coordinates
+
+
 def prepare_hidden_states(
-    settings: Settings, teacher: LanguageModel, student: LanguageModel, chunk_tokens: int, seed: int
+    settings: Settings,
+    teacher: LanguageModel,
+    student: LanguageModel,
+    chunk_tokens: int,
+    seed: int,
+    kept: Tensor | None = None,
 ) -> HiddenStates:
-    """Hooks both models, and gives the student a projection where the widths differ. Refused with every layer that does
-    not exist.
+    """Hooks both models, and gives the student a projection where the widths differ and nothing says what it keeps.
+    Refused with every layer that does not exist, and where `kept` does not lead from the one width to the other.
     """
     models = {"teacher": teacher, "student": student}
     message, hint = "is not there, and `loss.hidden_states` needs it", "compile again, or write where the layers stand"
     if absent := [Problem(f"{name}.layers", message, hint) for name, model in models.items() if model.layers is None]:
         raise Refused(absent)
     assert teacher.layers is not None and student.layers is not None
-    depths = len(teacher.layers), len(student.layers)
-    if wrong := list(pairs_exist(settings, *depths, at="loss.hidden_states")):
-        raise Refused(wrong)
-    pairs = ((depths[0] - 1, depths[1] - 1),) if isinstance(settings.pairs, str) else settings.pairs
+    pairs = _pairs(settings, len(teacher.layers), len(student.layers))
     widths, device = (teacher.width, student.width), next(teacher.module.parameters()).device
-    if widths[0] != widths[1]:
+    averaged = settings.coordinates == "kept"
+    if averaged:
+        _check_coordinates(kept, *widths)
+    elif widths[0] != widths[1]:
         projection = torch.nn.Linear(widths[1], widths[0], bias=False, device=device)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             # Drawn on the CPU and from the seed: the same on every rank, whatever was drawn before.
             torch.manual_seed(mix(seed, *widths))
             projection.weight.copy_(torch.nn.init.orthogonal_(torch.empty(widths)))
         student.module.add_module(PROJECTION, projection)
-    embedding = settings.embedding
+    embedding, weight = settings.embedding, None if settings.weight == "dynamic" else settings.weight
     return HiddenStates(
-        HiddenStateLoss(settings.distance, None if settings.weight == "dynamic" else settings.weight, chunk_tokens),
+        HiddenStateLoss(settings.distance, weight, chunk_tokens, averaged),
         (*pairs, *(((EMBEDDING, EMBEDDING),) if embedding else ())),
         Recorder(teacher, [pair[0] for pair in pairs], embedding=embedding),
         Recorder(student, [pair[1] for pair in pairs], embedding=embedding),
+        kept.to(device) if averaged and kept is not None else None,
+        settings.schedule == "linear",
     )
+
+
+def _pairs(settings: Settings, theirs: int, own: int) -> tuple[tuple[int, int], ...]:
+    """Returns the pairs of layers that are compared, of models with so many layers. Refused where they do not exist."""
+    at = "loss.hidden_states"
+    if settings.pairs == "last:last":
+        return ((theirs - 1, own - 1),)
+    if settings.pairs == "all":
+        if theirs != own:
+            message = f"`all` does not say which of the teacher's {theirs} layers the student's {own} were cut from"
+            raise Refused([Problem(f"{at}.pairs", message, "compile again, or list the pairs")])
+        return tuple((layer, layer) for layer in range(own))
+    if wrong := list(pairs_exist(settings, theirs, own, at=at)):
+        raise Refused(wrong)
+    return settings.pairs
+
+
+def _check_coordinates(kept: Tensor | None, theirs: int, own: int) -> None:
+    """Checks that the kept coordinates lead from states of the teacher's width to those of the student's."""
+    if kept is None:
+        if theirs == own:
+            return
+        message = f"is not there, and `coordinates: kept` needs it: the widths are {theirs} and {own}"
+        raise Refused([Problem("kept_coordinates", message, "compile again, or write `coordinates: projected`")])
+    whole = kept.dim() == 2 and kept.shape[0] == theirs
+    chosen = kept.dim() == 1 and bool(((kept >= 0) & (kept < theirs)).all())
+    if kept.shape[-1] != own or not (whole or chosen):
+        message = f"does not lead from the teacher's {theirs} channels to the student's {own}"
+        raise Refused([Problem("kept_coordinates", message, "compile again")])
 
 
 def remove_projection(student: LanguageModel) -> None:

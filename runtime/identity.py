@@ -28,6 +28,9 @@ STUDENT, HELD_OUT = "student.weights", "held_out"
 on.
 """
 
+COORDINATES = "kept_coordinates"
+"""The key of the hash of what the student keeps of the teacher's hidden states."""
+
 
 def weights_digest(folder: Path) -> str:
     """Returns a digest that tells two models apart without reading all of their weights: it covers the configuration,
@@ -92,6 +95,7 @@ _CONTENTS = {
     "fingerprint": ("fingerprint", "the pruned student"),
     WEIGHTS: ("teacher.model", "the teacher"),
     STUDENT: ("student.model", "the pruned student"),
+    COORDINATES: ("kept_coordinates", "what the student keeps of the teacher's hidden states"),
     HELD_OUT: ("held_out.data", "the held-out text or its tokenizer"),
 }
 """Keys that stand for the contents of files: the key of training.yaml that names the files, and what they are."""

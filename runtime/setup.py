@@ -12,7 +12,7 @@ import torch
 from minitron.runtime.checkpoint import Checkpoints, TrainerState, load
 from minitron.runtime.data import Corpus, Data, Windows, open_corpus, open_held_out
 from minitron.runtime.feed import Feed
-from minitron.runtime.hidden_states import HiddenStates, prepare_hidden_states
+from minitron.runtime.hidden_states import HiddenStates, prepare_hidden_states, read_coordinates
 from minitron.runtime.identity import require_same_training
 from minitron.runtime.interrupt import Interrupt
 from minitron.runtime.loss import DistillationLoss
@@ -130,7 +130,8 @@ def prepare(session: Session, loaded: LoadedPlan, identity: dict[str, Any]) -> R
         raise Refused([Problem("sequence_length", message, f"write at most {student.positions}")])
     states = None
     if hidden is not None and teacher is not None:
-        states = prepare_hidden_states(hidden, teacher, student, plan.loss.chunk_tokens, plan.seed)
+        kept = None if plan.kept_coordinates is None else read_coordinates(loaded.folder / plan.kept_coordinates)
+        states = prepare_hidden_states(hidden, teacher, student, plan.loss.chunk_tokens, plan.seed, kept)
     student.module.train()
     return Run(
         plan=plan,

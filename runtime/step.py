@@ -15,7 +15,7 @@ from minitron.runtime.data import Batch
 from minitron.runtime.disk import writing
 from minitron.runtime.gradients import clip, sum_gradients
 from minitron.runtime.held_out import autocast
-from minitron.runtime.hidden_states import States
+from minitron.runtime.hidden_states import HiddenStates, States
 from minitron.runtime.loss import Head, SampledTargets, distillation_loss
 from minitron.runtime.models import LanguageModel
 from minitron.runtime.optimizer import set_learning_rate
@@ -38,11 +38,12 @@ def train_step(run: Run, state: TrainerState) -> dict[str, float]:
     (valid,) = world.total(given.valid)
     normaliser = float(max(1, valid))  # a batch that is masked throughout has loss 0 and gradient 0
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
+    hidden = None if run.hidden is None else run.hidden.at(state.step / plan.steps)
     with fastest_attention(world.device):
         for number, (micro, targets) in enumerate(given.micro_batches):
             # What dropout draws, where a model has it, follows from the sample too: nothing to save, nothing to lose.
             torch.manual_seed(mix(plan.seed, state.samples, world.rank, number))
-            total, terms = _loss(run, micro, targets, normaliser)
+            total, terms = _loss(run, micro, targets, normaliser, hidden)
             total.backward()  # type: ignore[no-untyped-call]
             sums += torch.stack([total.detach(), *terms])
     parameters = list(run.student.module.parameters())
@@ -69,11 +70,13 @@ def train_step(run: Run, state: TrainerState) -> dict[str, float]:
     return figures | {"lr": lr, "grad_norm": grad_norm}
 
 
-def _loss(run: Run, batch: Batch, targets: SampledTargets | None, normaliser: float) -> tuple[Tensor, list[Tensor]]:
+def _loss(
+    run: Run, batch: Batch, targets: SampledTargets | None, normaliser: float, hidden: HiddenStates | None
+) -> tuple[Tensor, list[Tensor]]:
     """The share of one micro batch in the loss of the global batch, and of its terms: divergence, cross-entropy,
     hidden states."""
     recording: AbstractContextManager[tuple[States, States]] = (
-        nullcontext(({}, {})) if run.hidden is None else run.hidden.recording()
+        nullcontext(({}, {})) if hidden is None else hidden.recording()
     )
     with recording as (theirs, ours):
         teacher_TE, teacher_head = None, None
@@ -83,7 +86,7 @@ def _loss(run: Run, batch: Batch, targets: SampledTargets | None, normaliser: fl
             teacher_head = teacher.head  # stays gathered: see `shard_teacher`
         # All of the student's part in there: the loss reads the weight of the head.
         return run.student.gathered(
-            lambda: _student_loss(run, batch, teacher_TE, teacher_head, targets, theirs, ours, normaliser)
+            lambda: _student_loss(run, batch, teacher_TE, teacher_head, targets, hidden, theirs, ours, normaliser)
         )
 
 
@@ -94,6 +97,7 @@ def _student_loss(
     teacher_TE: Tensor | None,
     teacher_head: Head | None,
     targets: SampledTargets | None,
+    hidden: HiddenStates | None,
     theirs: States,
     ours: States,
     normaliser: float,
@@ -112,10 +116,10 @@ def _student_loss(
         targets=targets,
         head_gradient_VD=_head_gradient(run.student),
     )
-    if run.hidden is None:
+    if hidden is None:
         return terms.total, [terms.divergence, terms.cross_entropy, torch.zeros_like(terms.divergence)]
     logits_T = terms.divergence_T * (run.loss.weight * run.loss.temperature**2)
-    distance = run.hidden.loss(
+    distance = hidden.loss(
         batch, theirs, run.student, ours, logits_T, normaliser=normaliser, compute_dtype=run.compute_dtype
     )
     return terms.total + distance.total, [terms.divergence, terms.cross_entropy, distance.distance]

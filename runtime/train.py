@@ -16,6 +16,7 @@ from minitron.runtime.finished import read_finished, write_finished
 from minitron.runtime.folders import claim_folders, require_own_folders
 from minitron.runtime.hidden_states import remove_projection
 from minitron.runtime.identity import (
+    COORDINATES,
     HELD_OUT,
     STUDENT,
     WEIGHTS,
@@ -37,6 +38,7 @@ from minitron.specs.atomic import remove_leftovers
 from minitron.specs.builds import CHECKPOINTS, CONFIG, DATA_CACHE, FINISHED, METRICS
 from minitron.specs.documents import content_hash
 from minitron.specs.errors import UsageError, WorkError, placing
+from minitron.specs.file_hashes import file_hash
 from minitron.specs.locks import LOCK
 from minitron.specs.progress import Progress, Silent
 from minitron.specs.training_plan import TrainingPlan
@@ -138,6 +140,8 @@ def _contents(loaded: LoadedPlan, plan: TrainingPlan, session: Session) -> dict[
     # (Stored samples know their teacher themselves, and so does a corrected teacher.)
     if plan.teacher_logits == "online" and plan.teacher_correction is None and needs_teacher(plan):
         found[WEIGHTS] = weights_digest(model_folder(loaded, "teacher", plan.teacher))
+    if plan.kept_coordinates is not None and (loaded.folder / plan.kept_coordinates).is_file():
+        found[COORDINATES] = file_hash(loaded.folder / plan.kept_coordinates)
     if (held_out := plan.held_out) is not None:
         data = held_out.data
         found[HELD_OUT] = session.world.from_leader(lambda: content_hash(loaded.data("held_out.data", data)))

@@ -4,6 +4,7 @@ BUILD/
     plan.json, verification.json, scores.safetensors, training.yaml, results.json, report.html
     measurements.json               what was measured, by what it depends on: nothing is measured twice
     student/, student.pt2           the pruned student
+    coordinates.safetensors         what the student keeps of the teacher's hidden states, where training compares them
     teacher/                        the corrected teacher
     teacher_logits/                 stored samples of the teacher's distribution
     train/                          metrics, checkpoints, tokenized data and the lock of a training
@@ -27,8 +28,9 @@ STUDENT = "student"
 PROGRAM = "student.pt2"
 TRAINING = "training.yaml"
 VERIFICATION = "verification.json"
+COORDINATES = "coordinates.safetensors"
 
-COMPILED = (PLAN, SCORES, PARTIAL_SCORES, STUDENT, PROGRAM, TRAINING, VERIFICATION)
+COMPILED = (PLAN, SCORES, PARTIAL_SCORES, STUDENT, PROGRAM, TRAINING, VERIFICATION, COORDINATES)
 
 # What training and evaluation write; training.yaml may name other folders than WORK, MODEL, TEACHER and CORRECTION_WORK.
 WORK = "train"

@@ -193,6 +193,10 @@ class TrainingPlan(EvaluationPlan):
     """What the student's weights and gradients are held in while it trains; bfloat16 is rounded at random."""
 
     loss: Loss
+    kept_coordinates: Text | None = None
+    """File with what the student keeps of the teacher's hidden states, for `coordinates: kept`: a tensor `index` [width], the
+    channels, or `matrix` [teacher's width, width], the components; null: all is kept."""
+
     seed: NonNegativeInt
     compute_dtype: ComputeDtype
     gradient_checkpointing: bool

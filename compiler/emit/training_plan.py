@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ def training_plan(
     costs: Mapping[str, ModelCosts],
 ) -> EvaluationPlan:
     """The plan; a TrainingPlan where the spec distils. `layers`, the module list of the decoder layers, is that of both models;
-    `heads` and `costs` have those of `teacher` and `student`; `fingerprint` identifies the student that is trained."""
+    `heads` and `costs` have those of `teacher` and `student`; `fingerprint` identifies the student that is trained. What
+    depends on the selection is added by `aligned`."""
     spec = loaded.spec
     distill, evaluate = spec.distill, spec.evaluate
     shared: dict[str, Any] = {"dtype": spec.teacher.dtype or checkpoint.dtype, "layers": layers}
@@ -117,6 +118,19 @@ def training_plan(
         ),
         checkpoint=CheckpointPlan(**distill.checkpoint.model_dump() | {"every_tokens": every}),
     )
+
+
+def aligned(plan: EvaluationPlan, layers: Sequence[int], coordinates: str | None) -> EvaluationPlan:
+    """The plan with the pairs of layers that `pairs: all` stands for: `layers` are the teacher's that the student keeps, and
+    `coordinates` is the file of the kept coordinates, None where all are kept."""
+    if not isinstance(plan, TrainingPlan) or (hidden := plan.loss.hidden_states) is None:
+        return plan
+    if hidden.pairs == "all":
+        pairs = tuple((theirs, own) for own, theirs in enumerate(layers))
+        hidden = hidden.model_copy(update={"pairs": pairs})
+    loss = plan.loss.model_copy(update={"hidden_states": hidden})
+    kept = coordinates if hidden.coordinates == "kept" else None
+    return plan.model_copy(update={"loss": loss, "kept_coordinates": kept})
 
 
 def _evaluation(loaded: LoadedSpec, evaluate: Evaluate) -> EvaluatePlan:

@@ -159,6 +159,7 @@ class Estimate:
             distill.loss.chunk_tokens,
             bool(distill.loss.cross_entropy) or correction,
             self.plan.teacher.head.softcap is not None,
+            0 if correction else self.compared_states,
         )
         beside = not (correction or sampled)
         theirs = Work(1, distill.sequence_length, self.plan.dtype if kind == "cuda" else torch.float32)
@@ -178,6 +179,16 @@ class Estimate:
     def sampled(self) -> bool:
         """Checks whether the teacher's logits are stored, so that no teacher runs beside the student."""
         return not isinstance(self.distill.teacher_logits, str)
+
+    @property
+    def compared_states(self) -> int:
+        """The number of hidden states of each model that the loss compares."""
+        hidden = self.distill.loss.hidden_states
+        if hidden is None or hidden.weight == 0:
+            return 0
+        layers = {"last:last": 1, "all": self.plan.targets.layers}
+        pairs = layers[hidden.pairs] if isinstance(hidden.pairs, str) else len(hidden.pairs)
+        return pairs + hidden.embedding
 
     @property
     def _element(self) -> int:

@@ -7,7 +7,8 @@
     gathered     sharded models (FSDP): the unit outside the layers and two layers, whole, and a layer's whole gradient
     activations  what the student's forward keeps for the backward, for one micro batch
     transient    what lives beside that for a moment, in either model
-    logits       the buffers of the chunked loss, the gradients of hidden states and head
+    logits       the buffers of the chunked loss, the gradients of hidden states and head, the teacher's states that are
+                 compared and the gradients of the student's
 
 Weights, gradients and moments follow from shapes alone: they are exact. Activations are found by running the model
 without data (`footprint`); how these parts meet in time is what makes the peak an estimate.
@@ -87,12 +88,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class LossWork:
-    """The settings of the loss that decide memory, for one sequence of `length` tokens."""
+    """The settings of the loss that decide memory, for one sequence of `length` tokens. `compared` counts the hidden states
+    of each model that are compared."""
 
     length: int
     chunk_tokens: int
     cross_entropy: bool
     softcap: bool
+    compared: int = 0
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,8 @@ def logits_bytes(kind: str, sequences: int, work: LossWork, student: Shape, teac
         rows = max(1, min(chunks.logits, BLOCK_ELEMENTS[kind] // vocabulary))
         buffers += rows * vocabulary * FP32 * (models + work.cross_entropy + work.softcap)
     states = tokens * (student.hidden * (FP32 + compute) + (teacher.hidden * compute if teacher is not None else 0))
+    if teacher is not None:
+        states += work.compared * tokens * (teacher.hidden * compute + student.hidden * FP32)
     return buffers + states
 
 

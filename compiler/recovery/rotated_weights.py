@@ -14,8 +14,8 @@ from minitron.compiler.weights.source import WeightSource
 class RotatedWeights:
     """Yields each parameter in float32, rotated when it is asked for.
 
-    `basis` is the orthogonal matrix [H, H] whose columns are the new coordinates. `replaced` are parameters, in the new basis
-    already, that stand in the place of rotated ones.
+    `basis` is the orthogonal matrix [H, H] in float64 whose columns are the new coordinates. `replaced` are parameters, in the
+    new basis already, that stand in the place of rotated ones.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class RotatedWeights:
         replaced: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.streamed = source.streamed
-        self._source, self._rotation, self._basis = source, rotation, basis.double().cpu()
+        self._source, self._rotation, self.basis = source, rotation, basis.double().cpu()
         self._replaced = replaced or {}
 
     @property
@@ -47,14 +47,14 @@ class RotatedWeights:
 
     def digest(self) -> str:
         """A hash of the basis and of what is replaced."""
-        digest = hashlib.sha256(self._basis.numpy().tobytes())
+        digest = hashlib.sha256(self.basis.numpy().tobytes())
         for name in sorted(self._replaced):
             digest.update(name.encode() + self._replaced[name].contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def exact(self) -> RotatedWeights:
         """The same with nothing replaced."""
-        return RotatedWeights(self._source, self._rotation, self._basis)
+        return RotatedWeights(self._source, self._rotation, self.basis)
 
     def behind(self, name: str, fold: Fold) -> torch.Tensor:
         """The rotated parameter as it would be if it were read behind a norm only, with that norm's weight folded in."""
@@ -69,7 +69,7 @@ class RotatedWeights:
             shape[axis] = -1
             exact = exact * self.multiplier(fold).reshape(shape)
         for axis in axes:
-            exact = torch.tensordot(exact, self._basis, dims=([axis], [0])).movedim(-1, axis)
+            exact = torch.tensordot(exact, self.basis, dims=([axis], [0])).movedim(-1, axis)
         return exact.float().contiguous()
 
     def multiplier(self, fold: Fold) -> torch.Tensor:

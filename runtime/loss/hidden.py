@@ -1,8 +1,9 @@
 """Distances between hidden states of student and teacher, never holding [tokens x width] but for the gradient.
 
-A chunk of tokens at a time: the student's states are projected to the teacher's width where the widths differ, the
-distance and its closed-form gradient are computed, and two products carry that back to the states and the projection.
-So the gradient is there when the forward ends, as in `distillation`.
+A chunk of tokens at a time: where the widths differ, the student's states are projected to the teacher's width, or the
+teacher's are reduced to what the student keeps of them; the distance and its closed-form gradient are computed, and two
+products carry that back to the states and the projection. So the gradient is there when the forward ends, as in
+`distillation`.
 
 The sum over pairs of states and its weight against the logit loss follow Minitron (arXiv 2407.14679, section 3:
 L = L_logits + alpha L_is with alpha = L_logits / L_is, held constant for the gradient). The ratio is taken for each
@@ -32,17 +33,19 @@ class HiddenStateLoss:
     """`cosine`: 1 - cos(projected student state, teacher state). `mse`: the mean over channels of the squared
     difference, in units of the mean square of that teacher state: a few tokens carry states hundreds of times as large
     as the others (Sun et al., arXiv 2402.17762) and would otherwise decide alone. (Minitron compares normalised
-    states.) `weight` None: dynamic."""
+    states.) `weight` None: dynamic. `averaged`: over the pairs, instead of summed. `factor`: of the weight, at this step."""
 
     distance: DistanceName = "cosine"
     weight: float | None = None
     chunk_tokens: int = 1024
+    averaged: bool = False
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
 class HiddenStateTerm:
     """`total` is what to call backward on; `distance` is detached and unweighted. Both are shares of a global mean: sums
-    over pairs and tokens, divided by the normaliser."""
+    over pairs (or means over them) and tokens, divided by the normaliser."""
 
     total: Tensor
     distance: Tensor
@@ -55,6 +58,7 @@ def hidden_state_loss(
     teachers_TE: Sequence[Tensor],
     projection_ED: Tensor | None,
     *,
+    kept: Tensor | None = None,
     logits_T: Tensor,
     sequence_T: Tensor,
     sequences: int,
@@ -63,13 +67,15 @@ def hidden_state_loss(
 ) -> HiddenStateTerm:
     """The loss of T valid tokens over pairs of states, its gradient flowing to the student's states and `projection_ED`.
 
-    `projection_ED` takes states of width D to width E, one for all pairs; None where the widths are equal. `logits_T` is
-    the logit loss of each token as it stands in the total, and `sequence_T` the number of the token's sequence, below
-    `sequences`: the dynamic weight needs them. With T = 0 the loss is 0 and its gradient zeros.
+    `projection_ED` takes states of width D to width E, one for all pairs; None where the widths are equal. `kept` goes the
+    other way: the channels [D] of the teacher's states, or the components [E, D], that the student's are compared with.
+    `logits_T` is the logit loss of each token as it stands in the total, and `sequence_T` the number of the token's sequence,
+    below `sequences`: the dynamic weight needs them. With T = 0 the loss is 0 and its gradient zeros.
     """
     assert normaliser > 0 and len(students_TD) == len(teachers_TE) > 0
+    assert kept is None or projection_ED is None
     total, distance = _ChunkedDistance.apply(  # type: ignore[no-untyped-call]
-        projection_ED, settings, tuple(teachers_TE), logits_T, sequence_T, sequences, normaliser, compute_dtype,
+        projection_ED, settings, tuple(teachers_TE), kept, logits_T, sequence_T, sequences, normaliser, compute_dtype,
         *students_TD,
     )  # fmt: skip
     return HiddenStateTerm(total, distance.detach())
@@ -85,6 +91,7 @@ class _ChunkedDistance(torch.autograd.Function):
         projection_ED: Tensor | None,
         settings: HiddenStateLoss,
         teachers_TE: tuple[Tensor, ...],
+        kept: Tensor | None,
         logits_T: Tensor,
         sequence_T: Tensor,
         sequences: int,
@@ -97,9 +104,12 @@ class _ChunkedDistance(torch.autograd.Function):
             weight_ED = None if projection_ED is None else projection_ED.detach()
             if weight_ED is not None and device.type == "cuda":
                 weight_ED = weight_ED.to(compute_dtype)
+            if kept is not None and kept.dim() == 2:
+                kept = kept.T.contiguous()
+                kept = kept.to(compute_dtype) if device.type == "cuda" else kept
             values_T = torch.zeros(logits_T.shape[0], device=device)
             pairs = [
-                _Pair(settings, student, teacher, weight_ED)
+                _Pair(settings, student, teacher, weight_ED, kept)
                 for student, teacher in zip(students_TD, teachers_TE, strict=True)
             ]
             if settings.weight is None:
@@ -107,8 +117,9 @@ class _ChunkedDistance(torch.autograd.Function):
                     pair.add_values(values_T)
                 weights_T = _dynamic(logits_T, values_T, sequence_T, sequences)
             else:
-                weights_T = torch.full_like(values_T, settings.weight)
-            shares_T = weights_T / normaliser
+                each = settings.weight / (len(pairs) if settings.averaged else 1)
+                weights_T = torch.full_like(values_T, each)
+            shares_T = weights_T * (settings.factor / normaliser)
             grad_ED = None if projection_ED is None else torch.zeros_like(projection_ED, dtype=torch.float32)
             grads_TD = [
                 pair.gradient(shares_T, grad_ED, values_T if settings.weight is not None else None) for pair in pairs
@@ -117,7 +128,7 @@ class _ChunkedDistance(torch.autograd.Function):
             None if grad_ED is None or projection_ED is None else grad_ED.to(projection_ED.dtype),
             *(grad.to(student.dtype) for grad, student in zip(grads_TD, students_TD, strict=True)),
         )
-        distance = values_T.sum(dtype=torch.float64) / normaliser
+        distance = values_T.sum(dtype=torch.float64) / (normaliser * (len(pairs) if settings.averaged else 1))
         total = (values_T.double() * shares_T.double()).sum()
         ctx.mark_non_differentiable(distance)
         return total.float(), distance.float()
@@ -129,7 +140,7 @@ class _ChunkedDistance(torch.autograd.Function):
         if gradients is None:
             raise RuntimeError("the gradients of a hidden-state loss can be taken once; compute the loss again")
         scale_(gradients, upstream)
-        return gradients[0], None, None, None, None, None, None, None, *gradients[1:]
+        return gradients[0], None, None, None, None, None, None, None, None, *gradients[1:]
 
 
 def _dynamic(logits_T: Tensor, values_T: Tensor, sequence_T: Tensor, sequences: int) -> Tensor:
@@ -142,10 +153,18 @@ def _dynamic(logits_T: Tensor, values_T: Tensor, sequence_T: Tensor, sequences: 
 
 
 class _Pair:
-    """One pair of states; everything about it a chunk of tokens at a time."""
+    """One pair of states; everything about it a chunk of tokens at a time. `kept` are channels [D] or components [D, E]."""
 
-    def __init__(self, settings: HiddenStateLoss, student_TD: Tensor, teacher_TE: Tensor, weight_ED: Tensor | None):
-        assert weight_ED is not None or student_TD.shape == teacher_TE.shape
+    def __init__(
+        self,
+        settings: HiddenStateLoss,
+        student_TD: Tensor,
+        teacher_TE: Tensor,
+        weight_ED: Tensor | None,
+        kept: Tensor | None,
+    ):
+        assert weight_ED is not None or kept is not None or student_TD.shape == teacher_TE.shape
+        self.kept = kept
         self.student_TD, self.teacher_TE, self.weight_ED = student_TD.detach(), teacher_TE, weight_ED
         self.formula = _cosine if settings.distance == "cosine" else _mse
         self.chunk = settings.chunk_tokens
@@ -153,14 +172,14 @@ class _Pair:
     def add_values(self, values_T: Tensor) -> None:
         """Adds each token's distance to `values_T`."""
         for part in self._parts():
-            values_T[part] += self.formula(self._projected(part), self.teacher_TE[part].float())[0]
+            values_T[part] += self.formula(self._projected(part), self._wanted(part))[0]
 
     def gradient(self, shares_T: Tensor, grad_ED: Tensor | None, values_T: Tensor | None) -> Tensor:
         """The gradient [T, D] of sum(shares_T * distance), the projection's added to `grad_ED` and the distances to
         `values_T` where it is given."""
         grad_TD = torch.empty(self.student_TD.shape, dtype=torch.float32, device=self.student_TD.device)
         for part in self._parts():
-            value_C, grad_CE = self.formula(self._projected(part), self.teacher_TE[part].float())
+            value_C, grad_CE = self.formula(self._projected(part), self._wanted(part))
             if values_T is not None:
                 values_T[part] += value_C
             grad_CE.mul_(shares_T[part].unsqueeze(-1))
@@ -175,6 +194,17 @@ class _Pair:
     def _parts(self) -> list[slice]:
         tokens = self.student_TD.shape[0]
         return [slice(start, min(start + self.chunk, tokens)) for start in range(0, tokens, self.chunk)]
+
+    def _wanted(self, part: slice) -> Tensor:
+        """The teacher's states in fp32, in the coordinates that they are compared in."""
+        state_CE = self.teacher_TE[part]
+        if self.kept is None:
+            return state_CE.float()
+        if self.kept.dim() == 1:
+            return state_CE.index_select(1, self.kept).float()
+        out_CD = torch.empty(state_CE.shape[0], self.kept.shape[0], device=state_CE.device)
+        project(state_CE, self.kept, out_CD)
+        return out_CD
 
     def _projected(self, part: slice) -> Tensor:
         state_CD = self.student_TD[part]

@@ -41,9 +41,11 @@ TeacherLogits: TypeAlias = Annotated[
 LayerPair = Annotated[tuple[NonNegativeInt, NonNegativeInt], Field(strict=False)]
 
 LayerPairs: TypeAlias = Annotated[
-    Annotated[Literal["last:last"], Tag(WORD)] | Annotated[Listed[LayerPair], Field(min_length=1), Tag(LONGER)],
+    Annotated[Literal["last:last", "all"], Tag(WORD)] | Annotated[Listed[LayerPair], Field(min_length=1), Tag(LONGER)],
     Discriminator(is_longer),
-    word_or("last:last or a list of [teacher layer, student layer] such as [[29, 13]]", "last:last", also=list),
+    word_or(
+        "last:last, all, or a list of [teacher layer, student layer] such as [[29, 13]]", "last:last", "all", also=list
+    ),
 ]
 
 LossWeight: TypeAlias = Annotated[
@@ -67,13 +69,18 @@ class LogitLoss(Block):
 
 
 class HiddenStateLoss(Block):
-    """The distance between hidden states of teacher and student (Minitron, arXiv 2407.14679, section 3). If the widths
-    differ, one linear projection for all pairs maps the student's states to the teacher's width; the projection is
-    trained with the student and discarded afterwards."""
+    """The distance between hidden states of teacher and student (Minitron, arXiv 2407.14679, section 3), in the coordinates
+    that `coordinates` names. `coordinates: kept` changes what is left out to `pairs: all`, `distance: mse`,
+    `embedding: false`, `weight: 0.3` and `schedule: linear`."""
+
+    coordinates: Literal["projected", "kept"] = "projected"
+    """Where the widths differ. `projected`: one linear projection for all pairs takes the student's states to the teacher's
+    width; it is trained with the student and discarded afterwards. `kept`: the teacher's states are reduced to what the student
+    keeps of them, its channels or, with `hidden_basis: principal`, its components; nothing is trained."""
 
     pairs: LayerPairs = "last:last"
-    """`last:last`, or pairs of [teacher layer, student layer]: what these decoder layers yield, counted from 0 in each
-    model's own numbering."""
+    """`last:last`; `all`: every layer of the student with the layer of the teacher that it was cut from; or pairs of [teacher
+    layer, student layer]: what these decoder layers yield, counted from 0 in each model's own numbering."""
 
     distance: Literal["cosine", "mse"] = "cosine"
     """`cosine`: 1 - cosine similarity; `mse`: mean squared difference, in units of the teacher state's mean square."""
@@ -82,7 +89,23 @@ class HiddenStateLoss(Block):
     """What the first layers are given, the embeddings, is compared as well."""
 
     weight: LossWeight = "dynamic"
-    """`dynamic`: the logit loss divided by this one, for each sequence and without a gradient; or a number."""
+    """`dynamic`: the logit loss divided by this one, for each sequence and without a gradient; or a number. Distances of
+    `projected` states are summed over the pairs, those of `kept` ones averaged."""
+
+    schedule: Literal["constant", "linear"] = "constant"
+    """`linear`: the weight falls in a straight line to 0 at the last step."""
+
+    @model_validator(mode="after")
+    def _defaults_of_kept(self) -> HiddenStateLoss:
+        """Fills in what suits kept coordinates where it is not written."""
+        if self.coordinates == "projected":
+            return self
+        defaults = {key: value for key, value in _OF_KEPT.items() if key not in self.model_fields_set}
+        return self.model_copy(update=defaults)
+
+
+# Measured in docs/method.md.
+_OF_KEPT: dict[str, Any] = {"pairs": "all", "distance": "mse", "embedding": False, "weight": 0.3, "schedule": "linear"}
 
 
 class Loss(Block):

@@ -67,6 +67,13 @@ class TestParts:
         assert held("cuda", ONE, teacher=None)["teacher"] == 0
         assert logits_bytes("cuda", 1, LOSS, STUDENT, None) < logits_bytes("cuda", 1, LOSS, STUDENT, TEACHER)
 
+    def test_states_that_are_compared_wait_for_the_loss(self) -> None:
+        """The teacher's in the dtype that they are computed in, and a gradient in fp32 for each of the student's."""
+        compared = replace(LOSS, compared=3)
+        for kind, element in (("cuda", 2), ("cpu", 4)):
+            more = logits_bytes(kind, 2, compared, STUDENT, TEACHER) - logits_bytes(kind, 2, LOSS, STUDENT, TEACHER)
+            assert more == 3 * (2 * 4) * (30 * element + 10 * 4)
+
     def test_gradients_of_earlier_micro_batches_wait(self) -> None:
         assert held("cuda", ONE)["peak"] > held("cuda", replace(ONE, steps=1))["peak"]
 

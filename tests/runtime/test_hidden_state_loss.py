@@ -33,14 +33,19 @@ def inputs(projected: bool, pairs: int = 2) -> dict[str, Any]:
 def naive(settings: HiddenStateLoss, given: dict[str, Any], normaliser: float) -> Tensor:
     """The same in fp64 with autograd, [tokens x width] and all."""
     values = torch.zeros(len(given["logits_T"]), dtype=torch.float64)
+    kept = given.get("kept")
     for student, teacher in zip(given["students_TD"], given["teachers_TE"], strict=True):
         u, v = student.double(), teacher.double()
+        if kept is not None:
+            v = v[:, kept] if kept.dim() == 1 else v @ kept.double()
         if given["projection_ED"] is not None:
             u = u @ given["projection_ED"].double().T
         if settings.distance == "cosine":
             values = values + 1 - torch.cosine_similarity(u, v, dim=-1)
         else:
             values = values + (u - v).square().mean(-1) / v.square().mean(-1)
+    if settings.averaged:
+        values = values / len(given["students_TD"])
     total = torch.zeros((), dtype=torch.float64)
     for sequence in range(given["sequences"]):
         mine = given["sequence_T"] == sequence
@@ -48,7 +53,7 @@ def naive(settings: HiddenStateLoss, given: dict[str, Any], normaliser: float) -
             weight = given["logits_T"][mine].double().sum() / values[mine].sum().detach()
         else:
             weight = torch.tensor(settings.weight)
-        total = total + weight * values[mine].sum()
+        total = total + settings.factor * weight * values[mine].sum()
     return total / normaliser
 
 
@@ -72,6 +77,48 @@ def test_value_and_gradient_are_those_of_the_formula(
     torch.testing.assert_close(term.total.double(), wanted.detach(), rtol=1e-5, atol=1e-7)
     for got, gradient in zip(torch.autograd.grad(term.total, leaves(given)), expected, strict=True):
         torch.testing.assert_close(got, gradient, rtol=1e-4, atol=1e-6)
+
+
+KEPT = {"index": torch.tensor([7, 0, 3, 9, 4, 1]), "matrix": torch.linalg.qr(states(E, 40, E))[0][:, :D].contiguous()}
+
+
+@pytest.mark.parametrize("kept", list(KEPT))
+@pytest.mark.parametrize("distance", ["cosine", "mse"])
+@pytest.mark.parametrize("weight", [None, 0.7])
+def test_kept_coordinates_by_the_formula(kept: str, distance: Any, weight: float | None) -> None:
+    """The teacher's states are reduced, and a mean over pairs has a weight that falls."""
+    settings = HiddenStateLoss(distance, weight, 4, averaged=True, factor=0.25)
+    given = inputs(projected=True) | {"projection_ED": None, "kept": KEPT[kept]}
+    wanted = naive(settings, given, 17.0)
+    expected = torch.autograd.grad(wanted, leaves(given))
+    term = hidden_state_loss(settings, **given, normaliser=17.0)
+    torch.testing.assert_close(term.total.double(), wanted.detach(), rtol=1e-5, atol=1e-7)
+    for got, gradient in zip(torch.autograd.grad(term.total, leaves(given)), expected, strict=True):
+        torch.testing.assert_close(got, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kept", list(KEPT))
+def test_its_gradient_is_the_slope_of_its_value(kept: str) -> None:
+    """Central differences along a direction: no formula is trusted."""
+    settings = HiddenStateLoss("mse", 0.3, 5, averaged=True)
+    given = inputs(projected=True) | {"projection_ED": None, "kept": KEPT[kept]}
+
+    def value(step: float) -> float:
+        moved = [one.detach() + step * states(D, 50 + i) for i, one in enumerate(given["students_TD"])]
+        return float(hidden_state_loss(settings, **given | {"students_TD": moved}, normaliser=1.0).total)
+
+    term = hidden_state_loss(settings, **given, normaliser=1.0)
+    gradients = torch.autograd.grad(term.total, leaves(given))
+    slope = sum(float((gradient * states(D, 50 + i)).sum()) for i, gradient in enumerate(gradients))
+    assert (value(1e-2) - value(-1e-2)) / 2e-2 == pytest.approx(slope, rel=1e-3)
+
+
+def test_what_is_kept_of_equal_states_is_equal() -> None:
+    given = inputs(projected=True) | {"projection_ED": None, "kept": KEPT["index"]}
+    given["students_TD"] = [one[:, KEPT["index"]].requires_grad_() for one in given["teachers_TE"]]
+    term = hidden_state_loss(HiddenStateLoss("mse", 0.3, averaged=True), **given, normaliser=1.0)
+    assert float(term.total.detach()) == 0.0
+    assert not any(gradient.any() for gradient in torch.autograd.grad(term.total, leaves(given)))
 
 
 def test_a_dynamic_weight_makes_it_as_large_as_the_logit_loss() -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from minitron.runtime.hidden_states import EMBEDDING, PROJECTION, Recorder
 from minitron.runtime.models import LanguageModel
-from minitron.specs.errors import SpecInvalid
+from minitron.specs.errors import SpecInvalid, WorkError
 from minitron.specs.training_plan import HeadPlan
 from tests.runtime import tiny
 from tests.runtime.test_training import interrupted, losses, run, weights
@@ -103,3 +103,118 @@ def test_states_alone_can_be_learnt(build: Path) -> None:
 def test_layers_that_are_not_there(build: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecInvalid, match=message):
         run(build, **changes)
+
+
+# -- kept coordinates ---------------------------------------------------------------------------------------------------
+
+KEPT: dict[str, Any] = {"loss__hidden_states": {"coordinates": "kept"}, "kept_coordinates": "coordinates.safetensors"}
+
+
+@pytest.fixture
+def reduced(build: Path) -> Path:
+    """A build whose student keeps 16 of the teacher's 24 channels."""
+    save_file({"index": torch.arange(16)}, build / "coordinates.safetensors")
+    return build
+
+
+def test_the_weight_falls_to_nothing(reduced: Path) -> None:
+    lines = run(reduced, **KEPT)
+    for line in lines:
+        weight = 0.3 * (1 - (line["step"] - 1) / len(lines))
+        assert line["loss"] == pytest.approx(line["forward_kl"] + weight * line["hidden_states"], rel=1e-5)
+    assert lines[0]["hidden_states"] > 0.5 and lines[-1]["hidden_states"] < lines[0]["hidden_states"]
+    assert not any(PROJECTION in name for name in weights(reduced))
+
+
+@pytest.mark.parametrize("coordinates", [None, "index", "matrix"])
+def test_a_student_that_is_its_teacher_has_nothing_to_align(tmp_path: Path, coordinates: str | None) -> None:
+    """With nothing narrowed the term is zero at the start, whichever way all coordinates are kept."""
+    build = tiny.make_build(tmp_path, teacher=tiny.llama(16), **KEPT)
+    shutil.copy(tmp_path / "teacher" / "model.safetensors", build / "student" / "model.safetensors")
+    tiny.verify(build)
+    if coordinates is None:
+        tiny.write_plan(build, loss__hidden_states=KEPT["loss__hidden_states"])
+    else:
+        whole = {"index": torch.arange(16), "matrix": torch.eye(16)}[coordinates]
+        save_file({coordinates: whole}, build / "coordinates.safetensors")
+    line = run(build)[0]
+    assert line["hidden_states"] < 1e-10 and line["forward_kl"] < 1e-6
+
+
+def test_kept_coordinates_are_the_teachers(reduced: Path) -> None:
+    """A mixing matrix gives another term than the channels, from the same models."""
+    first = run(reduced, **KEPT)[0]["hidden_states"]
+    shutil.rmtree(reduced / "train")
+    shutil.rmtree(reduced / "model")
+    save_file({"matrix": torch.eye(24)[:, :16].contiguous()}, reduced / "coordinates.safetensors")
+    assert run(reduced, **KEPT)[0]["hidden_states"] == pytest.approx(first, rel=1e-6)
+    shutil.rmtree(reduced / "train")
+    shutil.rmtree(reduced / "model")
+    save_file({"matrix": torch.eye(24)[:, 8:].contiguous()}, reduced / "coordinates.safetensors")
+    assert run(reduced, **KEPT)[0]["hidden_states"] != pytest.approx(first, rel=1e-3)
+
+
+def test_interrupted_with_a_falling_weight(reduced: Path, tmp_path: Path) -> None:
+    tiny.write_plan(reduced, **KEPT)
+    shutil.copytree(tmp_path / "here", tmp_path / "whole")
+    whole = run(tmp_path / "whole" / "build")
+    interrupted(reduced, 5)
+    assert run(reduced) == whole
+    assert all(torch.equal(w, weights(tmp_path / "whole" / "build")[name]) for name, w in weights(reduced).items())
+
+
+def test_other_coordinates_are_another_training(reduced: Path) -> None:
+    tiny.write_plan(reduced, **KEPT)
+    interrupted(reduced, 5)
+    save_file({"index": torch.arange(8, 24)}, reduced / "coordinates.safetensors")
+    with pytest.raises(
+        SpecInvalid, match=r"kept_coordinates: what the student keeps of the teacher's hidden states cha"
+    ):
+        run(reduced)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (None, r"kept_coordinates: there is no file .*coordinates\.safetensors; compile again"),
+        (
+            {"index": torch.arange(15)},
+            r"kept_coordinates: does not lead from the teacher's 24 channels to the student's 16",
+        ),
+        ({"index": torch.arange(16) + 16}, r"does not lead from the teacher's 24 channels"),
+        ({"matrix": torch.eye(16)}, r"does not lead from the teacher's 24 channels"),
+    ],
+)
+def test_coordinates_that_do_not_fit(build: Path, tensors: dict[str, Any] | None, message: str) -> None:
+    if tensors is not None:
+        save_file(tensors, build / "coordinates.safetensors")
+    with pytest.raises(SpecInvalid, match=message):
+        run(build, **KEPT)
+
+
+def test_a_file_that_holds_something_else(build: Path) -> None:
+    save_file({"channels": torch.arange(16)}, build / "coordinates.safetensors")
+    with pytest.raises(WorkError, match=r"holds \['channels'\] instead of `index` or `matrix`; compile again"):
+        run(build, **KEPT)
+    (build / "coordinates.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(WorkError, match=r"coordinates\.safetensors could not be read \(.*\); compile again"):
+        run(build)
+
+
+def test_a_narrower_student_needs_them(build: Path) -> None:
+    message = (
+        r"kept_coordinates: is not there, and `coordinates: kept` needs it: the widths are 24 and 16; compile again, or"
+    )
+    with pytest.raises(SpecInvalid, match=message):
+        run(build, loss__hidden_states={"coordinates": "kept"})
+
+
+def test_all_layers_of_models_of_other_depths(tmp_path: Path) -> None:
+    shallow = tiny.llama(16)
+    shallow.num_hidden_layers = 1
+    build = tiny.make_build(tmp_path, student=shallow)
+    message = (
+        r"pairs: `all` does not say which of the teacher's 2 layers the student's 1 were cut from; compile again, or l"
+    )
+    with pytest.raises(SpecInvalid, match=message):
+        run(build, loss__hidden_states={"pairs": "all"})
