@@ -1,4 +1,4 @@
-"""Tiny teachers of every family, made on the spot: random weights, a tokenizer trained on a text, the text itself.
+"""The factory of tiny teachers, for all tests: random weights, a tokenizer trained on a text, the text itself.
 
 Every weight is drawn anew after construction. Norm weights and biases that stand at ones and zeros, as a fresh model has
 them, would hide a norm that is sliced wrongly and a bias that is forgotten.
@@ -6,11 +6,12 @@ them, would hide a norm that is sliced wrongly and a bias that is forgotten.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 96
@@ -31,6 +32,8 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+PADDED = ("<pad>", "<s>", "</s>")  # the first ids of a tokenizer, with COMMON's numbers
+FRAMED = ("<s>", "</s>")
 ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 # What makes each family itself: the width of a head apart from hidden / heads, sliding windows that differ from layer to
 # layer, tied embeddings, soft caps, fused projections, rotary embeddings of a part of the head, experts.
@@ -97,17 +100,64 @@ def save_teacher(folder: Path, config: Any, dtype: torch.dtype = torch.float32, 
     return folder
 
 
-def save_tokenizer(folder: Path, vocabulary: int = VOCABULARY) -> None:
-    """A byte-pair tokenizer with an end token and no beginning token in front."""
+def learnable_model(config: Any, seed: int = 0) -> Any:
+    """A fresh model in fp32 whose matrices are sharper than the default initialisation has them, so that there is
+    something to distil, and not so wild that a few steps would not get there."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6.0)
+    return model
+
+
+def save_tokenizer(
+    folder: Path,
+    vocabulary: int = VOCABULARY,
+    *,
+    special: Sequence[str] = PADDED,
+    all_bytes: bool = False,
+    puts_bos: bool = False,
+    texts: Sequence[str] | None = None,
+) -> None:
+    """A byte-pair tokenizer trained on `texts`, whose first ids are the `special` tokens.
+
+    all_bytes  knows every byte, and not only those of `texts`
+    puts_bos   puts the beginning token in front of a text by itself
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False)
-    tokenizer.train_from_iterator([text(200)], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if all_bytes else [],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts or [text(200)], trainer)
+    if puts_bos:
+        begin = ("<s>", special.index("<s>"))
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[begin])
+    padding = {"pad_token": "<pad>"} if "<pad>" in special else {}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **padding)
     fast.save_pretrained(folder)
 
 
 def text(lines: int, seed: int = 0) -> str:
-    """Lines of words, one document a line."""
+    """Lines of words drawn at random, one document a line."""
     draws = torch.randint(0, len(WORDS), (lines, 12), generator=torch.Generator().manual_seed(seed)).tolist()
     return "\n".join(" ".join(WORDS[draw] for draw in row) for row in draws) + "\n"
+
+
+def learnable_text(lines: int, seed: int = 0) -> str:
+    """Sentences with some structure to learn: each word follows from the two before it, mostly."""
+    words = len(WORDS) - 1  # of a number that 3 does not divide, every word follows some pair
+    draws = torch.randint(0, 10_000, (lines, 12), generator=torch.Generator().manual_seed(seed)).tolist()
+    out = []
+    for row in draws:
+        chosen = [row[0] % words, row[1] % words]
+        for draw in row[2:]:
+            chosen.append((chosen[-1] * 3 + chosen[-2] if draw % 10 else draw) % words)
+        out.append(" ".join(WORDS[word] for word in chosen) + ".")
+    return "\n".join(out)

@@ -34,7 +34,7 @@ def test_the_schema_is_one_and_describes_every_key() -> None:
 def test_the_page_is_that_of_the_schema() -> None:
     assert REFERENCE_FILE.read_text(encoding="utf-8") == output_reference_text()
     assert "| `teacher.widths` | object | Axis -> width; a list has one for each layer. |" in output_reference_text()
-    assert "| `checks[].max_error` | number or null |" in output_reference_text()
+    assert "| `checks[].max_error` | number or `null` |" in output_reference_text()
 
 
 def test_what_is_not_as_documented_is_found() -> None:
