@@ -67,7 +67,7 @@ from minitron.specs.builds import (
     WORK,
     read_document,
 )
-from minitron.specs.data_files import content_hash, resolve
+from minitron.specs.data_files import content_hash, resolve_data
 from minitron.specs.errors import UsageError, WorkError, placing
 from minitron.specs.file_hashes import file_hash, folder_hashes
 from minitron.specs.load import LoadedSpec
@@ -113,8 +113,7 @@ def score(compilation: Compilation) -> tuple[ScoreTable, torch.Tensor | None]:
     captured = plan.teacher.captured
     with placing(plan.loaded, teacher_key(plan.loaded)):
         tokenizer = load_tokenizer(plan.checkpoint.folder)
-    with placing(plan.loaded):
-        data = resolve(importance.data, plan.loaded.folder, at="importance.data")
+    data = resolve_data(plan.loaded)["importance.data"]
     length = captured.length or importance.data.sequence_length
     wanted = SampleConfig(importance.data.samples * (importance.data.sequence_length // length), length)
     samples = calibration_samples(data, tokenizer, captured.config.vocab_size, wanted)

@@ -10,7 +10,7 @@ from minitron.compiler.plan.plan import make_plan
 from minitron.compiler.teacher.open_teacher import open_teacher
 from minitron.compiler.teacher.tokenizer import load_tokenizer
 from minitron.specs.data import BlendPart, DataSource, Source
-from minitron.specs.data_files import resolve, sources_as_read
+from minitron.specs.data_files import resolve_data
 from minitron.specs.documents.readers import describe
 from minitron.specs.encoding import Encoder, recipe_of
 from minitron.specs.encoding.survey import SURVEYED, Survey, survey
@@ -21,12 +21,12 @@ from minitron.specs.progress import Progress
 
 
 def describe_data(loaded: LoadedSpec, progress: Progress, *, everything: bool = False) -> dict[str, Any]:
-    """The document of `minitron data --json`: for each source that the spec names the figures of its parts and the first
-    samples as the tokenizer gives them back. A few megabytes of each part are read, or all of it.
+    """The document of `minitron data --json`: for each source that the spec names the figures of its parts and the
+    first samples as the tokenizer gives them back. A few megabytes of each part are read, or all of it.
 
     SpecInvalid for data or a tokenizer that is not there, with the place; the same for documents that cannot be read.
     """
-    sources = list(sources_as_read(loaded.spec))
+    sources = resolve_data(loaded)
     if not sources:
         raise SpecInvalid(
             [loaded.error("", "names no data", "add `importance.data`, `distill.data` or `evaluate.held_out`")]
@@ -38,10 +38,8 @@ def describe_data(loaded: LoadedSpec, progress: Progress, *, everything: bool = 
     characters = None if everything else SURVEYED
     found = {}
     with progress.task("data", len(sources), "sources") as task:
-        for at, source in sources:
-            with placing(loaded):
-                known = resolve(source, loaded.folder, at=at)
-            found[at] = _source(loaded, at, known, encoder, tokenizer, characters)
+        for at, source in sources.items():
+            found[at] = _source(loaded, at, source, encoder, tokenizer, characters)
             task.advance(1)
     recipe = encoder.recipe
     return {

@@ -25,6 +25,7 @@ from minitron.runtime.stream import (
 )
 from minitron.specs.atomic import remove_leftovers, write_text
 from minitron.specs.data import Source
+from minitron.specs.data_files import files_hash
 from minitron.specs.documents import Piece, Tally, data_files, iter_pieces, size_of
 from minitron.specs.documents.megatron import open_megatron
 from minitron.specs.documents.opening import COMPRESSED
@@ -77,10 +78,8 @@ class TextEncoder:
     @classmethod
     def load(cls, folder: Path) -> TextEncoder:
         tokenizer = load_tokenizer(folder)
-        digest = hashlib.sha256()
-        for file in sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()}):
-            digest.update(f"\n{file.name} ".encode() + hashlib.sha256(file.read_bytes()).digest())
-        return cls(tokenizer, digest.hexdigest(), Encoder(recipe_of(tokenizer), tokenizer))
+        files = sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
+        return cls(tokenizer, files_hash(files), Encoder(recipe_of(tokenizer), tokenizer))
 
     def text(self, ids: Sequence[int]) -> str:
         """Decodes a model's output, without its special tokens."""

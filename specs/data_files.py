@@ -9,12 +9,12 @@ import itertools
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 from minitron.specs.data import STDLIB_PREFIX, DataSource, Source, divided
-from minitron.specs.errors import Problem, Refused, WorkError
+from minitron.specs.errors import Problem, Refused, WorkError, placing
 from minitron.specs.file_hashes import file_hash
 from minitron.specs.load import LoadedSpec
 from minitron.specs.spec import Spec
@@ -33,6 +33,17 @@ def resolve(source: S, folder: Path, *, at: str = "data") -> S:
     if problems:
         raise Refused(problems)
     return resolved
+
+
+def resolve_data(loaded: LoadedSpec) -> dict[str, DataSource]:
+    """Returns dotted path -> resolved source for all data that a spec names, as it is read (`sources_as_read`).
+    SpecInvalid with the place of every pattern that matches nothing."""
+    problems: list[Problem] = []
+    found = {at: _resolved(source, loaded.folder, at, problems) for at, source in sources_as_read(loaded.spec)}
+    with placing(loaded):
+        if problems:
+            raise Refused(problems)
+    return found
 
 
 def check_data(loaded: LoadedSpec) -> list[Problem]:
@@ -190,20 +201,22 @@ def content_hash(source: Source) -> str:
     Folders do not count, so the same data has the same hash on another machine. For a data set on the Hub only the id,
     split and revision count, because nothing else is known without reading the data.
     """
-    digest = hashlib.sha256()
     # Files count by name and content, parts of a blend by their own hash, and how much of the data is read not at all.
     elsewhere = {"text", "jsonl", "parquet", "megatron", "blend", "samples", "sequence_length"}
     options = {key: value for key, value in source.model_dump(mode="json").items() if key not in elsewhere}
     if source.dataset is not None and data_files(source):
         options["dataset"] = "folder"
-    digest.update(json.dumps(options, sort_keys=True).encode())
-    if isinstance(source, DataSource) and source.blend is not None:
-        for part in source.blend:
-            digest.update(content_hash(part).encode())
-        return digest.hexdigest()
-    for file in data_files(source):
-        digest.update(f"\n{data_file_hash(file)} {file.name}".encode())
-    return digest.hexdigest()
+    parts = source.blend if isinstance(source, DataSource) else None
+    contents = [files_hash(data_files(source))] if parts is None else [content_hash(part) for part in parts]
+    return hashlib.sha256("\n".join([json.dumps(options, sort_keys=True), *contents]).encode()).hexdigest()
+
+
+def files_hash(files: Iterable[Path]) -> str:
+    """Returns one hash of many files: of their names, without folders, and their contents, in this order."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {data_file_hash(file)}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
 
 
 HASHED_WHOLE = 64 << 20

@@ -17,9 +17,7 @@ from minitron.specs.blocks.distill import Distill
 from minitron.specs.blocks.evaluate import Evaluate
 from minitron.specs.blocks.teacher_correction import TeacherCorrection
 from minitron.specs.builds import CORRECTION_WORK, MODEL, STUDENT, TEACHER, WORK
-from minitron.specs.data import DataSource
-from minitron.specs.data_files import resolve, sources_as_read
-from minitron.specs.errors import placing
+from minitron.specs.data_files import resolve_data
 from minitron.specs.load import LoadedSpec
 from minitron.specs.training_plan import (
     FORMAT_VERSION,
@@ -52,9 +50,9 @@ def training_plan(
     fingerprint: str,
     costs: Mapping[str, ModelCosts],
 ) -> EvaluationPlan:
-    """The plan; a TrainingPlan where the spec distils. `layers`, the module list of the decoder layers, is that of both models;
-    `heads` and `costs` have those of `teacher` and `student`; `fingerprint` identifies the student that is trained. What
-    depends on the selection is added by `aligned`."""
+    """Builds the plan; a TrainingPlan where the spec distils. `layers`, the module list of the decoder layers, is that
+    of both models; `heads` and `costs` have those of `teacher` and `student`; `fingerprint` identifies the student that
+    is trained. `aligned` adds what depends on the selection."""
     spec = loaded.spec
     distill, evaluate = spec.distill, spec.evaluate
     shared: dict[str, Any] = {"dtype": spec.teacher.dtype or checkpoint.dtype, "layers": layers}
@@ -63,9 +61,7 @@ def training_plan(
         for side in ("teacher", "student")
     }
     every = None if distill is None else distill.checkpoint.every_tokens or max(1, distill.tokens // CHECKPOINTS)
-    sources = {
-        at: _source(loaded, source, at) for at, source in sources_as_read(spec) if not at.startswith("importance")
-    }
+    sources = resolve_data(loaded)
     held_out = None
     if evaluate is not None and evaluate.held_out is not None:
         held_out = HeldOutPlan(
@@ -158,17 +154,13 @@ def _correction(correction: TeacherCorrection | None, distill: Distill) -> Corre
 
 
 def render(plan: EvaluationPlan, spec: Path, build: Path) -> str:
-    """The file's text."""
+    """Returns the text of training.yaml."""
     body = yaml.safe_dump(to_document(plan), sort_keys=False, allow_unicode=True, width=120)
     return HEADER.format(spec=spec.name, build=build.absolute().name) + body
 
 
-def _source(loaded: LoadedSpec, source: DataSource, at: str) -> DataSource:
-    with placing(loaded):
-        return resolve(source, loaded.folder, at=at)
-
-
 def _relative(folder: Path, build: Path) -> str:
-    """Relative to the build folder, so that both can be moved together; absolute for what lies in a cache."""
+    """Returns the folder relative to the build, so that both can be moved together; absolute for what lies in a
+    cache."""
     relative = os.path.relpath(folder, build)
     return relative if relative.count("..") <= 4 else str(folder)

@@ -44,6 +44,7 @@ def check_documents(loaded: LoadedSpec) -> list[Problem]:
     for source_at, source in data_sources(loaded.spec):
         for path, _, part in source_parts(source_at, source):
             try:
+                # Alone: what is wrong with one part must not hide what is wrong with another.
                 check_readable(resolve(part, loaded.folder))
             except Refused:
                 continue

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from minitron.compiler.teacher.checkpoint import SMALL_FILES
@@ -17,7 +16,7 @@ from minitron.compiler.teacher.tokenizer import tokenizer_files
 from minitron.specs.builds import CONFIG, PLAN, build_of, finished_note, result_of
 from minitron.specs.chain import above
 from minitron.specs.data import STDLIB_PREFIX, Source
-from minitron.specs.data_files import data_file_hash, data_files, data_sources, resolve, stdlib
+from minitron.specs.data_files import data_file_hash, data_files, data_sources, files_hash, resolve_data, stdlib
 from minitron.specs.errors import MinitronError, SpecInvalid, UsageError, placing
 from minitron.specs.load import LoadedSpec
 from minitron.specs.lockfile import Inputs, source_parts
@@ -27,8 +26,8 @@ MAX_FILES = 16  # of one source that are listed one by one; of more there is one
 
 
 def observe(loaded: LoadedSpec, *, offline_will_do: bool = True) -> Inputs:
-    """`{teacher, tokenizer, data}` as they are now; reads configuration, tokenizer files, weights and data; of large
-    files that have not changed since, the hash is remembered.
+    """Returns `{teacher, tokenizer, data}` as they are now; reads configuration, tokenizer files, weights and data; of
+    large files that have not changed since, the hash is remembered.
 
     The pins of `loaded` are followed: what is pinned to a commit is observed there. A data set of the Hub whose commit
     cannot be found out is left without one, or refused where `offline_will_do` is false. Raises SpecInvalid for a
@@ -40,13 +39,11 @@ def observe(loaded: LoadedSpec, *, offline_will_do: bool = True) -> Inputs:
         inputs["tokenizer"] = {
             path.relative_to(folder).as_posix(): data_file_hash(path) for path in tokenizer_files(folder)
         }
-    written = dict(data_sources(loaded.written or loaded.spec))
+    known = resolve_data(loaded)
     data: Inputs = {}
-    for at, source in data_sources(loaded.spec):
-        with placing(loaded):
-            known = resolve(source, loaded.folder, at=at)
-        originals = source_parts(at, written[at])
-        for (path, key, part), (_, _, original) in zip(source_parts(at, known), originals, strict=True):
+    for at, written in data_sources(loaded.written or loaded.spec):
+        originals = source_parts(at, written)
+        for (path, key, part), (_, _, original) in zip(source_parts(at, known[at]), originals, strict=True):
             try:
                 data[key] = _source(part, original, loaded.folder, offline_will_do)
             except UsageError as error:
@@ -60,12 +57,13 @@ def observe(loaded: LoadedSpec, *, offline_will_do: bool = True) -> Inputs:
 
 
 def at_commit(loaded: LoadedSpec, commit: str | None) -> LoadedSpec:
-    """The spec with its teacher pinned to the commit that it was found at, wherever its branch points by now."""
+    """Returns the spec with its teacher pinned to the commit that it was found at, wherever its branch points by
+    now."""
     return loaded if commit is None else loaded.pinned({**loaded.pins, "teacher.revision": commit})
 
 
 def with_result(loaded: LoadedSpec, inputs: Inputs) -> Inputs:
-    """The inputs with what the spec above has come to, where the teacher is the result of one: trained anew, it is
+    """Returns the inputs with the result of the spec above, where the teacher is the result of one: trained anew, it is
     another teacher of the same shape."""
     upper = above(loaded)
     if upper is None:
@@ -76,12 +74,12 @@ def with_result(loaded: LoadedSpec, inputs: Inputs) -> Inputs:
 
 
 def digest(inputs: Inputs) -> str:
-    """One hash of all inputs."""
-    return _sha256([json.dumps(inputs, sort_keys=True).encode()])
+    """Returns one hash of all inputs."""
+    return _sha256(json.dumps(inputs, sort_keys=True).encode())
 
 
 def _teacher(loaded: LoadedSpec) -> tuple[Inputs, Path | None]:
-    """The teacher's part, and the folder that its tokenizer is in where that is known already."""
+    """Returns the teacher's part of the inputs, and the folder of its tokenizer where that is known already."""
     upper = above(loaded)
     if upper is not None:
         name = loaded.spec.teacher.spec
@@ -121,19 +119,19 @@ def _teacher(loaded: LoadedSpec) -> tuple[Inputs, Path | None]:
     with placing(loaded, "teacher.model", (MinitronError,)):
         files = find_weight_files(folder).paths
     if files:
-        part["weights"] = _together(list(files), folder)
+        part["weights"] = files_hash(files)
     return part, folder
 
 
 def _result(upper: LoadedSpec) -> str:
-    """A hash of what the spec above has come to: its student, its training and the shape of its model."""
+    """Returns a hash of the result of the spec above: its student, its training and the shape of its model."""
     build, model = build_of(upper), result_of(upper)
     texts = [path.read_bytes() for path in (finished_note(build), model / CONFIG) if path.is_file()]
     plan = build / PLAN
     if plan.is_file():
         document = json.loads(plan.read_text(encoding="utf-8"))
         texts.append(json.dumps([document.get("fingerprint"), document.get("inputs")], sort_keys=True).encode())
-    return _sha256(texts)
+    return _sha256(b"".join(texts))
 
 
 def _source(source: Source, written: Source, folder: Path, offline_will_do: bool) -> Inputs:
@@ -153,40 +151,28 @@ def _source(source: Source, written: Source, folder: Path, offline_will_do: bool
         return part
     if source.dataset is not None:
         files = data_files(source)
-        return {
-            "dataset": str(written.dataset),
-            "files": str(len(files)),
-            "all": _together(files, Path(source.dataset)),
-        }
+        return {"dataset": str(written.dataset), "files": str(len(files)), "all": files_hash(files)}
     entries: list[str] = list(getattr(source, source.kind))
     if len(entries) > MAX_FILES:
-        return {"files": str(len(entries)), "all": _together(data_files(source), folder)}
+        return {"files": str(len(entries)), "all": files_hash(data_files(source))}
     part = {}
     for entry in entries:
         if entry.startswith(STDLIB_PREFIX):
-            part[entry] = _together(stdlib(entry), folder)
+            part[entry] = files_hash(stdlib(entry))
         else:
             part[Path(os.path.relpath(entry, folder)).as_posix()] = data_file_hash(Path(entry))
     return part
 
 
 def _folder(loaded: LoadedSpec, name: str) -> Inputs:
-    """All files in a folder that a spec names, as one."""
+    """Returns the inputs of a folder that a spec names: its files under one hash."""
     folder = loaded.folder / name
     if not folder.is_dir():
         hint = f"paths are relative to {loaded.folder.absolute()}"
         raise SpecInvalid([loaded.error("evaluate.data_dir", f"there is no folder `{name}`", hint)])
     files = sorted(one for one in folder.rglob("*") if one.is_file())
-    return {"folder": name, "files": str(len(files)), "all": _together(files, folder)}
+    return {"folder": name, "files": str(len(files)), "all": files_hash(files)}
 
 
-def _together(files: list[Path], folder: Path) -> str:
-    """One hash of many files: of their names and contents."""
-    return _sha256(f"{path.name} {data_file_hash(path)}\n".encode() for path in files)
-
-
-def _sha256(parts: Iterable[bytes]) -> str:
-    hashed = hashlib.sha256()
-    for part in parts:
-        hashed.update(part)
-    return f"sha256:{hashed.hexdigest()}"
+def _sha256(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
