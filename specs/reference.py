@@ -12,6 +12,7 @@ from pathlib import Path
 from minitron.specs import output_reference
 from minitron.specs.atomic import write_text
 from minitron.specs.schema import JsonSchema, json_schema, json_schema_text
+from minitron.specs.schema_markdown import TypeWords, paragraph, referenced, table
 
 SCHEMA_FILE = Path(__file__).resolve().parent / "minitron.schema.json"
 REFERENCE_FILE = Path(__file__).resolve().parent.parent / "docs" / "spec-reference.md"
@@ -51,7 +52,7 @@ def _inner_blocks(block: JsonSchema, path: str) -> Iterator[tuple[str, str]]:
 def _references(node: object) -> Iterator[str]:
     if isinstance(node, dict):
         if "$ref" in node:
-            yield node["$ref"].rpartition("/")[2]
+            yield referenced(node)
         for value in node.values():
             yield from _references(value)
     elif isinstance(node, list):
@@ -61,78 +62,23 @@ def _references(node: object) -> Iterator[str]:
 
 def _section(title: str, block: JsonSchema, homes: dict[str, str], blocks: JsonSchema) -> str:
     required = block.get("required") or block.get("anyOf", [{}])[0].get("required", [])
-    lines = [
-        f"## {title}",
-        "",
-        block.get("description", ""),
-        "",
-        "| key | type | default | meaning |",
-        "|---|---|---|---|",
-    ]
+
+    def link(name: str) -> str:
+        path = homes.get(name, "")
+        return f"[{path}](#{path.replace('.', '').lower()})"
+
+    types = TypeWords(link, of_output=False)
+    rows = []
     for key, value in block["properties"].items():
         default = "required" if key in required else f"`{_yaml(value['default'])}`" if "default" in value else ""
         meaning = value.get("description") or blocks[next(_references(value))]["description"]
-        cells = (f"`{key}`", _type(value, homes), default, meaning)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append((f"`{key}`", types(value), default, meaning))
+    described = paragraph(block.get("description", ""))
+    return "\n".join([f"## {title}", "", *described, "", *table(("key", "type", "default", "meaning"), rows)]) + "\n"
 
 
 def _yaml(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _type(node: JsonSchema, homes: dict[str, str]) -> str:
-    """Describes in words the values that a schema node allows."""
-    if several := node.get("anyOf") or node.get("oneOf"):
-        # Leaving a key out is the way to write null, so only a key whose default is something else shows it.
-        shown = [one for one in several if one != {"type": "null"} or node.get("default") is not None]
-        return " or ".join(dict.fromkeys(_alternative(one, shown, homes) for one in shown))
-    if "$ref" in node:
-        path = homes.get(node["$ref"].rpartition("/")[2], "")
-        return f"[{path}](#{path.replace('.', '').lower()})"
-    if "const" in node:
-        return f"`{node['const']}`"
-    if "enum" in node:
-        return " or ".join(f"`{word}`" for word in node["enum"])
-    match node["type"]:
-        case "array":
-            return _list(node, homes)
-        case "integer" | "number" as kind:
-            return ("whole number" if kind == "integer" else "number") + _range(node)
-        case "string" if "examples" in node:
-            return f"text such as `{node['examples'][0]}`"
-        case "boolean":
-            return "`true` or `false`"
-        case "null":
-            return "`null`"
-        case "object" if "properties" in node:
-            return "a range `{" + ", ".join(node["properties"]) + "}`"
-        case _:
-            return "text"
-
-
-def _alternative(node: JsonSchema, beside: list[JsonSchema], homes: dict[str, str]) -> str:
-    items = node.get("items")
-    others = [one for one in beside if one is not node]
-    return "a list of these" if items and items in ({"anyOf": others}, *others) else _type(node, homes)
-
-
-def _list(node: JsonSchema, homes: dict[str, str]) -> str:
-    if "prefixItems" in node:
-        return f"[{', '.join(_type(item, homes) for item in node['prefixItems'])}]"
-    return f"list of {_type(node['items'], homes)}"
-
-
-def _range(node: JsonSchema) -> str:
-    limits = (
-        ("minimum", "at least"),
-        ("exclusiveMinimum", "above"),
-        ("exclusiveMaximum", "below"),
-        ("maximum", "at most"),
-    )
-    # The largest numbers only keep what cannot be meant out; a reader does not need them.
-    said = [f"{words} {node[key]:g}" for key, words in limits if key in node and node[key] < 2**31]
-    return f" ({', '.join(said)})" if said else ""
 
 
 def main() -> None:
