@@ -21,6 +21,7 @@ from minitron.specs.atomic import atomic_folder
 from minitron.specs.builds import CARD, CONFIG
 from minitron.specs.generation_settings import FILE as GENERATION
 from minitron.specs.generation_settings import read_generation_settings
+from minitron.specs.weight_files import INDEX
 
 SHARD_BYTES = 2 << 30  # what is held in memory at a time, besides the tensor that is being made
 
@@ -31,7 +32,8 @@ Make = Callable[[str], torch.Tensor]
 def student_weights(
     source: WeightSource, recipes: Mapping[str, Recipe], stored_dtype: Callable[[str], torch.dtype]
 ) -> Make:
-    """Student parameter name -> tensor, made when it is asked for. `stored_dtype` is by the teacher's name."""
+    """Returns a function from a student parameter's name to its tensor, made when it is asked for. `stored_dtype` is by
+    the teacher's name."""
 
     def make(name: str) -> torch.Tensor:
         recipe = recipes[name]
@@ -70,7 +72,7 @@ def write_student(
         config.dtype = student.dtype
         config.architectures = [type(model).__name__]
         if streamed:
-            _write_shards(folder, list(stored_tensors(model)), make, advance)
+            _write_shards(folder, stored_tensors(model), make, advance)
             with quiet():
                 config.save_pretrained(folder)
         else:
@@ -102,37 +104,27 @@ def _assign(model: torch.nn.Module, old: torch.Tensor, new: torch.Tensor) -> Non
                 module._buffers[key] = new
 
 
-def _write_shards(folder: Path, names: list[str], make: Make, advance: Callable[[int], None]) -> None:
+def _write_shards(
+    folder: Path, tensors: Mapping[str, torch.Tensor], make: Make, advance: Callable[[int], None]
+) -> None:
+    """Writes one shard after the other; `tensors` are on the meta device and say what is to be made."""
+    from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
-    shards: list[dict[str, str]] = []
+    split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=SHARD_BYTES)
     total = 0
-    pending: dict[str, torch.Tensor] = {}
-
-    def flush() -> None:
-        if pending:
-            path = folder / f"part-{len(shards)}.safetensors"
-            save_file(pending, path, metadata={"format": "pt"})
-            shards.append(dict.fromkeys(pending, path.name))
-            pending.clear()
-
-    for name in names:
-        tensor = make(name)
-        size = tensor.numel() * tensor.element_size()
-        if pending and sum(t.numel() * t.element_size() for t in pending.values()) + size > SHARD_BYTES:
-            flush()
-        pending[name] = tensor
-        total += size
-        advance(size)
-    flush()
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (folder / next(iter(shard.values()))).rename(folder / name)
-        weight_map.update(dict.fromkeys(shard, name))
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for file, names in split.filename_to_tensors.items():
+        shard = {}
+        for name in names:
+            shard[name] = make(name)
+            size = shard[name].numel() * shard[name].element_size()
+            total += size
+            advance(size)
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        # The size of what was made: a tensor may be kept in another dtype than the model's own.
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_others(source: Path, folder: Path) -> None:
