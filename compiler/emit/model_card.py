@@ -6,7 +6,7 @@ from typing import Any
 
 
 def model_card(plan: dict[str, Any]) -> str:
-    """Markdown with the front matter that model hubs read, from a plan document."""
+    """Returns the card as Markdown with the front matter that model hubs read, from a plan document."""
     teacher, student, spec = plan["teacher"], plan["student"], plan["spec"]
     rows = [f"| {key} | {old} | {student['widths'].get(key, old)} |" for key, old in teacher["widths"].items()]
     rows += [

@@ -1,4 +1,4 @@
-"""The student's config.json for loaders that know older keys only.
+"""Adds to the student's config.json the keys of older loaders.
 
 transformers 5 holds rotary embeddings in `rope_parameters` and the dtype in `dtype`, and writes nothing else; version 4 and the
 servers built on it read `rope_theta`, `rope_scaling`, `torch_dtype` and relatives, and take defaults where these are missing.
@@ -27,7 +27,7 @@ Place = tuple[str, ...]
 
 
 def for_older_loaders(config: Any, document: Document) -> Document:
-    """The document of `config`, which transformers has written, with the older keys."""
+    """Returns the document of `config`, which transformers has written, with the older keys."""
     plain = with_dtype(document)
     wanted = _read(config, document)
     if wanted is None:
@@ -37,7 +37,7 @@ def for_older_loaders(config: Any, document: Document) -> Document:
 
 
 def _read(config: Any, document: Mapping[str, Any]) -> Any:
-    """The configuration as transformers reads it from a document, without the older keys; None where it cannot."""
+    """Reads the configuration of a document as transformers does, without the older keys; None where it cannot."""
     try:
         with quiet():
             read = type(config).from_dict(copy.deepcopy(dict(document))).to_dict()
@@ -47,7 +47,8 @@ def _read(config: Any, document: Mapping[str, Any]) -> Any:
 
 
 def _rotary(config: Any, document: Document) -> Document:
-    """The older keys of the rotary embeddings, each with the value of the place that the class reads it into."""
+    """Returns the older keys of the rotary embeddings, each with the value of the place that the class reads it
+    into."""
     parameters = document.get(NEW)
     if not isinstance(parameters, dict):
         return {}

@@ -1,4 +1,5 @@
-"""student.pt2: the rewritten graph as a program of torch.export, with the student's buffers and without its weights."""
+"""Writes and runs student.pt2: the rewritten graph as a program of torch.export, with the student's buffers and without
+its weights."""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ def build_program(graph_module: GraphModule, buffers: Mapping[str, torch.Tensor]
 
 
 def _plain(graph_module: GraphModule) -> GraphModule:
-    """The graph over modules that are named as the model's own, its tensors fake ones of the CPU."""
+    """Returns the graph over modules that are named as the model's own, its tensors fake ones of the CPU."""
     return rebuild(graph_module, strip_wrapper, lambda value: torch.empty(tuple(value.shape), dtype=value.dtype))
 
 
@@ -98,7 +99,7 @@ def holds_custom(graph_module: GraphModule) -> bool:
 
 
 def run_program(program: Path, shards: Sequence[Path], ids: torch.Tensor, *, custom: bool = False) -> torch.Tensor:
-    """Logits of `student.pt2` on weight files, from a process that knows torch and safetensors only.
+    """Computes the logits of `student.pt2` on weight files, in a process that knows torch and safetensors only.
 
     `custom` says that the graph holds operators that transformers registers. WorkError with the process's last line.
     """

@@ -1,4 +1,4 @@
-"""The student between rewriting and writing: a graph, and how each of its parameters is made."""
+"""The student between rewriting and writing: a graph, and a recipe for each of its parameters."""
 
 from __future__ import annotations
 

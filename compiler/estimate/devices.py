@@ -80,7 +80,7 @@ def read_device(text: str) -> Cluster:
         nearest = closest(match["name"] if match else text, [*DEVICES, *ALIASES, THIS])
         meant = f"did you mean {nearest}? " if nearest else ""
         raise UsageError(
-            f"--device {text}: not a device that a plan can be reckoned for; {meant}write one of "
+            f"--device {text}: not a device that a plan can be estimated for; {meant}write one of "
             f"{', '.join(DEVICES)} or this (this machine), with a number of them behind it: h200x8"
         )
     return Cluster(DEVICES[name], count)

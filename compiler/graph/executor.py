@@ -28,7 +28,7 @@ Environment = dict[Node, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """Where and in what number format a graph is run: `graph_dtype` constants in it become `dtype`."""
+    """The device and the dtype that a graph is run in: `graph_dtype` constants in it become `dtype`."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -190,7 +190,7 @@ class Executor:
         return value
 
     def _localised(self, arguments: Any) -> Any:
-        """Arguments with the device and the number format that the graph is run with."""
+        """Returns arguments with the device and the dtype that the graph is run with."""
 
         def one(value: Any) -> Any:
             if isinstance(value, torch.device):

@@ -115,7 +115,8 @@ def _has_key(config: Any, name: str, teacher_widths: Mapping[str, int]) -> bool:
 
 
 def _guesses(config: Any, widths: Mapping[str, int], teacher_widths: Mapping[str, int]) -> Iterator[dict[Key, int]]:
-    """Nothing, then one, two and three keys that have in the teacher the value of a narrowed width, or of one that it makes."""
+    """Nothing, then one, two and three keys that have in the teacher the value of a narrowed width, or of one that it
+    makes."""
     pairs = [(teacher_widths[name], width) for name, width in widths.items()]
     pairs += _made_of(widths, teacher_widths)
     own = {config_key(config, name, teacher_widths[name]) for name in widths}
@@ -168,7 +169,7 @@ def prove(captured: Captured, config: Any, shapes: Mapping[str, tuple[int, ...]]
         raise UsageError(
             f"the configuration of {config.model_type} cannot express these widths: {name} would be "
             f"{_shape(got.get(name))} when it is loaded, and has to be {_shape(shapes.get(name))} "
-            f"({len(wrong)} tensors differ)" + _why(captured, config, wrong)
+            f"({len(wrong)} tensors differ)" + _explain_widths(captured, config, wrong)
         )
     try:
         config.validate()  # which loading the configuration does, and building a model of it does not
@@ -186,7 +187,7 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else str(list(shape))
 
 
-def _why(captured: Captured, config: Any, wrong: Sequence[str]) -> str:
+def _explain_widths(captured: Captured, config: Any, wrong: Sequence[str]) -> str:
     """Explains which widths a configuration ties together where it cannot express them, by the tensors that differ."""
     attention = any("attn" in name or "attention" in name for name in wrong)
     return _proportion(captured.config, config) if attention else ""

@@ -34,7 +34,8 @@ OWN_DTYPES = {"F32": "float32", "F64": "float32", "F16": "float16", "BF16": "bfl
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Hugging Face checkpoint: `folder` holds its files, `tensors` is empty where only the configuration is there.
+    """The checkpoint of a teacher in Hugging Face format: `folder` holds its files, `tensors` is empty where only the
+    configuration is there.
 
     `commit` is that of a model from the Hub, whose weights need not be on this machine for a plan: then `tensors` came
     over the network, headers only; None for a folder of the user's own. `remark` says what could not be inspected.
@@ -53,8 +54,8 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The dtype that most bytes of the weights are in, or that the configuration says where no weights are there. Floats
-        of eight bits are held as bfloat16: modules do not compute in them."""
+        """The dtype that most bytes of the weights are in, or that the configuration says where no weights are there.
+        Floats of eight bits are held as bfloat16: modules do not compute in them."""
         sizes: Counter[str] = Counter()
         for info in self.tensors.values():
             sizes[info.dtype] += info.nbytes
@@ -70,7 +71,7 @@ class Checkpoint:
 
 
 class BrokenWeights(WorkError):
-    """Weight files are damaged or missing; `checkpoint` is all else that there is."""
+    """The error for weight files that are damaged or missing; `checkpoint` is everything else."""
 
     def __init__(self, message: str, checkpoint: Checkpoint) -> None:
         super().__init__(message)
@@ -78,8 +79,8 @@ class BrokenWeights(WorkError):
 
 
 def open_checkpoint(model: str, revision: str | None, base: Path, *, weights: bool) -> Checkpoint:
-    """A folder (relative to `base`) or a Hub id, of which the small files are fetched and the headers of the large
-    ones.
+    """Opens a folder (relative to `base`) or a Hub id, of which the small files are fetched and the headers of the
+    large ones.
 
     With `weights` those of a folder must be there, and all small files of a model from the Hub: `fetch_weights`
     follows. Raises UsageError where the model cannot be found or its configuration not be read; BrokenWeights for
@@ -97,7 +98,8 @@ def open_checkpoint(model: str, revision: str | None, base: Path, *, weights: bo
 
 
 def fetch_weights(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with its weights on this machine: those of a model from the Hub are fetched, at its commit.
+    """Returns the checkpoint with its weights on this machine: those of a model from the Hub are fetched, at its
+    commit.
 
     Errors as for `open_checkpoint`.
     """
@@ -108,13 +110,14 @@ def fetch_weights(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _wanted(folder: Path) -> list[str]:
-    """The weight files to be fetched: some repositories hold the same weights once more, for other programs."""
+    """Returns the names of the weight files to be fetched: some repositories hold the same weights once more, for other
+    programs."""
     index = folder / INDEX
     return [SINGLE, *(indexed_files(index) if index.is_file() else [])]
 
 
 def read_checkpoint(name: str, folder: Path, *, weights: bool, commit: str | None = None) -> Checkpoint:
-    """The checkpoint in a folder. Errors as for `open_checkpoint`."""
+    """Reads the checkpoint in a folder. Errors as for `open_checkpoint`."""
     config = _read_config(name, folder)
     try:
         tensors, remark = _inspect(name, folder, weights, commit)
@@ -124,7 +127,7 @@ def read_checkpoint(name: str, folder: Path, *, weights: bool, commit: str | Non
 
 
 def _inspect(name: str, folder: Path, weights: bool, commit: str | None) -> tuple[dict[str, TensorInfo], str]:
-    """The tensors, and why there are none."""
+    """Returns the tensors, and the reason where there are none."""
     # In the Hub's cache a part of the weight files is what a download that was not finished leaves.
     tensors, remark = _read_headers(folder, parts_will_do=commit is not None and not weights)
     if weights and not tensors:
@@ -174,7 +177,7 @@ def _read_config(model: str, folder: Path) -> Any:
 
 
 def _read_headers(folder: Path, *, parts_will_do: bool) -> tuple[dict[str, TensorInfo], str]:
-    """The tensors of a folder, and what is ignored there."""
+    """Reads the tensors of a folder, and a remark on the files that are ignored there."""
     try:
         files = find_weight_files(folder)
     except WorkError:
@@ -185,7 +188,8 @@ def _read_headers(folder: Path, *, parts_will_do: bool) -> tuple[dict[str, Tenso
 
 
 def _remote_headers(model: str, folder: Path, commit: str) -> tuple[dict[str, TensorInfo], str]:
-    """The headers of weight files that lie on the Hub only, some kilobytes of each; and why not, where not."""
+    """Fetches the headers of weight files that lie on the Hub only, some kilobytes of each; returns the reason where
+    that fails."""
     from huggingface_hub import HfApi
 
     try:

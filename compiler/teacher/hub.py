@@ -1,4 +1,4 @@
-"""Repositories of the Hugging Face Hub: from an id and a revision to a commit and the files of it.
+"""Fetches from repositories of the Hugging Face Hub: from an id and a revision to a commit and the files of it.
 
 The cache comes first in the sense of huggingface_hub: what it holds whole is not fetched again, and offline it is all that
 there is. Every way in which the Hub can say no has a sentence of its own, because each needs another remedy.
@@ -17,12 +17,12 @@ Kind = Literal["model", "dataset"]
 
 
 class WrongRevision(UsageError):
-    """The repository is there and has no such branch, tag or commit."""
+    """The error for a repository without the branch, tag or commit that is asked for."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Files of a repository as they were at one commit; `folder` holds those that were asked for, and maybe others."""
+    """The files of a repository at one commit; `folder` holds those that were asked for, and maybe others."""
 
     folder: Path
     commit: str
@@ -49,7 +49,8 @@ def snapshot(repo: str, revision: str | None, patterns: Sequence[str], *, enough
 
 
 def commit_of(repo: str, revision: str | None, kind: Kind) -> str:
-    """The commit that a revision is at now; offline the one that the cache has for it. Errors as for `snapshot`."""
+    """Returns the commit that a revision is at now; offline the one that the cache has for it. Errors as for
+    `snapshot`."""
     from huggingface_hub import HfApi
 
     try:

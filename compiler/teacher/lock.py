@@ -1,4 +1,4 @@
-"""The lock of a spec: made from what is there now, and held against it."""
+"""Makes the lock of a spec from its present inputs, and compares the two."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make_lock(loaded: LoadedSpec) -> Inputs:
 
 
 def renew(loaded: LoadedSpec) -> tuple[Inputs, bool]:
-    """Writes the lock file where it says anything else than what is there now. What it holds, and whether it was
+    """Writes the lock file where it differs from the present inputs. Returns its contents, and whether it was
     written."""
     inputs, path = make_lock(loaded), lock_path(loaded)
     text = render_lock(inputs, loaded.path.name)
@@ -42,8 +42,8 @@ def is_locked(loaded: LoadedSpec) -> bool:
 
 
 def versions() -> Inputs:
-    """The versions of minitron and of the libraries that affect numbers, without the local part (`+cpu`) that names a
-    build."""
+    """Returns the versions of minitron and of the libraries that affect numbers, without the local part (`+cpu`) that
+    names a build."""
     found: Inputs = {"minitron": __version__}
     for name in LIBRARIES:
         try:
@@ -54,7 +54,7 @@ def versions() -> Inputs:
 
 
 def apply_lock(loaded: LoadedSpec, *, locked: bool) -> tuple[LoadedSpec, list[SpecError]]:
-    """The spec with the commits of its lock file, and what in that file is stale.
+    """Returns the spec with the commits of its lock file, and the stale entries of that file.
 
     With `locked` whatever is stale is refused (SpecInvalid, each at its line of the lock file), and so is a lock that is
     not there (UsageError). Without it a spec that has no lock is taken as it is.

@@ -15,8 +15,8 @@ OF_THE_FOLDER = ("auto_map", "transformers_weights")
 
 
 def load_config(folder: Path) -> Any:
-    """The configuration without keys that only change how the model is called. Raises UsageError where it cannot be
-    read."""
+    """Loads the configuration without keys that only change how the model is called. Raises UsageError where it cannot
+    be read."""
     from transformers import AutoConfig
 
     plain = {key: value for key, value in read_model_config(folder).items() if key not in OF_THE_FOLDER}

@@ -19,7 +19,7 @@ from minitron.specs.lockfile import changes, in_words
 
 
 def open_teacher(loaded: LoadedSpec, *, weights: bool, planned: Callable[[LoadedSpec, Path], Any]) -> Checkpoint:
-    """The teacher of a spec. With `weights` they must be there, or on the Hub (see `open_checkpoint`).
+    """Opens the teacher of a spec. With `weights` they must be there, or on the Hub (see `open_checkpoint`).
 
     In a chain the teacher is the model of the spec above. Where that has not been run, a plan does with what it will be:
     `planned(spec above, its build folder)` gives the configuration of its student. SpecInvalid at the teacher's line.
@@ -53,8 +53,8 @@ def _result(
 
 
 def why_not_finished(loaded: LoadedSpec) -> str | None:
-    """Why the result of a spec cannot be a teacher yet; None when it can: compiled from this spec and these inputs,
-    verified, and trained where the spec trains."""
+    """Explains why the result of a spec cannot be a teacher yet; None where it can: compiled from this spec and these
+    inputs, verified, and trained where the spec trains."""
     build, result = build_of(loaded), result_of(loaded)
     reason = why_stale(build, loaded)
     if reason is not None:
@@ -64,7 +64,8 @@ def why_not_finished(loaded: LoadedSpec) -> str | None:
 
 
 def why_stale(build: Path, loaded: LoadedSpec) -> str | None:
-    """Why a build folder is not what a spec compiles to now, as `{build} is ...`; None when it is, and verified."""
+    """Explains why a build folder is not what a spec compiles to now, as `{build} is ...`; None where it is, and
+    verified."""
     plan = read_document(build / PLAN)
     if plan is None:
         return "not compiled yet"

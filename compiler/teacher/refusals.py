@@ -1,4 +1,4 @@
-"""Checkpoints that are no teacher as they lie there: quantised weights, and models of several towers."""
+"""Refuses checkpoints that cannot be a teacher: quantised weights, and models of several towers."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from minitron.specs.errors import UsageError
 
 @dataclass(frozen=True)
 class LackingTokens:
-    """Tokens of a tokenizer that a model has no row for, in words; empty where there are none."""
+    """The tokens of a tokenizer that a model has no row for, in words; empty where there are none."""
 
     ordinary: str
     """Those that text is made of: the tokenizer is another model's."""
@@ -28,7 +28,7 @@ class LackingTokens:
 
 
 def lacking_tokens(tokenizer: Any, size: int) -> LackingTokens:
-    """The tokens from number `size` on, by what they are."""
+    """Describes the tokens from number `size` on, by their kind."""
     beyond = {int(number): str(token) for token, number in tokenizer.get_vocab().items() if number >= size}
     added = {number: token for number, token in beyond.items() if number in tokenizer.added_tokens_decoder}
     recipe = recipe_of(tokenizer)
@@ -38,7 +38,7 @@ def lacking_tokens(tokenizer: Any, size: int) -> LackingTokens:
 
 
 def _in_words(tokens: dict[int, str]) -> str:
-    """`<pad>` as token 32000, and 3 more"""
+    """Describes tokens: `<pad>` as token 32000, and 3 more"""
     if not tokens:
         return ""
     first = min(tokens)
@@ -53,8 +53,8 @@ TOKENIZER_FILES = (
 
 
 def tokenizer_files(folder: Path) -> Iterator[Path]:
-    """The files of a checkpoint that make up its tokenizer, those of chat templates in their own folder too. Raises
-    UsageError for a link that leads out of the folder: what is copied into a student must be the teacher's.
+    """Yields the files of a checkpoint that make up its tokenizer, those of chat templates in their own folder too.
+    Raises UsageError for a link that leads out of the folder: what is copied into a student must be the teacher's.
     """
     seen: set[Path] = set()
     for pattern in TOKENIZER_FILES:
@@ -84,7 +84,7 @@ def check_inside(path: Path, folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint folder. Raises UsageError where there is none."""
+    """Loads the tokenizer of a checkpoint folder. Raises UsageError where there is none."""
     from transformers import AutoTokenizer
 
     try:

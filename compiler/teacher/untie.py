@@ -1,4 +1,4 @@
-"""A teacher whose head gets a matrix of its own, where its configuration ties the head to the embedding."""
+"""Unties a teacher: its head gets a matrix of its own, where its configuration ties the head to the embedding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TIE = "tie_word_embeddings"
 
 
 def untied_config(config: Any) -> Any:
-    """The configuration without the tie. Raises UsageError where there is none."""
+    """Returns the configuration without the tie. Raises UsageError where there is none."""
     if not getattr(config, TIE, False):
         raise UsageError(f"the head of this {config.model_type} has a matrix of its own already: {TIE} is false")
     changed = copy.deepcopy(config)
@@ -23,7 +23,7 @@ def untied_config(config: Any) -> Any:
 
 
 def untie(checkpoint: Checkpoint, config: Any, aliases: Mapping[str, str]) -> Checkpoint:
-    """The checkpoint as one of `config`, whose model has parameters that the files hold under another name.
+    """Returns the checkpoint as one of `config`, whose model has parameters that the files hold under another name.
 
     `aliases`: parameter -> the stored one that it equals.
     """

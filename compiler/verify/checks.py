@@ -95,7 +95,8 @@ def skipped(name: str, detail: str) -> Check:
 def check_widths(
     folder: Path, wanted: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]
 ) -> Check:
-    """`wanted`: configuration key -> width; `shapes`: the tensors that were planned, `got`: those of the loaded model."""
+    """`wanted`: configuration key -> width; `shapes`: the tensors that were planned, `got`: those of the loaded
+    model."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     wrong = [f"{key} is {config.get(key)}, not {width}" for key, width in wanted.items() if config.get(key) != width]
     wrong += [f"{name} is {got.get(name)}, not {shape}" for name, shape in shapes.items() if got.get(name) != shape]
@@ -155,7 +156,7 @@ def check_program(
     streamed: bool,
     custom: bool,
 ) -> Check:
-    """student.pt2 in its own number format, on the files of student/. `custom`: as for `run_program`.
+    """Runs student.pt2 in its own dtype, on the files of student/. `custom`: as for `run_program`.
 
     Where transformers converts a checkpoint while loading it, the files have other names than the model's parameters:
     then the loaded model's own are written out for the comparison.
@@ -173,7 +174,7 @@ def check_program(
         return broken("program", error)
     if dtype == torch.float32:
         return compare("program", got, wanted, "student.pt2 on student/'s weights against the Hugging Face model")
-    # Activations are rounded to the program's number format at every operator, and routers may decide by a rounding.
+    # Activations are rounded to the program's dtype at every operator, and routers may decide by a rounding.
     detail = f"student.pt2 in {str(dtype).removeprefix('torch.')} against the Hugging Face model in float32"
     return compare("program", got.float(), wanted, detail, PROGRAM_TOLERANCE)
 

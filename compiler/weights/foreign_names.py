@@ -1,4 +1,5 @@
-"""Tensors that a wrapper around the model named: torch.compile, data parallelism, PEFT, the frame of a multimodal model."""
+"""Finds the names that a wrapper around the model gave its tensors: torch.compile, data parallelism, PEFT, the frame of
+a multimodal model."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ LEAST_SHARE = 0.5  # of the missing tensors that one prefix has to explain
 
 @dataclass(frozen=True)
 class ForeignName:
-    """`part` stands in the names of the file's tensors and not in the model's: `there` beside `wanted`."""
+    """The part of a name that a wrapper added: `part` stands in the names of the file's tensors and not in the model's:
+    `there` beside `wanted`."""
 
     part: str
     there: str

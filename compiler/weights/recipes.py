@@ -28,7 +28,7 @@ class Recipe:
     beside: int = 0
 
     def make(self, weight: torch.Tensor) -> torch.Tensor:
-        """The student's parameter from the teacher's, in the teacher's dtype."""
+        """Makes the student's parameter from the teacher's, in the teacher's dtype."""
         for axis, kept in enumerate(self.positions):
             if kept is not None and kept.ndim == 1:
                 weight = weight.index_select(axis, _on(kept, weight))
@@ -41,7 +41,7 @@ class Recipe:
         return weight.contiguous()
 
     def mask(self, weight: torch.Tensor) -> torch.Tensor:
-        """The teacher's parameter with everything that is not kept set to zero."""
+        """Returns the teacher's parameter with zeros in place of everything that is not kept."""
         weight = weight.clone()
         for axis, kept in enumerate(self.positions):
             if kept is not None and kept.ndim == 1:
@@ -65,14 +65,14 @@ def _on(indices: Indices, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _gone(kept: Indices, size: int) -> Indices:
-    """The indices that are not kept."""
+    """Returns the indices that are not kept."""
     return np.setdiff1d(np.arange(size, dtype=np.int64), kept)
 
 
 def recipes(
     captured: Captured, parameters: Mapping[str, Dims], narrowing: Narrowing, kept_layers: Sequence[int]
 ) -> dict[str, Recipe]:
-    """Student parameter name -> how it is made, for every parameter that the student has."""
+    """Maps every parameter of the student to its recipe."""
     numbers = {old: new for new, old in enumerate(kept_layers)}
     result: dict[str, Recipe] = {}
     for name, dims in parameters.items():

@@ -92,7 +92,8 @@ def check_finite(tensor: torch.Tensor, name: str, file: str, held: torch.dtype |
 
 
 class LoadedWeights:
-    """A checkpoint that transformers converts while loading (experts that are stacked, say): the model is held whole."""
+    """Holds a whole model in memory, for a checkpoint that transformers converts while loading it (experts that are
+    stacked, say)."""
 
     streamed = False
 
@@ -175,8 +176,8 @@ def _unexpected(names: list[str]) -> str:
 
 
 def _tied_names(captured: Captured, checkpoint: Checkpoint) -> dict[str, str]:
-    """Canonical name -> the name in the files, where these hold a tied parameter under another of its names only, or where
-    parameters that the files tie are to be two."""
+    """Maps canonical names to names in the files, where these hold a tied parameter under another of its names only, or
+    where parameters that the files tie are to be two."""
     there = checkpoint.tensors
     names = {
         first: name

@@ -1,4 +1,4 @@
-"""What the student is trained on: divergences from the teacher over the whole vocabulary, distances between hidden
+"""The losses of the student: divergences from the teacher over the whole vocabulary, distances between hidden
 states, and cross-entropy.
 
 Legend of shape suffixes in this package: T tokens of a call, C tokens of a chunk, G tokens of a buffer of gradients, R

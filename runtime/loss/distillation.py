@@ -1,4 +1,4 @@
-"""Distillation over the whole vocabulary from hidden states, never holding [tokens x vocabulary].
+"""Computes the distillation loss over the whole vocabulary from hidden states, never holding [tokens x vocabulary].
 
 For each chunk of tokens both models' logits are computed into two buffers that are used again by the next chunk; the
 formulas of a row turn them into the loss and its closed-form gradient; two products carry that to the student's hidden
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """`total` is what to call backward on. The terms are detached and unweighted; each is a share of a global mean:
-    the sum over this call's tokens divided by the normaliser. `divergence` carries no temperature^2. `divergence_T` has
-    the same for each token, not divided."""
+    """The loss and its terms: call backward on `total`. The terms are detached and unweighted; each is a share of a
+    global mean: the sum over this call's tokens divided by the normaliser. `divergence` carries no temperature^2.
+    `divergence_T` has the same for each token, not divided."""
 
     total: Tensor
     divergence: Tensor
@@ -63,7 +63,7 @@ def distillation_loss(
     valid_T: Tensor | None = None,
     head_gradient_VD: Tensor | None = None,
 ) -> LossTerms:
-    """The loss of T tokens, its gradient flowing to `student_TD` and to the student's head.
+    """Computes the loss of T tokens, its gradient flowing to `student_TD` and to the student's head.
 
     `labels_T` (the next tokens) are needed only where `cross_entropy` is not 0, the teacher only where `weight` is
     not 0. Stored samples (`targets`, drawn at `temperature`) may stand in for the teacher where the divergence is
@@ -99,7 +99,7 @@ def distillation_loss(
 
 @dataclass(frozen=True)
 class _Work:
-    """What a loss is computed from, beside what its gradient flows to."""
+    """The inputs of a loss that no gradient flows to."""
 
     settings: DistillationLoss
     student: Head
@@ -114,7 +114,8 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Results:
-    """The gradients that are wanted, the head's and the bias's to be added to, and of each token divergence and -log p."""
+    """The gradients that are wanted, the head's and the bias's to be added to, and each token's divergence and -log
+    p."""
 
     grad_TD: Tensor | None
     grad_VD: Tensor | None
@@ -123,7 +124,7 @@ class _Results:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Forward: the loss and its gradients. Backward: hands them out."""
+    """Computes the loss and its gradients in forward; backward returns them."""
 
     @staticmethod
     def forward(
@@ -179,7 +180,8 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _compute(work: _Work, student_TD: Tensor, found: _Results) -> None:
-    """Fills `found`: chunks of logits one after the other, products of their gradients where a buffer of them is full."""
+    """Fills `found`: chunks of logits one after the other, products of their gradients where a buffer of them is
+    full."""
     settings, device = work.settings, student_TD.device
     tokens, vocabulary = student_TD.shape[0], work.student.vocabulary
     student = replace(
@@ -232,5 +234,6 @@ def _compute(work: _Work, student_TD: Tensor, found: _Results) -> None:
 
 @lru_cache
 def fuses(device: torch.device) -> bool:
-    """Whether the formulas run as one kernel on `device`: on CUDA, where Triton is installed as it is with torch."""
+    """Checks whether the formulas run as one kernel on `device`: on CUDA, where Triton is installed as it is with
+    torch."""
     return device.type == "cuda" and find_spec("triton") is not None

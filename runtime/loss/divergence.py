@@ -1,4 +1,5 @@
-"""Three divergences between the teacher's distribution q and the student's p, row by row, with their gradients.
+"""Computes three divergences between the teacher's distribution q and the student's p, row by row, with their
+gradients.
 
 Each function gets log-probabilities and probabilities of both in fp32, returns the value of every row, and leaves
 in `log_p_RV` the gradient with respect to the student's logits *divided by the temperature*, `u = logits /
@@ -33,19 +34,21 @@ def log_softmax_(z_RV: Tensor, probabilities_RV: Tensor) -> None:
 
 
 def _difference_(log_a_RV: Tensor, log_b_RV: Tensor, a_RV: Tensor) -> Tensor:
-    """log a - log b in place, and 0 where a is 0: the summand a (log a - log b) is 0 there, impossible to both or not."""
+    """Computes log a - log b in place, and 0 where a is 0: the summand a (log a - log b) is 0 there, impossible to both
+    or not."""
     return log_a_RV.sub_(log_b_RV).masked_fill_(a_RV == 0, 0.0)
 
 
 def forward_kl(log_p_RV: Tensor, p_RV: Tensor, log_q_RV: Tensor, q_RV: Tensor) -> Tensor:
-    """KL(q || p) = sum q (log q - log p); its gradient is p - q. (Hinton et al., arXiv 1503.02531, section 2.)"""
+    """Computes KL(q || p) = sum q (log q - log p); its gradient is p - q. (Hinton et al., arXiv 1503.02531, section
+    2.)"""
     value_R = _difference_(log_q_RV, log_p_RV, q_RV).mul_(q_RV).sum(-1)
     torch.sub(p_RV, q_RV, out=log_p_RV)
     return value_R
 
 
 def reverse_kl(log_p_RV: Tensor, p_RV: Tensor, log_q_RV: Tensor, q_RV: Tensor) -> Tensor:
-    """KL(p || q) = sum p (log p - log q); its gradient is p (log p - log q - KL). (MiniLLM, arXiv 2306.08543,
+    """Computes KL(p || q) = sum p (log p - log q); its gradient is p (log p - log q - KL). (MiniLLM, arXiv 2306.08543,
     section 2.1.)"""
     _difference_(log_p_RV, log_q_RV, p_RV)
     value_R = torch.mul(p_RV, log_p_RV, out=q_RV).sum(-1)
@@ -54,7 +57,7 @@ def reverse_kl(log_p_RV: Tensor, p_RV: Tensor, log_q_RV: Tensor, q_RV: Tensor) -
 
 
 def jsd(log_p_RV: Tensor, p_RV: Tensor, log_q_RV: Tensor, q_RV: Tensor) -> Tensor:
-    """(KL(q || m) + KL(p || m)) / 2 with m = (p + q) / 2; gradient p (log p/m - KL(p || m)) / 2.
+    """Computes (KL(q || m) + KL(p || m)) / 2 with m = (p + q) / 2; gradient p (log p/m - KL(p || m)) / 2.
 
     (Agarwal et al., arXiv 2306.13649, equation 1, with beta = 1/2.) With d = log q - log p, log p/m is -log(1 +
     (e^d - 1) / 2): as it stands it is exact for small d, so the value comes from it. The gradient does not see a
@@ -73,7 +76,7 @@ def jsd(log_p_RV: Tensor, p_RV: Tensor, log_q_RV: Tensor, q_RV: Tensor) -> Tenso
 
 
 def _minus_log_over_mean(d_RV: Tensor, out: Tensor) -> Tensor:
-    """-log p/m from d = log q - log p, and -log q/m from -d."""
+    """Computes -log p/m from d = log q - log p, and -log q/m from -d."""
     return torch.clamp(d_RV, max=_LARGEST_EXPONENT, out=out).expm1_().mul_(0.5).log1p_()
 
 

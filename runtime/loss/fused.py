@@ -1,4 +1,4 @@
-"""One Triton kernel from the logits of both models to the value and the gradient of the loss.
+"""Runs one Triton kernel from the logits of both models to the value and the gradient of the loss.
 
 A program takes one row. It reads the row twice: once for the log-sum-exps of both models (an online softmax: running
 maximum and sum, tile by tile), and once for value and gradient. The third access writes the gradient, in the dtype of
@@ -35,7 +35,7 @@ WARPS = 8
 # parameters: a kernel takes pointers, sizes and constants one by one
 @triton.jit  # type: ignore[untyped-decorator]
 def _logits(base, bias, columns, inside, scale, cap, BIASED: tl.constexpr, CAPPED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A tile of logits and of d logits / d z: columns outside of the row are -inf."""
+    """Computes a tile of logits and of d logits / d z: columns outside of the row are -inf."""
     z = tl.load(base + columns, mask=inside, other=float("-inf")).to(tl.float32)
     if BIASED:
         z += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
@@ -52,8 +52,9 @@ def _logits(base, bias, columns, inside, scale, cap, BIASED: tl.constexpr, CAPPE
 
 @triton.jit
 def _online(values, maximum, total):  # type: ignore[no-untyped-def]
-    """Running maximum and sum of exp(value - maximum) after one more tile, the factor for sums over earlier tiles, and
-    the tile's exponentials. A row that begins with -inf has no maximum yet; exponents are then taken from 0."""
+    """Returns the running maximum and the sum of exp(value - maximum) after one more tile, the factor for sums over
+    earlier tiles, and the tile's exponentials. A row that begins with -inf has no maximum yet; exponents are then taken
+    from 0."""
     largest = tl.maximum(maximum, tl.max(values, 0))
     origin = tl.where(largest == float("-inf"), 0.0, largest)
     powers = tl.exp(values - origin)
@@ -63,14 +64,15 @@ def _online(values, maximum, total):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _difference(minuend, subtrahend):  # type: ignore[no-untyped-def]
-    """Of log-probabilities: what is impossible to both models does not set them apart."""
+    """Subtracts log-probabilities: a token that is impossible to both models does not set them apart."""
     both = (minuend == float("-inf")) & (subtrahend == float("-inf"))
     return tl.where(both, 0.0, minuend - subtrahend)
 
 
 @triton.jit
 def _halves(log_p, log_q):  # type: ignore[no-untyped-def]
-    """-log p/m and -log q/m for m = (p + q) / 2, and the summand of 2 JSD = sum of -(p log p/m + q log q/m) negated.
+    """Computes -log p/m and -log q/m for m = (p + q) / 2, and the summand of 2 JSD = sum of -(p log p/m + q log q/m)
+    negated.
 
     With d = log q - log p both are log((1 + e^d) / 2) and that minus d. Near d = 0 the summand's first order cancels between
     p and q: there it is taken from log cosh(d/2), whose series begins with the second order."""
@@ -214,7 +216,7 @@ class TritonRows:
     """Turns chunks of logits into values and gradients, as `TorchRows` does, in one kernel."""
 
     def __init__(self, settings: DistillationLoss, student: Head, teacher: Head | None, share: float) -> None:
-        """`share` is what one token counts in the global mean."""
+        """Prepares buffers; `share` is the weight of one token in the global mean."""
         self.settings, self.student, self.teacher, self.share = settings, student, teacher, share
 
     def to_gradient(
@@ -226,8 +228,8 @@ class TritonRows:
         out_CV: Tensor,
         values_2C: Tensor,
     ) -> None:
-        """Writes d loss / d z_CV to `out_CV`, which may be `z_CV` itself, and each token's divergence (with samples: its
-        cross-entropy with them) and -log p(label) to `values_2C`. Rows that are not valid get zeros, whatever their
+        """Writes d loss / d z_CV to `out_CV`, which may be `z_CV` itself, and each token's divergence (with samples:
+        its cross-entropy with them) and -log p(label) to `values_2C`. Rows that are not valid get zeros, whatever their
         logits are."""
         rows, vocabulary = z_CV.shape
         settings, student = self.settings, self.student

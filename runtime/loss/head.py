@@ -10,8 +10,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Head:
-    """`logits = softcap * tanh(z / softcap)` with `z = scale * (hidden @ weight.T + bias)`; no softcap: `logits =
-    z`."""
+    """The head of a language model: `logits = softcap * tanh(z / softcap)` with `z = scale * (hidden @ weight.T +
+    bias)`; no softcap: `logits = z`."""
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
@@ -23,7 +23,7 @@ class Head:
         return self.weight_VD.shape[0]
 
     def in_dtype(self, dtype: torch.dtype) -> Head:
-        """The same head with its weight in `dtype` (no copy where it already is)."""
+        """Returns the same head with its weight in `dtype` (no copy where it already is)."""
         return Head(self.weight_VD.to(dtype), self.bias_V, self.scale, self.softcap)
 
     def finish_(self, z_RV: Tensor, slope_RV: Tensor | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Distances between hidden states of student and teacher, never holding [tokens x width] but for the gradient.
+"""Computes distances between hidden states of student and teacher, never holding [tokens x width] but for the gradient.
 
 A chunk of tokens at a time: where the widths differ, the student's states are projected to the teacher's width, or the
 teacher's are reduced to what the student keeps of them; the distance and its closed-form gradient are computed, and two
@@ -30,10 +30,11 @@ _SMALLEST = 1e-12
 
 @dataclass(frozen=True)
 class HiddenStateLoss:
-    """`cosine`: 1 - cos(projected student state, teacher state). `mse`: the mean over channels of the squared
-    difference, in units of the mean square of that teacher state: a few tokens carry states hundreds of times as large
-    as the others (Sun et al., arXiv 2402.17762) and would otherwise decide alone. (Minitron compares normalised
-    states.) `weight` None: dynamic. `averaged`: over the pairs, instead of summed. `factor`: of the weight, at this step."""
+    """The settings of the distance. `cosine`: 1 - cos(projected student state, teacher state). `mse`: the mean over
+    channels of the squared difference, in units of the mean square of that teacher state: a few tokens carry states
+    hundreds of times as large as the others (Sun et al., arXiv 2402.17762) and would otherwise decide alone. (Minitron
+    compares normalised states.) `weight` None: dynamic. `averaged`: over the pairs, instead of summed. `factor`: of the
+    weight, at this step."""
 
     distance: DistanceName = "cosine"
     weight: float | None = None
@@ -44,8 +45,8 @@ class HiddenStateLoss:
 
 @dataclass(frozen=True)
 class HiddenStateTerm:
-    """`total` is what to call backward on; `distance` is detached and unweighted. Both are shares of a global mean: sums
-    over pairs (or means over them) and tokens, divided by the normaliser."""
+    """The loss and its distance: call backward on `total`; `distance` is detached and unweighted. Both are shares of a
+    global mean: sums over pairs (or means over them) and tokens, divided by the normaliser."""
 
     total: Tensor
     distance: Tensor
@@ -65,7 +66,8 @@ def hidden_state_loss(
     normaliser: float,
     compute_dtype: torch.dtype = torch.float32,
 ) -> HiddenStateTerm:
-    """The loss of T valid tokens over pairs of states, its gradient flowing to the student's states and `projection_ED`.
+    """Computes the loss of T valid tokens over pairs of states, its gradient flowing to the student's states and
+    `projection_ED`.
 
     `projection_ED` takes states of width D to width E, one for all pairs; None where the widths are equal. `kept` goes the
     other way: the channels [D] of the teacher's states, or the components [E, D], that the student's are compared with.
@@ -82,7 +84,7 @@ def hidden_state_loss(
 
 
 class _ChunkedDistance(torch.autograd.Function):
-    """Forward: the loss and its gradients. Backward: hands them out."""
+    """Computes the loss and its gradients in forward; backward returns them."""
 
     # parameters: an autograd function sees tensors only where each is an argument
     @staticmethod
@@ -144,7 +146,7 @@ class _ChunkedDistance(torch.autograd.Function):
 
 
 def _dynamic(logits_T: Tensor, values_T: Tensor, sequence_T: Tensor, sequences: int) -> Tensor:
-    """L_logits / L_is of each token's sequence; 0 where the states are already equal."""
+    """Computes L_logits / L_is of each token's sequence; 0 where the states are already equal."""
     sums_2S = torch.zeros(2, sequences, dtype=torch.float64, device=values_T.device)
     sums_2S[0].index_add_(0, sequence_T, logits_T.double())
     sums_2S[1].index_add_(0, sequence_T, values_T.double())
@@ -153,7 +155,8 @@ def _dynamic(logits_T: Tensor, values_T: Tensor, sequence_T: Tensor, sequences: 
 
 
 class _Pair:
-    """One pair of states; everything about it a chunk of tokens at a time. `kept` are channels [D] or components [D, E]."""
+    """The computation of one pair of states, a chunk of tokens at a time. `kept` are channels [D] or components
+    [D, E]."""
 
     def __init__(
         self,
@@ -175,8 +178,8 @@ class _Pair:
             values_T[part] += self.formula(self._projected(part), self._wanted(part))[0]
 
     def gradient(self, shares_T: Tensor, grad_ED: Tensor | None, values_T: Tensor | None) -> Tensor:
-        """The gradient [T, D] of sum(shares_T * distance), the projection's added to `grad_ED` and the distances to
-        `values_T` where it is given."""
+        """Returns the gradient [T, D] of sum(shares_T * distance), the projection's added to `grad_ED` and the
+        distances to `values_T` where it is given."""
         grad_TD = torch.empty(self.student_TD.shape, dtype=torch.float32, device=self.student_TD.device)
         for part in self._parts():
             value_C, grad_CE = self.formula(self._projected(part), self._wanted(part))
@@ -216,8 +219,8 @@ class _Pair:
 
 
 def _cosine(u_CE: Tensor, v_CE: Tensor) -> tuple[Tensor, Tensor]:
-    """1 - cos(u, v) and its gradient for u. With unit vectors it is |u - v|^2 / 2: that keeps its leading digits where
-    the two nearly agree, and is never negative."""
+    """Computes 1 - cos(u, v) and its gradient for u. With unit vectors it is |u - v|^2 / 2: that keeps its leading
+    digits where the two nearly agree, and is never negative."""
     size_C1 = u_CE.norm(dim=-1, keepdim=True).clamp_min_(_SMALLEST)
     unit_CE = u_CE.div_(size_C1)
     difference_CE = unit_CE - v_CE / v_CE.norm(dim=-1, keepdim=True).clamp_min_(_SMALLEST)
@@ -228,7 +231,7 @@ def _cosine(u_CE: Tensor, v_CE: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mse(u_CE: Tensor, v_CE: Tensor) -> tuple[Tensor, Tensor]:
-    """|u - v|^2 / |v|^2 and its gradient for u."""
+    """Computes |u - v|^2 / |v|^2 and its gradient for u."""
     size_C1 = v_CE.square().sum(-1, keepdim=True).clamp_min_(_SMALLEST)
     difference_CE = u_CE.sub_(v_CE)
     value_C = difference_CE.square().sum(-1).div_(size_C1.squeeze(-1))

@@ -1,4 +1,4 @@
-"""How likely a model holds the tokens that came, in chunks, for held-out loss and perplexity."""
+"""Computes the likelihood of tokens under a model, in chunks, for held-out loss and perplexity."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CHUNK_BYTES = 32 << 20
 
 @torch.no_grad()
 def negative_log_likelihood(hidden_TD: Tensor, head: Head, labels_T: Tensor) -> Tensor:
-    """The sum over T tokens of -log p(label) in nats, as an fp64 scalar; fp32 softmax, never [tokens x vocabulary]
+    """Sums over T tokens -log p(label) in nats, as an fp64 scalar; fp32 softmax, never [tokens x vocabulary]
     at once."""
     vocabulary = head.vocabulary
     chunk = max(1, min(hidden_TD.shape[0], _CHUNK_BYTES // (4 * vocabulary)))

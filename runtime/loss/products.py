@@ -1,4 +1,4 @@
-"""The three matrix products of a language-model head, always with fp32 results, and the chain rule's factor.
+"""Computes the three matrix products of a language-model head, always with fp32 results, and the chain rule's factor.
 
 A bf16 result would round logits of 20 to steps of 1/8 and with them every probability by up to 6%: near
 convergence, where student and teacher differ by less, nothing of the gradient is left. So the products come out in
@@ -21,12 +21,12 @@ def _blocks(vocabulary: int) -> Iterator[slice]:
 
 
 def on_tensor_cores(weight_VD: Tensor) -> bool:
-    """Whether products with this head take bf16 (or fp16) inputs and give fp32 results."""
+    """Checks whether products with this head take bf16 (or fp16) inputs and give fp32 results."""
     return weight_VD.is_cuda and weight_VD.dtype in (torch.bfloat16, torch.float16)
 
 
 def project(hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> None:
-    """`out = hidden @ weight.T`."""
+    """Computes `out = hidden @ weight.T`."""
     if on_tensor_cores(weight_VD):
         torch.mm(hidden_CD.to(weight_VD.dtype), weight_VD.t(), out_dtype=torch.float32, out=out_CV)
     elif weight_VD.dtype == torch.float32:
@@ -38,12 +38,13 @@ def project(hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> None:
 
 
 def as_factor(grad_CV: Tensor, weight_VD: Tensor) -> Tensor:
-    """The gradient of the logits in the dtype that both of the next products take: itself, where it has it already."""
+    """Returns the gradient of the logits in the dtype that both of the next products take, without a copy where it has
+    it already."""
     return grad_CV.to(weight_VD.dtype) if on_tensor_cores(weight_VD) else grad_CV
 
 
 def project_back(grad_CV: Tensor, weight_VD: Tensor, out_CD: Tensor) -> None:
-    """`out = grad @ weight`, the gradient of `project` for the hidden states; `out` may be narrower than fp32.
+    """Computes `out = grad @ weight`, the gradient of `project` for the hidden states; `out` may be narrower than fp32.
 
     The sum over the vocabulary is fp32 all the way: a bf16 result would let the library add up bf16 parts of it."""
     if on_tensor_cores(weight_VD):
@@ -61,7 +62,8 @@ def project_back(grad_CV: Tensor, weight_VD: Tensor, out_CD: Tensor) -> None:
 
 
 def accumulate_outer(grad_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor, out_VD: Tensor) -> None:
-    """`out += grad.T @ hidden`, the gradient of `project` for the weight; `weight_VD` only says how to multiply.
+    """Computes `out += grad.T @ hidden`, the gradient of `project` for the weight; `weight_VD` only says how to
+    multiply.
 
     The product adds to the fp32 sum itself, so that no second gradient of the head exists, not even a block of it."""
     if on_tensor_cores(weight_VD):
@@ -72,8 +74,8 @@ def accumulate_outer(grad_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor, out_
 
 
 def scale_(gradients: Iterable[Tensor | None], upstream: Tensor) -> None:
-    """Multiplies in place by what comes from above. A training calls backward on the loss itself, where that is 1 and on a
-    CPU nothing is done; on CUDA a pass over them costs less than to wait for the device and look."""
+    """Multiplies in place by the incoming gradient. A training calls backward on the loss itself, where that is 1 and
+    on a CPU nothing is done; on CUDA a pass over them costs less than to wait for the device and look."""
     if upstream.device.type == "cpu" and bool(upstream == 1):
         return
     for gradient in gradients:

@@ -1,4 +1,4 @@
-"""The formulas between logits and gradient in torch's own operations, a block of rows at a time.
+"""Computes the formulas between logits and gradient in torch's own operations, a block of rows at a time.
 
 The reference for `fused.py`, and what runs on a CPU: a block is small enough for the processor's cache, so that its
 temporaries never reach memory.
@@ -27,7 +27,8 @@ class TorchRows:
         share: float,
         chunk: int,
     ) -> None:
-        """`share` is what one token counts in the global mean; `chunk` the most tokens of a call."""
+        """Prepares buffers; `share` is the weight of one token in the global mean, `chunk` the most tokens of a
+        call."""
         device = student.weight_VD.device
         self.settings, self.student, self.teacher, self.share = settings, student, teacher, share
         self.rows = max(1, min(chunk, BLOCK_ELEMENTS[device.type] // student.vocabulary))
@@ -97,7 +98,7 @@ class TorchRows:
         return value_R
 
     def _sampled_(self, z_RV: Tensor, targets: SampledTargets) -> Tensor:
-        """The same with samples of the teacher, for forward_kl; returns their cross-entropy in each row."""
+        """Does the same with samples of the teacher, for forward_kl; returns their cross-entropy in each row."""
         settings = self.settings
         if settings.temperature != 1.0:
             z_RV.div_(settings.temperature)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SampledTargets:
-    """The teacher of T tokens, N samples at most for each.
+    """The teacher's distributions for T tokens, at most N samples of each.
 
     ids_TN       the tokens that were drawn, each once; filled up with 0
     weights_TN   how often, divided by the number of draws: rows sum to 1; filled up with 0
@@ -32,21 +32,21 @@ class SampledTargets:
     entropy: float
 
     def to(self, device: torch.device) -> SampledTargets:
-        """On `device`; from pinned memory without waiting."""
+        """Copies to `device`; from pinned memory without waiting."""
         ids_TN, weights_TN = (one.to(device, non_blocking=True) for one in (self.ids_TN, self.weights_TN))
         return SampledTargets(ids_TN, weights_TN, self.entropy)
 
     def pinned(self) -> SampledTargets:
-        """In memory that a GPU can read by itself."""
+        """Copies into memory that a GPU can read by itself."""
         return SampledTargets(self.ids_TN.pin_memory(), self.weights_TN.pin_memory(), self.entropy)
 
     def part(self, rows: slice) -> SampledTargets:
-        """These rows; the entropy is that of all and stays behind."""
+        """Returns these rows, without the entropy, which is that of all rows."""
         return SampledTargets(self.ids_TN[rows], self.weights_TN[rows], 0.0)
 
 
 def draw(q_RV: Tensor, uniform_R: Tensor, draws: int) -> Tensor:
-    """Systematic draws [R, draws] from each row of probabilities, ascending; `uniform_R` lies in [0, 1).
+    """Returns systematic draws [R, draws] from each row of probabilities, ascending; `uniform_R` lies in [0, 1).
 
     In fp64: steps of an fp32 sum over a large vocabulary would round small probabilities away.
     """
@@ -59,8 +59,8 @@ def draw(q_RV: Tensor, uniform_R: Tensor, draws: int) -> Tensor:
 
 
 def count(ids_RN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From ascending draws to (ids of all rows one after the other, each once in its row; how often each was drawn; how
-    many there are in each row)."""
+    """Counts ascending draws: returns (ids of all rows one after the other, each once in its row; how often each was
+    drawn; how many there are in each row)."""
     rows, draws = ids_RN.shape
     first_RN = torch.ones_like(ids_RN, dtype=torch.bool)
     first_RN[:, 1:] = ids_RN[:, 1:] != ids_RN[:, :-1]
@@ -70,7 +70,7 @@ def count(ids_RN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def cross_entropy_(z_RV: Tensor, p_RV: Tensor, targets: SampledTargets, scale: float) -> Tensor:
-    """From the student's log-probabilities `z_RV` and probabilities: returns -sum q^ log p of each row and leaves
+    """Returns -sum q^ log p of each row from the student's log-probabilities `z_RV` and probabilities, and leaves
     `scale` (p - q^) in `z_RV`."""
     value_R = z_RV.gather(-1, targets.ids_TN).mul_(targets.weights_TN).sum(-1).neg_()
     torch.mul(p_RV, scale, out=z_RV)

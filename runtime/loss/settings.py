@@ -9,7 +9,8 @@ from minitron.runtime.loss.divergence import DivergenceName
 
 @dataclass(frozen=True)
 class DistillationLoss:
-    """What is minimised: `weight * temperature^2 * divergence + cross_entropy * (-log p(label))`, averaged over tokens.
+    """The loss that is minimised: `weight * temperature^2 * divergence + cross_entropy * (-log p(label))`, averaged
+    over tokens.
 
     The temperature divides the logits of both models in the divergence (not in the cross-entropy); its square keeps the
     gradient's size independent of it (Hinton et al., arXiv 1503.02531, section 2). `weight` 0 needs no teacher.
