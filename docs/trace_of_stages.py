@@ -114,8 +114,8 @@ def _page(folder: Path) -> str:
     assert samples is not None and scores.hidden is not None
     return f"""# One model through every stage
 
-A Llama of three layers with random weights, as the tests make it, and a spec that narrows every axis and drops a layer. Made
-by `python docs/trace_of_stages.py`, which runs the stages of `compiler/compile.py`; the words are those of the
+A Llama of three layers with random weights, as the tests make it, and a spec that narrows every axis and drops a layer.
+Made by `python docs/trace_of_stages.py`, which runs the stages of `compiler/compile.py`; the words are those of the
 [glossary](glossary.md).
 
 {block(spec.read_text(encoding="utf-8").rstrip().splitlines())}
