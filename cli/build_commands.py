@@ -292,6 +292,10 @@ def _make(loaded: LoadedSpec, build: Path, machine: _Machine, *, locked: bool) -
 def export(
     build: options.BuildFolder,
     as_gguf: Annotated[bool, typer.Option("--gguf", help="Write one GGUF file, for llama.cpp.")] = False,
+    as_whole: Annotated[
+        bool,
+        typer.Option("--whole", help="Write the multimodal model with the student as its language tower."),
+    ] = False,
     weight_type: Annotated[
         Literal["f32", "bf16", "q8_0"], typer.Option("--type", help="How matrices are stored in it.")
     ] = "bf16",
@@ -301,15 +305,25 @@ def export(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="FILE", help="The file; BUILD/model-TYPE.gguf by default."),
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="PATH",
+            help="The file or folder; BUILD/model-TYPE.gguf or BUILD/whole by default.",
+        ),
     ] = None,
 ) -> None:
-    """Write the student of a build in another program's format."""
-    if not as_gguf:
-        raise UsageError("name a format to export: `minitron export BUILD --gguf`")
+    """Write the student of a build in another program's format, or back among the other towers of its teacher."""
+    if as_gguf == as_whole:
+        raise UsageError("name one form to export: `minitron export BUILD --gguf` or `minitron export BUILD --whole`")
     only_process("export")
     builds.require_build(build)
     quiet_libraries()
+    if as_whole:
+        from minitron.compiler import export_whole
+
+        write(str(export_whole(build, output, progress=shown_progress())))
+        return
     from minitron.runtime.export import export_gguf
 
     written = export_gguf(build, output, weight_type, pre=pre, progress=shown_progress())

@@ -2,6 +2,7 @@
 
 from minitron.compiler.compile import compile_spec
 from minitron.compiler.estimate.hardware import read_hardware
+from minitron.compiler.export_whole import export_whole
 from minitron.compiler.plan.plan import Plan, make_plan
 from minitron.compiler.plan_document import plan_document
 from minitron.compiler.teacher.lock import apply_lock, make_lock
@@ -12,6 +13,7 @@ __all__ = [
     "Plan",
     "apply_lock",
     "compile_spec",
+    "export_whole",
     "make_lock",
     "make_plan",
     "plan_document",

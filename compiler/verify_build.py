@@ -58,7 +58,7 @@ def verify_build(build: Path, *, device: str, progress: Progress) -> None:
     for name in (STUDENT, PROGRAM):
         if not (build / name).exists():
             raise UsageError(f"{build / name} is missing; compile again")
-    loaded = _spec_of(build, document)
+    loaded = spec_of_build(build, document)
     with only_one(build, "verifying"), tempfile.TemporaryDirectory() as scratch:
         plan = with_weights(make_plan(loaded, build=build, weights=True), progress)
         if plan.needs_scores and plan.loaded.spec.importance.data is not None and not (build / SCORES).exists():
@@ -73,7 +73,7 @@ def verify_build(build: Path, *, device: str, progress: Progress) -> None:
         write_verification(build, checks, verified["student"])
 
 
-def _spec_of(build: Path, document: Mapping[str, Any]) -> LoadedSpec:
+def spec_of_build(build: Path, document: Mapping[str, Any]) -> LoadedSpec:
     """Reads the spec that a build was compiled from. UsageError where its file has changed since."""
     spec = document["spec"]
     loaded = load_spec(Path(spec["path"]), spec["overrides"]).pinned(spec["pins"])

@@ -5,6 +5,8 @@ BUILD/
     measurements.json               what was measured, by what it depends on: nothing is measured twice
     student/, student.pt2           the pruned student
     coordinates.safetensors         what the student keeps of the teacher's hidden states, where training compares them
+    tower/                          the teacher, where it is the language tower of a multimodal model
+    whole/                          that model with the student as its language tower (`minitron export --whole`)
     teacher/                        the corrected teacher
     teacher_logits/                 stored samples of the teacher's distribution
     train/                          metrics, checkpoints, tokenized data and the lock of a training
@@ -29,8 +31,10 @@ PROGRAM = "student.pt2"
 TRAINING = "training.yaml"
 VERIFICATION = "verification.json"
 COORDINATES = "coordinates.safetensors"
+TOWER = "tower"
+WHOLE = "whole"
 
-COMPILED = (PLAN, SCORES, PARTIAL_SCORES, STUDENT, PROGRAM, TRAINING, VERIFICATION, COORDINATES)
+COMPILED = (PLAN, SCORES, PARTIAL_SCORES, STUDENT, PROGRAM, TRAINING, VERIFICATION, COORDINATES, TOWER)
 
 # What training and evaluation write; training.yaml may name other folders than WORK, MODEL, TEACHER and CORRECTION_WORK.
 WORK = "train"

@@ -55,6 +55,8 @@ def one_teacher(spec: Spec) -> Iterator[Problem]:
         yield Problem("teacher.spec", "`model` and `spec` both name the teacher", "keep one of them")
     if teacher.spec is not None and teacher.revision is not None:
         yield Problem("teacher.revision", "`revision` goes with `model`, not with `spec`", "leave it out")
+    if teacher.spec is not None and teacher.tower is not None:
+        yield Problem("teacher.tower", "`tower` goes with `model`: the result of a spec has one tower", "leave it out")
 
 
 @constraint("student", "search")

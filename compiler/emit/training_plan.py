@@ -69,14 +69,15 @@ def training_plan(
             max_tokens=evaluate.max_tokens,
             every_tokens=evaluate.every_tokens or every,
         )
+    on_hub = checkpoint.commit is not None and checkpoint.tower is None
     common: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "name": spec.name,
         "fingerprint": fingerprint,
         "teacher": TeacherPlan(
             # What came from the Hub is found there, or in its cache, on any other machine as well.
-            model=checkpoint.name if checkpoint.commit is not None else _relative(checkpoint.folder, build),
-            revision=checkpoint.commit,
+            model=checkpoint.name if on_hub else _relative(checkpoint.folder, build),
+            revision=checkpoint.commit if on_hub else None,
             flops_per_token=flops["teacher"],
             head=heads["teacher"],
             **shared,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.compiler.teacher.tokenizer import lacking_tokens, load_tokenizer, tokenizer_files
+from minitron.compiler.towers.whole_config import projector_of
 from minitron.specs.data_files import data_sources, resolve
 from minitron.specs.documents import check_readable
 from minitron.specs.errors import Problem, Refused, UsageError, WorkError
@@ -105,3 +108,21 @@ def check_pairs(loaded: LoadedSpec, teacher_layers: int, student_layers: int) ->
     if hidden is None:
         return []
     return list(pairs_exist(hidden, teacher_layers, student_layers, "distill.loss.hidden_states"))
+
+
+def check_towers(loaded: LoadedSpec, checkpoint: Checkpoint, config: Any) -> None:
+    """Checks that the other towers of a multimodal teacher fit a student of configuration `config`. Raises Refused where they
+    do not."""
+    if checkpoint.tower is None:
+        return
+    importance = loaded.spec.importance
+    if importance.untie:
+        message = "the whole model has one matrix for embedding and head"
+        raise Refused([Problem("importance.untie", message, "leave it out where `teacher.tower` is written")])
+    if importance.hidden_basis == "principal" and config.hidden_size != checkpoint.config.hidden_size:
+        message = "the projector of the other towers writes into the residual stream, which would be rotated"
+        raise Refused(
+            [Problem("importance.hidden_basis", message, "write `channels` where `teacher.tower` is written")]
+        )
+    if checkpoint.tower.others:
+        projector_of(checkpoint, config)

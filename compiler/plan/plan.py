@@ -21,6 +21,7 @@ from minitron.compiler.plan.checks import (
     check_padding,
     check_pairs,
     check_tokenizer,
+    check_towers,
     teacher_key,
 )
 from minitron.compiler.plan.prove import prove, proved
@@ -34,8 +35,11 @@ from minitron.compiler.student.targets import Targets, resolve_targets
 from minitron.compiler.teacher.checkpoint import BrokenWeights, Checkpoint, fetch_weights
 from minitron.compiler.teacher.open_teacher import open_teacher
 from minitron.compiler.teacher.untie import untie, untied_config
+from minitron.compiler.towers.language_tower import language_tower
+from minitron.compiler.towers.tower_on_disk import tower_on_disk
 from minitron.compiler.weights.source import check_headers
 from minitron.specs.available import unavailable
+from minitron.specs.builds import TOWER
 from minitron.specs.data_files import check_data
 from minitron.specs.errors import Problem, Refused, SpecInvalid, UsageError, located, placing
 from minitron.specs.load import LoadedSpec
@@ -121,6 +125,7 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
     if padding := check_padding(loaded, checkpoint):
         raise SpecInvalid(located([*problems, *padding], loaded))
     with _adding_to(problems, loaded, at):
+        checkpoint = language_tower(checkpoint)
         captured, checkpoint = _capture(loaded, checkpoint)
         teacher = analyse_teacher(captured)
     try:
@@ -140,6 +145,7 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
     with placing(loaded, "student"):
         rotation = rotation_of(loaded, teacher, targets)
         targets, config, model = proved(teacher, targets, layers)
+        check_towers(loaded, checkpoint, config)
     plan = Plan(loaded, build, checkpoint, teacher, targets, layers, config, model, (), rotation, tuple(remarks))
     return replace(plan, remarks=_remarks(plan))
 
@@ -183,12 +189,16 @@ def _adding_to(problems: list[Problem], loaded: LoadedSpec, at: str) -> Iterator
 def with_weights(plan: Plan, progress: Progress) -> Plan:
     """The plan with its teacher's weights on this machine, fetched at the commit that was planned. Raises SpecInvalid
     where the weights cannot be fetched or contradict the configuration, WorkError where they are broken."""
-    if plan.checkpoint.commit is None:
+    if plan.checkpoint.commit is None and plan.checkpoint.tower is None:
         return plan
     if not plan.checkpoint.on_disk:
         progress.message(f"fetching the weights of {plan.checkpoint.name}")
     with placing(plan.loaded, "teacher.model"):
-        checkpoint = fetch_weights(plan.checkpoint)
+        checkpoint = plan.checkpoint
+        if checkpoint.commit is not None:
+            checkpoint = language_tower(fetch_weights(checkpoint))
+        if checkpoint.tower is not None:
+            checkpoint = tower_on_disk(checkpoint, plan.build / TOWER, progress)
         if plan.checkpoint.aliases:
             checkpoint = untie(checkpoint, plan.checkpoint.config, plan.checkpoint.aliases)
         check_headers(plan.teacher.captured, checkpoint)

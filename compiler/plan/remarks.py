@@ -6,6 +6,7 @@ from minitron.compiler.capture.capture import Captured
 from minitron.compiler.graph.names import dtype_of
 from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.compiler.teacher.tokenizer import tokenizer_files
+from minitron.specs.builds import TOWER
 
 
 def remarks_on(checkpoint: Checkpoint, captured: Captured) -> tuple[str, ...]:
@@ -13,6 +14,12 @@ def remarks_on(checkpoint: Checkpoint, captured: Captured) -> tuple[str, ...]:
     remarks = [checkpoint.remark] if checkpoint.remark else []
     if checkpoint.folder.is_dir() and not any(tokenizer_files(checkpoint.folder)):
         remarks.append("no tokenizer files are there: they could not be compared with the vocabulary")
+    if checkpoint.tower is not None:
+        size = sum(info.nbytes for info in checkpoint.tensors.values())
+        remarks.append(
+            f"the teacher is the language tower of a {checkpoint.tower.config.model_type} model: a compile writes it to "
+            f"{TOWER}/ ({size / 2**30:.1f} GiB), and `minitron export BUILD --whole` puts the student in its place"
+        )
     own = dtype_of(checkpoint.dtype)
     if checkpoint.tensors and captured.dtype != own:
         old, new = (str(one).removeprefix("torch.") for one in (own, captured.dtype))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from minitron.compiler.teacher.hub import snapshot
 from minitron.compiler.teacher.model_config import load_config
-from minitron.compiler.teacher.refusals import check_not_quantised, check_one_for_all_layers, check_text_only
+from minitron.compiler.teacher.refusals import check_not_quantised, check_one_for_all_layers
+from minitron.compiler.teacher.text_config import text_config
 from minitron.compiler.teacher.tokenizer import tokenizer_files
 from minitron.specs.builds import CONFIG
-from minitron.specs.errors import UsageError, WorkError
+from minitron.specs.errors import Problem, Refused, UsageError, WorkError
 from minitron.specs.model_config import read_model_config
 from minitron.specs.weight_files import (
     INDEX,
@@ -33,6 +34,20 @@ OWN_DTYPES = {"F32": "float32", "F64": "float32", "F16": "float16", "BF16": "bfl
 
 
 @dataclass(frozen=True)
+class Tower:
+    """The multimodal model that a language tower was taken from.
+
+    config  its configuration
+    stored  the tower's tensors by name -> their names in the files of the whole model
+    others  the tensors of the other towers and the projector, by their names in the files
+    """
+
+    config: Any
+    stored: Mapping[str, str] = field(default_factory=dict)
+    others: Mapping[str, TensorInfo] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """The checkpoint of a teacher in Hugging Face format: `folder` holds its files, `tensors` is empty where only the
     configuration is there.
@@ -41,6 +56,9 @@ class Checkpoint:
     over the network, headers only; None for a folder of the user's own. `remark` says what could not be inspected.
     Where the head is untied (`teacher.untie`), `tied_config` is the configuration in the folder and `aliases` names the
     stored tensors of parameters that have none of their own.
+
+    Where the language tower of a multimodal model is the teacher (`teacher.tower`), configuration and tensors are the tower's,
+    and `tower` says what it was taken from.
     """
 
     name: str
@@ -51,6 +69,7 @@ class Checkpoint:
     remark: str = ""
     tied_config: Any = None
     aliases: Mapping[str, str] = field(default_factory=dict)
+    tower: Tower | None = None
 
     @property
     def dtype(self) -> str:
@@ -78,23 +97,23 @@ class BrokenWeights(WorkError):
         self.checkpoint = checkpoint
 
 
-def open_checkpoint(model: str, revision: str | None, base: Path, *, weights: bool) -> Checkpoint:
-    """Opens a folder (relative to `base`) or a Hub id, of which the small files are fetched and the headers of the
-    large ones.
+def open_checkpoint(model: str, revision: str | None, base: Path, *, weights: bool, tower: bool = False) -> Checkpoint:
+    """Opens a folder (relative to `base`) or a Hub id, of which the small files are fetched and the headers of the large
+    ones.
 
     With `weights` those of a folder must be there, and all small files of a model from the Hub: `fetch_weights`
-    follows. Raises UsageError where the model cannot be found or its configuration not be read; BrokenWeights for
-    weight files.
+    follows. With `tower` the language tower of a multimodal model is opened. Raises UsageError where the model cannot be
+    found or its configuration not be read; BrokenWeights for weight files.
     """
     local = (base / model).expanduser()
     if local.is_dir():
-        return read_checkpoint(model, local.resolve(), weights=weights)
+        return read_checkpoint(model, local.resolve(), weights=weights, tower=tower)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise UsageError(
             f"there is no folder {local}; write a folder relative to the spec, or a Hugging Face id (owner/name)"
         )
     found = snapshot(model, revision, SMALL_FILES, enough=[] if weights else [CONFIG])
-    return read_checkpoint(model, found.folder, weights=False, commit=found.commit)
+    return read_checkpoint(model, found.folder, weights=False, commit=found.commit, tower=tower)
 
 
 def fetch_weights(checkpoint: Checkpoint) -> Checkpoint:
@@ -106,7 +125,8 @@ def fetch_weights(checkpoint: Checkpoint) -> Checkpoint:
     if checkpoint.commit is None:
         return checkpoint
     found = snapshot(checkpoint.name, checkpoint.commit, [*SMALL_FILES, *_wanted(checkpoint.folder)])
-    return read_checkpoint(checkpoint.name, found.folder, weights=True, commit=checkpoint.commit)
+    tower = checkpoint.tower is not None
+    return read_checkpoint(checkpoint.name, found.folder, weights=True, commit=checkpoint.commit, tower=tower)
 
 
 def _wanted(folder: Path) -> list[str]:
@@ -116,14 +136,18 @@ def _wanted(folder: Path) -> list[str]:
     return [SINGLE, *(indexed_files(index) if index.is_file() else [])]
 
 
-def read_checkpoint(name: str, folder: Path, *, weights: bool, commit: str | None = None) -> Checkpoint:
+def read_checkpoint(
+    name: str, folder: Path, *, weights: bool, commit: str | None = None, tower: bool = False
+) -> Checkpoint:
     """Reads the checkpoint in a folder. Errors as for `open_checkpoint`."""
-    config = _read_config(name, folder)
+    config, whole = _read_config(name, folder, tower)
+    taken_from = None if whole is None else Tower(whole)
+    empty = Checkpoint(name, folder, config, {}, commit, tower=taken_from)
     try:
         tensors, remark = _inspect(name, folder, weights, commit)
     except WorkError as error:
-        raise BrokenWeights(str(error), Checkpoint(name, folder, config, {}, commit)) from None
-    return Checkpoint(name, folder, config, tensors, commit, remark)
+        raise BrokenWeights(str(error), empty) from None
+    return replace(empty, tensors=tensors, remark=remark)
 
 
 def _inspect(name: str, folder: Path, weights: bool, commit: str | None) -> tuple[dict[str, TensorInfo], str]:
@@ -146,7 +170,8 @@ def _inspect(name: str, folder: Path, weights: bool, commit: str | None) -> tupl
     return tensors, remark
 
 
-def _read_config(model: str, folder: Path) -> Any:
+def _read_config(model: str, folder: Path, tower: bool) -> tuple[Any, Any]:
+    """The configuration of the teacher, and that of the whole model where the teacher is its language tower."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     check_no_adapter(folder)
@@ -161,7 +186,17 @@ def _read_config(model: str, folder: Path) -> Any:
     check_not_quantised(folder, raw)
     config = load_config(folder)
     list(tokenizer_files(folder))  # none of which is a link that leads elsewhere
-    check_text_only(model, raw, config)
+    text = text_config(model, config)
+    if text is not None and not tower:
+        raise UsageError(
+            f"{model} is a {config.model_type} model of several towers; write `tower: language_model` under `teacher` to "
+            f"narrow its language tower ({text.model_type}) and keep the others"
+        )
+    if text is None and tower:
+        raise Refused(
+            [Problem("teacher.tower", f"{model} is a {config.model_type} model of one tower", "leave `tower` out")]
+        )
+    config, whole = (config, None) if text is None else (text, config)
     check_one_for_all_layers(path, config)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UsageError(
@@ -173,7 +208,7 @@ def _read_config(model: str, folder: Path) -> Any:
         raise UsageError(f"{path} has no num_hidden_layers; models of several towers are not supported")
     if layers < 1:
         raise UsageError(f"{path} says that the model has {layers} layers; copy the file again from its source")
-    return config
+    return config, whole
 
 
 def _read_headers(folder: Path, *, parts_will_do: bool) -> tuple[dict[str, TensorInfo], str]:

@@ -30,7 +30,9 @@ def open_teacher(loaded: LoadedSpec, *, weights: bool, planned: Callable[[Loaded
         return _result(loaded, specs[-1], weights=weights, planned=planned)
     assert teacher.model is not None, "a rule of the language: a spec names a model or a spec"
     try:
-        return open_checkpoint(teacher.model, teacher.revision, loaded.folder, weights=weights)
+        return open_checkpoint(
+            teacher.model, teacher.revision, loaded.folder, weights=weights, tower=teacher.tower is not None
+        )
     except WrongRevision as error:
         raise SpecInvalid([loaded.error("teacher.revision", str(error))]) from None
 

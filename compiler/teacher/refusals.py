@@ -1,4 +1,4 @@
-"""Refuses checkpoints that cannot be a teacher: quantised weights, and models of several towers."""
+"""Refuses checkpoints that cannot be a teacher: quantised weights, and layers with configurations of their own."""
 
 from __future__ import annotations
 
@@ -70,26 +70,6 @@ def _parts(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, An
         yield path, value
         if isinstance(value, dict):
             yield from _parts(value, path)
-
-
-def check_text_only(model: str, raw: Mapping[str, Any], config: Any) -> None:
-    """Raises UsageError for a model of several towers, with the class that loads its language tower alone."""
-    from transformers import AutoModelForCausalLM
-
-    if "text_config" not in raw or isinstance(getattr(config, "num_hidden_layers", None), int):
-        return
-    text = config.get_text_config(decoder=True)
-    mapping = AutoModelForCausalLM._model_mapping
-    if type(text) is type(config) or type(text) not in mapping:
-        raise UsageError(
-            f"{model} is a {config.model_type} model of several towers, and transformers has no text-only class for its "
-            f"language tower ({text.model_type}); name a decoder-only text model"
-        )
-    raise UsageError(
-        f"{model} is a {config.model_type} model of several towers; write its language tower, which is a "
-        f"{mapping[type(text)].__name__} of its text_config ({text.model_type}), to a folder of its own as "
-        "docs/checkpoints.md shows, and name that folder"
-    )
 
 
 def check_one_for_all_layers(path: Path, config: Any) -> None:

@@ -8,9 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from minitron.compiler.teacher.checkpoint import Checkpoint
+from minitron.compiler.teacher.text_config import TIE
 from minitron.specs.errors import UsageError
-
-TIE = "tie_word_embeddings"
 
 
 def untied_config(config: Any) -> Any:

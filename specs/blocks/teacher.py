@@ -19,5 +19,8 @@ class Teacher(Block, json_schema_extra={"oneOf": [{"required": ["model"]}, {"req
     revision: Revision | None = None
     """Branch, tag or commit of a Hugging Face id; the lock file pins the commit. Left out: the main branch."""
 
+    tower: Literal["language_model"] | None = None
+    """The tower of a multimodal model to compress; its other towers and the projector stay. Only with `model`."""
+
     dtype: Literal["bfloat16", "float32", "float16"] | None = None
     """The dtype that the teacher's weights are held in, and the student's are saved in; null: the checkpoint's own."""

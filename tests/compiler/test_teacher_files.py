@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from minitron.compiler.capture.models import quiet
 from minitron.compiler.emit.student import _copy_others
-from minitron.compiler.teacher.checkpoint import open_checkpoint
 from minitron.compiler.teacher.lock import renew
 from minitron.compiler.teacher.open_teacher import why_stale
 from minitron.compiler.teacher.tokenizer import tokenizer_files
@@ -27,7 +26,7 @@ from minitron.specs.errors import UsageError, WorkError
 from minitron.specs.progress import Silent
 from minitron.specs.weight_files import SINGLE
 from tests.compiler.test_checkpoint import captured, change_config, opened
-from tests.foundry import Foundry, logits, token_ids
+from tests.foundry import Foundry
 from tests.models import save_teacher, tiny_config
 
 
@@ -396,27 +395,6 @@ def towers(folder: Path, family: str) -> Any:
         model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(family, **parts)).eval()
         model.save_pretrained(folder)
     return model
-
-
-@pytest.mark.parametrize("family", ["gemma3", "llava", "mistral3"])
-def test_the_way_out_of_several_towers(tmp_path: Path, family: str) -> None:
-    """The lines that docs/checkpoints.md gives write a language tower that is the same function of text."""
-    whole = towers(tmp_path / "whole", family)
-    text_class = {"gemma3": "Gemma3", "llava": "Llama", "mistral3": "Mistral"}[family] + "ForCausalLM"
-    with pytest.raises(
-        UsageError, match=rf"is a {family} model of several towers; write its .* {text_class} of its text_c"
-    ):
-        opened(tmp_path / "whole")
-    page = Path(__file__).parents[2] / "docs" / "checkpoints.md"
-    code = page.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
-    code = code.replace("WHOLE", str(tmp_path / "whole")).replace("TOWER", str(tmp_path / "tower"))
-    with quiet():
-        exec(compile(code, str(page), "exec"), {})
-        alone = AutoModelForCausalLM.from_pretrained(tmp_path / "tower").eval()
-    ids = token_ids(1, 8).clamp(min=3)
-    assert torch.allclose(logits(alone, ids), logits(whole, ids), atol=1e-5)
-    checkpoint = open_checkpoint(str(tmp_path / "tower"), None, Path("/"), weights=True)
-    assert check_headers(captured(checkpoint), checkpoint)
 
 
 def test_towers_without_a_class_of_their_own(tmp_path: Path) -> None:

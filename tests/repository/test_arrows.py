@@ -21,6 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "graph": set(),
     "teacher": set(),
     "capture": {"graph"},
+    "towers": {"teacher", "capture"},
     "axes": {"capture", "graph"},
     "roles": {"axes", "capture", "graph"},
     "weights": {"axes", "capture", "teacher", "graph"},
