@@ -3,6 +3,7 @@
     minitron compile examples/quickstart/spec.yaml
     python benchmarks/narrow_training.py examples/quickstart/builds/quickstart
     python benchmarks/narrow_training.py BUILD --tokens 100K --lr 3e-3 5e-7 --seeds 0 1 2
+    python benchmarks/narrow_training.py --stories MODEL   # a build of a small model of stories, trained on what it tells
 
 For each learning rate (constant after the warm-up) and each way of holding weights and moments: the mean of the held-out loss
 over the seeds and how far it is from that of fp32, in percent of that; and how far all weights together moved from where
@@ -22,9 +23,12 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from minitron.compiler import compile_spec
 from minitron.runtime import narrow_adamw, train
 from minitron.runtime.metrics import iter_metrics
+from minitron.specs import load_spec
 from minitron.specs.builds import MODEL, STUDENT, WORK, metrics_file
 from minitron.specs.progress import Silent
 from minitron.specs.units import COUNT_UNITS, parse_quantity
@@ -39,6 +43,46 @@ WAYS: dict[str, tuple[str, str]] = {
     "weights bfloat16, moments int8": ("bfloat16", "int8"),
     NEAREST: ("bfloat16", "float32"),
 }
+
+
+STORIES = """\
+apiVersion: minitron/v1
+kind: Compression
+name: stories
+teacher: {{model: {model}}}
+student: {{num_hidden_layers: 4, intermediate_size: 128, hidden_size: 56}}
+importance: {{data: {{text: [told.txt], document: paragraph, samples: 64, sequence_length: 256}}}}
+distill:
+  data: {{text: [told.txt], document: paragraph}}
+  tokens: 200K
+  sequence_length: 256
+  global_batch_size: 4
+  optimizer: {{lr: 3e-3, warmup_steps: 10}}
+evaluate: {{held_out: {{text: [valid.txt], document: paragraph}}, max_tokens: 20K}}
+"""
+
+
+def stories_build(model: Path, folder: Path) -> Path:
+    """Compiles a student of the `model`, which continues its BOS with stories; the data are 600 stories that it tells, and
+    60 others for the held-out loss."""
+    build = folder / "builds" / "stories"
+    if (build / STUDENT).is_dir():
+        return build
+    folder.mkdir(parents=True, exist_ok=True)
+    teacher = AutoModelForCausalLM.from_pretrained(model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    torch.manual_seed(0)
+    for name, rounds in (("told.txt", 10), ("valid.txt", 1)):
+        texts: list[str] = []
+        for _ in range(rounds):
+            begin = torch.full((60, 1), tokenizer.bos_token_id)
+            told = teacher.generate(begin, do_sample=True, max_new_tokens=250, pad_token_id=tokenizer.eos_token_id)
+            texts += tokenizer.batch_decode(told, skip_special_tokens=True)
+        (folder / name).write_text("\n\n".join(text.replace("\n\n", "\n") for text in texts), encoding="utf-8")
+    spec = folder / "stories.yaml"
+    spec.write_text(STORIES.format(model=model.resolve()), encoding="utf-8")
+    compile_spec(load_spec(spec), build, device="cpu", progress=Silent())
+    return build
 
 
 def trained(build: Path, way: str, changes: dict[str, Any]) -> tuple[float, float]:
@@ -78,13 +122,19 @@ def _moved(before: Path, after: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("build", type=Path)
+    parser.add_argument("build", type=Path, nargs="?")
+    parser.add_argument("--stories", type=Path, metavar="MODEL", help="make a build of this model in --work")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/narrow_training"))
     parser.add_argument("--tokens", type=lambda text: parse_quantity(text, COUNT_UNITS), default=100_000)
     parser.add_argument("--lr", type=float, nargs="+", default=[3e-3, 1e-4, 5e-7])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.stories is not None:
+        args.build = stories_build(args.stories, args.work)
+    if args.build is None:
+        parser.error("name a build, or --stories MODEL")
     print(f"{args.build.name}: {args.tokens} tokens, seeds {args.seeds}")
     print(f"{'lr':>8}  {'':36}{'held-out loss':>14}{'% of fp32':>11}{'moved / fp32':>14}")
     for lr in args.lr:

@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, MistralConfig
 from transformers.initialization import no_init_weights
 
 from minitron.runtime.checkpoint import Checkpoints
+from minitron.runtime.course import Course
 from minitron.runtime.data import Corpus, Windows
 from minitron.runtime.loss import DistillationLoss
 from minitron.runtime.models import LanguageModel
@@ -156,7 +157,7 @@ def ours(args: argparse.Namespace, shape: Shape, world: World) -> Callable[[int]
         draw(model.module, seed)
     run = Run(
         plan=plan, world=world, work=Path("-"), student=student, teacher=teacher, hidden=None, stored=None,
-        corpus=corpus(shape, plan.global_batch_size), held_out=None,
+        course=Course.of(plan), corpora=(corpus(shape, plan.global_batch_size),), held_out=None,
         optimizer=make_optimizer(
             student.module, plan.optimizer.model_copy(update={"states": args.states}),
             bf16_weights=args.weights == "bfloat16",
@@ -165,7 +166,7 @@ def ours(args: argparse.Namespace, shape: Shape, world: World) -> Callable[[int]
         compute_dtype=compute,
     )  # fmt: skip
     student.module.train()
-    return lambda step: train_step(run, run.state_after(step * plan.global_batch_size))["loss"]
+    return lambda step: train_step(run, run.course.state(step))["loss"]
 
 
 def plain(args: argparse.Namespace, shape: Shape, world: World) -> Callable[[int], float]:

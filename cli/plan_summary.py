@@ -76,13 +76,12 @@ def _training(plan: Document) -> Section | None:
     if not (isinstance(tokens, int) and isinstance(length, int) and isinstance(batch, int)):
         return None
     optimizer = part(distill, "optimizer")
-    # At least one step: a training of fewer tokens than a batch has one.
-    steps = max(1, tokens // (length * batch))
+    phases = entries(distill, "phases")
     rows = [
         ("tokens", figures.count(tokens)),
-        (
-            "steps",
-            f"{figures.count(steps)} of {figures.plural(batch, 'sequence')} of {figures.plural(length, 'token')}",
+        *(
+            (f"steps of phase {number}" if phases else "steps", _steps(one))
+            for number, one in enumerate(phases or [distill], 1)
         ),
         (
             "learning rate",
@@ -94,6 +93,13 @@ def _training(plan: Document) -> Section | None:
     if correction.get("tokens"):
         rows.append(("teacher correction", f"{figures.count(correction['tokens'])} tokens"))
     return Section("Training", (Column(""), Column("")), tuple(rows))
+
+
+def _steps(phase: Document) -> str:
+    tokens, length, batch = (int(phase.get(key) or 1) for key in ("tokens", "sequence_length", "global_batch_size"))
+    # At least one step: a training of fewer tokens than a batch has one.
+    steps = max(1, tokens // (length * batch))
+    return f"{figures.count(steps)} of {figures.plural(batch, 'sequence')} of {figures.plural(length, 'token')}"
 
 
 def _rate(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def sharing(build: Path, count: int, devices: str | None) -> int:
     from minitron.runtime.plan import read_training_plan
     from minitron.specs.training_plan import divisor_within
 
-    whole = read_training_plan(build).training().global_batch_size
+    plan = read_training_plan(build).training()
+    whole = math.gcd(plan.global_batch_size, *(phase.global_batch_size for phase in plan.phases))
     fitting = divisor_within(whole, count)
     if fitting < count:
         output.progress().message(

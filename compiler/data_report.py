@@ -83,6 +83,10 @@ def _needs(loaded: LoadedSpec, at: str) -> tuple[int, int]:
     if at == "distill.data":
         assert spec.distill is not None
         return length, spec.distill.tokens
+    if at.startswith("distill.phases."):
+        assert spec.distill is not None
+        phase = spec.distill.phases[int(at.split(".")[2])]
+        return phase.sequence_length or length, phase.tokens
     assert spec.evaluate is not None
     return length, spec.evaluate.max_tokens
 

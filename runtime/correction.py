@@ -139,6 +139,7 @@ def correction_of(loaded: LoadedPlan, data_hash: str) -> Correction | None:
             "work": settings.work,
             "teacher_correction": None,
             "teacher_logits": "online",
+            "phases": (),
             "tokens": settings.tokens,
             "optimizer": settings.optimizer,
             "loss": Loss(logits=LogitLoss(weight=0.0), cross_entropy=1.0, chunk_tokens=plan.loss.chunk_tokens),
@@ -201,7 +202,7 @@ def with_corrected_teacher(loaded: LoadedPlan, correction: Correction) -> Loaded
 def _files(correction: Correction, before: float | None, after: float | None) -> Mapping[str, str]:
     """Returns the files that a corrected teacher has beside its weights."""
     plan = correction.plan
-    told = f"Fine-tuned on {plan.steps * plan.step_tokens:,} tokens of the distillation data."
+    told = f"Fine-tuned on {plan.trained_tokens:,} tokens of the distillation data."
     if before is not None and after is not None:
         told += f" Loss on held-out text: {before:.4f} nats a token before, {after:.4f} after."
     card = f"# {plan.name}: corrected teacher\n\n{told}\n"

@@ -8,10 +8,11 @@ computes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from minitron.runtime.course import Course
 from minitron.runtime.data import Batch, Corpus
 from minitron.runtime.loss import SampledTargets
 from minitron.runtime.teacher_logits import StoredLogits
@@ -33,22 +34,20 @@ class Feed:
     """Hands out the batch of a step, and prepares the next one meanwhile."""
 
     def __init__(
-        self, corpus: Corpus, stored: StoredLogits | None, world: World, whole: int, micro: int, steps: int
+        self, corpora: Sequence[Corpus], stored: StoredLogits | None, world: World, course: Course, steps: int
     ) -> None:
-        """Takes `whole` sequences a step over all ranks, `micro` at a time on this rank, for `steps` steps in all."""
-        self.corpus, self.stored, self.world = corpus, stored, world
-        self.whole, self.micro, self.steps = whole, micro, steps
+        """Takes the corpora of the course's phases. `steps` is the number of steps in all."""
+        self.corpora, self.stored, self.world = corpora, stored, world
+        self.course, self.steps = course, steps
         self._worker = ThreadPoolExecutor(1, "feed")
         self._next: tuple[int, Future[Given]] | None = None
 
-    def take(self, first: int) -> Given:
-        """Returns the batch of the step whose first global sample is `first`, on the device. Errors in reading the
-        batch are raised here.
-        """
-        begun = self._next is not None and self._next[0] == first
-        made = self._next[1].result() if self._next is not None and begun else self._make(first)
+    def take(self, step: int) -> Given:
+        """Returns the batch of a step, on the device. Errors in reading the batch are raised here."""
+        begun = self._next is not None and self._next[0] == step
+        made = self._next[1].result() if self._next is not None and begun else self._make(step)
         self._next = None
-        if (following := first + self.whole) < self.steps * self.whole:
+        if (following := step + 1) < self.steps:
             self._next = following, self._worker.submit(self._make, following)
         device = self.world.device
         on_device = [
@@ -56,16 +55,19 @@ class Feed:
         ]
         return Given(made.batch, made.valid, on_device)
 
-    def _make(self, first: int) -> Given:
-        samples = self.world.share(range(first, first + self.whole))
-        batch = self.corpus.batch(samples)
-        return Given(batch, int(batch.valid_BL.sum()), list(self._micro_batches(batch, samples)))
+    def _make(self, step: int) -> Given:
+        stretch = self.course.at(step)
+        first = stretch.first(step)
+        samples = self.world.share(range(first, first + stretch.phase.global_batch_size))
+        batch = self.corpora[stretch.corpus].batch(samples)
+        micro = stretch.phase.micro_batch_size
+        return Given(batch, int(batch.valid_BL.sum()), list(self._micro_batches(batch, samples, micro)))
 
-    def _micro_batches(self, batch: Batch, samples: range) -> Iterator[tuple[Batch, SampledTargets | None]]:
+    def _micro_batches(self, batch: Batch, samples: range, size: int) -> Iterator[tuple[Batch, SampledTargets | None]]:
         pinned = self.world.device.type == "cuda"
-        for number, micro in enumerate(batch.micro_batches(self.micro)):
-            start = number * self.micro
-            targets = None if self.stored is None else self.stored.read(samples[start : start + self.micro])
+        for number, micro in enumerate(batch.micro_batches(size)):
+            start = number * size
+            targets = None if self.stored is None else self.stored.read(samples[start : start + size])
             if pinned:
                 micro, targets = micro.pinned(), None if targets is None else targets.pinned()
             yield micro, targets

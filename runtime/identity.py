@@ -65,6 +65,8 @@ def resume_identity(plan: TrainingPlan, data_hash: str) -> dict[str, Any]:
     kept["teacher_correction"] = None
     if plan.teacher_correction is not None:
         kept["teacher_correction"] = {key: whole["teacher_correction"][key] for key in ("tokens", "optimizer")}
+    for number, phase in enumerate(whole["phases"]):  # none: as trainings were before they had any
+        kept[f"phases.{number}"] = {key: phase[key] for key in ("tokens", "sequence_length", "global_batch_size")}
     kept["data"] = data_hash
     return dict(_flat("", kept))
 

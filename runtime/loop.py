@@ -40,7 +40,7 @@ def learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progres
         told_in_a_sentence(plan),
         torch.random.fork_rng([world.device] if world.device.type == "cuda" else []),
         _metrics(run, state, progress) as metrics,
-        progress.task(name, plan.steps * plan.step_tokens, "tokens", done=state.tokens) as task,
+        progress.task(name, plan.trained_tokens, "tokens", done=state.tokens) as task,
     ):
         while state.step < plan.steps:
             start, before = time.perf_counter(), state
@@ -49,18 +49,21 @@ def learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progres
             except WorkError:  # what all ranks saw together: the checkpoint that is being written is worth having
                 run.saver.finish()
                 raise
-            state = run.state_after(before.samples + plan.global_batch_size)
-            rate = plan.step_tokens / (time.perf_counter() - start)
+            state = run.course.state(before.step + 1)
+            tokens = state.tokens - before.tokens
+            rate = tokens / (time.perf_counter() - start)
             line = {"step": state.step, "tokens": state.tokens, **figures, "tokens_per_second": round(rate, 1)}
             line["memory_bytes"] = peak_memory(world.device)
-            if (mfu := utilisation(run.flops_per_token, rate, peak, world.size)) is not None:
+            if (
+                mfu := utilisation(run.course.at(before.step).phase.flops_per_token, rate, peak, world.size)
+            ) is not None:
                 line["mfu"] = round(mfu, 4)
             last = state.step == plan.steps
             if run.held_out is not None and (last or _crosses(before, state, measure_every)):
                 result = measure_held_out(run)
                 line |= {"held_out_loss": result.loss, "held_out_perplexity": result.perplexity}
             broken = _write(metrics, line)
-            task.advance(plan.step_tokens, **{key: line[key] for key in _SHOWN if key in line})
+            task.advance(tokens, **{key: line[key] for key in _SHOWN if key in line})
             stop, writing, failed, unwritten = world.any_of(
                 interrupt.requested, *run.saver.status(), broken is not None
             )

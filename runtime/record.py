@@ -119,7 +119,7 @@ def _draw_missing(loaded: LoadedPlan, index: Index, samples: int, session: Sessi
     """Writes the missing shards of the first `samples` global samples, this rank's share of them."""
     plan, folder = loaded.training(), loaded.folder / LOGITS
     world, progress = session.world, session.progress
-    corpus = session.open_corpus(plan)
+    (corpus,) = session.open_corpora(plan)
     teacher = load_teacher(loaded, world)
     check_teacher(loaded, teacher, session.encoder.tokenizer, [corpus.largest])
     shards = math.ceil(samples / index.shard_samples)

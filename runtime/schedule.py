@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from minitron.specs.blocks.training import Optimizer
 
 
-def learning_rate(step: int, steps: int, optimizer: Optimizer) -> float:
+def learning_rate(
+    step: int, steps: int, optimizer: Optimizer, tokens: Callable[[int], int] = lambda steps: steps
+) -> float:
     """Returns the learning rate of optimizer step `step`, counted from 0, in a training of `steps`.
 
-    Linear warm-up that reaches `lr` at the last of the warm-up steps, then half a cosine down to exactly `min_lr`
-    at the last step (Loshchilov and Hutter, arXiv 1608.03983, equation 5, without restarts).
+    Linear warm-up that reaches `lr` at the last of the warm-up steps, then half a cosine over the tokens down to exactly
+    `min_lr` at the last step (Loshchilov and Hutter, arXiv 1608.03983, equation 5, without restarts). `tokens` counts those
+    of the first n steps; left out: all steps have as many.
     """
     warmup = min(optimizer.warmup_steps, steps)
     if step < warmup:
         return optimizer.lr * (step + 1) / warmup
-    done = (step + 1 - warmup) / (steps - warmup)
+    before = tokens(warmup)
+    done = (tokens(step + 1) - before) / (tokens(steps) - before)
     return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * 0.5 * (1.0 + math.cos(math.pi * done))

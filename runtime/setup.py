@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 
 from minitron.runtime.checkpoint import Checkpoints, TrainerState, load
-from minitron.runtime.data import Corpus, Data, Windows, open_corpus, open_held_out
+from minitron.runtime.course import Course, Stretch, corpus_seed
+from minitron.runtime.data import Corpus, Data, Windows, data_hash, open_corpus, open_held_out
 from minitron.runtime.feed import Feed
 from minitron.runtime.hidden_states import HiddenStates, prepare_hidden_states, read_coordinates
 from minitron.runtime.identity import require_same_training
@@ -30,13 +32,13 @@ from minitron.specs.data import DataSource
 from minitron.specs.documents import content_hash
 from minitron.specs.errors import Problem, Refused
 from minitron.specs.progress import Progress
-from minitron.specs.training_plan import TrainingPlan, divisor_within
+from minitron.specs.training_plan import TrainingPlan, divisor_within, needs_teacher
 
 
 @dataclass(frozen=True)
 class Session:
-    """The state that the trainings of one command share: the processes, the data that the key `data` of the plan names,
-    with the folder of its tokens, and the progress display.
+    """The state that the trainings of one command share: the processes, the data that the key `data` of the plan names
+    and that of each of its phases, with the folder of its tokens, and the progress display.
     """
 
     world: World
@@ -45,15 +47,31 @@ class Session:
     cache: Path
     interrupt: Interrupt
     progress: Progress
+    phases: tuple[Data, ...] = ()
 
-    def open_corpus(self, plan: TrainingPlan) -> Corpus:
-        """Opens the samples that the plan trains on, tokenized by the leader where that has not been done."""
+    def open_corpora(self, plan: TrainingPlan) -> tuple[Corpus, ...]:
+        """Opens the samples that the plan trains on, tokenized by the leader where that has not been done: a corpus for
+        all phases in turn that have data and length in common.
+        """
+        return tuple(self._open(plan, *corpus) for corpus in Course.of(plan).corpora())
+
+    def _open(self, plan: TrainingPlan, stretch: Stretch, tokens: int) -> Corpus:
         return self.world.leader_first(
             lambda: open_corpus(
-                self.data, self.encoder, self.cache,
-                length=plan.sequence_length, tokens=plan.tokens, seed=plan.seed, progress=self.progress,
+                self._data(plan, stretch), self.encoder, self.cache, length=stretch.phase.sequence_length, tokens=tokens,
+                seed=corpus_seed(plan.seed, stretch.corpus), progress=self.progress,
             )
         )  # fmt: skip
+
+    def _data(self, plan: TrainingPlan, stretch: Stretch) -> Data:
+        return self.phases[stretch.number] if plan.phases else self.data
+
+    def data_hash(self, plan: TrainingPlan) -> str:
+        """Returns the hash of everything that decides the samples that the plan trains on, wherever they lie."""
+        hashes = [
+            data_hash(self._data(plan, stretch), self.encoder, tokens) for stretch, tokens in Course.of(plan).corpora()
+        ]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -75,7 +93,10 @@ class Run:
     stored: StoredLogits | None
     """Samples of the teacher's distribution, where they replace the teacher."""
 
-    corpus: Corpus
+    course: Course
+    corpora: tuple[Corpus, ...]
+    """The samples of the course's phases."""
+
     held_out: Windows | None
     optimizer: torch.optim.Optimizer
     saver: Saver
@@ -88,21 +109,7 @@ class Run:
     @cached_property
     def feed(self) -> Feed:
         """Returns the feed of this rank's batches, step after step."""
-        plan = self.plan
-        return Feed(self.corpus, self.stored, self.world, plan.global_batch_size, plan.micro_batch_size, plan.steps)
-
-    @property
-    def flops_per_token(self) -> int | None:
-        """Returns the FLOPs of a step per token: the student's forward pass, its backward pass, which takes twice as
-        much, and the teacher's forward pass. None where they are not known.
-        """
-        student, teacher = self.plan.student.flops_per_token, self.plan.teacher.flops_per_token
-        if student is None or (self.teacher is not None and teacher is None):
-            return None
-        return 3 * student + (teacher or 0 if self.teacher is not None else 0)
-
-    def state_after(self, samples: int) -> TrainerState:
-        return TrainerState(samples // self.plan.global_batch_size, samples, samples * self.plan.sequence_length)
+        return Feed(self.corpora, self.stored, self.world, self.course, self.plan.steps)
 
 
 def prepare(session: Session, loaded: LoadedPlan, identity: dict[str, Any]) -> Run:
@@ -115,7 +122,7 @@ def prepare(session: Session, loaded: LoadedPlan, identity: dict[str, Any]) -> R
     work = loaded.folder / plan.work
     sampled = plan.teacher_logits != "online" and plan.loss.logits.weight != 0
     stored = stored_logits(loaded, identity) if sampled else None
-    corpus = session.open_corpus(plan)
+    corpora = session.open_corpora(plan)
     windows = held_out_windows(loaded, plan.sequence_length, world, encoder, session.cache, session.progress)
     logits, hidden, teacher = plan.loss.logits, plan.loss.hidden_states, None
     if hidden is not None and hidden.weight == 0:
@@ -123,11 +130,9 @@ def prepare(session: Session, loaded: LoadedPlan, identity: dict[str, Any]) -> R
     if needs_teacher(plan):
         teacher = load_teacher(loaded, world)
     student = _load_student(loaded, world)
-    read = [corpus.largest, *([windows.largest] if windows is not None else [])]
+    read = [*(corpus.largest for corpus in corpora), *([windows.largest] if windows is not None else [])]
     check_vocabularies(loaded, teacher, student, encoder.tokenizer, read)
-    if student.positions is not None and plan.sequence_length > student.positions:
-        message = f"{plan.sequence_length} tokens are more than the {student.positions} that the models can read"
-        raise Refused([Problem("sequence_length", message, f"write at most {student.positions}")])
+    _check_lengths(plan, student)
     states = None
     if hidden is not None and teacher is not None:
         kept = None if plan.kept_coordinates is None else read_coordinates(loaded.folder / plan.kept_coordinates)
@@ -141,7 +146,8 @@ def prepare(session: Session, loaded: LoadedPlan, identity: dict[str, Any]) -> R
         teacher=teacher,
         hidden=states,
         stored=stored,
-        corpus=corpus,
+        course=Course.of(plan),
+        corpora=corpora,
         held_out=windows,
         optimizer=make_optimizer(
             student.module, plan.optimizer, bf16_weights=plan.weights == "bfloat16", seed=plan.seed
@@ -165,23 +171,39 @@ def prepare(session: Session, loaded: LoadedPlan, identity: dict[str, Any]) -> R
 
 
 def with_micro_batch(plan: TrainingPlan, world: World) -> TrainingPlan:
-    """Returns the plan with the micro batch of a rank: the largest divisor of the rank's share of the global batch that
-    does not exceed the plan's micro batch. Refused where the global batch cannot be shared equally.
+    """Returns the plan with the micro batch of a rank, in each phase: the largest divisor of the rank's share of the
+    global batch that does not exceed the plan's micro batch. Refused where a global batch cannot be shared equally.
     """
-    whole = plan.global_batch_size
+    micro = _share(plan.global_batch_size, plan.micro_batch_size, world, "global_batch_size")
+    phases = tuple(
+        phase.model_copy(
+            update={
+                "micro_batch_size": _share(
+                    phase.global_batch_size, phase.micro_batch_size, world, f"phases.{number}.global_batch_size"
+                )
+            }
+        )
+        for number, phase in enumerate(plan.phases)
+    )
+    return plan.model_copy(update={"micro_batch_size": micro, "phases": phases})
+
+
+def _share(whole: int, most: int, world: World, at: str) -> int:
+    """Returns the micro batch of a rank for a global batch of `whole` sequences, no more than `most`."""
     if whole % world.size:
         message = f"{whole} sequences cannot be shared equally by {world.size} processes"
-        hint = f"write a multiple of {world.size}, or start fewer processes"
-        raise Refused([Problem("global_batch_size", message, hint)])
-    size = divisor_within(whole // world.size, plan.micro_batch_size)
-    return plan.model_copy(update={"micro_batch_size": size})
+        raise Refused([Problem(at, message, f"write a multiple of {world.size}, or start fewer processes")])
+    return divisor_within(whole // world.size, most)
 
 
-def needs_teacher(plan: TrainingPlan) -> bool:
-    """Checks whether a term of the loss is computed from the teacher itself."""
-    hidden = plan.loss.hidden_states
-    logits = plan.loss.logits.weight != 0 and plan.teacher_logits == "online"
-    return logits or (hidden is not None and hidden.weight != 0)
+def _check_lengths(plan: TrainingPlan, student: LanguageModel) -> None:
+    """Checks that the models can read sequences of each phase's length. Refused where they cannot."""
+    lengths = {"sequence_length": plan.sequence_length}
+    lengths |= {f"phases.{number}.sequence_length": phase.sequence_length for number, phase in enumerate(plan.phases)}
+    for at, length in lengths.items():
+        if student.positions is not None and length > student.positions:
+            message = f"{length} tokens are more than the {student.positions} that the models can read"
+            raise Refused([Problem(at, message, f"write at most {student.positions}")])
 
 
 def _compute_dtype(plan: TrainingPlan, world: World) -> torch.dtype:
@@ -262,7 +284,7 @@ def resume(run: Run, progress: Progress) -> TrainerState:
     """Restores weights and moments from the newest checkpoint and returns the progress of the training."""
     checkpoint = run.saver.checkpoints.newest(progress, run.world)
     if checkpoint is None:
-        return run.state_after(0)
+        return run.course.state(0)
     require_same_training(checkpoint.identity, run.identity, run.work)
     load(checkpoint, run.student.module, run.optimizer)
     progress.message(f"going on from step {checkpoint.state.step} of {run.plan.steps}")

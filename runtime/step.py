@@ -34,7 +34,7 @@ def train_step(run: Run, state: TrainerState) -> dict[str, float]:
     WorkError where loss or gradient are not finite; the weights are then as they were, and the batch is saved.
     """
     plan, world = run.plan, run.world
-    given = run.feed.take(state.samples)
+    given = run.feed.take(state.step)
     (valid,) = world.total(given.valid)
     normaliser = float(max(1, valid))  # a batch that is masked throughout has loss 0 and gradient 0
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
@@ -56,7 +56,7 @@ def train_step(run: Run, state: TrainerState) -> dict[str, float]:
         what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {grad_norm}"
         raise _not_finite(run, state, given.batch, what)
     clip(parameters, grad_norm, plan.optimizer.clip_grad_norm)
-    lr = learning_rate(state.step, plan.steps, plan.optimizer)
+    lr = learning_rate(state.step, plan.steps, plan.optimizer, lambda steps: run.course.state(steps).tokens)
     set_learning_rate(run.optimizer, lr)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)

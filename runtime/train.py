@@ -10,7 +10,7 @@ from typing import Any
 
 from minitron.runtime.checkpoint import identity_of_newest
 from minitron.runtime.correction import corrected
-from minitron.runtime.data import Data, data_hash
+from minitron.runtime.data import Data
 from minitron.runtime.disk import writing
 from minitron.runtime.finished import read_finished, write_finished
 from minitron.runtime.folders import claim_folders, require_own_folders
@@ -30,7 +30,7 @@ from minitron.runtime.metrics import last_held_out_loss
 from minitron.runtime.models import DTYPES, model_folder
 from minitron.runtime.output import Weights, whole_weights, write_model
 from minitron.runtime.plan import LoadedPlan, read_training_plan
-from minitron.runtime.setup import Run, Session, needs_teacher, prepare, resume
+from minitron.runtime.setup import Run, Session, prepare, resume
 from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.verified import require_verified
 from minitron.runtime.world import World, join_world, locked
@@ -41,7 +41,7 @@ from minitron.specs.errors import UsageError, WorkError, placing
 from minitron.specs.file_hashes import file_hash
 from minitron.specs.locks import LOCK
 from minitron.specs.progress import Progress, Silent
-from minitron.specs.training_plan import TrainingPlan
+from minitron.specs.training_plan import TrainingPlan, needs_teacher
 
 
 def train(
@@ -66,7 +66,8 @@ def train(
             session = Session(
                 world=world,
                 encoder=TextEncoder.load(loaded.folder / plan.tokenizer),
-                data=world.from_leader(lambda: Data.read(loaded.data("data", plan.data))),
+                data=(data := world.from_leader(lambda: Data.read(loaded.data("data", plan.data)))),
+                phases=tuple(_phase_data(loaded, plan, number, data, world) for number in range(len(plan.phases))),
                 cache=work / DATA_CACHE,
                 interrupt=interrupt,
                 progress=progress if world.leads else Silent(),
@@ -77,7 +78,7 @@ def train(
 def _train(loaded: LoadedPlan, plan: TrainingPlan, session: Session, *, unverified: bool) -> None:
     world, progress = session.world, session.progress
     work, output = loaded.folder / plan.work, loaded.folder / plan.output
-    identity = resume_identity(plan, data_hash(session.data, session.encoder, plan.tokens))
+    identity = resume_identity(plan, session.data_hash(plan))
     identity |= _contents(loaded, plan, session)
     if world.from_leader(lambda: _is_finished(work, output, identity, progress)):
         return
@@ -95,6 +96,12 @@ def _train(loaded: LoadedPlan, plan: TrainingPlan, session: Session, *, unverifi
     weights = whole_weights(run.student, DTYPES[plan.student.dtype], world)
     world.from_leader(lambda: _finish(loaded, run, weights))
     progress.message(f"trained: {output}")
+
+
+def _phase_data(loaded: LoadedPlan, plan: TrainingPlan, number: int, data: Data, world: World) -> Data:
+    """Returns the data of a phase; `data` is that of the plan."""
+    own = plan.phases[number].data
+    return data if own is None else world.from_leader(lambda: Data.read(loaded.data(f"phases.{number}.data", own)))
 
 
 def _tidy_up(loaded: LoadedPlan, plan: TrainingPlan) -> None:
@@ -167,7 +174,7 @@ def _finish(loaded: LoadedPlan, run: Run, weights: Weights) -> None:
         loss += f", cross-entropy with weight {plan.loss.cross_entropy:g}"
     if run.hidden is not None:
         loss += f", {run.hidden.settings.distance} distance of hidden states"
-    report = [f"Trained on {plan.steps * plan.step_tokens:,} tokens: {loss}."]
+    report = [f"Trained on {plan.trained_tokens:,} tokens: {loss}."]
     if (measured := last_held_out_loss(run.work / METRICS)) is not None:
         report.append(f"Loss on held-out text: {measured:.4f} nats a token.")
     source = model_folder(loaded, "student", plan.student)

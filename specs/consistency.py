@@ -13,6 +13,7 @@ from typing import TypeAlias
 from minitron.specs import training_consistency as training
 from minitron.specs.blocks.benchmarks import benchmarks
 from minitron.specs.blocks.choices import rates, sizes
+from minitron.specs.blocks.distill import Distill
 from minitron.specs.blocks.requirements import HELD_OUT_LOSS, RECOVERED
 from minitron.specs.blocks.student import DEPTH
 from minitron.specs.data import DataSource
@@ -170,6 +171,25 @@ def enough_tokens(spec: Spec) -> Iterator[Problem]:
             yield Problem(path, message, f"write at least {batch}, or a smaller `distill.global_batch_size`")
 
 
+@constraint("distill.phases", "distill.tokens", "distill.sequence_length", "distill.global_batch_size")
+def phases_make_up_the_training(spec: Spec) -> Iterator[Problem]:
+    """Requires that phases add up to the training, each with at least one step of a batch that is known."""
+    if spec.distill is None:
+        return
+    if spec.distill.phases and len(sizes(spec.distill.global_batch_size)) > 1:
+        message = "phases take what they leave out from `global_batch_size`, which names several"
+        yield Problem("distill.phases", message, "write one size above them, or leave `phases` out")
+    else:
+        yield from training.phases_make_up_the_training(spec.distill.phases, spec.distill.tokens, "distill.phases")
+
+
+@constraint("distill.phases", "distill.teacher_logits")
+def phases_have_a_teacher(spec: Spec) -> Iterator[Problem]:
+    """Requires the teacher itself for phases."""
+    if spec.distill is not None:
+        yield from training.phases_have_a_teacher(spec.distill.phases, spec.distill.teacher_logits, "distill.phases")
+
+
 @constraint("distill.loss")
 def loss_is_whole(spec: Spec) -> Iterator[Problem]:
     """Requires a loss term, and a logit loss to scale a dynamic weight to."""
@@ -198,20 +218,27 @@ def pairs_differ(spec: Spec) -> Iterator[Problem]:
         yield from training.pairs_differ(spec.distill.loss, "distill.loss")
 
 
-@constraint("distill.data", "distill.tokens")
+@constraint("distill.data", "distill.tokens", "distill.phases")
 def budgets_make_up_the_training(spec: Spec) -> Iterator[Problem]:
-    """Requires that the tokens of a blend's parts add up to the tokens of the training."""
-    parts = (spec.distill.data.blend if spec.distill is not None else None) or ()
-    if spec.distill is None or not parts or any(part.tokens is None for part in parts):
+    """Requires that the tokens of a blend's parts add up to the tokens of the training, or of the phase."""
+    if spec.distill is None:
         return
-    budget = sum(part.tokens or 0 for part in parts)
-    if budget != spec.distill.tokens:
-        shown = [format_quantity(one, COUNT_UNITS) for one in (budget, spec.distill.tokens)]
-        message = f"the parts' `tokens` make {shown[0]}, and `distill.tokens` is {shown[1]}"
-        yield Problem("distill.data.blend", message, f"write `distill.tokens: {budget}`, or other budgets")
+    sources = [("distill", spec.distill.data, spec.distill.tokens)]
+    sources += [
+        (f"distill.phases.{index}", phase.data, phase.tokens)
+        for index, phase in enumerate(spec.distill.phases)
+        if phase.data is not None
+    ]
+    for at, data, tokens in sources:
+        parts = data.blend or ()
+        budget = sum(part.tokens or 0 for part in parts)
+        if parts and all(part.tokens is not None for part in parts) and budget != tokens:
+            shown = [format_quantity(one, COUNT_UNITS) for one in (budget, tokens)]
+            message = f"the parts' `tokens` make {shown[0]}, and `{at}.tokens` is {shown[1]}"
+            yield Problem(f"{at}.data.blend", message, f"write `{at}.tokens: {budget}`, or other budgets")
 
 
-@constraint("distill.data", "evaluate.held_out")
+@constraint("distill.data", "distill.phases", "evaluate.held_out")
 def held_out_documents_can_be_chosen(spec: Spec) -> Iterator[Problem]:
     """Requires documents that are read one by one if held-out data is a share of the training data."""
     held_out = spec.evaluate.held_out if spec.evaluate is not None else None
@@ -224,18 +251,19 @@ def held_out_documents_can_be_chosen(spec: Spec) -> Iterator[Problem]:
     elif held_out.fraction == 0:
         yield Problem("evaluate.held_out.fraction", "0 is no share of the documents", "write a share such as 1%")
     else:
-        for part in spec.distill.data.blend or [spec.distill.data]:
+        for part in (part for source in _learnt(spec.distill) for part in source.blend or [source]):
             if part.megatron is not None:
                 message = "tokens of Megatron-LM are read as they lie, and no document of them can be left out"
                 yield Problem("evaluate.held_out.fraction", message, "name other held-out documents")
 
 
-@constraint("distill.data", "evaluate.held_out")
+@constraint("distill.data", "distill.phases", "evaluate.held_out")
 def held_out_is_held_out(spec: Spec) -> Iterator[Problem]:
     """Refuses held-out data that is also trained on."""
     if spec.distill is None or spec.evaluate is None or spec.evaluate.held_out is None:
         return
-    shared = set(_origins(spec.distill.data)) & set(_origins(spec.evaluate.held_out))
+    learnt = {origin for source in _learnt(spec.distill) for origin in _origins(source)}
+    shared = learnt & set(_origins(spec.evaluate.held_out))
     if shared:
         message = f"{sorted(shared)[0]} is trained on as well, under `distill.data`"
         yield Problem("evaluate.held_out", message, "name documents that nothing is trained on")
@@ -268,6 +296,11 @@ def benchmarks_can_be_run(spec: Spec) -> Iterator[Problem]:
         if (one.samples or 1) > 1 and not one.temperature:
             message = f"{one.samples} answers that are the most likely ones are all the same"
             yield Problem(f"evaluate.suite.{index}", message, "add `temperature: 0.2`, or leave `samples` out")
+
+
+def _learnt(distill: Distill) -> list[DataSource]:
+    """Returns the sources that the student is trained on."""
+    return [distill.data, *(phase.data for phase in distill.phases if phase.data is not None)]
 
 
 def _origins(source: DataSource) -> Iterator[str]:

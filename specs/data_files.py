@@ -64,6 +64,9 @@ def data_sources(spec: Spec) -> Iterator[tuple[str, DataSource]]:
         yield "importance.data", spec.importance.data
     if spec.distill is not None:
         yield "distill.data", spec.distill.data
+        for index, phase in enumerate(spec.distill.phases):
+            if phase.data is not None:
+                yield f"distill.phases.{index}.data", phase.data
     held_out = spec.evaluate.held_out if spec.evaluate is not None else None
     if held_out is not None and held_out.fraction is None:
         yield "evaluate.held_out", held_out
@@ -75,7 +78,7 @@ def sources_as_read(spec: Spec) -> Iterator[tuple[str, DataSource]]:
     held_out = spec.evaluate.held_out if spec.evaluate is not None else None
     fraction = held_out.fraction if held_out is not None else None
     for at, source in data_sources(spec):
-        cut = at == "distill.data" and fraction is not None
+        cut = at.startswith("distill.") and fraction is not None
         yield at, divided(source, leave_out=fraction) if cut and fraction is not None else source
     if fraction is not None and spec.distill is not None:
         yield "evaluate.held_out", divided(spec.distill.data, only=fraction)

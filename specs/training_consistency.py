@@ -5,11 +5,26 @@ Each check takes the block and the dotted path `at` of that block in its file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from minitron.specs.blocks.distill import HiddenStateLoss, Layout, Loss, SampledLogits
 from minitron.specs.blocks.training import Optimizer
 from minitron.specs.errors import Problem
+from minitron.specs.units import COUNT_UNITS, format_quantity
+
+
+class Phase(Protocol):
+    """The numbers of a phase, in the spec and in training.yaml."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def sequence_length(self) -> int | None: ...
+
+    @property
+    def global_batch_size(self) -> int | None: ...
 
 
 def rate_falls(optimizer: Optimizer, at: str) -> Iterator[Problem]:
@@ -57,6 +72,30 @@ def offloading_needs_sharding(layout: Layout, at: str) -> Iterator[Problem]:
     if layout.cpu_offload and layout.student != "sharded":
         message = "a student that is replicated stays on its device"
         yield Problem(f"{at}.cpu_offload", message, "write `student: sharded`, also for one device")
+
+
+def phases_have_a_teacher(phases: Sequence[object], teacher_logits: str | SampledLogits, at: str) -> Iterator[Problem]:
+    """Requires the teacher itself for phases, because stored samples are of sequences of one length."""
+    if phases and teacher_logits != "online":
+        message = "stored samples of the teacher are of sequences of one length, and phases may have several"
+        yield Problem(at, message, "write `teacher_logits: online`, or leave `phases` out")
+
+
+def phases_make_up_the_training(phases: Sequence[Phase], tokens: int, at: str) -> Iterator[Problem]:
+    """Requires that the tokens of the phases add up to those of the training, and at least one step of each phase."""
+    total = sum(phase.tokens for phase in phases)
+    if phases and total != tokens:
+        shown = [format_quantity(one, COUNT_UNITS) for one in (total, tokens)]
+        message = f"the phases' `tokens` make {shown[0]}, and `tokens` of the training is {shown[1]}"
+        yield Problem(at, message, f"write `tokens: {total}` above them, or other phases")
+    for index, phase in enumerate(phases):
+        batch = (phase.global_batch_size or 0) * (phase.sequence_length or 0)
+        if phase.tokens < batch:
+            size = f"{phase.global_batch_size} x {phase.sequence_length} = {batch}"
+            message = (
+                f"{format_quantity(phase.tokens, COUNT_UNITS)} tokens are less than one global batch, {size} tokens"
+            )
+            yield Problem(f"{at}.{index}.tokens", message, f"write at least {batch}, or a smaller `global_batch_size`")
 
 
 def pairs_exist(hidden: HiddenStateLoss, teacher_layers: int, student_layers: int, at: str) -> Iterator[Problem]:

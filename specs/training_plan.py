@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field
 from minitron.specs import training_consistency
 from minitron.specs.blocks.base import Block, Count, Listed, NonNegativeInt, PositiveFloat, PositiveInt, Text, wrong
 from minitron.specs.blocks.benchmarks import Listing
-from minitron.specs.blocks.distill import CheckpointSettings, Layout, Loss, TeacherLogits
+from minitron.specs.blocks.distill import CheckpointSettings, Layout, Loss, SequenceLength, TeacherLogits
 from minitron.specs.blocks.evaluate import Published
 from minitron.specs.blocks.requirements import BoundText
 from minitron.specs.blocks.teacher_correction import TeacherCorrection
@@ -170,6 +170,30 @@ class EvaluationPlan(Block):
     evaluate: EvaluatePlan
 
 
+class PhasePlan(Block):
+    """One phase of the training. The schedule of the learning rate runs over all of them."""
+
+    tokens: Count
+    """To train on, rounded up to whole global batches."""
+
+    sequence_length: SequenceLength
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt
+    data: DataSource | None
+    """null: that of the plan."""
+
+    flops_per_token: PositiveInt | None = None
+    """Floating-point operations of a step for one token, for the utilisation that training reports."""
+
+    @property
+    def step_tokens(self) -> int:
+        return self.global_batch_size * self.sequence_length
+
+    @property
+    def steps(self) -> int:
+        return -(-self.tokens // self.step_tokens)
+
+
 class TrainingPlan(EvaluationPlan):
     """The whole training.yaml."""
 
@@ -181,12 +205,16 @@ class TrainingPlan(EvaluationPlan):
     tokens: Count
     """To train on, rounded up to whole global batches."""
 
-    sequence_length: Annotated[int, Field(ge=2, le=2**31)]
+    sequence_length: SequenceLength
     global_batch_size: PositiveInt
     """Sequences in an optimizer step, over all ranks and accumulation steps."""
 
     micro_batch_size: PositiveInt
     """The most sequences in one forward; each rank takes the largest divisor of its share of the global batch."""
+
+    phases: Listed[PhasePlan] = ()
+    """Stretches of the training with lengths, batches and data of their own; those above are then the ones of the held-out
+    text and of the teacher's correction."""
 
     optimizer: Optimizer
     weights: DtypeName = "float32"
@@ -207,12 +235,43 @@ class TrainingPlan(EvaluationPlan):
     checkpoint: CheckpointPlan
 
     @property
-    def step_tokens(self) -> int:
-        return self.global_batch_size * self.sequence_length
+    def course(self) -> tuple[PhasePlan, ...]:
+        """The phases, or the one that the training consists of."""
+        if self.phases:
+            return self.phases
+        student, teacher = self.student.flops_per_token, self.teacher.flops_per_token
+        beside = needs_teacher(self)
+        known = student is not None and (teacher is not None or not beside)
+        return (
+            PhasePlan(
+                tokens=self.tokens,
+                sequence_length=self.sequence_length,
+                global_batch_size=self.global_batch_size,
+                micro_batch_size=self.micro_batch_size,
+                data=None,
+                flops_per_token=step_flops(student or 0, teacher or 0 if beside else 0) if known else None,
+            ),
+        )
 
     @property
     def steps(self) -> int:
-        return -(-self.tokens // self.step_tokens)
+        return sum(phase.steps for phase in self.course)
+
+    @property
+    def trained_tokens(self) -> int:
+        """The tokens of all steps."""
+        return sum(phase.steps * phase.step_tokens for phase in self.course)
+
+
+def step_flops(student: int, teacher: int) -> int:
+    """Returns the FLOPs of a step for one token: the student's forward pass, its backward pass, which takes twice as much,
+    and the teacher's forward pass."""
+    return 3 * student + teacher
+
+
+def needs_teacher(plan: TrainingPlan) -> bool:
+    """Checks whether a term of the loss is computed from the teacher itself."""
+    return plan.loss.reads_teacher(plan.teacher_logits)
 
 
 TRAINING_KEYS = frozenset(TrainingPlan.model_fields) - frozenset(EvaluationPlan.model_fields)
@@ -240,4 +299,6 @@ def problems(plan: TrainingPlan) -> Iterator[Problem]:
     yield from training_consistency.loss_is_whole(plan.loss, "loss")
     yield from training_consistency.pairs_differ(plan.loss, "loss")
     yield from training_consistency.samples_are_enough(plan.loss, plan.teacher_logits, "loss")
+    yield from training_consistency.phases_have_a_teacher(plan.phases, plan.teacher_logits, "phases")
+    yield from training_consistency.phases_make_up_the_training(plan.phases, plan.tokens, "phases")
     yield from training_consistency.offloading_needs_sharding(plan.layout, "layout")

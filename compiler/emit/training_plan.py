@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from minitron.specs.blocks.distill import Distill
 from minitron.specs.blocks.evaluate import Evaluate
 from minitron.specs.blocks.teacher_correction import TeacherCorrection
 from minitron.specs.builds import CORRECTION_WORK, MODEL, STUDENT, TEACHER, WORK
+from minitron.specs.data import DataSource
 from minitron.specs.data_files import resolve_data
 from minitron.specs.load import LoadedSpec
 from minitron.specs.training_plan import (
@@ -30,8 +31,10 @@ from minitron.specs.training_plan import (
     HeldOutPlan,
     LayoutPlan,
     ModelPlan,
+    PhasePlan,
     TeacherPlan,
     TrainingPlan,
+    step_flops,
     to_document,
 )
 
@@ -101,6 +104,7 @@ def training_plan(
         sequence_length=distill.sequence_length,
         global_batch_size=distill.batch,
         micro_batch_size=distill.micro_batch_size or micro_batch(distill.batch, distill.sequence_length),
+        phases=tuple(_phases(distill, sources, costs)),
         optimizer=distill.adamw,
         weights=distill.weights,
         loss=distill.loss,
@@ -128,6 +132,24 @@ def aligned(plan: EvaluationPlan, layers: Sequence[int], coordinates: str | None
     loss = plan.loss.model_copy(update={"hidden_states": hidden})
     kept = coordinates if hidden.coordinates == "kept" else None
     return plan.model_copy(update={"loss": loss, "kept_coordinates": kept})
+
+
+def _phases(
+    distill: Distill, sources: Mapping[str, DataSource], costs: Mapping[str, ModelCosts]
+) -> Iterator[PhasePlan]:
+    """Yields the phases, where the spec has several."""
+    for number, phase in enumerate(distill.phases):
+        alone = distill.alone(phase)
+        length, batch = alone.sequence_length, alone.batch
+        student, teacher = (costs[side].forward_flops_per_token(length) for side in ("student", "teacher"))
+        yield PhasePlan(
+            tokens=alone.tokens,
+            sequence_length=length,
+            global_batch_size=batch,
+            micro_batch_size=alone.micro_batch_size or micro_batch(batch, length),
+            data=sources.get(f"distill.phases.{number}.data"),
+            flops_per_token=step_flops(student, teacher if distill.needs_teacher else 0),
+        )
 
 
 def _evaluation(loaded: LoadedSpec, evaluate: Evaluate) -> EvaluatePlan:

@@ -7,6 +7,7 @@ student's layers once more where activations are recomputed. What elementwise op
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from minitron.compiler.estimate import model_costs as costs
 from minitron.compiler.estimate.activations import Footprint, Work, footprint
 from minitron.compiler.estimate.devices import DEVICES, Cluster
-from minitron.compiler.estimate.hardware import HardwareAssumptions
+from minitron.compiler.estimate.hardware import DISTILL, HardwareAssumptions
 from minitron.compiler.estimate.memory import (
     EXACT_PARTS,
     FP32,
@@ -237,9 +238,23 @@ class Estimate:
             phases.append(Phase("capture", does, tokens, tokens * forward, self._capturing(kind, layout), disk))
         disk = self._checkpoints(self.student) + self.student_costs.weight_bytes
         source = "stored samples of the teacher" if self.sampled else "the teacher, which runs beside it"
-        does = f"trains the student from {source}: {self._steps(tokens)}"
-        phases.append(Phase("distill", does, tokens, tokens * self.token_flops(), self.training(kind, layout), disk))
+        stretches = list(self.stretches())
+        for name, one in stretches:
+            does = f"trains the student from {source}: {one._steps(one.distill.tokens)}"
+            memory = one.training(kind, one.layout(hardware.cluster.count))
+            last = name == stretches[-1][0]  # one training: its checkpoints stand once on the disk
+            tokens = one.distill.tokens
+            phases.append(Phase(name, does, tokens, tokens * one.token_flops(), memory, disk if last else 0))
         return phases
+
+    def stretches(self) -> Iterator[tuple[str, Estimate]]:
+        """Yields the name and the estimate of each phase of the distillation, as if it were the whole of it."""
+        if not self.distill.phases:
+            yield DISTILL, self
+        for number, phase in enumerate(self.distill.phases):
+            loaded = self.plan.loaded
+            spec = loaded.spec.model_copy(update={"distill": self.distill.alone(phase)})
+            yield f"{DISTILL}_{number + 1}", replace(self, plan=replace(self.plan, loaded=replace(loaded, spec=spec)))
 
     def _steps(self, tokens: int) -> str:
         batch, length = self.distill.batch, self.distill.sequence_length

@@ -30,16 +30,21 @@ def fits_json(estimate: Estimate, hardware: HardwareAssumptions) -> dict[str, An
             return found
     if estimate.plan.loaded.spec.distill is None:
         return found | {"ok": True}
-    layout = estimate.layout(cluster.count)
-    reason = _why_not(estimate, cluster, layout)
-    if reason is None:
-        return found | {"ok": True}
-    found["reason"] = reason
-    for changes, devices, changed in _changes(estimate, cluster, layout):
-        if _why_not(estimate, Cluster(cluster.device, devices), changed) is None:
-            found["nearest"] = " and ".join(changes) + f" ({_size(_peak(estimate, cluster, changed))} per device)"
-            break
-    return found
+    stretches = list(estimate.stretches())
+    for number, (name, one) in enumerate(stretches):
+        layout = one.layout(cluster.count)
+        reason = _why_not(one, cluster, layout)
+        if reason is None:
+            continue
+        found["reason"] = reason if len(stretches) == 1 else f"{name}: {reason}"
+        for changes, devices, changed in _changes(one, cluster, layout):
+            if _why_not(one, Cluster(cluster.device, devices), changed) is None:
+                words = " and ".join(changes) + f" ({_size(_peak(one, cluster, changed))} per device)"
+                own = f"distill.phases.{number}.micro_batch_size"
+                found["nearest"] = words if len(stretches) == 1 else words.replace("distill.micro_batch_size", own)
+                break
+        return found
+    return found | {"ok": True}
 
 
 def _why_not(estimate: Estimate, cluster: Cluster, layout: Layout) -> str | None:

@@ -18,6 +18,9 @@ from minitron.compiler.estimate.devices import REFERENCE, Cluster, read_device
 from minitron.specs.builds import PLAN, metrics_file
 from minitron.specs.errors import UsageError
 
+DISTILL = "distill"
+"""The name of the distillation among a plan's phases, and how the names of its own phases begin where it has several."""
+
 ASSUMED_MFU = 0.17
 ONE_REFERENCE = Cluster(REFERENCE)
 
@@ -72,12 +75,12 @@ def measured_mfu(build: Path, cluster: Cluster) -> float:
     metrics, plan = metrics_file(build), build / PLAN
     try:
         document = json.loads(plan.read_text(encoding="utf-8"))
-        phase = next(one for one in document["phases"] if one["name"] == "distill")
-        each = phase["flops"] / phase["tokens"]
+        phases = [one for one in document["phases"] if one["name"].startswith(DISTILL)]
+        each = sum(one["flops"] for one in phases) / sum(one["tokens"] for one in phases)
         lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
         rates = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
         rate = statistics.median(rates[len(rates) // 2 :])
-    except (OSError, ValueError, LookupError, TypeError, StopIteration) as error:
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
         raise UsageError(
             f"--measured {build}: has no training that tells a speed ({type(error).__name__}: {error}); name a build "
             "whose plan.json and train/metrics.jsonl are those of a distillation that has begun"

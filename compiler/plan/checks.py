@@ -8,6 +8,8 @@ from minitron.compiler.capture.capture import Captured
 from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.compiler.teacher.tokenizer import lacking_tokens, load_tokenizer, tokenizer_files
 from minitron.compiler.towers.whole_config import projector_of
+from minitron.specs.blocks.distill import Distill, DistillPhase
+from minitron.specs.blocks.importance import CalibrationData
 from minitron.specs.data_files import data_sources, resolve
 from minitron.specs.documents import check_readable
 from minitron.specs.errors import Problem, Refused, UsageError, WorkError
@@ -26,15 +28,16 @@ def check_lengths(loaded: LoadedSpec, captured: Captured) -> list[Problem]:
     longest = getattr(captured.config, "max_position_embeddings", None)
     errors = []
     spec = loaded.spec
-    for path, block in (
-        ("importance.data.sequence_length", spec.importance.data),
-        ("distill.sequence_length", spec.distill),
-    ):
-        if block is not None and isinstance(longest, int) and block.sequence_length > longest:
+    blocks: list[tuple[str, CalibrationData | Distill | DistillPhase | None]]
+    blocks = [("importance.data", spec.importance.data), ("distill", spec.distill)]
+    blocks += [(f"distill.phases.{n}", one) for n, one in enumerate(spec.distill.phases if spec.distill else ())]
+    for path, block in blocks:
+        length = None if block is None else block.sequence_length
+        if length is not None and isinstance(longest, int) and length > longest:
             errors.append(
                 Problem(
-                    path,
-                    f"{block.sequence_length} is more than the teacher's {longest} positions",
+                    f"{path}.sequence_length",
+                    f"{length} is more than the teacher's {longest} positions",
                     f"write at most {longest}",
                 )
             )

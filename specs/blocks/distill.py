@@ -123,6 +123,11 @@ class Loss(Block):
     chunk_tokens: PositiveInt = 1024
     """Tokens whose logits exist at one time: more is faster, less takes less memory."""
 
+    def reads_teacher(self, teacher_logits: TeacherLogits) -> bool:
+        """Checks whether a term is computed from the teacher itself, not from stored samples or the text alone."""
+        hidden = self.hidden_states is not None and self.hidden_states.weight != 0
+        return hidden or (self.logits.weight != 0 and teacher_logits == "online")
+
 
 class Layout(Block):
     """The distribution of models and training state over several devices."""
@@ -154,6 +159,29 @@ class CheckpointSettings(Block):
 LEAST_STEPS = 300
 
 
+SequenceLength = Annotated[int, Field(ge=2, le=2**31)]
+
+
+class DistillPhase(Block):
+    """A stretch of the training with settings of its own; the schedule runs on, and what is left out is as in `distill`."""
+
+    tokens: Count
+    """How many tokens of the training's belong to this phase, rounded up to whole global batches."""
+
+    sequence_length: SequenceLength | None = None
+    """Tokens in a sequence. Left out: as in `distill`."""
+
+    global_batch_size: PositiveInt | None = None
+    """Sequences in an optimizer step. Left out: as in `distill`."""
+
+    micro_batch_size: PositiveInt | None = None
+    """At most this many sequences go through the model at one time. Left out: the compiler chooses."""
+
+    data: DataSource | None = None
+    """What to train on. Left out: as in `distill`; where the length stays too, the phase goes on with the sequences that the
+    one before has left."""
+
+
 class Distill(Block):
     """The distillation of the student from the teacher. Without this block `minitron compile` only prunes, and nothing
     is trained."""
@@ -164,10 +192,14 @@ class Distill(Block):
     tokens: Count
     """How many tokens to train on."""
 
+    phases: Listed[DistillPhase] = ()
+    """Stretches of the training, one after the other, such as longer sequences towards the end; their `tokens` make up those of
+    the training. Left out: one phase."""
+
     teacher_logits: TeacherLogits = "online"
     """`online`: the teacher runs beside the student; `{sampled: 12}`: `minitron capture` stores its samples once."""
 
-    sequence_length: Annotated[int, Field(ge=2, le=2**31)] = 8192
+    sequence_length: SequenceLength = 8192
     """Tokens in a sequence. Documents are packed into them one after the other, BOS before and EOS after each where the
     tokenizer has them; attention reaches across documents."""
 
@@ -207,13 +239,25 @@ class Distill(Block):
     @model_validator(mode="after")
     def _fit_to_tokens(self) -> Distill:
         """Fits batch size and warm-up to the number of tokens if neither is written, because the defaults suit long
-        trainings."""
+        trainings; and fills in what phases leave out."""
         changes: dict[str, Any] = {}
         batch = max(sizes(self.global_batch_size))
         if not self.model_fields_set & {"global_batch_size", "micro_batch_size"}:
             batch = max(1, min(batch, self.tokens // (self.sequence_length * LEAST_STEPS)))
             changes["global_batch_size"] = batch
-        optimizer = fit_warmup(self.optimizer, self.tokens // (self.sequence_length * batch))
+        phases = tuple(
+            phase.model_copy(
+                update={
+                    "sequence_length": phase.sequence_length or self.sequence_length,
+                    "global_batch_size": phase.global_batch_size or batch,
+                    "micro_batch_size": phase.micro_batch_size or self.micro_batch_size,
+                }
+            )
+            for phase in self.phases
+        )
+        changes["phases"] = phases
+        steps = sum(one.tokens // ((one.sequence_length or 1) * (one.global_batch_size or 1)) for one in phases)
+        optimizer = fit_warmup(self.optimizer, steps if phases else self.tokens // (self.sequence_length * batch))
         return self.model_copy(update=changes | {"optimizer": optimizer})
 
     @property
@@ -232,3 +276,15 @@ class Distill(Block):
         """Returns the distillation at one learning rate and batch size."""
         optimizer = self.optimizer.model_copy(update={"lr": lr})
         return self.model_copy(update={"optimizer": optimizer, "global_batch_size": batch})
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Checks whether a term of the loss is computed from the teacher itself."""
+        return self.loss.reads_teacher(self.teacher_logits)
+
+    def alone(self, phase: DistillPhase) -> Distill:
+        """Returns the distillation that consists of this phase alone."""
+        values = {
+            key: getattr(phase, key) for key in ("tokens", "sequence_length", "global_batch_size", "micro_batch_size")
+        }
+        return self.model_copy(update=values | {"phases": (), "data": phase.data or self.data})

@@ -84,3 +84,56 @@ def test_hours_on_every_kind_of_device(planned: Planned) -> None:
 def resolved(plan: Plan, folder: Path, teacher_costs: ModelCosts | None = None) -> dict[str, Any]:
     costs = {"teacher": teacher_costs or Estimate(plan).teacher_costs, "student": Estimate(plan).student_costs}
     return to_document(training_plan(plan.loaded, folder, plan.checkpoint, plan.heads, "layers", "0", costs))
+
+
+PHASES: dict[str, Any] = {
+    "tokens": TOKENS,
+    "phases": [
+        {"tokens": TOKENS // 2},
+        {"tokens": TOKENS // 2, "sequence_length": 64, "global_batch_size": 2, "data": {"text": ["other.txt"]}},
+    ],
+}
+
+
+def test_each_phase_of_a_training_has_its_price(planned: Planned, tmp_path: Path) -> None:
+    alone, several = planned({}), planned(PHASES)
+    found = phases(several)
+    assert list(found) == ["calibrate", "distill_1", "distill_2"]
+    first, second = found["distill_1"], found["distill_2"]
+    assert first["does"].endswith(": 250 steps of 4 sequences of 32 tokens")
+    assert second["does"].endswith(": 250 steps of 2 sequences of 64 tokens")
+    assert 2 * first["flops"] == phases(alone)["distill"]["flops"]
+    assert second["flops"] > first["flops"], "attention over sequences of twice the length"
+    assert second["peak_memory_bytes"] != first["peak_memory_bytes"]
+    assert (first["disk_bytes"], second["disk_bytes"]) == (0, phases(alone)["distill"]["disk_bytes"])
+
+
+def test_training_yaml_has_the_phases_with_every_value(planned: Planned, tmp_path: Path) -> None:
+    plan = planned(PHASES)
+    (plan.loaded.folder / "other.txt").write_text("x")
+    document = resolved(plan, tmp_path)
+    first, second = document["phases"]
+    estimate = {name: one.token_flops() for name, one in Estimate(plan).stretches()}
+    assert first == {
+        "tokens": TOKENS // 2, "sequence_length": 32, "global_batch_size": 4, "micro_batch_size": 4, "data": None,
+        "flops_per_token": estimate["distill_1"],
+    }  # fmt: skip
+    assert (second["sequence_length"], second["global_batch_size"], second["micro_batch_size"]) == (64, 2, 2)
+    assert second["data"]["text"] == [str(plan.loaded.folder / "other.txt")]
+    assert second["flops_per_token"] == estimate["distill_2"]
+    assert resolved(planned({}), tmp_path)["phases"] == []
+
+
+def test_the_phase_that_does_not_fit_is_named(planned: Planned) -> None:
+    """The longer sequences of the second phase need more than the device has, and what would do is written there."""
+    longer = PHASES["phases"][1] | {"global_batch_size": 8}
+    plan = planned(PHASES | {"phases": [PHASES["phases"][0], longer]})
+    estimate = Estimate(plan)
+    peaks = [one.training("cuda", one.layout(1)).peak for _, one in estimate.stretches()]
+    assert peaks[1] > peaks[0]
+    hardware = read_hardware("h100", None, None)
+    small = replace(hardware.cluster.device, memory_bytes=(peaks[0] + peaks[1]) // 2)
+    tight = replace(hardware, cluster=replace(hardware.cluster, device=small))
+    found = plan_document(plan, hardware=tight)["fits"]
+    assert found["ok"] is False and found["reason"].startswith("distill_2: training needs")
+    assert found["nearest"].startswith("distill.phases.1.micro_batch_size: ")

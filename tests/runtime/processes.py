@@ -159,12 +159,26 @@ def kill_during_second_checkpoint() -> None:
 
 def kill_at_third_step() -> None:
     """Makes this process kill itself when it has begun its third step."""
+    _kill_at(2)
+
+
+def kill_at_seventh_step() -> None:
+    """Makes this process kill itself when it has begun its seventh step."""
+    _kill_at(6)
+
+
+def kill_at_twelfth_step() -> None:
+    """Makes this process kill itself when it has begun its twelfth step."""
+    _kill_at(11)
+
+
+def _kill_at(done: int) -> None:
     from minitron.runtime import loop
 
     real = loop.train_step
 
     def train_step(run: Any, state: Any) -> Any:
-        if state.step == 2:
+        if state.step == done:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(run, state)
 

@@ -14,12 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minitron.runtime import feed as feed_module
 from minitron.runtime import loop
 from minitron.runtime.attention import fastest_attention
+from minitron.runtime.course import Course
 from minitron.runtime.data import Corpus, Windows
 from minitron.runtime.feed import Feed
 from minitron.runtime.gradients import clip
 from minitron.runtime.step import train_step
 from minitron.runtime.world import World
 from minitron.specs.errors import WorkError
+from minitron.specs.training_plan import TrainingPlan
+from tests.runtime import tiny
 from tests.runtime.test_training import run
 
 CPU = World(0, 1, torch.device("cpu"))
@@ -80,41 +83,46 @@ def corpus(tokens: int = 200) -> Corpus:
     return Corpus((Windows(np.arange(tokens, dtype=np.uint16), 8, None),), (1,), 0)
 
 
+def course(micro: int) -> Course:
+    sizes = {"tokens": 96, "sequence_length": 8, "global_batch_size": 4, "micro_batch_size": micro}
+    return Course.of(TrainingPlan.model_validate(tiny.plan(**sizes)))
+
+
 def test_the_next_step_is_made_while_this_one_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     original = Feed._make
 
-    def making(self: Feed, first: int) -> Any:
-        made.append(first)
-        return original(self, first)
+    def making(self: Feed, step: int) -> Any:
+        made.append(step)
+        return original(self, step)
 
     monkeypatch.setattr(feed_module.Feed, "_make", making)
-    feed = Feed(corpus(), None, CPU, whole=4, micro=2, steps=3)
+    feed = Feed([corpus()], None, CPU, course(micro=2), steps=3)
     given = feed.take(0)
     assert given.valid == 32 and [micro.input_ids_BL.shape for micro, _ in given.micro_batches] == [(2, 8)] * 2
     feed._worker.shutdown()  # waits for what was begun
-    assert made == [0, 4]
+    assert made == [0, 1]
 
 
 def test_any_step_can_be_taken_and_none_is_made_beyond_the_last() -> None:
-    feed, again = (Feed(corpus(), None, CPU, whole=4, micro=4, steps=3) for _ in range(2))
-    whole = [feed.take(first).batch.input_ids_BL for first in (0, 4, 8)]
-    assert torch.equal(again.take(8).batch.input_ids_BL, whole[2])
-    assert again._next is None and torch.equal(again.take(4).batch.input_ids_BL, whole[1])
+    feed, again = (Feed([corpus()], None, CPU, course(micro=4), steps=3) for _ in range(2))
+    whole = [feed.take(step).batch.input_ids_BL for step in (0, 1, 2)]
+    assert torch.equal(again.take(2).batch.input_ids_BL, whole[2])
+    assert again._next is None and torch.equal(again.take(1).batch.input_ids_BL, whole[1])
 
 
 def test_what_goes_wrong_in_the_background_is_raised_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    feed = Feed(corpus(), None, CPU, whole=4, micro=4, steps=3)
+    feed = Feed([corpus()], None, CPU, course(micro=4), steps=3)
 
     def broken(samples: Any) -> Any:
         raise WorkError("the stored samples are cut short")
 
     feed.take(0)
     feed._worker.submit(lambda: None).result()
-    object.__setattr__(feed, "corpus", type("Broken", (), {"batch": staticmethod(broken)})())
-    feed.take(4)
+    object.__setattr__(feed, "corpora", [type("Broken", (), {"batch": staticmethod(broken)})()])
+    feed.take(1)
     with pytest.raises(WorkError, match="cut short"):
-        feed.take(8)
+        feed.take(2)
 
 
 def test_gradients_are_scaled_down_and_never_up() -> None:

@@ -28,7 +28,7 @@ def test_a_whole_plan(tmp_path: Path) -> None:
     loaded = read_training_plan(tmp_path)
     assert isinstance(loaded.plan, TrainingPlan)
     assert loaded.folder == tmp_path
-    assert loaded.training().steps == 12 and loaded.training().step_tokens == 64
+    assert loaded.training().steps == 12 and loaded.training().trained_tokens == 12 * 64
 
 
 def test_tokens_are_rounded_up_to_whole_steps(tmp_path: Path) -> None:

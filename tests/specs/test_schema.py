@@ -38,7 +38,11 @@ def test_every_key_has_a_description_for_editors() -> None:
 def test_every_key_stands_in_the_reference() -> None:
     text = reference_text()
     for path, block in all_blocks(Spec):
-        assert not path or f"`{path}`" in text or path.endswith(("data.blend", "held_out", "held_out.blend"))
+        assert (
+            not path
+            or f"`{path}`" in text
+            or path.endswith(("data.blend", "phases.data", "held_out", "held_out.blend"))
+        )
         for key in block.model_fields:
             assert f"| `{key}` |" in text
 
