@@ -34,6 +34,7 @@ from minitron.compiler.plan.checks import teacher_key
 from minitron.compiler.plan.plan import Plan, make_plan, settled, with_weights
 from minitron.compiler.plan_document import plan_document
 from minitron.compiler.recovery.basis import principal_weights, rotated_reference
+from minitron.compiler.recovery.merged_weights import MergedWeights, merged
 from minitron.compiler.recovery.refit import Refit, find_stages
 from minitron.compiler.recovery.refitted_weights import RefittedWeights
 from minitron.compiler.recovery.rotated_weights import RotatedWeights
@@ -151,6 +152,14 @@ def rotate(
     assert rotation is not None and samples is not None
     source = principal_weights(compilation.source, rotation, scores, samples, width)
     return replace(compilation, source=source), replace(selection, hidden=np.arange(width))
+
+
+def merge(compilation: Compilation, selection: Selection, scores: ScoreTable) -> Compilation:
+    """Folds dropped heads into kept ones, where the spec asks for it."""
+    teacher = compilation.plan.teacher
+    if not compilation.plan.merges:
+        return compilation
+    return replace(compilation, source=merged(compilation.source, teacher.table, teacher.roles, scores, selection))
 
 
 def rewrite(plan: Plan, selection: Selection, buffers: Buffers) -> RewrittenStudent:
@@ -312,6 +321,7 @@ def _compile(plan: Plan, device: str, progress: Progress, stages: Stages, scratc
     plan = settled(plan, selection)
     compilation = replace(compilation, plan=plan)
     rotated = compilation.source
+    compilation = merge(compilation, selection, scores)
     student = stages.rewrite(plan, selection, compilation.buffers)
     if plan.refits:
         compilation = refit(compilation, student, samples, scratch)
@@ -420,7 +430,7 @@ def _fingerprint(plan: Plan, selection: Selection, source: WeightSource) -> str:
         json.dumps(selection_json(selection, plan.teacher.roles)),
         plan.config.to_json_string(),
         str(plan.dtype),
-        source.digest() if isinstance(source, RotatedWeights | RefittedWeights) else "",
+        source.digest() if isinstance(source, RotatedWeights | RefittedWeights | MergedWeights) else "",
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

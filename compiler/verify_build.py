@@ -14,6 +14,7 @@ from minitron.compiler.compile import (
     Compilation,
     Stages,
     kept_coordinates,
+    merge,
     refit,
     rotate,
     run_buffers,
@@ -92,6 +93,7 @@ def _checks(plan: Plan, selection: Selection, device: str, progress: Progress, s
         compilation, chosen = rotate(compilation, chosen, scores, samples)
     compilation = replace(compilation, plan=settled(plan, chosen))
     coordinates = _coordinates(compilation.build, kept_coordinates(compilation.plan, chosen, compilation.source))
+    compilation = merge(compilation, chosen, scores)
     student = stages.rewrite(compilation.plan, chosen, compilation.buffers)
     if plan.refits:
         compilation = refit(compilation, student, samples, scratch)

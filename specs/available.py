@@ -14,8 +14,6 @@ def unavailable(spec: Spec) -> list[Problem]:
 
 
 def _unavailable(spec: Spec) -> Iterator[Problem]:
-    if spec.recovery.merge_heads:
-        yield _missing("recovery.merge_heads", "true", "write false or leave it out")
     if spec.search is not None:
         yield _missing("search", "search", "leave it out and write one value for each width")
 

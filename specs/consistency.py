@@ -138,6 +138,14 @@ def elimination_counts_on_a_refit(spec: Spec) -> Iterator[Problem]:
         yield Problem("importance.selection", message, "write scores, or `recovery: {refit: least_squares}`")
 
 
+@constraint("recovery")
+def one_repair_of_heads(spec: Spec) -> Iterator[Problem]:
+    """Refuses merged heads beside a refit, which fits each projection to what the teacher's yields and so undoes them."""
+    if spec.recovery.merge_heads and spec.recovery.refit != "none":
+        message = "`refit` fits the projections to what the teacher's yield, which undoes what is folded into them"
+        yield Problem("recovery.merge_heads", message, "write false, or `refit: none`")
+
+
 @constraint("distill.optimizer.lr", "distill.optimizer.min_lr")
 def distill_rate_falls(spec: Spec) -> Iterator[Problem]:
     """Requires that the learning rate ends no higher than it starts."""

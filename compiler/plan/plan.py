@@ -25,10 +25,10 @@ from minitron.compiler.plan.checks import (
     teacher_key,
 )
 from minitron.compiler.plan.prove import prove, proved
-from minitron.compiler.plan.recovery import recovery_remarks, rotation_of
+from minitron.compiler.plan.recovery import check_merging, recovery_remarks, rotation_of
 from minitron.compiler.plan.remarks import remarks_on
 from minitron.compiler.roles.analysed import AnalysedTeacher, analyse_teacher
-from minitron.compiler.roles.names import HIDDEN, LAYERS
+from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN, LAYERS
 from minitron.compiler.roles.residual_stream import first_rescaling_layer
 from minitron.compiler.roles.rotation import Rotation
 from minitron.compiler.student.targets import Targets, resolve_targets
@@ -89,6 +89,11 @@ class Plan:
         return self.loaded.spec.recovery.refit == "least_squares" and bool(self.targets.widths)
 
     @property
+    def merges(self) -> bool:
+        """Checks whether dropped heads are folded into kept ones."""
+        return self.loaded.spec.recovery.merge_heads and bool({HEADS, GROUPS} & self.targets.widths.keys())
+
+    @property
     def heads(self) -> dict[str, HeadPlan]:
         """The heads of `teacher` and `student`; that of the teacher is tied where only the student's is untied."""
         head, aliases = self.teacher.head, self.checkpoint.aliases
@@ -133,7 +138,7 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
     except UsageError as error:
         problems.append(Problem(at, str(error)))
     targets, wrong = resolve_targets(spec.student, teacher)
-    problems += [*wrong, *check_lengths(loaded, teacher.captured)]
+    problems += [*wrong, *check_lengths(loaded, teacher.captured), *check_merging(loaded, teacher)]
     if targets is not None:
         problems += check_pairs(loaded, teacher.captured.layer_count, targets.layers)
         if targets.layers != teacher.captured.layer_count and teacher.no_ends:

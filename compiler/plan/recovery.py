@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from minitron.compiler.capture.models import stored_tensors
 from minitron.compiler.roles.analysed import AnalysedTeacher
-from minitron.compiler.roles.names import HIDDEN
+from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN
 from minitron.compiler.roles.rotation import Rotation, find_rotation
 from minitron.compiler.student.targets import Targets
 from minitron.compiler.teacher.checkpoint import Checkpoint
@@ -29,6 +29,23 @@ def rotation_of(loaded: LoadedSpec, teacher: AnalysedTeacher, targets: Targets) 
         raise Refused([Problem("importance.hidden_basis", message, "write channels, or leave it out")]) from None
 
 
+def check_merging(loaded: LoadedSpec, teacher: AnalysedTeacher) -> Iterator[Problem]:
+    """Checks that every head has keys and values of its own, where dropped heads are to be folded into kept ones."""
+    if not loaded.spec.recovery.merge_heads:
+        return
+    kind, shared = teacher.captured.config.model_type, [one for one in teacher.roles.heads.values() if one.repeats > 1]
+    if shared:
+        message = (
+            f"{shared[0].repeats} query heads of this {kind} share the keys and values of a group: there is none of a dropped "
+            "head's own that could be folded into a kept one's"
+        )
+    elif not teacher.roles.heads:
+        message = f"this {kind} has no attention whose heads could be found"
+    else:
+        return
+    yield Problem("recovery.merge_heads", message, "write false or leave it out")
+
+
 def recovery_remarks(
     loaded: LoadedSpec, checkpoint: Checkpoint, targets: Targets, rotation: Rotation | None, student: object
 ) -> Iterator[str]:
@@ -42,6 +59,8 @@ def recovery_remarks(
             f"importance.untie: the student's head has a matrix of its own, {extra:,} parameters "
             f"({extra / (whole - extra):.1%}) more than a tied one"
         )
+    if loaded.spec.recovery.merge_heads and not {HEADS, GROUPS} & targets.widths.keys():
+        yield "merge_heads changes nothing here: num_attention_heads is not narrowed"
     if importance.hidden_basis == "channels":
         return
     if HIDDEN not in targets.widths:

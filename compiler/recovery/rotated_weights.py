@@ -77,6 +77,14 @@ class RotatedWeights:
         return self._source.get(fold.parameter).double() + fold.shift
 
 
+def rotated_in(source: WeightSource) -> RotatedWeights | None:
+    """Returns the rotated weights that a source is made of; None where it has none."""
+    found: WeightSource | None = source
+    while found is not None and not isinstance(found, RotatedWeights):
+        found = getattr(found, "source", None)
+    return found
+
+
 def principal_basis(covariance: torch.Tensor) -> torch.Tensor:
     """The eigenvectors [H, H] of a covariance, the largest eigenvalue first; the largest entry of each is positive, so that
     the basis is one of the two that fit on every machine."""

@@ -21,8 +21,7 @@ from minitron.compiler.emit.student import student_weights
 from minitron.compiler.graph.executor import Executor, Settings
 from minitron.compiler.graph.names import Fetch
 from minitron.compiler.recovery.basis import rotated_reference
-from minitron.compiler.recovery.refitted_weights import RefittedWeights
-from minitron.compiler.recovery.rotated_weights import RotatedWeights
+from minitron.compiler.recovery.rotated_weights import rotated_in
 from minitron.compiler.roles.analysed import AnalysedTeacher
 from minitron.compiler.roles.rotation import Rotation
 from minitron.compiler.verify import checks
@@ -171,8 +170,8 @@ def head(routes: Routes) -> Check:
 def rotation(routes: Routes) -> Check | None:
     """The teacher in its new basis, whole and with nothing fitted, is the teacher."""
     subject, captured = routes.subject, routes.subject.teacher.captured
-    source = subject.source.source if isinstance(subject.source, RefittedWeights) else subject.source
-    if not isinstance(source, RotatedWeights):
+    source = rotated_in(subject.source)
+    if source is None:
         return None
     assert subject.rotation is not None
     graph_module, fetch = rotated_reference(captured.graph_module, subject.teacher.table, source, subject.rotation.tied)

@@ -15,4 +15,5 @@ class Recovery(Block):
     each on what the student itself yields up to there. Stacked experts, biases and tied matrices stay as they are cut."""
 
     merge_heads: bool = False
-    """The residual of dropped query heads is folded into the kept ones (multi-head attention only)."""
+    """What a dropped head differs in is folded into a kept one, W + (W - W_dropped) (Minitron, arXiv 2407.14679, section 2.3).
+    For attention whose heads have keys and values of their own, and without `refit`."""

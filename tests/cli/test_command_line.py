@@ -128,12 +128,12 @@ def test_validate_json_is_one_document_with_every_error(run: Run, spec: Path, tm
 
 
 def test_validate_warns_of_what_this_version_cannot_do(run: Run, spec: Path) -> None:
-    spec.write_text(SPEC + "recovery: {merge_heads: true}\n")
+    spec.write_text(SPEC + "search: {budget: {parameters: 1M}}\n")
     code, out, err = run("validate", spec)
     assert (code, out) == (0, f"{spec}: valid\n")
-    assert err.startswith(f"warning: {spec}:7:") and "recovery.merge_heads" in err
+    assert err.startswith(f"warning: {spec}:7:") and "search is not available" in err
     (warning,) = json.loads(run("validate", spec, "--json")[1])["warnings"]
-    assert (warning["path"], warning["line"]) == ("recovery.merge_heads", 7)
+    assert (warning["path"], warning["line"]) == ("search", 7)
 
 
 def test_set_overrides_before_validation(run: Run, spec: Path) -> None:

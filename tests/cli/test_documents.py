@@ -13,7 +13,10 @@ import pytest
 from minitron.cli.main import command_line
 from tests.output import conforms
 
-SPEC = "teacher: {model: org/model}\nstudent: {layers: {drop: [1]}}\nrecovery: {merge_heads: true}\n"
+SPEC = (
+    "teacher: {model: org/model}\nstudent: {hidden_size: [32, 64]}\nsearch: {budget: {parameters: 1M}}\n"
+    "distill: {data: {text: [a.txt]}, tokens: 1B}\nevaluate: {held_out: {text: [b.txt]}}\n"
+)
 
 
 def test_validate_with_errors_and_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
