@@ -226,7 +226,13 @@ def emit(compilation: Compilation, student: RewrittenStudent) -> None:
     with compilation.progress.task("write student", Estimate(plan).student_costs.weight_bytes, "B") as task:
         write_student(
             compilation.build / STUDENT,
-            StudentFolder(plan.config, plan.model, plan.dtype, plan.checkpoint.folder, model_card(plan_document(plan))),
+            StudentFolder(
+                plan.config,
+                plan.model,
+                plan.dtype,
+                plan.checkpoint.folder,
+                model_card(plan_document(plan), plan.checkpoint.folder),
+            ),
             make,
             streamed=compilation.source.streamed,
             advance=task.advance,
@@ -304,7 +310,7 @@ def compile_spec(
     with only_one(build, "compiling"):
         remove_leftovers(build)
         plan = with_weights(plan, progress)
-        with tempfile.TemporaryDirectory(dir=build, prefix=".refit.", suffix=".tmp") as scratch:
+        with tempfile.TemporaryDirectory(dir=build, prefix=".minitron-refit.", suffix=".tmp") as scratch:
             return _compile(plan, device, progress, stages, Path(scratch))
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from minitron.runtime.data import data_hash
 from minitron.runtime.disk import writing
+from minitron.runtime.finished import read_finished, write_finished
 from minitron.runtime.identity import resume_identity, weights_digest
 from minitron.runtime.loop import learn, measure_held_out
 from minitron.runtime.metrics import last_held_out_loss
@@ -27,7 +28,7 @@ from minitron.runtime.plan import LoadedPlan
 from minitron.runtime.setup import Run, Session, prepare, resume
 from minitron.specs.atomic import remove_leftovers, write_text
 from minitron.specs.blocks.distill import LogitLoss, Loss
-from minitron.specs.builds import CARD, CHECKPOINTS, CORRECTION, METRICS, TENSORBOARD
+from minitron.specs.builds import CARD, CHECKPOINTS, CORRECTION, FINISHED, METRICS, TENSORBOARD
 from minitron.specs.errors import placing
 from minitron.specs.progress import Progress
 from minitron.specs.training_plan import ModelPlan, TrainingPlan
@@ -64,8 +65,13 @@ class Correction:
         return self.loaded.folder / self.plan.output
 
     def done(self) -> bool:
-        """Checks whether the corrected teacher exists and was made with these settings."""
-        return read_record(self.output).get("identity") == self.identity
+        """Checks whether the corrected teacher exists, was made with these settings, and is whole. UsageError where
+        somebody has put other weights there. (The note about its files is gone where a user removed the work folder.)
+        """
+        if read_record(self.output).get("identity") != self.identity:
+            return False
+        note = read_finished(self.work / FINISHED)
+        return note is None or note.damage(self.output) is None
 
     def begin(self, progress: Progress) -> None:
         """Prepares the work folder for this correction: files of another correction are removed, and so is what a
@@ -90,7 +96,7 @@ class Correction:
         """
         for name in (CHECKPOINTS, TENSORBOARD):
             shutil.rmtree(self.work / name, ignore_errors=True)
-        for name in (METRICS, _BEFORE, _IDENTITY):
+        for name in (METRICS, FINISHED, _BEFORE, _IDENTITY):
             (self.work / name).unlink(missing_ok=True)
 
     def remember(self, loss: float) -> None:
@@ -188,6 +194,7 @@ def _finish(correction: Correction, run: Run, weights: Weights, progress: Progre
     plan = correction.plan
     files = _files(correction, before, after)
     write_model(run.student, weights, correction.source, correction.output, plan.name, [], files)
+    write_finished(correction.work / FINISHED, correction.identity, correction.output)
     measured = "" if before is None or after is None else f": held-out loss {before:.4f} before, {after:.4f} after"
     progress.message(f"corrected the teacher{measured}")
 

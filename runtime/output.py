@@ -17,6 +17,7 @@ from minitron.runtime.world import World
 from minitron.specs.atomic import atomic_folder
 from minitron.specs.builds import CARD, CONFIG
 from minitron.specs.generation_settings import FILE as GENERATION
+from minitron.specs.model_card import DISTILLED_TAGS, TAGS, UNDISTILLED
 from minitron.specs.model_config import with_older_keys
 
 _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
@@ -93,7 +94,8 @@ def model_card(before: str, name: str, report: Sequence[str]) -> str:
     front, body = "", before
     if before.startswith("---\n") and "\n---\n" in before[4:]:
         front, body = before[4:].split("\n---\n", 1)
-        front = f"---\n{front}\n---\n\n".replace("tags: [minitron, pruned]", "tags: [minitron, pruned, distilled]")
+        front = f"---\n{front}\n---\n\n".replace(TAGS, DISTILLED_TAGS)
+    body = body.replace(UNDISTILLED, "")
     body = "\n".join(line for line in body.splitlines() if not line.startswith("# ")).strip()
     text = f"{front}# {name} (pruned and distilled)\n\n" + "\n".join(report) + "\n"
     return text + (f"\n## The pruned student that it began as\n\n{body}\n" if body else "")

@@ -7,7 +7,6 @@ goes on with the next block. All axes are scored, whatever the spec narrows, so 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,12 +15,10 @@ import torch
 from minitron.compiler.graph.executor import Executor
 from minitron.compiler.importance.batches import batches_of
 from minitron.compiler.importance.layer_removal import removal_scores
-from minitron.compiler.importance.scores import (
-    ScoreTable,
-)
+from minitron.compiler.importance.scores import ScoreTable
 from minitron.compiler.importance.taps import CalibrationConfig, Taps
+from minitron.compiler.importance.tensor_file import read_tensors, write_tensors
 from minitron.compiler.roles.analysed import AnalysedTeacher
-from minitron.specs.atomic import atomic_path
 from minitron.specs.progress import Progress
 
 
@@ -64,24 +61,14 @@ def calibrate(
 
 
 def _save(state: dict[str, torch.Tensor], saved: Interrupted, done: int) -> None:
-    from safetensors.torch import save_file
-
-    with atomic_path(saved.path) as temporary:
-        save_file(state, temporary, metadata={"key": saved.key, "done": json.dumps(done)})
+    write_tensors(saved.path, saved.key, state, done=str(done))
 
 
 def _restore(taps: Taps, saved: Interrupted) -> int:
-    """The number of batches that an earlier process has accumulated."""
-    from safetensors import SafetensorError, safe_open
-
-    if not saved.path.is_file():
+    """The number of batches that an earlier process has accumulated; what a damaged file held is computed again."""
+    found = read_tensors(saved.path, saved.key)
+    if found is None:
         return 0
-    try:
-        with safe_open(saved.path, framework="pt") as handle:
-            metadata = handle.metadata() or {}
-            if metadata.get("key") != saved.key:
-                return 0
-            taps.restore({name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118
-            return int(json.loads(metadata["done"]))
-    except SafetensorError:  # a damaged file: what it held is computed again
-        return 0
+    tensors, metadata = found
+    taps.restore(tensors)
+    return int(metadata["done"])

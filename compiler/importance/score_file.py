@@ -5,27 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from minitron.compiler.importance.scores import ScoreTable
-from minitron.specs.atomic import atomic_path
+from minitron.compiler.importance.tensor_file import read_tensors, write_tensors
 
 
 def read_scores(path: Path, key: str) -> ScoreTable | None:
-    """The scores in `path`; None where there are none, where they are damaged, or where their key is another one."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as handle:
-            if (handle.metadata() or {}).get("key") != key:
-                return None
-            return ScoreTable.from_tensors({name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118
-    except SafetensorError:
-        return None
+    """Reads the scores in `path`; None where there are none, where they are damaged, or where their key is another one."""
+    found = read_tensors(path, key)
+    return None if found is None else ScoreTable.from_tensors(found[0])
 
 
 def write_scores(path: Path, key: str, scores: ScoreTable) -> None:
     """Writes the scores whole or not at all."""
-    from safetensors.torch import save_file
-
-    with atomic_path(path) as temporary:
-        save_file(scores.to_tensors(), temporary, metadata={"key": key})
+    write_tensors(path, key, scores.to_tensors())

@@ -26,7 +26,7 @@ from minitron.specs.weight_files import (
     read_headers,
 )
 
-SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "README.md")
 
 
 # Dtypes that a teacher is held in as its files have it, as safetensors spells them.

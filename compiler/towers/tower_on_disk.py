@@ -13,7 +13,7 @@ from minitron.compiler.teacher.checkpoint import Checkpoint, read_checkpoint
 from minitron.compiler.teacher.tokenizer import check_inside, tokenizer_files
 from minitron.compiler.towers.files import Taken, write_weights
 from minitron.specs.atomic import atomic_folder
-from minitron.specs.builds import CONFIG, read_document
+from minitron.specs.builds import CARD, CONFIG, read_document
 from minitron.specs.file_hashes import file_hash, first_difference, folder_hashes
 from minitron.specs.generation_settings import FILE as GENERATION
 from minitron.specs.progress import Progress
@@ -64,10 +64,11 @@ def _causal_class(config: object) -> str:
 
 
 def _copy_others(source: Path, folder: Path) -> None:
-    """Copies tokenizer and generation settings."""
+    """Copies tokenizer, generation settings and card."""
     for path in tokenizer_files(source):
         (folder / path.relative_to(source)).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, folder / path.relative_to(source))
-    if (source / GENERATION).is_file():
-        check_inside(source / GENERATION, source)
-        shutil.copyfile(source / GENERATION, folder / GENERATION)
+    for name in (GENERATION, CARD):
+        if (source / name).is_file():
+            check_inside(source / name, source)
+            shutil.copyfile(source / name, folder / name)

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from minitron.compiler import compile_spec
 from minitron.compiler.importance.select import Selection
@@ -196,7 +198,25 @@ def damaged_scores(scored: Build) -> None:
     (scored.folder / "scores.safetensors").write_bytes(b"damaged")
 
 
-@pytest.mark.parametrize("change", [other_corpus, other_weights, other_configuration, damaged_scores])
+def one_bit(scored: Build) -> None:
+    """One bit of one score: the file is still a file of scores."""
+    path = scored.folder / "scores.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 0x40
+    path.write_bytes(content)
+
+
+def no_number(scored: Build) -> None:
+    """Scores that are none, with the key of the right ones."""
+    path = scored.folder / "scores.safetensors"
+    with safe_open(path, framework="pt") as handle:
+        metadata = handle.metadata()
+    save_file({name: tensor * float("nan") for name, tensor in load_file(path).items()}, path, metadata)
+
+
+@pytest.mark.parametrize(
+    "change", [other_corpus, other_weights, other_configuration, damaged_scores, one_bit, no_number]
+)
 def test_scores_of_something_else_are_made_anew(foundry: Foundry, scored: Build, change: Any) -> None:
     change(scored)
     assert "calibrate" in again(foundry, scored)

@@ -54,7 +54,7 @@ class Pruned:
         """Writes it as the driver does."""
         plan = self.plan
         folder = teacher or plan.checkpoint.folder
-        student = StudentFolder(plan.config, plan.model, plan.dtype, folder, model_card(plan_document(plan)))
+        student = StudentFolder(plan.config, plan.model, plan.dtype, folder, model_card(plan_document(plan), folder))
         write_student(target, student, make or self.make, streamed=self.source.streamed, advance=lambda _: None)
         return target
 
@@ -205,6 +205,33 @@ def test_the_model_card_says_what_was_made_of_what(foundry: Foundry, tmp_path: P
     assert "| intermediate_size | 40 | 24 |" in text
     teacher, student = Estimate(ready.plan).teacher_costs, Estimate(ready.plan).student_costs
     assert f"| parameters | {teacher.parameters:,} | {student.parameters:,} |" in text
+
+
+FRONT = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["minitron", "pruned"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "commit", "card", "front"),
+    [
+        ("org/Model: 8B", "abc", None, {"base_model": "org/Model: 8B"}),
+        ("models/teacher", None, None, {}),
+        (
+            "org/m", "abc", "---\nlicense: other\nlicense_name: x # y\nlanguage: [en, 'no']\ntags: [a]\n---\n# m\n",
+            {"license": "other", "license_name": "x", "language": ["en", "no"], "base_model": "org/m"},
+        ),
+        ("teacher", None, "---\nlicense: [\n---\n", {}),
+        ("teacher", None, "no front matter\n---\nlicense: mit\n---\n", {}),
+    ],
+)  # fmt: skip
+def test_the_card_has_the_teachers_terms_and_names_a_base_that_others_can_find(
+    foundry: Foundry, tmp_path: Path, name: str, commit: str | None, card: str | None, front: dict[str, Any]
+) -> None:
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    document = plan_document(pruned(foundry).plan)
+    document["teacher"] |= {"model": name, "commit": commit}
+    _, written, _ = model_card(document, tmp_path).split("---\n", 2)
+    assert yaml.safe_load(written) == FRONT | front
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])

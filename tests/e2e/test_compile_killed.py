@@ -92,9 +92,9 @@ class Command:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the lock, which names the process that held it."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    """Every file but the lock, which names the process that held it; of a folder the name."""
+    paths = (path for path in folder.rglob("*") if path.name != LOCK)
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in paths}
 
 
 def test_killed_five_times_it_ends_with_the_same_bytes(

@@ -192,3 +192,46 @@ def test_without_checkpoints_nothing_is_trained_anew_unasked(build: Path) -> Non
     with pytest.raises(WorkError, match=r"is broken .* no checkpoint to write it again from; delete .*train to train"):
         run(build)
     assert not (build / "model").exists()
+
+
+# --- the corrected teacher ---
+
+CORRECTED: dict[str, Any] = SHORT | {
+    "teacher_correction": {
+        "tokens": 64 * 2,
+        "optimizer": {"lr": 3e-3, "min_lr": 1e-4, "warmup_steps": 1},
+        "every_tokens": 64,
+        "output": "teacher",
+        "work": "train/teacher",
+    }
+}
+
+
+def without_the_student(build: Path) -> Path:
+    """A build whose teacher is corrected and whose student is to be trained; the teacher's weights."""
+    tiny.write_plan(build, **CORRECTED)
+    run(build)
+    shutil.rmtree(build / "model")
+    for name in ("checkpoints", "finished.json", "metrics.jsonl"):
+        path = build / "train" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return build / "teacher" / "model.safetensors"
+
+
+def test_a_corrected_teacher_that_is_cut_short_is_written_again(build: Path) -> None:
+    weights = without_the_student(build)
+    before = weights.read_bytes()
+    cut(weights)
+    run(build)
+    assert weights.read_bytes() == before
+
+
+def test_a_corrected_teacher_that_somebody_changed_is_kept_and_nobody_learns_from_it(build: Path) -> None:
+    weights = without_the_student(build)
+    perturb(weights)
+    changed = weights.read_bytes()
+    with pytest.raises(
+        UsageError, match=r"teacher/model\.safetensors is not the file that training wrote; move .* away"
+    ):
+        run(build)
+    assert weights.read_bytes() == changed and not (build / "model").exists()

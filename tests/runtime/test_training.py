@@ -19,6 +19,7 @@ from minitron.cli.main import command_line
 from minitron.runtime import checkpoint, train
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError
 from minitron.specs.locks import LOCK, only_one
+from minitron.specs.model_card import UNDISTILLED
 from minitron.specs.progress import Progress, Silent
 from tests.runtime import tiny
 from tests.runtime.listening import AtStep, Messages
@@ -74,14 +75,14 @@ def test_the_model_is_a_hugging_face_checkpoint(build: Path, dtype: str) -> None
 
 
 def test_the_card_keeps_what_the_pruned_one_says(build: Path) -> None:
-    card = "---\ntags: [minitron, pruned]\nlicense: mit\n---\n\n# old title\n\nMade by pruning.\n"
+    card = "---\ntags: [minitron, pruned]\nlicense: mit\n---\n\n# old title\n\nMade by pruning. " + UNDISTILLED
     (build / "student" / "README.md").write_text(card)
     run(build)
     new = (build / "model" / "README.md").read_text()
     assert new.startswith(
         "---\ntags: [minitron, pruned, distilled]\nlicense: mit\n---\n\n# tiny (pruned and distilled)\n"
     )
-    assert "Made by pruning." in new and "old title" not in new
+    assert "Made by pruning." in new and "old title" not in new and UNDISTILLED not in new
 
 
 def test_the_same_training_twice_is_the_same_bit_for_bit(build: Path, tmp_path: Path) -> None:

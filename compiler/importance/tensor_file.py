@@ -1,0 +1,49 @@
+"""Tensors in a file that says what they were made from and carries a checksum of their bytes: a changed bit is noticed."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from minitron.specs.atomic import atomic_path
+
+_KEY, _CHECKSUM = "key", "crc32"
+
+
+def write_tensors(path: Path, key: str, tensors: Mapping[str, torch.Tensor], **more: str) -> None:
+    """Writes the tensors whole or not at all; `key` says what they were made from, `more` stands beside it."""
+    from safetensors.torch import save_file
+
+    metadata = {_KEY: key, **more}
+    with atomic_path(path) as temporary:
+        save_file(dict(tensors), temporary, metadata=metadata | {_CHECKSUM: _checksum(tensors, metadata)})
+
+
+def read_tensors(path: Path, key: str) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+    """Reads tensors and metadata; None where there is no file, it is damaged, or its key is another one."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata = dict(handle.metadata() or {})
+            if metadata.get(_KEY) != key:
+                return None
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except SafetensorError:
+        return None
+    written = metadata.pop(_CHECKSUM, None)
+    return (tensors, metadata) if written == _checksum(tensors, metadata) else None
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """CRC-32 of names, values and metadata, as hexadecimal digits."""
+    found = zlib.crc32(repr(sorted(metadata.items())).encode())
+    for name in sorted(tensors):
+        found = zlib.crc32(name.encode(), found)
+        found = zlib.crc32(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data, found)
+    return f"{found:08x}"
