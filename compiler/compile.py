@@ -25,6 +25,7 @@ from minitron.compiler.graph.executor import Executor, Settings
 from minitron.compiler.graph.names import Fetch, strip_wrapper
 from minitron.compiler.importance.batches import batches_of
 from minitron.compiler.importance.calibrate import Interrupted, calibrate
+from minitron.compiler.importance.ranking import equal_scores, unreached_experts
 from minitron.compiler.importance.samples import SampleConfig, calibration_samples
 from minitron.compiler.importance.score_file import read_scores, write_scores
 from minitron.compiler.importance.scores import ScoreTable, WidthConfig
@@ -69,7 +70,7 @@ from minitron.specs.builds import (
     read_document,
 )
 from minitron.specs.data_files import content_hash, resolve_data
-from minitron.specs.errors import UsageError, WorkError, placing
+from minitron.specs.errors import Refused, UsageError, WorkError, placing
 from minitron.specs.file_hashes import file_hash, folder_hashes
 from minitron.specs.load import LoadedSpec
 from minitron.specs.lockfile import Inputs, changes
@@ -144,6 +145,19 @@ def score(compilation: Compilation) -> tuple[ScoreTable, torch.Tensor | None]:
     return scores, samples
 
 
+def _check_ranking(plan: Plan, scores: ScoreTable, selection: Selection, progress: Progress) -> None:
+    """Refuses a selection by scores that are all equal, and tells of experts that no token was sent to."""
+    importance, roles = plan.loaded.spec.importance, plan.teacher.roles
+    if plan.rotates:  # the leading components stay, whatever the channels' scores are
+        selection = replace(selection, hidden=None)
+    width = WidthConfig(importance.width.batch, importance.width.sequence)
+    with placing(plan.loaded):
+        if found := equal_scores(scores, plan.targets, selection, width, plan.teacher.captured.layer_count):
+            raise Refused(found)
+    if message := unreached_experts(scores, selection, roles):
+        progress.message(message)
+
+
 def rotate(
     compilation: Compilation, selection: Selection, scores: ScoreTable, samples: torch.Tensor | None
 ) -> tuple[Compilation, Selection]:
@@ -176,11 +190,13 @@ def rewrite(plan: Plan, selection: Selection, buffers: Buffers) -> RewrittenStud
     numbers = {old: new for new, old in enumerate(selection.layers)}
     # A buffer that only dropped layers read (that of the only layer of its kind) is no longer needed.
     read = {strip_wrapper(str(node.target)) for node in graph_module.graph.nodes if node.op == "get_attr"}
-    changed = [name for name in changed_buffers(captured, buffers, own, numbers) if name in read]
+    changed = {
+        name: source for name, source in changed_buffers(captured, buffers, own, numbers).items() if name in read
+    }
     with placing(plan.loaded, "student"):
-        for name in changed:
-            old, new = buffers.get(name), own.get(name)
-            if old is None or new is None or old.numel() != 1:
+        for name, source in changed.items():
+            old, new = buffers[source], own.get(name)
+            if new is None or old.numel() != 1:
                 raise UsageError(
                     f"{name} is computed from a narrowed width when the student is loaded; no repair is known"
                 )
@@ -322,6 +338,7 @@ def _compile(plan: Plan, device: str, progress: Progress, stages: Stages, scratc
     compilation = Compilation(plan, source, run_buffers(plan, plan.teacher.captured.config), device, progress)
     scores, samples = stages.score(compilation)
     selection = stages.select(plan, scores)
+    _check_ranking(plan, scores, selection, progress)
     if plan.rotates:
         compilation, selection = rotate(compilation, selection, scores, samples)
     plan = settled(plan, selection)
@@ -405,10 +422,15 @@ def weight_hashes(checkpoint: Checkpoint) -> list[str]:
     return [file_hash(file) for file in sorted({info.file for info in checkpoint.tensors.values()})]
 
 
+# Part of the key of scores.safetensors: another one where the same inputs give other scores.
+SCORES_DEFINITION = "each sample apart"
+
+
 def _score_key(plan: Plan, data: str, samples: torch.Tensor, config: CalibrationConfig) -> str:
     """A hash of everything that decides the scores."""
     digest = hashlib.sha256()
     for part in (
+        SCORES_DEFINITION,
         (plan.checkpoint.tied_config or plan.checkpoint.config).to_json_string(),
         repr(weight_hashes(plan.checkpoint)),
         data,

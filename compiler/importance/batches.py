@@ -10,9 +10,9 @@ BATCH_TOKENS = 4096  # tokens that go through the graph at a time
 BLOCK_BYTES = 1 << 30  # residual stream that is held between two layers
 
 
-def batches_of(samples: torch.Tensor, hidden: int) -> tuple[list[torch.Tensor], int]:
-    """Samples as batches, and how many batches make a block."""
-    size = batch_size(samples.shape[1])
+def batches_of(samples: torch.Tensor, hidden: int, *, one_at_a_time: bool = False) -> tuple[list[torch.Tensor], int]:
+    """Samples as batches, of one sample each where they must be, and how many batches make a block."""
+    size = 1 if one_at_a_time else batch_size(samples.shape[1])
     return list(torch.split(samples, size)), block_size(size, samples.shape[1], hidden)
 
 

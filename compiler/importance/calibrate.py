@@ -42,12 +42,13 @@ def calibrate(
 ) -> ScoreTable:
     """Scores of all axes over `samples` [samples, sequence]. `need_layers`: also where that takes removing each layer."""
     taps = Taps(teacher, config, executor.fetch)
-    batches, block = batches_of(samples, teacher.roles.hidden.size)
+    batches, block = batches_of(samples, teacher.roles.hidden.size, one_at_a_time=taps.one_at_a_time)
     taps.elimination.batches = min(block, len(batches))
     done = _restore(taps, saved)
     with progress.task("calibrate", len(batches) * executor.segments, "batches", done * executor.segments) as task:
         while done < len(batches):
             part = batches[done : done + block]
+            taps.begin(part)
             executor.run(part, taps=taps.taps(), advance=lambda _: task.advance(1))
             done += len(part)
             if done < len(batches):

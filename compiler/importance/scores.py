@@ -82,25 +82,37 @@ class Contributions:
         return (self.total / self.tokens.clamp_min(1)).float()
 
 
-def over_owned_tokens(rows_NC: torch.Tensor, ends_E: torch.Tensor, how: Aggregation) -> torch.Tensor:
-    """[N, C] -> [E, C]: rows stand expert by expert, up to `ends`; for each expert, over all tokens, 0 where not sent to it."""
+def over_owned_tokens(
+    rows_NC: torch.Tensor, ends_E: torch.Tensor, members_BN: torch.Tensor, how: Aggregation
+) -> torch.Tensor:
+    """[N, C] -> [B, E, C]: rows stand expert by expert, up to `ends`; for each sample and expert, over all rows of the
+    sample, which count as 0 where they are another expert's. `members` is 1 where a row is of a sample."""
     ends = ends_E.tolist()
-    starts = [0, *ends[:-1]]
-    count = max(rows_NC.shape[0], 1)
-    total = torch.stack([rows_NC[start:end].sum(0) for start, end in zip(starts, ends, strict=True)])
+    pieces = list(zip([0, *ends[:-1]], ends, strict=True))
+    count_B11 = members_BN.sum(1).clamp_min(1)[:, None, None]
+
+    def sums(values_NC: torch.Tensor) -> torch.Tensor:
+        return torch.stack([members_BN[:, start:end] @ values_NC[start:end] for start, end in pieces], dim=1)
+
     if how == "mean":
-        return total / count
-    squares = torch.stack([rows_NC[start:end].square().sum(0) for start, end in zip(starts, ends, strict=True)])
-    return squares.sqrt() if how == "l2" else squares / count - (total / count).square()
+        return sums(rows_NC) / count_B11
+    squares = sums(rows_NC.square())
+    return squares.sqrt() if how == "l2" else squares / count_B11 - (sums(rows_NC) / count_B11).square()
+
+
+def over_rows(rows_NC: torch.Tensor, members_BN: torch.Tensor, how: Aggregation) -> torch.Tensor:
+    """[N, C] -> [B, C]: for each sample over its rows. `members` is 1 where a row is of a sample."""
+    whole = torch.tensor([rows_NC.shape[0]])
+    return over_owned_tokens(rows_NC, whole, members_BN, how)[:, 0]
 
 
 def over_tokens(value_BSC: torch.Tensor, how: Aggregation) -> torch.Tensor:
-    """[B, S, C] -> [B, C]"""
+    """[B, .., S, C] -> [B, .., C]"""
     if how == "l2":
-        return value_BSC.square().sum(1).sqrt()
+        return value_BSC.square().sum(-2).sqrt()
     if how == "mean":
-        return value_BSC.mean(1)
-    return value_BSC.var(1, correction=0)
+        return value_BSC.mean(-2)
+    return value_BSC.var(-2, correction=0)
 
 
 @dataclass(frozen=True)

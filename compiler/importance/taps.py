@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ from minitron.compiler.graph.executor import Tap
 from minitron.compiler.graph.names import Fetch
 from minitron.compiler.importance.covariance import Gram
 from minitron.compiler.importance.elimination import Elimination
+from minitron.compiler.importance.sample_rows import Rows, SampleRows
 from minitron.compiler.importance.scores import (
     Accumulator,
     Contributions,
@@ -22,6 +24,7 @@ from minitron.compiler.importance.scores import (
     ScoreTable,
     WidthConfig,
     over_owned_tokens,
+    over_rows,
     over_tokens,
 )
 from minitron.compiler.roles.analysed import AnalysedTeacher
@@ -69,7 +72,13 @@ class Taps:
         }
         self.by_node: dict[str, list[Tap]] = {}
         self._entered: dict[int, torch.Tensor] = {}
-        self._ends: dict[str, torch.Tensor] = {}  # where the rows of each expert end, of the batch that is being run
+        self._integers: dict[
+            str, torch.Tensor
+        ] = {}  # ends of experts' rows and indices, of the batch that is being run
+        self._shapes: list[tuple[int, ...]] = []
+        self._samples = SampleRows(teacher.captured, table)
+        self.one_at_a_time = False
+        """Samples are run one at a time: a value is scored in which those of a batch cannot be told apart."""
         self._config = config
         self.covariance = {"hidden": Gram(), "head": Gram()}
         for norm in config.sites:
@@ -77,21 +86,25 @@ class Taps:
         self.elimination = Elimination(table, roles, fetch)
         for name, tap in self.elimination.taps() if config.greedy else []:
             self._add(name, tap)
+        for ends_of in (one.ends for one in roles.mixtures.values()):
+            if ends_of is not None:
+                self._keep(ends_of)
         for node in norm_outputs(teacher.captured, roles):
             self._accumulate(node, f"{HIDDEN}.{node.name}")
         for layer, site in roles.heads.items():
-            for reader in site.readers[:1]:
+            for reader in site.uses:
                 self._accumulate(reader.value, f"{HEADS}.{layer}")
         for name, layers in roles.widths.items():
             for layer, width in layers.items():
-                for reader in width.readers[:1]:
+                for reader in width.uses:
                     mixture = roles.mixtures.get(layer)
                     if mixture is not None and width.parents == mixture.experts:
                         self._accumulate_by_expert(table, reader.value, mixture, f"{name}.{layer}")
                     else:
                         self._accumulate(reader.value, f"{name}.{layer}")
         for layer, mixture in roles.mixtures.items():
-            self._contribution(table, layer, mixture)
+            if mixture.told_apart:
+                self._contribution(table, layer, mixture)
         if config.depth.metric == "block_influence":
             for layer, end in enumerate(ends):
                 self._influence(layer, end)
@@ -99,12 +112,56 @@ class Taps:
     def _add(self, name: str, tap: Tap) -> None:
         self.by_node.setdefault(name, []).append(tap)
 
+    def begin(self, batches: Sequence[torch.Tensor]) -> None:
+        """Names the batches of token ids that are run next."""
+        self._shapes = [tuple(batch.shape) for batch in batches]
+
+    def _rows(self, node: Node) -> Rows | None:
+        """The samples of a value's rows; taps the index that they are told by."""
+        rows = self._samples.find(node)
+        if rows is None:
+            self.one_at_a_time = True
+        elif rows.index is not None:
+            self._keep(rows.index)
+        return rows
+
+    def _keep(self, node: Node) -> None:
+        """Keeps the integers that a node yields until later taps of the same batch have read them."""
+
+        def keep(value: torch.Tensor, number: int) -> None:
+            self._integers[node.name] = value
+
+        self._add(node.name, keep)
+
+    def _members(self, rows: Rows | None, value: torch.Tensor, number: int) -> torch.Tensor:
+        """1 where row n of a value [N, C] is of sample b, [B, N]."""
+        batch = self._shapes[number][0]
+        if rows is None:
+            assert batch == 1, "samples that cannot be told apart are run one at a time"
+            return value.new_ones(1, value.shape[0])
+        sizes = self._samples.sizes_of(self._shapes[number])
+        every = torch.arange(value.shape[0], device=value.device)
+        index = every if rows.index is None else self._integers[rows.index.name]
+        return rows.members(index, sizes, batch)
+
+    def _samples_first(self, rows: Rows | None, value: torch.Tensor, number: int) -> torch.Tensor:
+        """[B, ..] of a value whose rows stand sample by sample."""
+        batch = self._shapes[number][0]
+        if rows is None:
+            assert batch == 1, "samples that cannot be told apart are run one at a time"
+            return value.unsqueeze(0)
+        return rows.split(value, self._samples.sizes_of(self._shapes[number]), batch)
+
     def _accumulate(self, node: Node, key: str) -> None:
-        accumulator = self.accumulators.setdefault(key, Accumulator(self._config.width))
+        accumulator, rows = self.accumulators.setdefault(key, Accumulator(self._config.width)), self._rows(node)
 
         def tap(value: torch.Tensor, number: int) -> None:
-            # Rows of experts come without a batch dimension: all of a batch's rows count as one sample.
-            accumulator.update(value if value.dim() == 3 else value.reshape(1, -1, value.shape[-1]))
+            if rows is not None and rows.index is not None:
+                members = self._members(rows, value, number)
+                accumulator.add(over_rows(value.float().abs(), members, self._config.width.sequence))
+                return
+            value = self._samples_first(rows, value, number)
+            accumulator.update(value.reshape(value.shape[0], -1, value.shape[-1]))
 
         self._add(node.name, tap)
 
@@ -122,16 +179,23 @@ class Taps:
 
     def _accumulate_by_expert(self, table: AxisTable, node: Node, mixture: Mixture, key: str) -> None:
         """The channels of every expert, [experts, channels]."""
-        accumulator = self.accumulators.setdefault(key, Accumulator(self._config.width))
+        accumulator, rows = self.accumulators.setdefault(key, Accumulator(self._config.width)), self._rows(node)
         how = self._config.width.sequence
 
         def tap(value: torch.Tensor, number: int) -> None:
             value = value.float().abs()
-            if mixture.ends is None:
-                score_EC = over_tokens(experts_first(table, node, mixture, value), how)
+            if mixture.ends is not None:
+                ends = self._integers[mixture.ends.name]
+                score_BEC = over_owned_tokens(value, ends, self._members(rows, value, number), how)
             else:
-                score_EC = over_owned_tokens(value, self._ends[mixture.ends.name], how)
-            accumulator.add(score_EC.unsqueeze(0))
+                axis = experts_axis(table, node, mixture)
+                if rows is not None and rows.axis > axis:
+                    value = self._samples_first(rows, value, number).movedim(axis + 1, 1)
+                else:  # the experts stand behind the rows, which `split` makes three of, the samples in front
+                    value = self._samples_first(rows, value, number)
+                    value = value.movedim(axis + (1 if rows is None else 2), 1)
+                score_BEC = over_tokens(value.reshape(*value.shape[:2], -1, value.shape[-1]), how)
+            accumulator.add(score_BEC)
 
         self._add(node.name, tap)
 
@@ -139,22 +203,17 @@ class Taps:
         """The norm of what every expert adds. Where all experts see all tokens, those not sent to one add nothing to it."""
         contributions = self.contributions.setdefault(layer, Contributions())
 
-        def keep(value: torch.Tensor, number: int) -> None:
-            assert mixture.ends is not None
-            self._ends[mixture.ends.name] = value
-
         def tap(value: torch.Tensor, number: int) -> None:
             value = value.float()
             if mixture.ends is None:
                 norms_EN = experts_first(table, mixture.contribution, mixture, value).norm(dim=-1)
                 contributions.add(norms_EN.sum(-1), (norms_EN > 0).sum(-1))
             else:
-                ends = self._ends[mixture.ends.name]
-                sums = over_owned_tokens(value.norm(dim=-1, keepdim=True), ends, "mean")[:, 0] * value.shape[0]
+                ends, norms_N1 = self._integers[mixture.ends.name], value.norm(dim=-1, keepdim=True)
+                count = norms_N1.shape[0]
+                sums = over_owned_tokens(norms_N1, ends, norms_N1.new_ones(1, count), "mean")[0, :, 0] * count
                 contributions.add(sums, torch.diff(ends, prepend=ends.new_zeros(1)))
 
-        if mixture.ends is not None:
-            self._add(mixture.ends.name, keep)
         self._add(mixture.contribution.name, tap)
 
     def _influence(self, layer: int, end: LayerEnds) -> None:
@@ -264,10 +323,15 @@ class Taps:
         return score.numpy()
 
 
+def experts_axis(table: AxisTable, node: Node, mixture: Mixture) -> int:
+    """The dimension of a value that is the experts'."""
+    (axis,) = (i for i, dim in enumerate(table.dims(node)) if table.space.flat(dim) == mixture.experts)
+    return axis
+
+
 def experts_first(table: AxisTable, node: Node, mixture: Mixture, value: torch.Tensor) -> torch.Tensor:
     """[experts, rows, channels] of a value that has the experts in a dimension of their own."""
-    dims = table.dims(node)
-    (axis,) = (i for i, dim in enumerate(dims) if table.space.flat(dim) == mixture.experts)
+    axis = experts_axis(table, node, mixture)
     return value.movedim(axis, 0).reshape(value.shape[axis], -1, value.shape[-1])
 
 

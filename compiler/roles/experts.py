@@ -26,6 +26,7 @@ class Mixture:
     groups         how many groups of experts there are, of which `picked_groups` are open to a token
     ranked         how many experts are needed to rank a group
     ends           where rows are sorted by expert: the node that says where the rows of each end
+    told_apart     the rows of each expert are known: by `ends`, or since the experts have a dimension of their own
     contribution   the node of what each expert adds to the residual stream, weighted by the router as far as it is by then
     """
 
@@ -35,6 +36,7 @@ class Mixture:
     picked_groups: int
     ranked: int
     ends: Node | None
+    told_apart: bool
     contribution: Node
 
     @property
@@ -69,6 +71,8 @@ def find_mixture(table: AxisTable, down: Contraction, experts: Dim, length: int 
     ]
     ends = next((n for n in down.node.all_input_nodes if isinstance(table.meanings.get(n), Offsets)), None)
     grouped = len(flat) == 2
+    contribution = _weighted(table, down.node)
+    own = [dim for dim in table.dims(contribution) if table.space.flat(dim) == flat]
     return Mixture(
         flat,
         picked=max(rows, default=picks.get(flat, 1)),
@@ -76,7 +80,8 @@ def find_mixture(table: AxisTable, down: Contraction, experts: Dim, length: int 
         picked_groups=picks.get(flat[:1], flat[0].size.coefficient) if grouped else 1,
         ranked=picks.get(flat[1:] if grouped else flat, 1),
         ends=ends,
-        contribution=_weighted(table, down.node),
+        told_apart=ends is not None or len(own) == 1,
+        contribution=contribution,
     )
 
 

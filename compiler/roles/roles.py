@@ -1,6 +1,6 @@
 """Names the axes for people, by where they stand in the graph.
 
-hidden_size             what the token embedding yields: the residual stream
+hidden_size             the residual stream: what the token embedding yields, or a projection of that which the layers are given
 num_attention_heads     the query heads of every attention: (key-value group, repeat within it)
 num_key_value_heads     the part of the query heads that the values have too
 head_dim                the widths of queries, keys and values
@@ -26,6 +26,7 @@ from minitron.compiler.axes.table import AxisTable, Contraction
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.roles.experts import Mixture, find_mixture, is_stack, prunable_per_owner
 from minitron.compiler.roles.names import CONVOLVED, NUM_EXPERTS, SCAN_HEAD_DIM, SCAN_HEADS
+from minitron.compiler.roles.residual_stream import layer_ends
 from minitron.compiler.roles.ssm_heads import Scan, channels_apart, find_scans, heads_apart
 from minitron.specs.errors import UsageError
 
@@ -40,6 +41,11 @@ class Heads:
     repeats: int
     value: Dim
     readers: tuple[Contraction, ...]
+
+    @property
+    def uses(self) -> tuple[Contraction, ...]:
+        """The readers whose inputs score the heads: several where layers share one attention."""
+        return uses_of(self.readers)
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,16 @@ class Width:
     @property
     def size(self) -> int:
         return self.leaf.size.coefficient * self.together
+
+    @property
+    def uses(self) -> tuple[Contraction, ...]:
+        """The readers whose inputs score the width: several where layers share one projection."""
+        return uses_of(self.readers)
+
+
+def uses_of(readers: tuple[Contraction, ...]) -> tuple[Contraction, ...]:
+    """The first reader, and every other place where its weight is read."""
+    return tuple(one for one in readers if one.weight == readers[0].weight)
 
 
 @dataclass(frozen=True)
@@ -93,6 +109,8 @@ def find_roles(captured: Captured, table: AxisTable) -> Roles:
         if layer in of_layer and of_layer[layer].leaf is not width.leaf:
             refusals[name] = f"layer {layer} has more than one axis of this kind"
         of_layer[layer] = width
+    if any(layer in mixtures and not mixtures[layer].told_apart for layer in widths.get(NUM_EXPERTS, {})):
+        refusals[NUM_EXPERTS] = "the graph does not show which rows each expert takes, so nothing ranks the experts"
     return Roles(hidden, heads, widths, refusals, mixtures, scans)
 
 
@@ -104,13 +122,20 @@ def _scan_widths(table: AxisTable, scan: Scan) -> Iterator[tuple[str, Width]]:
 
 
 def _hidden(captured: Captured, table: AxisTable) -> Width:
-    """The width of the token embedding, the parameter that token ids index."""
+    """The width of the residual stream: what the token embedding yields, or, where a projection stands between the embedding
+    and the layers, what the first layer is given."""
     name = captured.token_embedding()
-    if name is not None:
-        leaves = list(table.space.leaves(table.parameters[name][1]))
-        if len(leaves) == 1:
-            readers = tuple(c for c in table.contractions if list(table.space.leaves(c.dim)) == leaves)
-            return Width(leaves[0], readers)
+    leaves = list(table.space.leaves(table.parameters[name][1])) if name is not None else []
+    try:
+        nodes = {node.name: node for node in captured.graph.nodes}
+        stream = list(table.space.leaves(table.dims(nodes[layer_ends(captured)[0].entry])[-1]))
+    except UsageError:  # the layers are no chain: no layer can be dropped, and the embedding tells
+        stream = []
+    if len(stream) == 1 and stream != leaves:
+        leaves = stream
+    if len(leaves) == 1:
+        readers = tuple(c for c in table.contractions if list(table.space.leaves(c.dim)) == leaves)
+        return Width(leaves[0], readers)
     raise UsageError(f"{captured.config.model_type}: the token embedding does not yield the residual stream directly")
 
 
@@ -123,9 +148,9 @@ def _heads(captured: Captured, table: AxisTable) -> dict[int, Heads]:
         values = set(space.leaves(site.value))
         if layer is None or not values:
             continue
-        missing = {
-            atom for atom in atoms for path in _paths_with(table, values) if atom not in path
-        }  # a value projection that lacks it: the axis only repeats what a group shares
+        # A value projection that lacks an axis: the axis only repeats what a group shares.
+        paths = list(_paths_with(captured, table, values, atoms))
+        missing = {atom for atom in atoms for path in paths if atom not in path}
         groups = [atom for atom in atoms if atom not in missing]
         repeats = [atom for atom in atoms if atom in missing]
         if len(groups) > 1 or len(repeats) > 1 or list(atoms) != groups + repeats:
@@ -143,10 +168,19 @@ def _heads(captured: Captured, table: AxisTable) -> dict[int, Heads]:
     return heads
 
 
-def _paths_with(table: AxisTable, values: set[Atom]) -> Iterator[set[Atom]]:
-    """Yields, for every parameter that holds the width of a value, the atoms that stand in one product with that
-    width."""
-    for dims in table.parameters.values():
+def _paths_with(captured: Captured, table: AxisTable, values: set[Atom], heads: Dim) -> Iterator[set[Atom]]:
+    """Yields, for every parameter that holds the width of a value, the atoms that stand in one product with that width.
+
+    Parameters of other layers than those that hold the heads do not count: rotary embeddings make the widths of all layers
+    one axis, where queries, keys and values are one projection.
+    """
+    leaves = {
+        name: {leaf for dim in dims for leaf in table.space.leaves(dim)} for name, dims in table.parameters.items()
+    }
+    owners = {captured.layer_in_path(name) for name, held in leaves.items() if held & set(heads)}
+    for name, dims in table.parameters.items():
+        if captured.layer_in_path(name) not in owners:
+            continue
         for dim in dims:
             for path in table.space.ways(dim):
                 if path & values:
@@ -175,13 +209,17 @@ def _widths(
             continue
         seen.add(leaves[0])
         readers = tuple(c for c in table.contractions if list(space.leaves(c.dim)) == leaves and c.weight is not None)
-        name = CONVOLVED if leaves[0] in convolved else _width_name(captured, is_stack(dims), layer, table)
+        name = (
+            CONVOLVED
+            if leaves[0] in convolved
+            else _width_name(captured, is_stack(dims), layer, _expert_layers(captured, table, hidden))
+        )
         experts = space.flat(dims[0]) if is_stack(dims) else ()
         if not experts or len(experts) > 2 or any(atom.parts is not None or atom in taken for atom in experts):
             yield name, layer, Width(leaves[0], readers)
             continue
         mixtures[layer] = find_mixture(table, contraction, experts, captured.length)
-        apart = prunable_per_owner(table, leaves[0], experts)
+        apart = mixtures[layer].told_apart and prunable_per_owner(table, leaves[0], experts)
         yield name, layer, Width(leaves[0], readers, experts if apart else ())
         if experts[-1] not in seen and (len(experts) == 1 or prunable_per_owner(table, experts[-1], experts[:-1])):
             seen.add(experts[-1])
@@ -205,10 +243,19 @@ def _convolved(captured: Captured, table: AxisTable, hidden: Atom) -> set[Atom]:
     return filters if back - filters - {hidden} else set()
 
 
-def _width_name(captured: Captured, stacked: bool, layer: int, table: AxisTable) -> str:
+def _expert_layers(captured: Captured, table: AxisTable, hidden: Atom) -> set[int]:
+    """The layers with stacked matrices that read or write the residual stream."""
+    return {
+        layer
+        for name, dims in table.parameters.items()
+        if is_stack(dims) and any(list(table.space.leaves(dim)) == [hidden] for dim in dims)
+        if (layer := captured.layer_in_path(name)) is not None
+    }
+
+
+def _width_name(captured: Captured, stacked: bool, layer: int, stacks: set[int]) -> str:
     """Returns the name of a width: where dense layers stand between layers of experts, the experts' width has its own
     name."""
-    stacks = {captured.layer_in_path(name) for name, dims in table.parameters.items() if is_stack(dims)} - {None}
     if stacked:
         own = hasattr(captured.config, "moe_intermediate_size") or len(stacks) < captured.layer_count
         return "moe_intermediate_size" if own else "intermediate_size"

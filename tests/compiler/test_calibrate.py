@@ -124,31 +124,6 @@ def test_scores_are_those_of_plain_hooks(foundry: Foundry, family: str) -> None:
     close(got.layers, 1 - torch.nn.functional.cosine_similarity(entered, left, dim=-1).mean((1, 2)), rtol=1e-3)
 
 
-@pytest.mark.parametrize("sequence", ["l2", "mean", "var"])
-def test_a_mixture_scores_the_neurons_of_each_of_its_experts(foundry: Foundry, sequence: Aggregation) -> None:
-    """Over every (token, chosen expert), a batch's being one sample: neurons of an expert that is not chosen are at 0."""
-    plan = foundry.whole("mixtral")
-    got = scores(plan, width=WidthConfig("l2", sequence))
-    model, rows = teacher_model(plan), defaultdict[int, list[torch.Tensor]](list)
-    for i, layer in enumerate(model.model.layers):
-
-        def enter(module: Any, args: Any, i: int = i) -> None:
-            hidden, chosen = args[0].reshape(-1, args[0].shape[-1]), args[1]
-            for row, experts in zip(hidden, chosen, strict=True):
-                for expert in experts:
-                    gate, up = (module.gate_up_proj[expert] @ row).chunk(2)
-                    neurons = torch.zeros(module.num_experts, gate.shape[0])
-                    neurons[expert] = torch.nn.functional.silu(gate) * up
-                    rows[i].append(neurons.flatten())
-
-        layer.mlp.experts.register_forward_pre_hook(enter)
-    logits(model, SAMPLES)
-    for i, values in rows.items():
-        assert len(values) == SAMPLES.numel() * 2
-        wanted = aggregate(torch.stack(values)[None].double(), sequence)
-        close(got.widths["intermediate_size"][i].reshape(-1), wanted, rtol=1e-3)
-
-
 @pytest.mark.parametrize("batch", ["l2", "mean", "var"])
 @pytest.mark.parametrize("sequence", ["l2", "mean", "var"])
 def test_every_aggregation(foundry: Foundry, sequence: Aggregation, batch: Aggregation) -> None:

@@ -14,7 +14,6 @@ from minitron.compiler.axes.analysis import analyse
 from minitron.compiler.axes.dims import Atom
 from minitron.compiler.axes.narrowing import Dependent, Indices, Narrowing
 from minitron.compiler.capture import capture as capture_module
-from minitron.compiler.capture.capture import capture
 from minitron.compiler.roles.analysed import AnalysedTeacher
 from minitron.compiler.roles.names import GROUPS, HEAD_DIM, HEADS, HIDDEN, LAYERS
 from minitron.compiler.roles.roles import find_roles, is_stack
@@ -227,16 +226,22 @@ class TestExperts:
         assert roles.refusals == {"intermediate_size": "layer 0 has more than one axis of this kind"}
 
 
-def test_an_embedding_that_is_cut_is_no_residual_stream() -> None:
-    """Where the width of an embedding is several leaves, nothing says which of them is hidden_size."""
+def test_an_embedding_that_is_cut_is_no_residual_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the width of an embedding is several leaves, the layers tell hidden_size, or, where they are no chain, nothing."""
+    from minitron.compiler.roles import roles
     from minitron.specs.errors import UsageError
 
-    captured = capture(config("llama"))
-    table = analysed("llama").table
+    def no_chain(captured: Any) -> Any:
+        raise UsageError("layer 0 yields 2 values")
+
+    model = analysed("llama")
+    captured, table = model.captured, model.table
     space = table.space
     name = "model.embed_tokens.weight"
     cut = {**table.parameters, name: [table.parameters[name][0], space.cat([space.fresh(s) for s in _sizes(20, 12)])]}
     broken = type(table)(space, cut, table.nodes, table.contractions, table.attentions, table.unknown)
+    assert find_roles(captured, broken).hidden.leaf is model.roles.hidden.leaf
+    monkeypatch.setattr(roles, "layer_ends", no_chain)
     with pytest.raises(UsageError, match="does not yield the residual stream directly"):
         find_roles(captured, broken)
 

@@ -16,7 +16,7 @@ from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN, LAYERS
 from minitron.compiler.teacher.tokenizer import load_tokenizer
 from minitron.specs.data_files import resolve
 from minitron.specs.errors import SpecInvalid
-from tests.foundry import Build, Foundry, load_model
+from tests.foundry import CALIBRATION, Build, Foundry, load_model
 
 EXPERTS, EXPERT_WIDTH, SHARED, FFN = (
     "num_experts", "moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size",
@@ -211,20 +211,22 @@ def dispatched(foundry: Foundry) -> tuple[Build, list[Any]]:
         layer.mlp.experts.register_forward_pre_hook(lambda module, inputs: given.append((module, *inputs)))
     with torch.no_grad():
         model(input_ids=samples, use_cache=False)
+    assert all(x.shape[0] == samples.numel() for _, x, *_ in given)
     return build, given
 
 
 def test_experts_are_ranked_by_what_they_add(dispatched: tuple[Build, list[Any]]) -> None:
     """REAP (arXiv 2510.13999): the mean of |g f(x)| over the tokens that an expert is sent. Worked out expert by expert."""
     build, given = dispatched
-    scores = build.tensors_of("scores.safetensors")
+    scores, length = build.tensors_of("scores.safetensors"), CALIBRATION["sequence_length"]
     for layer, (module, x, chosen, weights) in enumerate(given):
         added, used = [], []
         for expert in range(6):
             tokens, place = torch.where(chosen == expert)
             gate, up = (x[tokens] @ module.gate_up_proj[expert].T).chunk(2, -1)
             channels = torch.nn.functional.silu(gate) * up
-            used.append(channels.abs().sum(0) / chosen.numel())
+            each = [channels[tokens // length == one].abs().sum(0) / (length * 2) for one in range(len(x) // length)]
+            used.append(torch.stack(each).norm(dim=0))
             out = channels @ module.down_proj[expert].T * weights[tokens, place, None]
             added.append(out.norm(dim=-1).mean() if len(tokens) else out.new_zeros(()))
         torch.testing.assert_close(scores[f"{EXPERTS}.{layer}"], torch.stack(added).detach(), rtol=1e-4, atol=1e-6)
