@@ -1,15 +1,17 @@
 """Tries every family of transformers' causal language models, axis by axis, and prints right, refused or failed.
 
-    python benchmarks/all_families.py [FAMILY ...] [--plan] [--seconds 300]
+    python benchmarks/all_families.py [FAMILY ...] [--plan] [--seconds 300] [--log FILE]
 
 right: a tiny random model of the family was compiled and passed all checks; refused: with a sentence, in the plan; failed: a
 check did not pass, or anything else was raised: a bug. `--plan` stops after the plan. A family of which no tiny configuration
-can be made is left out and named. The command ends with 1 where anything failed.
+can be made is left out and named. The command ends with 1 where anything failed. Families that `--log` has an outcome of are
+not tried again: a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import sys
@@ -99,6 +101,14 @@ def _where(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
 
 
+def read_log(log: Path | None) -> dict[str, list[tuple[str, str, str]]]:
+    """The outcomes that an earlier run has written; of a family that stands there twice, the last."""
+    if log is None or not log.is_file():
+        return {}
+    lines = map(json.loads, log.read_text(encoding="utf-8").splitlines())
+    return {line["family"]: [tuple(one) for one in line["found"]] for line in lines}
+
+
 def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     parser = argparse.ArgumentParser(description="every causal family: right, refused or failed")
@@ -106,16 +116,27 @@ def main() -> int:
     parser.add_argument("--plan", action="store_true", help="stop after the plan")
     parser.add_argument("--seconds", type=float, default=300.0, help="time for one family")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--log", type=Path, help="a file of JSON lines that outcomes are read from and added to")
     args = parser.parse_args()
     counts: Counter[str] = Counter()
     names = args.families or families()
-    jobs = [(name, args.plan, args.seconds) for name in names]
+    known = read_log(args.log)
+
+    def tell(name: str, found: list[tuple[str, str, str]]) -> None:
+        for axis, outcome, why in found:
+            counts[outcome] += 1
+            print(f"{name:24} {axis or '-':28} {outcome:9} {why}", flush=True)
+
+    for name in names:
+        tell(name, known.get(name, []))
+    jobs = [(name, args.plan, args.seconds) for name in names if name not in known]
     # A process for a few families each: what fake tensors leave behind grows with every model.
     with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=6) as pool:
-        for name, found in pool.imap(_job, jobs):
-            for axis, outcome, why in found:
-                counts[outcome] += 1
-                print(f"{name:24} {axis or '-':28} {outcome:9} {why}", flush=True)
+        for name, found in pool.imap_unordered(_job, jobs):
+            if args.log is not None:
+                with args.log.open("a", encoding="utf-8") as log:
+                    log.write(json.dumps({"family": name, "found": found}) + "\n")
+            tell(name, found)
     print(", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())))
     return 1 if counts[FAILED] else 0
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Mapping
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +21,18 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from minitron.compiler.capture.inline_constants import inline
-from minitron.compiler.capture.layer_config import lists_over_layers, with_layers
+from minitron.compiler.capture.layer_config import with_layers
 from minitron.compiler.capture.layer_kinds import Accounts, accounts
-from minitron.compiler.capture.models import build_meta, build_model, canonical_names, find_layers, quiet
+from minitron.compiler.capture.layer_lists import lists_over_layers
+from minitron.compiler.capture.models import (
+    build_meta,
+    build_model,
+    canonical_names,
+    find_layers,
+    layer_count,
+    quiet,
+    uninitialised,
+)
 from minitron.compiler.capture.replicate_layers import repeat_layers
 from minitron.compiler.capture.rotary import replace_overwritten
 from minitron.compiler.graph.aten import PASS_THROUGH, RESHAPES, op_name
@@ -41,6 +52,18 @@ FIXED_LENGTH = 128  # tokens that a graph is of which cannot be of any number
 
 # Of an error of export: the code does other things for other numbers of tokens, which is the dimension of this name.
 OF_ONE_LENGTH = "(sequence)"
+
+
+# Of an error of export: the code asks for the values of tensors, or for sizes that follow from such values.
+DATA_DEPENDENT = ("data-dependent", "DataDependent")
+
+
+# Of an error of transformers for an attention that a family does not have; the next one is tried.
+NO_SUCH_ATTENTION = "does not support an attention implementation"
+
+
+# Operators that take a number out of a tensor: what is made of that size has none without data.
+TAKES_NUMBERS = {"item", "_local_scalar_dense"}
 
 
 LEAST_LAYERS = 4  # a model of fewer is captured whole: finding out which layers are alike would take as long
@@ -150,25 +173,47 @@ def capture(config: Any, dtype: torch.dtype = torch.float32, otherwise: int = FI
 
     A model whose code depends on the sequence length is captured at the length `otherwise`.
     """
-    reasons: list[str] = []
+    reasons: list[tuple[str, str]] = []
     for length in (None, otherwise):
         for attention in ("sdpa", "eager"):
             try:
                 made = _export_once(config, dtype, attention, length) or _export(config, dtype, attention, length)
             except Exception as error:  # whatever a modelling file or export raises decides only whether we can go on
-                reasons.append(f"with {attention} attention: {_first_line(error)}")
-                if OF_ONE_LENGTH in reasons[-1]:
+                of_one_length = OF_ONE_LENGTH in _first_line(error)
+                if NO_SUCH_ATTENTION not in str(error):
+                    reasons.append((attention, in_words(error)))
+                if of_one_length:
                     break  # and so it is with any attention
                 continue
+            finally:
+                # Each export leaves some MB of operators' results for fake tensors behind, in a cache of the process.
+                FakeTensorMode.cache_clear()
             model, graph_module = made
             path, count = find_layers(model, config)
             names = canonical_names(model)
             return Captured(graph_module, model, config, attention, dtype, names, path, count)
-        if OF_ONE_LENGTH not in reasons[-1]:
+        if not of_one_length:
             break
-    raise UsageError(
-        f"{getattr(config, 'model_type', 'this model')} cannot be traced to a graph; " + "; ".join(reasons)
-    )
+    raise UsageError(f"{getattr(config, 'model_type', 'this model')} cannot be traced to a graph; {_told(reasons)}")
+
+
+def _told(reasons: Sequence[tuple[str, str]]) -> str:
+    """The reasons of all attempts; one that is the same with every attention is told once."""
+    if len({reason for _, reason in reasons}) == 1:
+        return reasons[0][1]
+    return "; ".join(f"with {attention} attention: {reason}" for attention, reason in reasons)
+
+
+def in_words(error: Exception) -> str:
+    """The reason that a model cannot be exported, and the line of its code where one is known."""
+    code = [one for one in traceback.extract_tb(error.__traceback__) if "modeling_" in one.filename]
+    place = f" ({Path(code[-1].filename).name}:{code[-1].lineno})" if code else ""
+    if isinstance(error, UsageError):
+        return str(error)
+    text = _first_line(error)
+    if any(mark in text for mark in DATA_DEPENDENT):
+        return "its code decides by the values of tensors what it computes, which a graph cannot hold" + place
+    return text + place
 
 
 def _export_once(
@@ -179,8 +224,8 @@ def _export_once(
 
     None where the layers of this model cannot be compared, or where the shortcut saves nothing.
     """
-    count = getattr(config, "num_hidden_layers", None)
-    if not isinstance(count, int) or count < LEAST_LAYERS:
+    count = layer_count(config)
+    if count < LEAST_LAYERS:
         return None
     try:
         few = _representatives(config, dtype, attention, count, length or SAMPLE[1])
@@ -230,7 +275,7 @@ def _accounts(
     config: Any, dtype: torch.dtype, attention: str, length: int, path: str = ""
 ) -> tuple[Accounts | None, str]:
     """Returns the accounts of a model's layers, and the path of their module list."""
-    with quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+    with quiet(), uninitialised(), FakeTensorMode(allow_non_fake_inputs=True):
         fake = build_model(config, dtype, attention)
         path = path or find_layers(fake, config)[0]
         sample = torch.zeros(SAMPLE[0], length, dtype=torch.long)
@@ -265,7 +310,7 @@ def _export(config: Any, dtype: torch.dtype, attention: str, length: int | None)
     sequence = torch.export.Dim("sequence", min=1, max=LONGEST) if length is None else torch.export.Dim.STATIC
     # Export prints the graph so far to the standard error where the code decides by the values of tensors.
     with quiet(), torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
-        with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+        with uninitialised(), FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
             fake = build_model(config, dtype, attention)
             sample = torch.zeros(SAMPLE[0], length or SAMPLE[1], dtype=torch.long)
         program = torch.export.export(_Logits(fake), (sample,), dynamic_shapes=({0: batch, 1: sequence},), strict=False)
@@ -287,6 +332,17 @@ def _export(config: Any, dtype: torch.dtype, attention: str, length: int | None)
         elif _is_noop_cast(node):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
+    _refuse_numbers(module.graph)
     replace_overwritten(module.graph)
     inline(module, {*names, *(name for name, _ in fake.named_buffers(remove_duplicate=False))}, WRAPPER)
     return build_meta(config, dtype, attention), rebuild(module, canonical, empty_meta)
+
+
+def _refuse_numbers(graph: Graph) -> None:
+    """Raises UsageError where the code takes sizes out of the values of tensors, as one expert after another does with the
+    number of tokens that each is sent: the narrowed graph could not be proved without data."""
+    for node in graph.nodes:
+        if node.op == "call_function" and op_name(node) in TAKES_NUMBERS:
+            stack = node.meta.get("nn_module_stack") or {}
+            path = strip_wrapper(str(next(reversed(stack.values()))[0])) if stack else "the model"
+            raise UsageError(f"its code takes sizes out of the values of tensors ({op_name(node)} in {path})")

@@ -10,22 +10,8 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-# Numbers of layers, and not one entry a layer, even where there happen to be as many.
-NUMBERS = ("mlp_only_layers", "moe_layers")
-# One entry a layer, even where there are more entries than layers: modelling code does not read the rest.
-ENTRIES = ("layer_types", "no_rope_layers", "layers_block_type")
-
-
-def lists_over_layers(config: Any, count: int) -> dict[str, list[Any]]:
-    """The configuration's own lists with an entry for each of `count` layers, by key; entries of no layer are left out."""
-    return {
-        key: value[:count]
-        for key, value in vars(config).items()
-        if isinstance(value, list)
-        and (len(value) == count or (key in ENTRIES and len(value) > count))
-        and not key.startswith("_")
-        and key not in NUMBERS
-    }
+from minitron.compiler.capture.layer_lists import NUMBERS, lists_over_layers
+from minitron.compiler.capture.models import LAYER_COUNTS
 
 
 def with_layers(config: Any, count: int, kept: Sequence[int]) -> Any:
@@ -37,6 +23,9 @@ def with_layers(config: Any, count: int, kept: Sequence[int]) -> Any:
         _follow_experts(changed, count, kept)
         _follow_lists(changed)
         changed.num_hidden_layers = len(kept)
+        for key in LAYER_COUNTS:
+            if getattr(config, key, None) == count:
+                setattr(changed, key, len(kept))
     return changed
 
 

@@ -57,6 +57,21 @@ def build_model(config: Any, dtype: torch.dtype, attention: str) -> torch.nn.Mod
     return model.eval()
 
 
+@contextmanager
+def uninitialised() -> Iterator[None]:
+    """Leaves out the random initialisation of models that are built of fake tensors: nothing reads their values, and some
+    families' initialisation cannot run without data. Ties between parameters are made as ever."""
+    from transformers import PreTrainedModel
+
+    name = "initialize_weights"
+    original = getattr(PreTrainedModel, name)
+    setattr(PreTrainedModel, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        setattr(PreTrainedModel, name, original)
+
+
 def canonical_names(model: torch.nn.Module) -> dict[str, str]:
     """Every name of every parameter -> its first name, which tied parameters share.
 
@@ -80,9 +95,19 @@ def _stored(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield (f"{path}.{name}" if path else name), buffer
 
 
+# Keys that say how many layers there are, where the model is one half of a pair that has a number for each.
+LAYER_COUNTS = ("decoder_layers", "num_decoder_layers")
+
+
+def layer_count(config: Any) -> int:
+    """The number of layers that a configuration says; of a decoder that is half of a pair, the decoder's."""
+    of_half = (getattr(config, key, None) for key in LAYER_COUNTS)
+    return int(next((one for one in of_half if isinstance(one, int)), config.num_hidden_layers))
+
+
 def find_layers(model: torch.nn.Module, config: Any) -> tuple[str, int]:
     """The outermost module list that is as long as the configuration says that the model has layers."""
-    count = int(config.num_hidden_layers)
+    count = layer_count(config)
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
             return path, count

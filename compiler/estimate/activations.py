@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
-from minitron.compiler.capture.layer_config import lists_over_layers, with_layers
+from minitron.compiler.capture.layer_config import with_layers
+from minitron.compiler.capture.layer_lists import lists_over_layers
 from minitron.compiler.capture.models import build_model, quiet
 
 EACH = 2  # layers of each kind that are run: one more than one, so that what two layers hold together is seen
@@ -92,14 +93,14 @@ def footprint(config: Any, attention: str, backbone: str, layer_path: str, count
 
     `backbone` is the sub-module that yields the hidden states.
     """
-    few = _some_of_each_kind(config, count)
+    kinds = _kinds(config, count)
+    few = _some_of_each_kind(kinds)
     with quiet(), no_packing(), FakeTensorMode(allow_non_fake_inputs=True):
         model = build_model(with_layers(config, count, few), work.weights, attention)
         model.train(work.training)
         if work.recompute:
             _recompute(model)
         entered, last, left, peak = _run(model, backbone, layer_path, work)
-    kinds = [_kind(config, count, layer) for layer in range(count)]
     # What a layer keeps is seen when the next one is entered: until then its caller still holds what it was given.
     kept: dict[str, list[int]] = {}
     for place, layer in enumerate(few[:-1]):
@@ -130,19 +131,20 @@ def no_packing() -> Iterator[None]:
             setattr(masking_utils, name, original)
 
 
-def _some_of_each_kind(config: Any, count: int) -> list[int]:
+def _some_of_each_kind(kinds: Sequence[str]) -> list[int]:
     seen: dict[str, int] = {}
     few = []
-    for layer in range(count):
-        kind = _kind(config, count, layer)
+    for layer, kind in enumerate(kinds):
         seen[kind] = seen.get(kind, 0) + 1
         if seen[kind] <= EACH:
             few.append(layer)
     return few
 
 
-def _kind(config: Any, count: int, layer: int) -> str:
-    return repr([one[layer] for one in lists_over_layers(config, count).values()])
+def _kinds(config: Any, count: int) -> list[str]:
+    """The kind of each layer, as the configuration's lists tell it."""
+    lists = list(lists_over_layers(config, count).values())
+    return [repr([one[layer] for one in lists]) for layer in range(count)]
 
 
 def _recompute(model: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from minitron.compiler.capture import capture
 from minitron.compiler.capture.capture import FIXED_LENGTH, Captured
-from minitron.compiler.capture.layer_config import lists_over_layers
+from minitron.compiler.capture.layer_lists import lists_over_layers
 from minitron.compiler.importance.select import leading, narrowing_of
 from minitron.compiler.rewrite.scale_repair import check_scalars
 from minitron.compiler.roles.analysed import AnalysedTeacher
@@ -35,7 +35,20 @@ def proved(teacher: AnalysedTeacher, targets: Targets, layers: Sequence[int]) ->
         if wrong := check_rows(followed.widths, teacher):
             raise Refused(wrong)
         return followed, config, model
-    raise first
+    raise UsageError(f"{first}{_other_layers(teacher, targets, layers)}")
+
+
+def _other_layers(teacher: AnalysedTeacher, targets: Targets, tried: Sequence[int]) -> str:
+    """Names the last layers as those to keep, where these can be kept and the first ones, which stood for any, cannot."""
+    count = teacher.captured.layer_count
+    last = range(count - len(tried), count)
+    if not targets.rank_layers(count) or list(tried) == list(last):
+        return ""
+    try:
+        prove(teacher, targets, last)
+    except UsageError:
+        return ""
+    return f"; layers {', '.join(map(str, last))} can be kept: name them (student.layers.keep)"
 
 
 def prove(teacher: AnalysedTeacher, targets: Targets, layers: Sequence[int]) -> tuple[Any, torch.nn.Module]:

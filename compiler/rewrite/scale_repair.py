@@ -32,9 +32,10 @@ def changed_buffers(
     teacher: Mapping[str, torch.Tensor],
     student: Mapping[str, torch.Tensor],
     numbers: Mapping[int, int],
-) -> list[str]:
-    """The student's names of the buffers that differ from the teacher's."""
-    changed = []
+) -> dict[str, str]:
+    """The buffers that differ: the student's name of each -> the teacher's, which has another number where layers before
+    it are dropped."""
+    changed = {}
     for name, value in teacher.items():
         layer = captured.layer_in_path(name)
         if layer is not None and layer not in numbers:
@@ -46,7 +47,7 @@ def changed_buffers(
             or other.shape != value.shape
             or not torch.allclose(other.double(), value.double(), rtol=EQUAL, atol=0)
         ):
-            changed.append(new)
+            changed[new] = name
     return changed
 
 

@@ -166,10 +166,11 @@ def _squeeze(s: _Sizes, node: Node) -> None:
 
 
 def _conv1d(s: _Sizes, node: Node) -> None:
-    """Sets the groups: one group of all channels, or one per channel; the analysis refuses other group sizes."""
-    if argument(node, 6, 1) != 1:
+    """Sets the groups where every channel is one of its own; groups of several channels are pinned by the analysis."""
+    channels = s.dims(node.args[0])[-2]
+    if argument(node, 6, 1) == size_of(channels).coefficient != 1:
         stride, padding, dilation = (argument(node, 3 + i, [default]) for i, default in enumerate((1, 0, 1)))
-        groups = s.narrowing.count(s.dims(node.args[0])[-2])
+        groups = s.narrowing.count(channels)
         node.args = (*node.args[:2], argument(node, 2, None), stride, padding, dilation, groups)
         node.kwargs = {}
 

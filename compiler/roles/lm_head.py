@@ -23,6 +23,11 @@ def find_head(captured: Captured) -> HeadPlan:
         (node,) = node
     scale, softcap = 1.0, None
     while not is_op(node, {"linear"}):
+        if is_op(node, {"slice"}) and argument(node, "dim", 0) in (-1, node.meta["val"].dim() - 1):
+            raise UsageError(
+                f"{captured.config.model_type}: the head has {node.args[0].meta['val'].shape[-1]} rows and the logits are "
+                f"{node.meta['val'].shape[-1]} of them (a padded vocabulary), which the distillation loss does not know"
+            )
         if is_op(node, NEUTRAL):
             node = node.args[0]
         elif is_op(node, {"mul", "div"}) and isinstance(node.args[1], int | float):

@@ -21,14 +21,35 @@ from minitron.compiler.weights.source import LoadedWeights, open_weights
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError
 from tests.foundry import Foundry
 from tests.models import save_teacher, tiny_config
+from tests.zoo.anything import tiny
 
 
-def test_a_model_that_cannot_be_traced_is_refused_with_both_reasons() -> None:
+def test_a_model_that_cannot_be_traced_is_refused_with_its_reason_once() -> None:
     with pytest.raises(UsageError) as caught:
         capture(tiny_config("llama", num_hidden_layers=1, hidden_act="no-such-function"))
     words = str(caught.value)
-    assert words.startswith("llama cannot be traced to a graph; with sdpa attention: ") and "no-such-function" in words
-    assert "; with eager attention: " in words and "\n" not in words
+    assert words.startswith("llama cannot be traced to a graph; KeyError: ")
+    assert words.count("no-such-function") == 1 and "\n" not in words
+    assert words.endswith(")") and " (modeling_llama.py:" in words
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        (
+            "jetmoe",
+            "its code takes sizes out of the values of tensors (item in model.layers.0.self_attention.experts.router)",
+        ),
+        (
+            "dbrx",
+            "its code decides by the values of tensors what it computes, which a graph cannot hold (modeling_dbrx.py:",
+        ),
+    ],
+)
+def test_sizes_that_follow_from_data_are_refused_before_anything_is_run(family: str, words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        capture(tiny(family))
+    assert f"{family} cannot be traced to a graph; {words}" in str(caught.value)
 
 
 def test_a_model_without_a_list_of_its_layers() -> None:

@@ -124,12 +124,33 @@ HYBRIDS: dict[str, dict[str, Any]] = {
                            "shared_expert_intermediate_size": 28},
     "recurrent_gemma": {"lru_width": 32, "attention_window_size": 8},
 }  # fmt: skip
-EVERY = {**FIRST, **DENSE, **MIXTURES, **HYBRIDS}
+# Families of less usual build: a factored embedding, a fused projection by groups, experts whose rows nothing counts, layers
+# that share their weights, a decoder that is half of a pair.
+UNUSUAL: dict[str, dict[str, Any]] = {
+    "bart": {"d_model": 32, "encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 4,
+             "decoder_attention_heads": 4, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "is_decoder": True,
+             "is_encoder_decoder": False},
+    "dbrx": {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 128,
+             "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+             "ffn_config": {"ffn_hidden_size": 40, "moe_num_experts": 4, "moe_top_k": 2}},
+    "lfm2_moe": EXPERTS | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
+    "minicpm3": MLA | {"num_key_value_heads": 4, "v_head_dim": 8, "dim_model_base": 16},
+    "zamba": {"num_hidden_layers": 4, "num_key_value_heads": 4, "n_mamba_heads": 2, "mamba_d_state": 8,
+              "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
+    "zaya": EXPERTS | {"head_dim": 8, "num_experts_per_tok": 1, "router_hidden_size": 16},
+}  # fmt: skip
+# Other builds of families that have a configuration above: name -> (model type, keys).
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon (new decoder)": ("falcon", {"num_kv_heads": 2, "new_decoder_architecture": True, "ffn_hidden_size": 40}),
+    "opt (factored embedding)": ("opt", {"hidden_size": 48, "word_embed_proj_dim": 24, "ffn_dim": 40}),
+}
+EVERY = {**FIRST, **DENSE, **MIXTURES, **HYBRIDS, **UNUSUAL, **{name: keys for name, (_, keys) in VARIANTS.items()}}
 
 
 def config_of(family: str) -> Any:
     """The configuration of a family; what its configuration class has no key for is left out."""
-    known = AutoConfig.for_model(family)
+    kind = VARIANTS[family][0] if family in VARIANTS else family
+    known = AutoConfig.for_model(kind)
     keys = {key: value for key, value in COMMON.items() if hasattr(known, key) or key in known.attribute_map}
     keys |= EVERY[family]
-    return AutoConfig.for_model(family, **{key: value for key, value in keys.items() if value is not None})
+    return AutoConfig.for_model(kind, **{key: value for key, value in keys.items() if value is not None})

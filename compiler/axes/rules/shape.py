@@ -145,7 +145,7 @@ def repeat_interleave(t: Tracer, node: torch.fx.Node) -> Result:
     return dims
 
 
-@rule(aten.cat.default, aten.concat.default, positions="own")
+@rule(aten.cat.default, aten.concat.default, aten.concatenate.default, positions="own")
 def cat(t: Tracer, node: torch.fx.Node) -> Dims:
     """Pieces one after the other. (torch lets empty vectors stand among pieces of any rank.)"""
     rank, place = t.rank(node), t.place(node)
