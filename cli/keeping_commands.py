@@ -36,6 +36,8 @@ from minitron.specs.locks import only_one
 _EXTRAS = (
     ("lm_eval", "eval", "benchmarks (evaluate.suite)"),
     ("tensorboard", "tensorboard", "curves of training"),
+    ("wandb", "wandb", "distill.track: [wandb]"),
+    ("mlflow", "mlflow", "distill.track: [mlflow]"),
     ("datasets", "datasets", "data sets of the Hub"),
     ("pyarrow", "datasets", "Parquet files"),
     ("gguf", "gguf", "export --gguf"),

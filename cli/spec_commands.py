@@ -17,9 +17,10 @@ from minitron.cli.lock_command import follow_lock
 from minitron.cli.plan_summary import shown_plan
 from minitron.cli.render import complain, document, say, show_sections, write
 from minitron.cli.sections import Document
-from minitron.specs import load_spec, unavailable
-from minitron.specs.errors import SpecError, SpecInvalid, UsageError, located
+from minitron.specs import LoadedSpec, load_spec, unavailable
+from minitron.specs.errors import Problem, SpecError, SpecInvalid, UsageError, located
 from minitron.specs.lockfile import LOCK_SUFFIX
+from minitron.specs.tracking import missing_trackers
 
 # What `plan --detailed-exitcode` ends with when there is something to compile.
 NOT_UP_TO_DATE = 3
@@ -48,7 +49,7 @@ def validate(
             continue
         valid.append({"file": str(path), "name": loaded.spec.name, "sha256": loaded.sha256})
         # Published recipes hold what this version cannot do yet: right as specs, refused by `plan`.
-        early = located(unavailable(loaded.spec), loaded)
+        early = located([*unavailable(loaded.spec), *_untracked(loaded)], loaded)
         warnings += early
         if not as_json:
             write(f"{path}: valid")
@@ -60,6 +61,12 @@ def validate(
         complain(f"{len(errors)} {'error' if len(errors) == 1 else 'errors'}")
     if errors:
         raise typer.Exit(WRONG)
+
+
+def _untracked(loaded: LoadedSpec) -> list[Problem]:
+    """Returns the trackers that are not installed here: training refuses to begin without them."""
+    distill = loaded.spec.distill
+    return [] if distill is None else list(missing_trackers(distill.track or (), "distill.track"))
 
 
 def schema() -> None:
@@ -131,6 +138,7 @@ def preview(
         errors += failure_of(error).errors
     if plan is None or hardware is None:
         raise SpecInvalid(errors)
+    say(*(f"warning: {one}" for one in located(_untracked(loaded), loaded)))
     content = plan_document(plan, hardware=hardware)
     stale = why_stale(build, loaded)
     sections = shown_plan(content, full=rendering.full, build=f"{build} is {stale or 'up to date'}")

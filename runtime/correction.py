@@ -28,7 +28,17 @@ from minitron.runtime.plan import LoadedPlan
 from minitron.runtime.setup import Run, Session, prepare, resume
 from minitron.specs.atomic import remove_leftovers, write_text
 from minitron.specs.blocks.distill import LogitLoss, Loss
-from minitron.specs.builds import CARD, CHECKPOINTS, CORRECTION, FINISHED, METRICS, TENSORBOARD
+from minitron.specs.builds import (
+    CARD,
+    CHECKPOINTS,
+    CORRECTION,
+    FINISHED,
+    METRICS,
+    MLFLOW,
+    TENSORBOARD,
+    TRACKERS,
+    WANDB,
+)
 from minitron.specs.errors import placing
 from minitron.specs.progress import Progress
 from minitron.specs.training_plan import ModelPlan, TrainingPlan
@@ -94,9 +104,9 @@ class Correction:
         """Removes the files that a training with other settings wrote into the work folder, and no other files in
         it.
         """
-        for name in (CHECKPOINTS, TENSORBOARD):
+        for name in (CHECKPOINTS, TENSORBOARD, WANDB, MLFLOW):
             shutil.rmtree(self.work / name, ignore_errors=True)
-        for name in (METRICS, FINISHED, _BEFORE, _IDENTITY):
+        for name in (METRICS, TRACKERS, FINISHED, _BEFORE, _IDENTITY):
             (self.work / name).unlink(missing_ok=True)
 
     def remember(self, loss: float) -> None:

@@ -10,11 +10,21 @@ from pathlib import Path
 
 from minitron.runtime.plan import LoadedPlan
 from minitron.specs.atomic import claim_folder, require_replaceable
-from minitron.specs.builds import CHECKPOINTS, DATA_CACHE, FINISHED, LOGITS, METRICS, TENSORBOARD
+from minitron.specs.builds import (
+    CHECKPOINTS,
+    DATA_CACHE,
+    FINISHED,
+    LOGITS,
+    METRICS,
+    MLFLOW,
+    TENSORBOARD,
+    TRACKERS,
+    WANDB,
+)
 from minitron.specs.errors import Problem, Refused
 from minitron.specs.training_plan import EvaluationPlan, TrainingPlan
 
-WORK_FILES = (CHECKPOINTS, DATA_CACHE, FINISHED, METRICS, TENSORBOARD)
+WORK_FILES = (CHECKPOINTS, DATA_CACHE, FINISHED, METRICS, TENSORBOARD, WANDB, MLFLOW, TRACKERS)
 """The names that a training writes in its work folder."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from minitron.runtime.out_of_memory import told_in_a_sentence
 from minitron.runtime.pieces import model_pieces, optimizer_pieces
 from minitron.runtime.setup import Run
 from minitron.runtime.step import train_step
+from minitron.runtime.trackers import TrackerSettings
 from minitron.runtime.utilisation import peak_flops, peak_memory, utilisation
 from minitron.specs.builds import METRICS
 from minitron.specs.errors import WorkError
@@ -120,7 +122,7 @@ def _metrics(run: Run, state: TrainerState, progress: Progress) -> Iterator[Metr
 
     def open_log() -> None:
         with writing(str(run.work / METRICS)):
-            opened.append(MetricsLog(run.work, state.step, progress))
+            opened.append(MetricsLog(run.work, state.step, progress, _trackers(run)))
 
     run.world.from_leader(open_log)
     if not opened:
@@ -128,6 +130,14 @@ def _metrics(run: Run, state: TrainerState, progress: Progress) -> Iterator[Metr
         return
     with opened[0] as log:
         yield log
+
+
+def _trackers(run: Run) -> TrackerSettings:
+    plan = run.plan
+    shown = ("tokens", "sequence_length", "global_batch_size", "seed", "weights")
+    values: dict[str, Any] = {key: getattr(plan, key) for key in shown}
+    values |= {f"optimizer.{key}": value for key, value in plan.optimizer.model_dump(mode="json").items()}
+    return TrackerSettings(plan.track, f"{plan.name}: {plan.output}", values)
 
 
 def _save(run: Run, state: TrainerState, metrics: MetricsLog | None, held_out_loss: float | None) -> None:

@@ -1,4 +1,4 @@
-"""The metrics of every step: train/metrics.jsonl, and TensorBoard events where TensorBoard is installed."""
+"""The metrics of every step: train/metrics.jsonl, and the trackers that the plan names."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from types import TracebackType
 from typing import Any
 
 from minitron.runtime.disk import writing
+from minitron.runtime.trackers import Trackers, TrackerSettings
 from minitron.specs.atomic import atomic_path
-from minitron.specs.builds import METRICS, TENSORBOARD
+from minitron.specs.builds import METRICS
 from minitron.specs.progress import Progress
 
 
@@ -20,22 +21,20 @@ class MetricsLog:
     in the file once, however often training was killed; a last line that was cut short is removed too.
     """
 
-    def __init__(self, folder: Path, step: int, progress: Progress) -> None:
+    def __init__(self, folder: Path, step: int, progress: Progress, trackers: TrackerSettings | None = None) -> None:
         path = folder / METRICS
         with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as kept:
             kept.writelines(json.dumps(line) + "\n" for line in iter_metrics(path) if line["step"] <= step)
         self._file = path.open("a", encoding="utf-8")
-        self._board = _tensorboard(folder / TENSORBOARD, step, progress)
+        self._trackers = Trackers(trackers or TrackerSettings(), folder, step, progress)
 
     def write(self, figures: Mapping[str, float]) -> None:
         """Writes one line: `figures` has the key `step`."""
         with writing(self._file.name):
             self._file.write(json.dumps(dict(figures)) + "\n")
             self._file.flush()
-            if self._board is not None:
-                for name, value in figures.items():
-                    if name != "step":
-                        self._board.add_scalar(name, value, int(figures["step"]))
+        shown = {name: value for name, value in figures.items() if name != "step"}
+        self._trackers.write(int(figures["step"]), shown)
 
     def sync(self) -> None:
         """Flushes the log to disk before a checkpoint of the same step exists: else a power cut could leave a step
@@ -50,8 +49,7 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._trackers.close()
 
 
 def iter_metrics(path: Path) -> Iterator[dict[str, Any]]:
@@ -76,12 +74,3 @@ def last_held_out_loss(path: Path) -> float | None:
     for line in iter_metrics(path):
         loss = line.get("held_out_loss", loss)
     return loss
-
-
-def _tensorboard(folder: Path, step: int, progress: Progress) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        progress.message(f"{METRICS} only: TensorBoard is not installed (pip install 'minitron[tensorboard]')")
-        return None
-    return SummaryWriter(str(folder), purge_step=step + 1)

@@ -37,10 +37,11 @@ from minitron.runtime.world import World, join_world, locked
 from minitron.specs.atomic import remove_leftovers
 from minitron.specs.builds import CHECKPOINTS, CONFIG, DATA_CACHE, FINISHED, METRICS
 from minitron.specs.documents import content_hash
-from minitron.specs.errors import UsageError, WorkError, placing
+from minitron.specs.errors import Refused, UsageError, WorkError, placing
 from minitron.specs.file_hashes import file_hash
 from minitron.specs.locks import LOCK
 from minitron.specs.progress import Progress, Silent
+from minitron.specs.tracking import missing_trackers
 from minitron.specs.training_plan import TrainingPlan, needs_teacher
 
 
@@ -60,6 +61,8 @@ def train(
     work = loaded.folder / plan.work
     with placing(loaded), interrupts() as interrupt, join_world(device) as world:
         require_own_folders(loaded, outside=outside)
+        if problems := list(missing_trackers(plan.track or (), "track")):
+            raise Refused(problems)
         with locked(world, "training", loaded.folder, work):
             _require_one_folder(work, world)
             world.from_leader(lambda: _tidy_up(loaded, plan))

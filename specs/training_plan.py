@@ -21,6 +21,7 @@ from minitron.specs.blocks.teacher_correction import TeacherCorrection
 from minitron.specs.blocks.training import Optimizer
 from minitron.specs.data import DataSource
 from minitron.specs.errors import Problem
+from minitron.specs.tracking import TrackerName
 
 FORMAT_VERSION = 1
 
@@ -224,6 +225,9 @@ class TrainingPlan(EvaluationPlan):
     kept_coordinates: Text | None = None
     """File with what the student keeps of the teacher's hidden states, for `coordinates: kept`: a tensor `index` [width], the
     channels, or `matrix` [teacher's width, width], the components; null: all is kept."""
+
+    track: Listed[TrackerName] | None = None
+    """Where the metrics go beside metrics.jsonl; null: TensorBoard where it is installed."""
 
     seed: NonNegativeInt
     compute_dtype: ComputeDtype

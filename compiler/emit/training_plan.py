@@ -108,6 +108,7 @@ def training_plan(
         optimizer=distill.adamw,
         weights=distill.weights,
         loss=distill.loss,
+        track=distill.track,
         seed=distill.seed,
         compute_dtype=ComputeDtype(cpu="float32", cuda="bfloat16"),
         gradient_checkpointing=distill.gradient_checkpointing,

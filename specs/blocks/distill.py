@@ -22,6 +22,7 @@ from minitron.specs.blocks.base import (
 from minitron.specs.blocks.choices import Sizes, rates, sizes
 from minitron.specs.blocks.training import DistillOptimizer, Optimizer, fit_warmup
 from minitron.specs.data import DataSource
+from minitron.specs.tracking import TrackerName
 
 
 class SampledLogits(Block):
@@ -232,6 +233,10 @@ class Distill(Block):
 
     checkpoint: CheckpointSettings = CheckpointSettings()
     """What is kept to go on from after an interruption."""
+
+    track: Listed[TrackerName] | None = None
+    """Where the metrics go beside train/metrics.jsonl. `wandb` and `mlflow` take their own variables (WANDB_MODE,
+    MLFLOW_TRACKING_URI). Left out: `tensorboard` where it is installed."""
 
     seed: NonNegativeInt = 0
     """Decides the order of the data."""

@@ -6,7 +6,6 @@ import errno
 import json
 import shutil
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -447,7 +446,7 @@ def test_tensorboard_events_where_it_is_installed(build: Path) -> None:
 
 
 def test_without_tensorboard_one_line_says_so(build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr("minitron.runtime.trackers.installed", lambda name: False)
     progress = Messages()
     assert len(run(build, progress)) == 12
     assert any("TensorBoard is not installed (pip install 'minitron[tensorboard]')" in text for text in progress.texts)
