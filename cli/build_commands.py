@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from minitron.cli import builds, figures, interrupts, options
+from minitron.cli import builds, figures, interrupts, options, searching
 from minitron.cli.build_sections import build_sections, training_section, verification_section
 from minitron.cli.device import pick_device, use_threads
 from minitron.cli.drafts import load_whole
@@ -49,6 +49,7 @@ def compile_command(
     overrides: options.Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the preview: the same as `plan`.")] = False,
     device: options.Device = None,
+    devices: options.Devices = None,
     threads: options.Threads = None,
     as_json: options.Json = False,
     as_markdown: options.Markdown = False,
@@ -57,8 +58,10 @@ def compile_command(
     mfu: options.Mfu = None,
     measured: options.Measured = None,
     full: options.Full = False,
+    candidate: options.Candidate = None,
+    prepare: options.Prepare = False,
 ) -> None:
-    """Score, select, rewrite, write the pruned student and its training plan, verify."""
+    """Score, select, rewrite, write the pruned student and its training plan, verify; of a search, its best candidate."""
     if dry_run:
         rendering = Rendering(as_json, as_markdown, detailed_exitcode, full)
         preview(spec, overrides or (), output, rendering, locked=locked, device=device, mfu=mfu, measured=measured)
@@ -70,7 +73,16 @@ def compile_command(
     build = builds.build_folder(output, loaded)
     quiet_libraries()
     loaded = follow_lock(loaded, locked=locked)
-    _compile(loaded, build, pick_device(device), threads)
+    chosen = pick_device(device)
+    use_threads(threads)
+    if prepare:
+        searching.prepare(loaded, build, chosen)
+        return
+    count = process_count(devices, chosen, device)
+    resolved = searching.chosen_plan(
+        loaded, build, chosen, lambda of: searching.rungs(of, chosen, count, threads), candidate=candidate
+    )
+    _compile(loaded, build, chosen, threads, resolved)
     plan = read_document(build / PLAN) or {}
     verification = read_document(build / VERIFICATION) or {}
     sections = [*shown_plan(plan, full=full), verification_section(verification), _places(build)]
@@ -234,6 +246,9 @@ class _Machine:
         else:
             _capture(build, self.device, self.threads)
 
+    def search(self, build: Path) -> None:
+        searching.rungs(build, self.device, self.count, self.threads)
+
     def train(self, build: Path) -> None:
         if (count := sharing(build, self.count, self.devices)) > 1:
             self._start("train", build, count)
@@ -278,7 +293,9 @@ def _make(loaded: LoadedSpec, build: Path, machine: _Machine, *, locked: bool) -
         plan = make_plan(loaded, build=build, weights=True)
         show_sections(shown_plan(content := plan_document(plan), full=False), content)
         write("")
-        _compile(loaded, build, machine.device, machine.threads, plan)
+        use_threads(machine.threads)
+        chosen = searching.chosen_plan(loaded, build, machine.device, machine.search)
+        _compile(loaded, build, machine.device, machine.threads, chosen or plan)
     interrupts.check()
     if loaded.spec.distill is None:
         say("train: the spec has no `distill` block, skipped")

@@ -22,6 +22,7 @@ from minitron.cli.markdown import markdown
 from minitron.cli.plan_summary import shown_plan
 from minitron.cli.progress import progress_for
 from minitron.cli.render import stderr_console, terminal
+from minitron.cli.searching import chosen_plan
 from minitron.cli.sections import Document, Section
 from minitron.specs import LoadedSpec, load_spec
 from minitron.specs.builds import MODEL, STUDENT
@@ -245,7 +246,15 @@ def compile_into(
         loaded = follow_lock(spec if isinstance(spec, LoadedSpec) else load_spec(Path(spec)), locked=locked)
         folder = builds.build_folder(None, loaded)
     folder = folder if build is None else builds.build_folder(Path(build), loaded)
-    compile_spec(loaded, folder, **_work(device, threads, quiet))
+    work = _work(device, threads, quiet)
+
+    def rungs(of: Path) -> None:
+        from minitron.runtime import search
+
+        search(of, **work)
+
+    chosen = chosen_plan(loaded, folder, work["device"], rungs, progress=work["progress"])
+    compile_spec(loaded, folder, **work, plan=chosen)
     return Build(folder)
 
 

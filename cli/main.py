@@ -20,6 +20,7 @@ from minitron.cli import (
     interrupts,
     keeping_commands,
     lock_command,
+    searching,
     spec_commands,
 )
 from minitron.cli import output as voice
@@ -46,6 +47,7 @@ app.command("plan")(spec_commands.plan)
 app.command("data")(data_command.data)
 app.command("compile")(build_commands.compile_command)
 app.command("verify")(build_commands.verify)
+app.command("search")(searching.search)
 app.command("capture")(build_commands.capture)
 app.command("train")(build_commands.train)
 app.command("eval")(build_commands.evaluate)

@@ -30,6 +30,14 @@ DetailedExitcode = Annotated[
 Locked = Annotated[
     bool, typer.Option("--locked", help="Refuse to work where NAME.lock.yaml is missing or anything is not as it says.")
 ]
+Candidate = Annotated[
+    int | None,
+    typer.Option("--candidate", metavar="N", min=1, help="Take this candidate of the spec's search, not the best one."),
+]
+Prepare = Annotated[
+    bool,
+    typer.Option("--prepare", help="Write the candidates of the spec's search and stop, for `minitron search BUILD`."),
+]
 Device = Annotated[
     str | None,
     typer.Option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N; by default cuda where there is one."),

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from minitron.cli import figures
+from minitron.cli.search_sections import search_sections
 from minitron.cli.sections import Column, Document, Section, entries, part
 
 
@@ -17,6 +18,7 @@ def plan_sections(plan: Document) -> list[Section]:
     sections += [
         one
         for one in (
+            *search_sections(part(plan, "search")),
             _phases(plan),
             _devices(plan),
             _costs(plan),

@@ -15,6 +15,7 @@ from minitron.cli.plan_sections import (
     selection_section,
     written,
 )
+from minitron.cli.search_sections import search_sections
 from minitron.cli.sections import Column, Document, Section, entries, part
 
 # Of the costs of a model, those that decide whether it is worth having.
@@ -36,6 +37,7 @@ def summary(plan: Document) -> list[Section]:
     found = (
         _changes(plan),
         _training(plan),
+        *search_sections(part(plan, "search")),
         _phases(plan),
         deployment_section(plan),
         selection_section(plan),
@@ -72,10 +74,13 @@ def _exactness(plan: Document) -> str:
 def _training(plan: Document) -> Section | None:
     """Returns the section of the training: loss, tokens, steps, batch, learning rate."""
     distill = part(part(part(plan, "spec"), "resolved"), "distill")
+    chosen = _of_candidate(part(plan, "search"))
+    distill = distill | {"global_batch_size": chosen.get("global_batch_size", distill.get("global_batch_size"))}
     tokens, length, batch = (distill.get(key) for key in ("tokens", "sequence_length", "global_batch_size"))
     if not (isinstance(tokens, int) and isinstance(length, int) and isinstance(batch, int)):
         return None
     optimizer = part(distill, "optimizer")
+    optimizer = optimizer | {"lr": chosen.get("lr", optimizer.get("lr"))}
     phases = entries(distill, "phases")
     rows = [
         ("tokens", figures.count(tokens)),
@@ -100,6 +105,11 @@ def _steps(phase: Document) -> str:
     # At least one step: a training of fewer tokens than a batch has one.
     steps = max(1, tokens // (length * batch))
     return f"{figures.count(steps)} of {figures.plural(batch, 'sequence')} of {figures.plural(length, 'token')}"
+
+
+def _of_candidate(search: Document) -> Document:
+    """Returns the candidate of a search that the plan is of; empty where there is no search."""
+    return next((one for one in entries(search, "candidates") if one.get("number") == search.get("candidate")), {})
 
 
 def _rate(value: Any) -> str:

@@ -5,6 +5,7 @@ continuation.
 from __future__ import annotations
 
 from minitron.cli import figures
+from minitron.cli.search_sections import candidates_section
 from minitron.cli.sections import Column, Document, Section, entries, part
 
 # The order in which the models of a build always stand.
@@ -18,6 +19,8 @@ def results_sections(results: Document) -> list[Section]:
     sections = [_sizes(results, names)]
     if any(part(models[name], "tasks") for name in names):
         sections.append(_benchmarks(results, names))
+    if (search := part(results, "search")) and entries(search, "candidates"):
+        sections.append(candidates_section(search))
     if requirements := entries(results, "requirements"):
         sections.append(_requirements(requirements))
     continuations = tuple(

@@ -32,8 +32,9 @@ from minitron.compiler.importance.scores import ScoreTable, WidthConfig
 from minitron.compiler.importance.select import Selection, narrowing_of, select, selection_json
 from minitron.compiler.importance.taps import CalibrationConfig, DepthConfig
 from minitron.compiler.plan.checks import teacher_key
-from minitron.compiler.plan.plan import Plan, make_plan, settled, with_weights
+from minitron.compiler.plan.plan import Plan, settled, with_weights
 from minitron.compiler.plan_document import plan_document
+from minitron.compiler.planning import make_plan
 from minitron.compiler.recovery.basis import principal_weights, rotated_reference
 from minitron.compiler.recovery.merged_weights import MergedWeights, merged
 from minitron.compiler.recovery.refit import Refit, find_stages
@@ -56,13 +57,17 @@ from minitron.compiler.weights.recipes import recipes
 from minitron.compiler.weights.source import WeightSource, open_weights
 from minitron.specs.atomic import claim_folder, remove_leftovers, write_text
 from minitron.specs.builds import (
+    CHECKPOINTS,
     COMPILED,
     COORDINATES,
+    FINISHED,
+    METRICS,
     MODEL,
     PARTIAL_SCORES,
     PLAN,
     PROGRAM,
     SCORES,
+    SEARCH,
     STUDENT,
     TRAINING,
     VERIFICATION,
@@ -76,6 +81,8 @@ from minitron.specs.load import LoadedSpec
 from minitron.specs.lockfile import Inputs, changes
 from minitron.specs.locks import only_one
 from minitron.specs.progress import Progress
+from minitron.specs.search_files import read_ranking, read_search
+from minitron.specs.training_plan import StartPlan, TrainingPlan
 
 Buffers = Mapping[str, torch.Tensor]
 # The dtype that graphs are run in, whatever the checkpoint's is: scores and comparisons are not rounded.
@@ -337,8 +344,29 @@ def _compile(plan: Plan, device: str, progress: Progress, stages: Stages, scratc
     source = open_weights(plan.teacher.captured, plan.checkpoint)
     compilation = Compilation(plan, source, run_buffers(plan, plan.teacher.captured.config), device, progress)
     scores, samples = stages.score(compilation)
+    compilation, selection, student, rotated = prune(compilation, scores, samples, stages, scratch)
+    plan, fingerprint = compilation.plan, student_fingerprint(compilation, selection)
+    _guard_training(build, fingerprint)
+    (build / VERIFICATION).unlink(missing_ok=True)
+    stages.emit(compilation, student)
+    stages.write_program(compilation, student)
+    write_training_plan(plan, fingerprint, kept_coordinates(plan, selection, rotated))
+    document = plan_document(plan, selection) | {"fingerprint": fingerprint, "inputs": inputs}
+    write_text(build / PLAN, _json(document))
+    checks = stages.verify(compilation, student, samples)
+    check_unchanged(inputs, with_result(loaded, observe(at_commit(loaded, plan.checkpoint.commit))))
+    write_verification(build, checks, folder_hashes(build / STUDENT))
+    return plan
+
+
+def prune(
+    compilation: Compilation, scores: ScoreTable, samples: torch.Tensor | None, stages: Stages, scratch: Path
+) -> tuple[Compilation, Selection, RewrittenStudent, WeightSource]:
+    """Selects what stays and rewrites the teacher's graph to the student's. The compilation that comes back has the weights
+    that the student is cut from; the source at the end those before heads were merged and projections refitted."""
+    plan = compilation.plan
     selection = stages.select(plan, scores)
-    _check_ranking(plan, scores, selection, progress)
+    _check_ranking(plan, scores, selection, compilation.progress)
     if plan.rotates:
         compilation, selection = rotate(compilation, selection, scores, samples)
     plan = settled(plan, selection)
@@ -348,18 +376,7 @@ def _compile(plan: Plan, device: str, progress: Progress, stages: Stages, scratc
     student = stages.rewrite(plan, selection, compilation.buffers)
     if plan.refits:
         compilation = refit(compilation, student, samples, scratch)
-    fingerprint = _fingerprint(plan, selection, compilation.source)
-    _guard_training(build, fingerprint)
-    (build / VERIFICATION).unlink(missing_ok=True)
-    stages.emit(compilation, student)
-    stages.write_program(compilation, student)
-    write_training_plan(plan, fingerprint, kept_coordinates(plan, selection, rotated))
-    document = plan_document(plan, selection) | {"fingerprint": fingerprint, "inputs": inputs}
-    write_text(build / PLAN, _json(document))
-    checks = stages.verify(compilation, student, samples)
-    _check_unchanged(inputs, with_result(loaded, observe(at_commit(loaded, plan.checkpoint.commit))))
-    write_verification(build, checks, folder_hashes(build / STUDENT))
-    return plan
+    return compilation, selection, student, rotated
 
 
 def write_verification(build: Path, checks: Sequence[Check], student: Mapping[str, str]) -> None:
@@ -388,6 +405,27 @@ def kept_coordinates(plan: Plan, selection: Selection, source: WeightSource) -> 
     return source.basis[:, kept].float() if isinstance(source, RotatedWeights) else kept
 
 
+def search_start(plan: Plan, fingerprint: str) -> StartPlan | None:
+    """Returns the state that the rungs of a search left of this student; None for a candidate that did not come through.
+
+    Raises WorkError where the student is another one than the rungs trained.
+    """
+    ranking, file = read_ranking(plan.build), read_search(plan.build)
+    number = None if plan.search is None else plan.search["candidate"]
+    if ranking is None or file is None or number is None or ranking.winner != number or not file.rungs:
+        return None
+    (entry,) = [one for one in file.candidates if one.number == number]
+    if entry.fingerprint != fingerprint:
+        raise WorkError(
+            f"the student that was compiled is not the one that {plan.build / SEARCH} trained; remove that folder to "
+            "search anew"
+        )
+    distill = plan.loaded.spec.distill
+    assert distill is not None, "a search distils"
+    step = -(-file.rungs[-1].tokens // (distill.batch * distill.sequence_length))
+    return StartPlan(checkpoints=f"{SEARCH}/{entry.folder}/{CHECKPOINTS}", step=step)
+
+
 def write_training_plan(plan: Plan, fingerprint: str, kept: torch.Tensor | None) -> None:
     """Writes training.yaml, and coordinates.safetensors where the training reduces hidden states to the `kept` coordinates."""
     estimate = Estimate(plan)
@@ -397,6 +435,8 @@ def write_training_plan(plan: Plan, fingerprint: str, kept: torch.Tensor | None)
     )  # fmt: skip
     document = aligned(document, plan.layers, None if kept is None else COORDINATES)
     write_coordinates(plan.build / COORDINATES, kept if getattr(document, "kept_coordinates", None) else None)
+    if isinstance(document, TrainingPlan):
+        document = document.model_copy(update={"start": search_start(plan, fingerprint)})
     write_text(plan.build / TRAINING, render(document, plan.loaded.path, plan.build))
 
 
@@ -443,15 +483,16 @@ def _score_key(plan: Plan, data: str, samples: torch.Tensor, config: Calibration
     return digest.hexdigest()
 
 
-def _check_unchanged(before: Inputs, now: Inputs) -> None:
+def check_unchanged(before: Inputs, now: Inputs) -> None:
     """Raises WorkError where an input of the spec changed during the compile: the student belongs to neither
     version."""
     for path, _, _ in changes(before, now):
         raise WorkError(f"{' '.join(path)} changed while the student was compiled; let it rest and compile again")
 
 
-def _fingerprint(plan: Plan, selection: Selection, source: WeightSource) -> str:
+def student_fingerprint(compilation: Compilation, selection: Selection) -> str:
     """Identifies the pruned student: the contents of its teacher, wherever it lies, basis, selection and dtype."""
+    plan, source = compilation.plan, compilation.source
     parts = (
         repr(weight_hashes(plan.checkpoint)),
         (plan.checkpoint.tied_config or plan.checkpoint.config).to_json_string(),
@@ -466,12 +507,16 @@ def _fingerprint(plan: Plan, selection: Selection, source: WeightSource) -> str:
 def _guard_training(build: Path, fingerprint: str) -> None:
     """Refuses to overwrite a build that holds the training of another student."""
     old = read_document(build / PLAN)
-    trained = any((build / WORK).glob("*")) or (build / MODEL).exists()
-    if old is not None and trained and old.get("fingerprint") != fingerprint:
+    if old is not None and is_training(build) and old.get("fingerprint") != fingerprint:
         raise UsageError(
             f"{build} holds the training of another student (other widths, selection or teacher); "
             "name another folder with -o, or remove its train/ and model/"
         )
+
+
+def is_training(build: Path) -> bool:
+    """Checks whether the training of a build's student has begun; tokenized data and a corrected teacher are no student's."""
+    return any((build / WORK / name).exists() for name in (METRICS, CHECKPOINTS, FINISHED)) or (build / MODEL).exists()
 
 
 def _json(document: Any) -> str:

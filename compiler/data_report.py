@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minitron.compiler.plan.plan import make_plan
+from minitron.compiler.planning import make_plan
 from minitron.compiler.teacher.open_teacher import open_teacher
 from minitron.compiler.teacher.tokenizer import load_tokenizer
 from minitron.specs.data import BlendPart, DataSource, Source

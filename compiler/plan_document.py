@@ -45,6 +45,8 @@ def plan_document(
         "deployment": deployment(plan.config, plan.model, student),
         "remarks": list(plan.remarks),
     }
+    if plan.search is not None:
+        document["search"] = dict(plan.search)
     if hardware.named:
         document["fits"] = fits_json(estimate, hardware)
     if selection is not None:

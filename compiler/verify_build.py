@@ -24,7 +24,8 @@ from minitron.compiler.compile import verify as run_verification
 from minitron.compiler.emit.coordinates import same_coordinates
 from minitron.compiler.emit.rewritten import RewrittenStudent
 from minitron.compiler.importance.scores import ScoreTable
-from minitron.compiler.plan.plan import Plan, make_plan, settled, with_weights
+from minitron.compiler.plan.plan import Plan, settled, with_weights
+from minitron.compiler.planning import make_plan
 from minitron.compiler.teacher.provenance import at_commit, observe, with_result
 from minitron.compiler.verify.checks import Check, exactly
 from minitron.compiler.verify.run import CHECKS

@@ -2,6 +2,7 @@
 
 from minitron.runtime.evaluate import evaluate
 from minitron.runtime.record import record
+from minitron.runtime.search import search
 from minitron.runtime.train import train
 
-__all__ = ["evaluate", "record", "train"]
+__all__ = ["evaluate", "record", "search", "train"]

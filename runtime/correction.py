@@ -156,6 +156,7 @@ def correction_of(loaded: LoadedPlan, data_hash: str) -> Correction | None:
             "teacher_correction": None,
             "teacher_logits": "online",
             "phases": (),
+            "start": None,
             "tokens": settings.tokens,
             "optimizer": settings.optimizer,
             "loss": Loss(logits=LogitLoss(weight=0.0), cross_entropy=1.0, chunk_tokens=plan.loss.chunk_tokens),

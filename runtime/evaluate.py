@@ -26,6 +26,7 @@ from minitron.specs.atomic import write_text
 from minitron.specs.builds import CONFIG, CORRECTION, DATA_CACHE, RESULTS
 from minitron.specs.errors import placing
 from minitron.specs.progress import Progress, Silent
+from minitron.specs.search_files import read_ranking, read_search, table
 from minitron.specs.training_plan import ModelPlan, TrainingPlan
 
 FORMAT_VERSION = 1
@@ -92,12 +93,21 @@ def evaluate(
             "models": measured,
             "recovered": recovered(measured),
             "requirements": judge(plan.require, measured, recovered(measured)),
+            "search": searched(build),
             "published": None if plan.published is None else plan.published.model_dump(mode="json"),
         }
         if world.leads:
             with writing(str(loaded.folder / RESULTS)):
                 write_text(loaded.folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     return results
+
+
+def searched(build: Path) -> dict[str, Any] | None:
+    """Returns the table of the candidates of the search that has chosen this student; None where there was none."""
+    file, ranking = read_search(build), read_ranking(build)
+    if file is None or ranking is None or ranking.identity != file.identity or ranking.winner is None:
+        return None
+    return {"winner": ranking.winner, "candidates": table([one.figures for one in file.candidates], ranking)}
 
 
 def _measure_all(instruments: Instruments, progress: Progress) -> dict[str, Any]:

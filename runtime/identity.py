@@ -71,7 +71,11 @@ def resume_identity(plan: TrainingPlan, data_hash: str) -> dict[str, Any]:
     return dict(_flat("", kept))
 
 
+_OF_LENGTH = ("tokens", "start", "start.step", "start.checkpoints")
+"""The keys that a search does not share with the training that goes on from it."""
+
 _IDENTITY_KEYS = (
+    "start",
     "fingerprint",
     "teacher_logits",
     "tokens",
@@ -113,6 +117,16 @@ def require_same_training(before: Mapping[str, Any], now: Mapping[str, Any], wor
     changed since the training in `work` began. Weights of a teacher count where both identities have them.
     """
     if problems := list(_differences(before, now, f"or delete {work} to train from the beginning")):
+        raise Refused(problems)
+
+
+def require_same_start(before: Mapping[str, Any], now: Mapping[str, Any], hint: str) -> None:
+    """Checks that the state that a search left is one of this training, which may be longer. Refused where it is not."""
+
+    def kept(identity: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in identity.items() if key in before and key not in _OF_LENGTH}
+
+    if problems := list(_differences(kept(before), kept(now), hint)):
         raise Refused(problems)
 
 

@@ -15,7 +15,7 @@ from minitron.runtime.course import Course, Stretch, corpus_seed
 from minitron.runtime.data import Corpus, Data, Windows, data_hash, open_corpus, open_held_out
 from minitron.runtime.feed import Feed
 from minitron.runtime.hidden_states import HiddenStates, prepare_hidden_states, read_coordinates
-from minitron.runtime.identity import require_same_training
+from minitron.runtime.identity import require_same_start, require_same_training
 from minitron.runtime.interrupt import Interrupt
 from minitron.runtime.loss import DistillationLoss
 from minitron.runtime.models import DTYPES, LanguageModel, check_vocabularies, load_model
@@ -105,6 +105,8 @@ class Run:
 
     loss: DistillationLoss
     compute_dtype: torch.dtype
+    begins_from: Path | None = None
+    """The folder of the checkpoint that a search left of this student; None where the training begins at its beginning."""
 
     @cached_property
     def feed(self) -> Feed:
@@ -129,7 +131,7 @@ def prepare(session: Session, loaded: LoadedPlan, identity: dict[str, Any]) -> R
         hidden = None
     if needs_teacher(plan):
         teacher = load_teacher(loaded, world)
-    student = _load_student(loaded, world)
+    student = load_student(loaded, world)
     read = [*(corpus.largest for corpus in corpora), *([windows.largest] if windows is not None else [])]
     check_vocabularies(loaded, teacher, student, encoder.tokenizer, read)
     _check_lengths(plan, student)
@@ -166,7 +168,8 @@ def prepare(session: Session, loaded: LoadedPlan, identity: dict[str, Any]) -> R
             cross_entropy=plan.loss.cross_entropy,
             chunk_tokens=plan.loss.chunk_tokens,
         ),
-        compute_dtype=_compute_dtype(plan, world),
+        compute_dtype=compute_dtype_of(plan, world),
+        begins_from=None if plan.start is None else loaded.folder / plan.start.checkpoints,
     )
 
 
@@ -206,7 +209,8 @@ def _check_lengths(plan: TrainingPlan, student: LanguageModel) -> None:
             raise Refused([Problem(at, message, f"write at most {student.positions}")])
 
 
-def _compute_dtype(plan: TrainingPlan, world: World) -> torch.dtype:
+def compute_dtype_of(plan: TrainingPlan, world: World) -> torch.dtype:
+    """Returns the dtype of the student's forward and backward on this device."""
     return DTYPES[getattr(plan.compute_dtype, world.device.type)]
 
 
@@ -224,7 +228,7 @@ def load_teacher(loaded: LoadedPlan, world: World) -> LanguageModel:
     return teacher
 
 
-def _load_student(loaded: LoadedPlan, world: World) -> LanguageModel:
+def load_student(loaded: LoadedPlan, world: World) -> LanguageModel:
     """Loads the student in the plan's dtype of weights, whole on this rank or sharded over all; with one rank nothing
     is sharded, unless the weights rest in host memory. On a CPU bf16 weights are held in fp32, which represents them
     exactly and needs no instructions that most CPUs lack.
@@ -233,7 +237,7 @@ def _load_student(loaded: LoadedPlan, world: World) -> LanguageModel:
     held = DTYPES[plan.weights] if world.device.type == "cuda" else torch.float32
 
     def spread(model: LanguageModel) -> LanguageModel:
-        compute, offload = _compute_dtype(plan, world), plan.layout.cpu_offload
+        compute, offload = compute_dtype_of(plan, world), plan.layout.cpu_offload
         return shard_student(model, world, compute, cpu_offload=offload, weights=held)
 
     spreads = plan.layout.student == "sharded" and (world.size > 1 or plan.layout.cpu_offload)
@@ -280,11 +284,26 @@ def held_out_windows(
     )
 
 
+def _begin(run: Run, progress: Progress) -> TrainerState:
+    """Returns the state of a training without a checkpoint of its own: its beginning, or what a search left of its student."""
+    start, folder = run.plan.start, run.begins_from
+    if start is None or folder is None:
+        return run.course.state(0)
+    checkpoint = Checkpoints(folder, 1).newest(progress, run.world)
+    hint = "search again (`minitron compile`), or remove `start` to train from the beginning"
+    if checkpoint is None or checkpoint.state.step != start.step:
+        raise Refused([Problem("start", f"{folder} holds no checkpoint of step {start.step}", hint)])
+    require_same_start(checkpoint.identity, run.identity, hint)
+    load(checkpoint, run.student.module, run.optimizer)
+    progress.message(f"going on from step {start.step} of {run.plan.steps}, where the search left this student")
+    return checkpoint.state
+
+
 def resume(run: Run, progress: Progress) -> TrainerState:
     """Restores weights and moments from the newest checkpoint and returns the progress of the training."""
     checkpoint = run.saver.checkpoints.newest(progress, run.world)
     if checkpoint is None:
-        return run.course.state(0)
+        return _begin(run, progress)
     require_same_training(checkpoint.identity, run.identity, run.work)
     load(checkpoint, run.student.module, run.optimizer)
     progress.message(f"going on from step {checkpoint.state.step} of {run.plan.steps}")

@@ -56,7 +56,8 @@ def train_step(run: Run, state: TrainerState) -> dict[str, float]:
         what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {grad_norm}"
         raise _not_finite(run, state, given.batch, what)
     clip(parameters, grad_norm, plan.optimizer.clip_grad_norm)
-    lr = learning_rate(state.step, plan.steps, plan.optimizer, lambda steps: run.course.state(steps).tokens)
+    held = 0 if plan.start is None else plan.start.step
+    lr = learning_rate(state.step, plan.steps, plan.optimizer, lambda steps: run.course.state(steps).tokens, held)
     set_learning_rate(run.optimizer, lr)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -114,7 +115,7 @@ def _student_loss(
         normaliser=normaliser,
         compute_dtype=run.compute_dtype,
         targets=targets,
-        head_gradient_VD=_head_gradient(run.student),
+        head_gradient_VD=head_gradient(run.student),
     )
     if hidden is None:
         return terms.total, [terms.divergence, terms.cross_entropy, torch.zeros_like(terms.divergence)]
@@ -125,7 +126,7 @@ def _student_loss(
     return terms.total + distance.total, [terms.divergence, terms.cross_entropy, distance.distance]
 
 
-def _head_gradient(student: LanguageModel) -> Tensor | None:
+def head_gradient(student: LanguageModel) -> Tensor | None:
     """The sum of gradients that the loss adds the head's to, where that lies whole on this rank in fp32: autograd would make a
     second one for each micro batch first."""
     weight_VD = student.head.weight_VD

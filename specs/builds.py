@@ -9,6 +9,7 @@ BUILD/
     whole/                          that model with the student as its language tower (`minitron export --whole`)
     teacher/                        the corrected teacher
     teacher_logits/                 stored samples of the teacher's distribution
+    search/                         a search's candidates, while they are in it, and their ranking
     train/                          metrics, checkpoints, tokenized data and the lock of a training
     model/                          the distilled student
 """
@@ -45,6 +46,12 @@ LOGITS = "teacher_logits"
 RESULTS = "results.json"
 MEASUREMENTS = "measurements.json"
 REPORT = "report.html"
+
+# In the folder of a search; each candidate that is still in it has a folder with its number.
+SEARCH = "search"
+SEARCH_PLAN = "search.json"
+TOKENIZER = "tokenizer"
+RANKING = "ranking.json"
 
 # In the folder of a training.
 METRICS = "metrics.jsonl"

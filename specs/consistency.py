@@ -117,12 +117,14 @@ def training_has_data(spec: Spec) -> Iterator[Problem]:
             yield Problem(key, f"`{key}` trains on the data of `distill`, and there is none", "add `distill:`")
 
 
-@constraint("importance.data")
+@constraint("importance.data", "search")
 def scores_need_data(spec: Spec) -> Iterator[Problem]:
     """Requires calibration data for scores, because scores come from activations."""
     named = spec.student.layers is not None
     scored = [key for key, _ in spec.student.targets() if not (key == DEPTH and named)]
-    if scored and spec.importance.data is None:
+    proposed = spec.search is not None and spec.search.budget is not None
+    if (scored or proposed) and spec.importance.data is None:
+        scored = scored or ["hidden_size"]
         what = "layers" if scored == [DEPTH] else f"part of `student.{scored[0]}`"
         example = "add `importance: {data: {text: [corpus/*.txt]}}`"
         yield Problem(

@@ -13,6 +13,7 @@ def inherit(tree: Mapping) -> Mapping:
     documents that the student is trained on, in sequences of the same length. Places stay those of `distill.data`."""
     data, student = _at(tree, "distill", "data"), _at(tree, "student")
     scored = isinstance(student, Mapping) and not student.entries.keys() <= _UNSCORED
+    scored |= isinstance(_at(tree, "search", "budget"), Mapping)  # which proposes shapes, where none is written
     importance = _at(tree, "importance")
     if not scored or not isinstance(data, Mapping) or not _missing(_at(tree, "importance", "data")):
         return tree

@@ -133,6 +133,11 @@ def candidates_share_a_teacher(spec: Spec) -> Iterator[Problem]:
     if distill.teacher_logits != "online":
         message = "candidates are trained beside the teacher itself, and `teacher_logits` are stored samples"
         yield Problem("distill.teacher_logits", message, "write online")
+    if distill.phases:
+        message = (
+            "candidates are trained on sequences of one length in one batch size, and the winner goes on from there"
+        )
+        yield Problem("distill.phases", message, "leave them out, or search first and write the result as a spec")
     if distill.layout.cpu_offload:
         message = "candidates are trained whole on their device"
         yield Problem("distill.layout.cpu_offload", message, "write false")

@@ -195,6 +195,17 @@ class PhasePlan(Block):
         return -(-self.tokens // self.step_tokens)
 
 
+class StartPlan(Block):
+    """The state that a training goes on from: the student as a search left it after its last rung. Up to there the learning
+    rate stayed at its highest after the warm-up; what is left of the training lowers it."""
+
+    checkpoints: Text
+    """Folder of the checkpoints, relative to training.yaml."""
+
+    step: PositiveInt
+    """The step that the training goes on after."""
+
+
 class TrainingPlan(EvaluationPlan):
     """The whole training.yaml."""
 
@@ -216,6 +227,9 @@ class TrainingPlan(EvaluationPlan):
     phases: Listed[PhasePlan] = ()
     """Stretches of the training with lengths, batches and data of their own; those above are then the ones of the held-out
     text and of the teacher's correction."""
+
+    start: StartPlan | None = None
+    """null: the training begins with the pruned student."""
 
     optimizer: Optimizer
     weights: DtypeName = "float32"

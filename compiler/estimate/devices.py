@@ -1,11 +1,11 @@
 """The devices that a plan can be estimated for.
 
-    name      memory   dense bf16   source
-    a100-40   40 GB    312 TFLOP/s  NVIDIA A100 Tensor Core GPU data sheet
-    a100-80   80 GB    312 TFLOP/s  the same
-    h100      80 GB    989 TFLOP/s  NVIDIA H100 data sheet, SXM; half of the figure given with sparsity
-    h200      141 GB   989 TFLOP/s  NVIDIA H200 data sheet, SXM; half of the figure given with sparsity
-    b200      180 GB   2250 TFLOP/s NVIDIA HGX B200 data sheet, an eighth of the board; half of the figure with sparsity
+    name      memory   bandwidth  dense bf16   source
+    a100-40   40 GB    1.56 TB/s  312 TFLOP/s  NVIDIA A100 Tensor Core GPU data sheet
+    a100-80   80 GB    2.04 TB/s  312 TFLOP/s  the same, SXM
+    h100      80 GB    3.35 TB/s  989 TFLOP/s  NVIDIA H100 data sheet, SXM; half of the figure given with sparsity
+    h200      141 GB   4.8 TB/s   989 TFLOP/s  NVIDIA H200 data sheet, SXM; half of the figure given with sparsity
+    b200      180 GB   8 TB/s     2250 TFLOP/s NVIDIA HGX B200 data sheet, an eighth of the board; half of that with sparsity
     this      this machine: its CUDA devices, else its memory and a matrix product in fp32 that is timed on the spot
 
 Memory is counted in the vendor's decimal gigabytes. What a driver reports above them, 5 to 7%, is left to its own
@@ -30,12 +30,14 @@ TRIAL = 1024  # rows of the square matrices that a CPU is timed with
 
 @dataclass(frozen=True)
 class Device:
-    """`flops`: the most floating-point operations a second, dense, in bf16 on CUDA and in fp32 on a CPU."""
+    """`flops`: the most floating-point operations a second, dense, in bf16 on CUDA and in fp32 on a CPU; `bandwidth`: bytes a
+    second between the processor and its memory, where they are known."""
 
     name: str
     memory_bytes: int
     flops: float
     kind: str = "cuda"
+    bandwidth: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,11 @@ class Cluster:
 DEVICES = {
     device.name: device
     for device in (
-        Device("a100-40", 40 * GB, 312e12),
-        Device("a100-80", 80 * GB, 312e12),
-        Device("h100", 80 * GB, 989e12),
-        Device("h200", 141 * GB, 989e12),
-        Device("b200", 180 * GB, 2250e12),
+        Device("a100-40", 40 * GB, 312e12, bandwidth=1.56e12),
+        Device("a100-80", 80 * GB, 312e12, bandwidth=2.04e12),
+        Device("h100", 80 * GB, 989e12, bandwidth=3.35e12),
+        Device("h200", 141 * GB, 989e12, bandwidth=4.8e12),
+        Device("b200", 180 * GB, 2250e12, bandwidth=8e12),
     )
 }
 REFERENCE = DEVICES["h100"]

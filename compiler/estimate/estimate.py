@@ -7,7 +7,7 @@ student's layers once more where activations are recomputed. What elementwise op
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -38,6 +38,7 @@ from minitron.compiler.estimate.training_defaults import micro_batch, place_teac
 from minitron.compiler.importance.batches import batch_size, block_size, compared_batches
 from minitron.compiler.plan.plan import Plan
 from minitron.specs.blocks.distill import Distill
+from minitron.specs.halving import BRANCH_SHARE
 from minitron.specs.training_plan import divisor_within
 
 CHUNK_ELEMENTS = 1 << 23  # logits that `minitron capture` holds at a time
@@ -230,6 +231,8 @@ class Estimate:
             does = f"fine-tunes the teacher on the data that it will teach with: {self._steps(tokens)}"
             disk = self._checkpoints(self.teacher)
             phases.append(Phase("teacher_correction", does, tokens, tokens * 3 * forward, memory, disk))
+        if plan.search is not None and plan.search["rungs"]:
+            phases.append(self._search(kind, plan.search["rungs"]))
         tokens = spec.distill.tokens
         if not isinstance(spec.distill.teacher_logits, str):
             draws = spec.distill.teacher_logits.sampled
@@ -255,6 +258,23 @@ class Estimate:
             loaded = self.plan.loaded
             spec = loaded.spec.model_copy(update={"distill": self.distill.alone(phase)})
             yield f"{DISTILL}_{number + 1}", replace(self, plan=replace(self.plan, loaded=replace(loaded, spec=spec)))
+
+    def _search(self, kind: str, rungs: Sequence[Mapping[str, int]]) -> Phase:
+        """The phase of a search on one device, on which all candidates of a rung fit: they share the teacher's forward, and
+        each has a branch over the end of the rung. Counted as if all were as large as this plan's student."""
+        length, before, tokens, flops = self.distill.sequence_length, 0, 0, 0
+        for rung in rungs:
+            more = rung["tokens"] - before + int(BRANCH_SHARE * rung["tokens"])
+            tokens += rung["enter"] * more
+            flops += (rung["tokens"] - before) * self.teacher_costs.forward_flops_per_token(length)
+            flops += rung["enter"] * more * self.student_flops()
+            before = rung["tokens"]
+        alone = self.training(kind, self.layout(1))
+        states = sum(alone.parts.get(part, 0) for part in ("weights", "gradients", "optimizer"))
+        others = (2 * rungs[0]["enter"] - 1) * states
+        memory = Memory({**alone.parts, "other candidates": others}, alone.peak + others)
+        does = f"trains {rungs[0]['enter']} candidates on short stretches, {len(rungs)} rungs, and keeps the best"
+        return Phase("search", does, tokens, flops, memory)
 
     def _steps(self, tokens: int) -> str:
         batch, length = self.distill.batch, self.distill.sequence_length

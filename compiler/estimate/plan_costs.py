@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from minitron.compiler.capture.models import build_meta, stored_tensors
@@ -9,6 +12,8 @@ from minitron.compiler.estimate import model_costs as costs
 from minitron.compiler.estimate.kv_cache import cache_layers
 from minitron.compiler.importance.select import wanted_heads
 from minitron.compiler.plan.plan import Plan
+from minitron.compiler.roles.analysed import AnalysedTeacher
+from minitron.compiler.student.targets import Targets
 
 
 def plan_costs(plan: Plan) -> tuple[costs.ModelCosts, costs.ModelCosts]:
@@ -29,21 +34,30 @@ def plan_costs(plan: Plan) -> tuple[costs.ModelCosts, costs.ModelCosts]:
         cache_layers(captured.config, captured.attention),
         size,
     )
+    return teacher, student_costs(plan.teacher, plan.targets, plan.layers, plan.config, plan.model)
+
+
+def student_costs(
+    teacher: AnalysedTeacher, targets: Targets, layers: Sequence[int], config: Any, model: torch.nn.Module
+) -> costs.ModelCosts:
+    """Returns the costs of a student: `config` and `model` describe what is left by `targets` of the kept `layers`."""
+    captured, table, roles = teacher.captured, teacher.table, teacher.roles
+    attention = costs.attention_counts(captured, roles, table)
     narrowed = []
-    for layer in (layer for layer in plan.layers if layer in attention):
+    for layer in (layer for layer in layers if layer in attention):
         counts = attention[layer]
-        groups, repeats = wanted_heads(plan.targets, roles.heads[layer])
+        groups, repeats = wanted_heads(targets, roles.heads[layer])
         narrowed.append(costs.HeadCounts(groups, groups * repeats, counts.key_width, counts.value_width))
-    numbers = {old: new for new, old in enumerate(plan.layers)}
+    numbers = {old: new for new, old in enumerate(layers)}
+    stacked = costs.stacked_parameters(captured, table, roles)
     left = {captured.renumbered(name, numbers) for name in stacked if captured.layer_in_path(name) in numbers}
-    student = costs.model_costs(
-        plan.model,
-        costs.Parts(embedding, head.weight, left, chosen),
+    return costs.model_costs(
+        model,
+        costs.Parts(costs.embedding_name(captured), teacher.head.weight, left, costs.chosen_experts(roles)),
         narrowed,
-        cache_layers(plan.config, captured.attention),
-        size,
+        cache_layers(config, captured.attention),
+        torch.empty(0, dtype=captured.dtype).element_size(),
     )
-    return teacher, student
 
 
 def _as_stored(plan: Plan) -> torch.nn.Module:

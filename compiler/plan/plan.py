@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,6 +58,7 @@ class Plan:
     remarks        facts for the user that no axis reports
     rotation       what a rotation of the residual stream does to the parameters, where one is possible
     of_tokenizer   the remarks that its tokenizer asks for
+    search         the search that this student is a candidate of, as the plan's document has it
     """
 
     loaded: LoadedSpec
@@ -71,6 +72,7 @@ class Plan:
     remarks: tuple[str, ...]
     rotation: Rotation | None = None
     of_tokenizer: tuple[str, ...] = ()
+    search: Mapping[str, Any] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -110,12 +112,29 @@ class Plan:
         return bool(self.targets.widths) or self.rank_layers
 
 
+@dataclass(frozen=True)
+class Opened:
+    """The teacher of a spec, read and analysed: all students of it are planned from here. `problems` are what is wrong with
+    the spec whatever the student is; `of_tokenizer` the remarks that the tokenizer asks for."""
+
+    checkpoint: Checkpoint
+    teacher: AnalysedTeacher
+    problems: tuple[Problem, ...]
+    of_tokenizer: tuple[str, ...]
+
+
 def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan:
-    """Resolves a spec. Raises SpecInvalid with every error of the spec, each at its place.
+    """Resolves a spec with one student. Raises SpecInvalid with every error of the spec, each at its place.
 
     Without `weights` the configuration and whatever weight headers are there suffice; with it the plan can be compiled:
     the weights are there, or on the Hub, from where `with_weights` fetches them.
     """
+    return plan_student(loaded, build, open_spec(loaded, weights=weights))
+
+
+def open_spec(loaded: LoadedSpec, *, weights: bool) -> Opened:
+    """Opens and analyses a spec's teacher; `weights` is as for `make_plan`. Raises SpecInvalid where there is no graph of it,
+    with everything else that is wrong."""
     spec = loaded.spec
     at = teacher_key(loaded)
     problems = [*unavailable(spec), *check_data(loaded), *check_documents(loaded)]
@@ -137,8 +156,15 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
         check_headers(teacher.captured, checkpoint)
     except UsageError as error:
         problems.append(Problem(at, str(error)))
-    targets, wrong = resolve_targets(spec.student, teacher)
-    problems += [*wrong, *check_lengths(loaded, teacher.captured), *check_merging(loaded, teacher)]
+    problems += [*check_lengths(loaded, teacher.captured), *check_merging(loaded, teacher)]
+    return Opened(checkpoint, teacher, tuple(problems), tuple(remarks))
+
+
+def plan_student(loaded: LoadedSpec, build: Path, opened: Opened) -> Plan:
+    """Plans the student of a spec whose teacher is open. Raises SpecInvalid with every error of the spec."""
+    teacher, checkpoint = opened.teacher, opened.checkpoint
+    targets, wrong = resolve_targets(loaded.spec.student, teacher)
+    problems = [*opened.problems, *wrong]
     if targets is not None:
         problems += check_pairs(loaded, teacher.captured.layer_count, targets.layers)
         if targets.layers != teacher.captured.layer_count and teacher.no_ends:
@@ -151,7 +177,7 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
         rotation = rotation_of(loaded, teacher, targets)
         targets, config, model = proved(teacher, targets, layers)
         check_towers(loaded, checkpoint, config)
-    plan = Plan(loaded, build, checkpoint, teacher, targets, layers, config, model, (), rotation, tuple(remarks))
+    plan = Plan(loaded, build, checkpoint, teacher, targets, layers, config, model, (), rotation, opened.of_tokenizer)
     return replace(plan, remarks=_remarks(plan))
 
 
@@ -226,6 +252,8 @@ def mark_depth_approximate(teacher: AnalysedTeacher, targets: Targets) -> Target
 
 def _student_of(upper: LoadedSpec, build: Path) -> Any:
     """The configuration of the student that the spec above plans."""
+    if upper.spec.search is not None:
+        raise UsageError(f"the student of {upper.path.name} is found by a search; run that spec first")
     return make_plan(upper, build=build).config
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,17 +19,22 @@ from minitron.compiler.student.targets import Targets, following
 from minitron.compiler.weights.recipes import recipes
 from minitron.specs.errors import Refused, UsageError
 
+Proof = Callable[[AnalysedTeacher, Targets, Sequence[int]], tuple[Any, torch.nn.Module]]
 
-def proved(teacher: AnalysedTeacher, targets: Targets, layers: Sequence[int]) -> tuple[Targets, Any, torch.nn.Module]:
+
+def proved(
+    teacher: AnalysedTeacher, targets: Targets, layers: Sequence[int], proof: Proof | None = None
+) -> tuple[Targets, Any, torch.nn.Module]:
     """Returns the targets as asked for, or with the axes that have to follow them, and the student that these
-    describe."""
+    describe by `proof`, which is `prove` where none is given."""
+    proof = proof or prove
     try:
-        return targets, *prove(teacher, targets, layers)
+        return targets, *proof(teacher, targets, layers)
     except UsageError as error:
         first = error
     for followed in following(targets, teacher.widths):
         try:
-            config, model = prove(teacher, followed, layers)
+            config, model = proof(teacher, followed, layers)
         except UsageError:
             continue
         if wrong := check_rows(followed.widths, teacher):
@@ -54,6 +59,21 @@ def _other_layers(teacher: AnalysedTeacher, targets: Targets, tried: Sequence[in
 def prove(teacher: AnalysedTeacher, targets: Targets, layers: Sequence[int]) -> tuple[Any, torch.nn.Module]:
     """Returns the student's configuration and its model on the meta device. Raises UsageError where no configuration
     fits."""
+    also, config, model = _described(teacher, targets, layers)
+    if targets.widths or len(layers) != teacher.captured.layer_count:
+        compare_constants(teacher, targets, layers, also)
+    return config, model
+
+
+def describe(teacher: AnalysedTeacher, targets: Targets, layers: Sequence[int]) -> tuple[Any, torch.nn.Module]:
+    """As `prove`, by shapes alone: the numbers in the student's graph, for which it is exported, are not compared."""
+    _, config, model = _described(teacher, targets, layers)
+    return config, model
+
+
+def _described(
+    teacher: AnalysedTeacher, targets: Targets, layers: Sequence[int]
+) -> tuple[Mapping[Key, int], Any, torch.nn.Module]:
     selection = leading(targets, teacher.roles, layers)
     narrowing = narrowing_of(selection, teacher.roles, teacher.table)
     made = recipes(teacher.captured, teacher.table.parameters, narrowing, selection.layers)
@@ -61,10 +81,7 @@ def prove(teacher: AnalysedTeacher, targets: Targets, layers: Sequence[int]) -> 
         name: tuple(narrowing.count(dim) for dim in teacher.table.parameters[recipe.source])
         for name, recipe in made.items()
     }
-    also, config, model = fit(teacher, targets.widths, selection.layers, shapes)
-    if targets.widths or len(selection.layers) != teacher.captured.layer_count:
-        compare_constants(teacher, targets, selection.layers, also)
-    return config, model
+    return fit(teacher, targets.widths, selection.layers, shapes)
 
 
 def compare_constants(

@@ -73,7 +73,7 @@ def evaluate_rank(build: Path, pipe: Connection, before: Before) -> None:
     (build.parent / f"requests-{os.environ['RANK']}.txt").write_text(" ".join(map(str, given)))
 
 
-def _work(command: Any, build: Path, pipe: Connection, before: Before) -> None:
+def _work(command: Any, build: Path, pipe: Connection, before: Before, told: type[Told] = Told) -> None:
     torch.set_num_threads(1)
     # Under nohup the hang-up is ignored, and children inherit that: a signal that a test sends would find nothing, rightly.
     for number in ENDING:
@@ -82,7 +82,7 @@ def _work(command: Any, build: Path, pipe: Connection, before: Before) -> None:
     if before is not None:
         before()
     try:
-        command(build, device="cpu", progress=Told(pipe))
+        command(build, device="cpu", progress=told(pipe))
         pipe.send("done")
     except KeyboardInterrupt:
         pipe.send("interrupted")
@@ -271,3 +271,28 @@ def train_on_ranks(
         theirs.close()
         running.append((process, ours))
     return [last_word(process, pipe) for process, pipe in running]
+
+
+class ToldOfSearch(Told):
+    """As `Told`, of the rungs of a search."""
+
+    def task(self, name: str, total: float, unit: str, done: float = 0.0) -> Any:
+        return contextlib.nullcontext(self) if name.startswith("search") else Silent.task(self, name, total, unit, done)
+
+
+def search_candidates(build: Path, pipe: Connection, before: Before) -> None:
+    """Carries out the rungs of a search."""
+    from minitron.runtime import search
+
+    _work(search, build, pipe, before, ToldOfSearch)
+
+
+def kill_while_candidates_are_removed() -> None:
+    """Makes this process kill itself when it begins to remove the first candidate that is out."""
+    from minitron.runtime.search import rungs
+
+    def rmtree(path: Path, **_: Any) -> None:
+        next(file for file in path.rglob("*") if file.is_file()).unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    rungs.shutil = type("shutil", (), {"rmtree": staticmethod(rmtree)})  # type: ignore[assignment]

@@ -92,6 +92,10 @@ WRONG = {
         LISTS.replace("1B", "1B, teacher_logits: {sampled: 4}") + SEARCH,
         "distill.teacher_logits: candidates are trained beside the teacher itself",
     ),
+    "phases": (
+        LISTS.replace("1B", "1B, phases: [{tokens: 600M}, {tokens: 400M}]") + SEARCH,
+        "distill.phases: candidates are trained on sequences of one length in one batch size",
+    ),
     "weights in host memory": (
         LISTS.replace("1B", "1B, layout: {cpu_offload: true}") + SEARCH,
         "distill.layout.cpu_offload: candidates are trained whole on their device; write false",

@@ -1,0 +1,100 @@
+"""Carries out a search: the compiler writes the candidates, the runtime their rungs, and the best one is planned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minitron.cli import interrupts, options
+from minitron.cli.device import pick_device, use_threads
+from minitron.cli.libraries import quiet_libraries
+from minitron.cli.output import progress as shown_progress
+from minitron.cli.processes import process_count, results_wanted, start
+from minitron.cli.ranks import first_process
+from minitron.cli.render import say, show_sections
+from minitron.cli.search_sections import candidates_section
+from minitron.specs import LoadedSpec
+from minitron.specs.errors import UsageError
+from minitron.specs.progress import Progress
+from minitron.specs.search_files import read_ranking, read_search, search_identity, table
+
+if TYPE_CHECKING:
+    from minitron.compiler import Plan
+
+Rungs = Callable[[Path], None]
+
+
+def search(
+    build: options.BuildFolder,
+    device: options.Device = None,
+    devices: options.Devices = None,
+    threads: options.Threads = None,
+) -> None:
+    """Carry out the rungs of a search that `compile --prepare` has written; under torchrun candidates are spread over the
+    processes."""
+    quiet_libraries()
+    chosen = pick_device(device)
+    rungs(build, chosen, process_count(devices, chosen, device), threads)
+    file, ranking = read_search(build), read_ranking(build)
+    if first_process() and results_wanted() and file is not None and ranking is not None:
+        rows = table([one.figures for one in file.candidates], ranking)
+        show_sections([candidates_section({"winner": ranking.winner, "candidates": rows})], {})
+        say("next: minitron compile SPEC, which takes the best one")
+
+
+def rungs(build: Path, device: str, count: int, threads: int | None) -> None:
+    """Carries out the rungs of a search in this process, or in `count` processes that it starts."""
+    file = read_search(build)
+    count = min(count, len(file.candidates)) if file is not None else 1
+    if count > 1:
+        own = ["--devices", "none", "--device", device] + (["--threads", str(threads)] if threads is not None else [])
+        start("search", build, count, *own, results=False)
+        return
+    from minitron.runtime import search as carry_out
+
+    use_threads(threads)
+    carry_out(build, device=device, progress=shown_progress())
+
+
+def chosen_plan(
+    loaded: LoadedSpec,
+    build: Path,
+    device: str,
+    carry_out: Rungs,
+    *,
+    candidate: int | None = None,
+    progress: Progress | None = None,
+) -> Plan | None:
+    """Returns the plan of the student that a spec's search comes to: of `candidate` where the user names one, else of the
+    best one, for which candidates are written and their rungs carried out. None for a spec without a search.
+    """
+    if loaded.spec.search is None:
+        if candidate is not None:
+            raise UsageError("--candidate: the spec has no `search`, and so one student; leave it out")
+        return None
+    from minitron.compiler import make_search, write_search
+
+    found = make_search(loaded, build=build, weights=True)
+    if candidate is not None:
+        return found.plan(candidate)
+    if not found.candidates.rungs:
+        return found.plan(1)
+    write_search(found, device=device, progress=progress or shown_progress())
+    interrupts.check()
+    carry_out(build)
+    interrupts.check()
+    ranking = read_ranking(build, search_identity(loaded))
+    assert ranking is not None and ranking.winner is not None, "the rungs are done"
+    return found.plan(ranking.winner)
+
+
+def prepare(loaded: LoadedSpec, build: Path, device: str) -> None:
+    """Writes the candidates of a search and no more."""
+    if loaded.spec.search is None:
+        raise UsageError("--prepare: the spec has no `search` to prepare; leave it out")
+    from minitron.compiler import make_search, write_search
+
+    found = make_search(loaded, build=build, weights=True)
+    write_search(found, device=device, progress=shown_progress())
+    say(f"next: torchrun --nproc-per-node N -m minitron.cli search {build}, then minitron compile {loaded.path}")

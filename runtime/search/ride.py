@@ -1,0 +1,100 @@
+"""The loop of several riders: samples come in order, the teacher reads each once, and every rider learns from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from minitron.runtime.attention import fastest_attention
+from minitron.runtime.data import Batch, Corpus, Windows
+from minitron.runtime.held_out import autocast, evaluating
+from minitron.runtime.loss import DistillationLoss, Head, distillation_loss
+from minitron.runtime.models import LanguageModel
+from minitron.runtime.search.rider import Rider, Shared
+from minitron.runtime.world import World
+from minitron.specs.errors import WorkError
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The means over the held-out tokens, in nats: the divergence from the teacher and -log p."""
+
+    kl: float
+    loss: float
+    tokens: int
+
+
+@dataclass
+class Convoy:
+    """What riders share: the teacher, the samples and the loss. `part` sequences go through the models at a time."""
+
+    teacher: LanguageModel | None
+    corpus: Corpus
+    settings: DistillationLoss
+    world: World
+    part: int
+    _valid: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def ride(self, riders: Sequence[Rider], until: Callable[[Rider], int], after_part: Callable[[int], None]) -> None:
+        """Trains every rider up to the sample that `until` names. `after_part` is called after each part of the samples with
+        the number of riders that learnt it; where it raises, riders stand between two parts."""
+        ends = {id(rider): until(rider) for rider in riders}
+        first = min((rider.samples for rider in riders), default=0)
+        with torch.random.fork_rng([self.world.device] if self.world.device.type == "cuda" else []):
+            for start in range(first, max(ends.values(), default=0), self.part):
+                here = [rider for rider in riders if rider.wants(start, ends[id(rider)])]
+                if not here:
+                    continue
+                shared = self._shared(start)
+                with fastest_attention(self.world.device):
+                    for rider in here:
+                        size = rider.plan.global_batch_size
+                        rider.learn(shared, self.settings, self._count(start // size * size, size))
+                after_part(len(here))
+
+    def _shared(self, start: int) -> Shared:
+        batch = self.corpus.batch(range(start, start + self.part)).to(self.world.device)
+        teacher_TE, head = self._read(batch)
+        return Shared(start, batch, teacher_TE, head)
+
+    def _read(self, batch: Batch) -> tuple[torch.Tensor | None, Head | None]:
+        if self.teacher is None:
+            return None, None
+        with torch.no_grad():
+            return batch.pick(self.teacher.hidden_states(batch.input_ids_BL)), self.teacher.head
+
+    def _count(self, start: int, size: int) -> int:
+        """The valid tokens of a global batch; only those that are being learnt are remembered."""
+        if (start, size) not in self._valid:
+            self._valid = {key: value for key, value in self._valid.items() if key[0] + key[1] > start}
+            self._valid[start, size] = int(self.corpus.batch(range(start, start + size)).valid_BL.sum())
+        return self._valid[start, size]
+
+    @torch.no_grad()
+    def judge(self, students: Sequence[LanguageModel], windows: Windows, dtype: torch.dtype) -> list[Figures]:
+        """Compares students with the teacher on the held-out text, which the teacher reads once."""
+        assert self.teacher is not None, "a search has a teacher"
+        settings = DistillationLoss("forward_kl", 1.0, 1.0, 1.0, self.settings.chunk_tokens)
+        sums = torch.zeros(len(students), 2, dtype=torch.float64)
+        tokens = 0
+        for start in range(0, len(windows), self.part):
+            batch = windows.batch(range(start, min(start + self.part, len(windows)))).to(self.world.device)
+            teacher_TE, head = self._read(batch)
+            labels_T = batch.pick(batch.labels_BL)
+            tokens += labels_T.shape[0]
+            for index, student in enumerate(students):
+                with evaluating(student), autocast(self.world.device, dtype):
+                    student_TD = batch.pick(student.hidden_states(batch.input_ids_BL))
+                own = student.head
+                detached = Head(
+                    own.weight_VD.detach(), None if own.bias_V is None else own.bias_V.detach(), own.scale, own.softcap
+                )
+                terms = distillation_loss(
+                    settings, student_TD, detached, teacher_TE, head, labels_T, normaliser=1.0, compute_dtype=dtype
+                )
+                sums[index] += torch.stack([terms.divergence, terms.cross_entropy]).double().cpu()
+        if not tokens:
+            raise WorkError("the held-out text has no token to predict; name more of it")
+        return [Figures(float(kl) / tokens, float(loss) / tokens, tokens) for kl, loss in sums.tolist()]
