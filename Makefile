@@ -18,11 +18,12 @@ FAST := tests/specs tests/cli tests/repository/test_arrows.py tests/repository/t
   $(wildcard tests/compiler/test_rules_*.py) tests/runtime/test_distillation_loss.py tests/runtime/test_schedule_and_optimizer.py
 NOT_FAST := --deselect tests/cli/test_interface.py::test_the_page_runs
 
-.PHONY: help quickstart install test test-fast test-all lint clean
+.PHONY: help quickstart install test test-fast test-all lint clean smollm2
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make quickstart   install into $(VENV), then compile, distil and evaluate examples/quickstart/spec.yaml'
+	@echo 'make smollm2      a real instruct model of 135M parameters: examples/smollm2/README.md'
 	@echo 'make test-fast    the tests of language, commands, axes, passes and losses: under two minutes'
 	@echo 'make test         the tests'
 	@echo 'make test-all     the tests and the sweeps that are marked slow'
@@ -32,6 +33,11 @@ help:
 
 quickstart: $(INSTALLED)
 	$(BIN)/minitron run examples/quickstart/spec.yaml
+
+smollm2: $(INSTALLED)
+	$(BIN)/python examples/smollm2/fetch_teacher.py
+	test -f examples/smollm2/text/train.jsonl || $(BIN)/python examples/smollm2/make_text.py
+	$(BIN)/minitron run examples/smollm2/spec.yaml
 
 install: $(INSTALLED)
 

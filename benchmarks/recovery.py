@@ -175,7 +175,8 @@ class Bench:
             self._edit(folder / "training.yaml", ARMS[name], tokens - local, lr, seed)
             if local:
                 train_blocks(folder, self.teacher, local, lr, seed)
-                _without_alignment(folder / "training.yaml")
+                if not ARMS[name].aligned:
+                    _without_alignment(folder / "training.yaml")
         cached = self.work / "tokens"
         if cached.is_dir():  # the text's tokens, which are the same for all
             with atomic_folder(running / "train") as folder:

@@ -37,7 +37,8 @@ class Arm:
     weight_norms   scores are the norms of weights
     fresh          the student's weights are drawn anew
     cross_entropy  the training has the text's own next tokens in the teacher's place
-    blocks         the share of the tokens that block-local distillation is given (`block_local`), instead of an alignment
+    blocks         the share of the tokens that block-local distillation is given (`block_local`)
+    aligned        hidden states are aligned after it, too
     trained        the arm differs from another one in its training only: nothing is measured before it
     """
 
@@ -46,6 +47,7 @@ class Arm:
     fresh: bool = False
     cross_entropy: bool = False
     blocks: float = 0.0
+    aligned: bool = False
     trained: bool = False
 
 
@@ -67,6 +69,7 @@ ARMS: dict[str, Arm] = {
     "all": Arm({**PRINCIPAL, **REFIT, **GREEDY, **ALIGNED}, trained=True),
     "all, untied": Arm({**PRINCIPAL, **REFIT, **GREEDY, **ALIGNED, **UNTIED}, trained=True),
     "principal, blocks 25%": Arm({**PRINCIPAL, **ALIGNED}, blocks=0.25, trained=True),
+    "principal + aligned, blocks 25%": Arm({**PRINCIPAL, **ALIGNED}, blocks=0.25, aligned=True, trained=True),
     "random init": Arm(fresh=True, trained=True),
     "cross-entropy": Arm(cross_entropy=True, trained=True),
     "rotated, no KD": Arm(PRINCIPAL, cross_entropy=True, trained=True),

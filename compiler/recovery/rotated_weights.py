@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from minitron.compiler.roles.rotation import Fold, Rotation
 from minitron.compiler.weights.source import WeightSource
+
+BLOCK_ROWS = 8192  # of a matrix that are turned at a time
 
 
 class RotatedWeights:
@@ -61,7 +63,14 @@ class RotatedWeights:
         return self._turned(name, self._source.get(name), fold)
 
     def _turned(self, name: str, weight: torch.Tensor, fold: Fold | None) -> torch.Tensor:
+        """Turns the axes of a parameter in float64; a matrix a block of rows at a time, for an embedding may be large."""
         axes = self._rotation.axes[name]
+        if weight.dim() == 2 and len(axes) == 1:
+            blocks = torch.split(weight, BLOCK_ROWS, 1 - axes[0])
+            return torch.cat([self._turn(axes, block, fold) for block in blocks], 1 - axes[0]).contiguous()
+        return self._turn(axes, weight, fold).contiguous()
+
+    def _turn(self, axes: Sequence[int], weight: torch.Tensor, fold: Fold | None) -> torch.Tensor:
         exact = weight.double()
         if fold is not None:
             (axis,) = axes
@@ -70,7 +79,7 @@ class RotatedWeights:
             exact = exact * self.multiplier(fold).reshape(shape)
         for axis in axes:
             exact = torch.tensordot(exact, self.basis, dims=([axis], [0])).movedim(-1, axis)
-        return exact.float().contiguous()
+        return exact.float()
 
     def multiplier(self, fold: Fold) -> torch.Tensor:
         """Returns the factors that a norm of the teacher multiplies by, [H] in float64."""

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
+from minitron.compiler.recovery import tied
 from minitron.compiler.recovery.rotated_weights import principal_basis
 from minitron.compiler.recovery.tied import fit_tied, token_shares
 from minitron.specs.errors import SpecInvalid
@@ -153,6 +155,35 @@ def test_one_matrix_for_both_uses() -> None:
 
     assert head_error(fit.matrix * fit.weight) < head_error(table[:, :8])
     assert float((fit.matrix - table[:, :8]).square().mean()) < float((head[:, :8] - table[:, :8]).square().mean())
+
+
+class LargestDouble(TorchDispatchMode):
+    """Notes the largest number of elements of any tensor in float64 that an operation yields."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64:
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_a_vocabulary_of_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks it is what it is in one, and no tensor of the vocabulary's size is in float64."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(1000, 12, generator=generator)
+    head = table * torch.linspace(0.5, 2, 12)
+    rows = torch.randn(200, 12, generator=generator)
+    given = (table, head, (rows.T @ rows).double() / 200, token_shares(torch.arange(1000), 1000), 8)
+    whole = fit_tied(*given)
+    monkeypatch.setattr(tied, "BLOCK_ROWS", 64)
+    with LargestDouble() as seen:
+        pieces = fit_tied(*given)
+    assert seen.elements <= max(1000, 64 * 12)
+    torch.testing.assert_close(pieces.matrix, whole.matrix)
+    torch.testing.assert_close(pieces.weight, whole.weight)
 
 
 def test_the_basis_is_one_on_every_machine() -> None:

@@ -63,13 +63,19 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Planned]:
     """The plans of all examples, by name. What was captured of a teacher serves all that begin with it, and is forgotten
     after them: it is large."""
     folder = tmp_path_factory.mktemp("planned") / "examples"
-    # Without what a user has built there: `make quickstart` leaves a build beside its spec.
-    shutil.copytree(ROOT / "examples", folder, ignore=shutil.ignore_patterns("builds"))
+    # Without what a user has built there: `make quickstart` leaves a build beside its spec, `make smollm2` a text too.
+    shutil.copytree(ROOT / "examples", folder, ignore=shutil.ignore_patterns("builds", "text"))
     for beside in ("recipes", "repository/specs"):
         for config in CONFIGS.glob("*.json"):
             teacher = folder / beside / config.stem.replace("--", "/")
             teacher.mkdir(parents=True)
             shutil.copy(config, teacher / "config.json")
+    smollm2 = folder / "smollm2"
+    (smollm2 / "teacher").mkdir(exist_ok=True)
+    shutil.copy(CONFIGS / "smollm2-135m-instruct.json", smollm2 / "teacher" / "config.json")
+    (smollm2 / "text").mkdir(exist_ok=True)
+    for name in ("train", "held_out"):
+        (smollm2 / "text" / f"{name}.jsonl").write_text('{"text": "prose"}\n')
     captured: dict[str, Any] = {}
     original = capture_module.capture
 
@@ -113,7 +119,7 @@ def first_teacher(path: Path) -> str:
 
 def test_every_example_is_planned(plans: dict[str, Planned]) -> None:
     assert set(recipe_names()) == set(PARAMETERS)
-    assert set(plans) == {*PARAMETERS, *REPOSITORY, "quickstart"}
+    assert set(plans) == {*PARAMETERS, *REPOSITORY, "quickstart", "smollm2"}
 
 
 @pytest.mark.parametrize("name", [*PARAMETERS, *REPOSITORY])
@@ -122,6 +128,13 @@ def test_the_numbers_come_out_of_the_plan(plans: dict[str, Planned], name: str) 
     assert (plan.teacher.parameters, plan.student.parameters) == (PARAMETERS | REPOSITORY)[name]
     for status in plan.statuses:
         assert status.status != "refused" or status.teacher == status.student, status.axis
+
+
+def test_smollm2_keeps_three_fifths(plans: dict[str, Planned]) -> None:
+    plan = plans["smollm2"]
+    assert plan.teacher.parameters == 134_515_008
+    assert 0.58 < plan.student.parameters / plan.teacher.parameters < 0.62
+    assert any("one matrix is fitted to the embedding and the head" in remark for remark in plan.remarks)
 
 
 def test_the_document_says_the_same(plans: dict[str, Planned]) -> None:
