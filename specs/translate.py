@@ -143,6 +143,11 @@ _NOT_HERE: AbstractMapping[Path, Words] = {
         "the vocabulary is never changed",
         "leave it out: the student reads the teacher's tokens",
     ),
+    ("recovery", "blocks"): (
+        "block-local distillation is not offered: at equal tokens it gave no more than hidden states that are aligned in kept "
+        "coordinates, which need no phase of their own (docs/method.md)",
+        "leave it out, and write `hidden_states: {coordinates: kept}` under `distill.loss`",
+    ),
     ("extends",): ("`extends` stands at the top of a spec file only", "move it there"),
 }
 

@@ -72,6 +72,13 @@ WRONG = {
         "`1234567` is a number",
         'write "1234567" in quotes',
     ),
+    "a phase that is not offered": Wrong(
+        SHORTEST + "recovery: {blocks: {tokens: 1M, lr: 1e-4}}\n",
+        "3:12",
+        "recovery.blocks",
+        "block-local distillation is not offered: at equal tokens it gave no more than",
+        "leave it out, and write `hidden_states: {coordinates: kept}`",
+    ),
     "yes for a truth value": Wrong(
         SHORTEST + "recovery: {merge_heads: yes}\n",
         "3:25",
