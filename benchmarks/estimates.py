@@ -31,13 +31,14 @@ from transformers import AutoConfig
 from minitron.cli.libraries import quiet_libraries
 from minitron.compiler import Plan, compile_spec, read_hardware
 from minitron.compiler import compile as compile_module
-from minitron.compiler.compile import write_training_plan
+from minitron.compiler.build_documents import training_text
 from minitron.compiler.estimate.activations import Living
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.estimate.hardware import ASSUMED_MFU
 from minitron.runtime import loop as loop_module
 from minitron.runtime import train
 from minitron.specs import load_spec
+from minitron.specs.builds import TRAINING
 from minitron.specs.progress import Silent
 
 aten = torch.ops.aten
@@ -189,7 +190,7 @@ def compare(name: str, shape: dict[str, Any], folder: Path, device: str, variant
         varied = replace(plan, loaded=load_spec(spec, VARIANTS[variant]))
         shutil.rmtree(build / "train", ignore_errors=True)
         shutil.rmtree(build / "model", ignore_errors=True)
-        write_training_plan(varied, "estimates", None)
+        (build / TRAINING).write_text(training_text(varied, "estimates"), encoding="utf-8")
         with measuring(device, loop_module, "train_step") as steps:
             train(build, device=device, progress=Silent())
         distill = next(one for one in Estimate(varied).phases(hardware) if one.name == "distill")

@@ -58,6 +58,7 @@ def compile_command(
     mfu: options.Mfu = None,
     measured: options.Measured = None,
     full: options.Full = False,
+    fresh: options.Fresh = False,
     candidate: options.Candidate = None,
     prepare: options.Prepare = False,
 ) -> None:
@@ -78,11 +79,12 @@ def compile_command(
     if prepare:
         searching.prepare(loaded, build, chosen)
         return
+    planned = _prepare(loaded, build, fresh=True) if fresh else None
     count = process_count(devices, chosen, device)
     resolved = searching.chosen_plan(
         loaded, build, chosen, lambda of: searching.rungs(of, chosen, count, threads), candidate=candidate
     )
-    _compile(loaded, build, chosen, threads, resolved)
+    _compile(loaded, build, chosen, threads, resolved or planned)
     plan = read_document(build / PLAN) or {}
     verification = read_document(build / VERIFICATION) or {}
     sections = [*shown_plan(plan, full=full), verification_section(verification), _places(build)]
@@ -215,6 +217,7 @@ def run(
     devices: options.Devices = None,
     threads: options.Threads = None,
     locked: options.Locked = False,
+    fresh: options.Fresh = False,
 ) -> None:
     """Compile, capture where the spec asks for it, train and evaluate, and before that the specs that it takes its
     teacher from; what is there already is not done again."""
@@ -225,7 +228,7 @@ def run(
     machine = _Machine(pick_device(device), devices, threads, count=process_count(devices, pick_device(device), device))
     for upper in chain(loaded):
         _run_above(upper, machine, locked=locked)
-    _make(loaded, build, machine, locked=locked)
+    _make(loaded, build, machine, locked=locked, fresh=fresh)
     results = machine.evaluate(build)
     show_sections([*results_sections(results), _places(build)], results)
     _end_with_shortfalls(results)
@@ -279,20 +282,18 @@ def _run_above(upper: LoadedSpec, machine: _Machine, *, locked: bool) -> None:
     write("")
 
 
-def _make(loaded: LoadedSpec, build: Path, machine: _Machine, *, locked: bool) -> None:
+def _make(loaded: LoadedSpec, build: Path, machine: _Machine, *, locked: bool, fresh: bool = False) -> None:
     """Compiles where the build is missing or stale; captures and trains where the spec says so."""
-    from minitron.compiler import why_stale
+    from minitron.compiler import staleness
 
     loaded = follow_lock(loaded, locked=locked)
-    if why_stale(build, loaded) is None:
+    found = staleness(build, loaded)
+    if found is None and not fresh:
         say(f"compile: {build} is up to date with {loaded.path}, skipped")
+    elif found is not None and not found.changed and not fresh:
+        say(f"compile: {build} is {found.reason}; the edited values are taken, skipped")
     else:
-        # Printed before the long work and not after it: a wrong width is seen while it costs nothing.
-        from minitron.compiler import make_plan, plan_document
-
-        plan = make_plan(loaded, build=build, weights=True)
-        show_sections(shown_plan(content := plan_document(plan), full=False), content)
-        write("")
+        plan = _prepare(loaded, build, fresh=fresh)
         use_threads(machine.threads)
         chosen = searching.chosen_plan(loaded, build, machine.device, machine.search)
         _compile(loaded, build, machine.device, machine.threads, chosen or plan)
@@ -304,6 +305,20 @@ def _make(loaded: LoadedSpec, build: Path, machine: _Machine, *, locked: bool) -
             machine.capture(build)
         machine.train(build)
     interrupts.check()
+
+
+def _prepare(loaded: LoadedSpec, build: Path, *, fresh: bool) -> Plan:
+    """Plans a compile and shows the plan, before the long work and not after it: a wrong width is seen while it costs
+    nothing. With `fresh` the build that is there is then moved aside.
+    """
+    from minitron.compiler import make_plan, plan_document
+
+    plan = make_plan(loaded, build=build, weights=True)
+    show_sections(shown_plan(content := plan_document(plan), full=False), content)
+    write("")
+    if fresh:
+        builds.move_aside(build)
+    return plan
 
 
 def export(

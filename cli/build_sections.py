@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Any
 
 from minitron.cli import figures
@@ -17,6 +19,8 @@ def build_sections(content: Document, *, full: bool = False) -> list[Section]:
     sections: list[Section] = []
     if content["plan"] is not None:
         sections += shown_plan(content["plan"], full=full)
+    if content["edited"]:
+        sections.append(_edits_section(content["edited"]))
     if content["verification"] is not None:
         sections.append(verification_section(content["verification"]))
     if content["training"] is not None:
@@ -24,6 +28,17 @@ def build_sections(content: Document, *, full: bool = False) -> list[Section]:
     if content["results"] is not None:
         sections += results_sections(content["results"])
     return sections
+
+
+def _edits_section(edited: Sequence[Document]) -> Section:
+    """Returns the section of the values in training.yaml that were edited by hand."""
+    columns = (Column("edited in training.yaml"), Column("as generated", right=True), Column("now", right=True))
+    rows = tuple((one["path"], _plain(one["generated"]), _plain(one["written"])) for one in edited)
+    return Section("Edited by hand", columns, rows, ("training takes what stands there now",))
+
+
+def _plain(value: Any) -> str:
+    return figures.NOTHING if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 def verification_section(verification: Document) -> Section:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 
+from minitron.cli.render import say
 from minitron.cli.sections import Document
 from minitron.specs import LoadedSpec
 from minitron.specs.builds import (
@@ -16,12 +19,14 @@ from minitron.specs.builds import (
     RESULTS,
     TRAINING,
     VERIFICATION,
+    WORK,
     build_of,
     finished_note,
     metrics_file,
     read_document,
 )
 from minitron.specs.errors import UsageError
+from minitron.specs.locks import only_one
 
 
 def require_build(build: Path) -> Path:
@@ -55,6 +60,26 @@ def build_folder(output: Path | None, loaded: LoadedSpec) -> Path:
     return build
 
 
+def move_aside(build: Path) -> None:
+    """Moves a build that exists to the first free of BUILD.1, BUILD.2, ...; nothing is deleted. UsageError where a
+    process is at work in it.
+    """
+    if not build.exists():
+        return
+    require_build(build)
+    with only_one(build, "moving"), only_one(build / WORK, "moving", active=(build / WORK).is_dir()):
+        target = next(path for n in itertools.count(1) if not (path := build.with_name(f"{build.name}.{n}")).exists())
+        build.rename(target)
+    say(f"{build}: moved to {target}")
+
+
+def edits_of(build: Path, plan: Document | None) -> list[Document]:
+    """Returns the values of training.yaml that were edited by hand: path, as generated, as written."""
+    from minitron.specs.hand_edits import hand_edits
+
+    return [asdict(edit) for edit in hand_edits(build, plan)] if plan else []
+
+
 def is_trained(build: Path) -> bool:
     """Checks whether training of `build` is finished and the trained model exists."""
     return finished_note(build).is_file() and (build / MODEL).is_dir()
@@ -83,12 +108,14 @@ def training_progress(build: Path) -> Document | None:
 
 
 def show_document(build: Path) -> Document:
-    """Collects all that is known about a build: `build`, `plan`, `training`, `verification`, `results`; null for
+    """Collects all that is known about a build: `build`, `plan`, `edited`, `training`, `verification`, `results`; null for
     missing ones.
     """
+    plan = read_document(build / PLAN)
     return {
         "build": str(build),
-        "plan": read_document(build / PLAN),
+        "plan": plan,
+        "edited": edits_of(build, plan),
         "training": training_progress(build),
         "verification": read_document(build / VERIFICATION),
         "results": read_document(build / RESULTS),

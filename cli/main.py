@@ -14,6 +14,7 @@ import typer
 from minitron import __version__
 from minitron.cli import (
     build_commands,
+    cache_command,
     data_command,
     diff_command,
     init_command,
@@ -57,6 +58,7 @@ app.command("show")(build_commands.show)
 app.command("diff")(diff_command.diff)
 app.command("list")(keeping_commands.list_builds)
 app.command("clean")(keeping_commands.clean)
+app.command("cache")(cache_command.cache)
 app.command("doctor")(keeping_commands.doctor)
 
 

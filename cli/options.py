@@ -42,6 +42,9 @@ Device = Annotated[
     str | None,
     typer.Option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N; by default cuda where there is one."),
 ]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Begin a new build: move the one that is there aside, to BUILD.1, BUILD.2, ...")
+]
 Devices = Annotated[
     str | None,
     typer.Option(

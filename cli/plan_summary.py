@@ -82,8 +82,11 @@ def _training(plan: Document) -> Section | None:
     optimizer = part(distill, "optimizer")
     optimizer = optimizer | {"lr": chosen.get("lr", optimizer.get("lr"))}
     phases = entries(distill, "phases")
+    # The last step of each is a whole one.
+    trained = sum(steps * size for steps, size in map(_steps_of, phases or [distill]))
     rows = [
-        ("tokens", figures.count(tokens)),
+        ("tokens", figures.count(trained) + ("" if trained == tokens else f", {figures.count(tokens)} asked for")),
+        *(_data_row(one) for one in entries(plan, "data")),
         *(
             (f"steps of phase {number}" if phases else "steps", _steps(one))
             for number, one in enumerate(phases or [distill], 1)
@@ -101,10 +104,26 @@ def _training(plan: Document) -> Section | None:
 
 
 def _steps(phase: Document) -> str:
+    batch, length = int(phase.get("global_batch_size") or 1), int(phase.get("sequence_length") or 1)
+    steps = figures.count(_steps_of(phase)[0])
+    return f"{steps} of {figures.plural(batch, 'sequence')} of {figures.plural(length, 'token')}"
+
+
+def _steps_of(phase: Document) -> tuple[int, int]:
+    """Returns the steps of a stretch of the training, and the tokens of one."""
     tokens, length, batch = (int(phase.get(key) or 1) for key in ("tokens", "sequence_length", "global_batch_size"))
-    # At least one step: a training of fewer tokens than a batch has one.
-    steps = max(1, tokens // (length * batch))
-    return f"{figures.count(steps)} of {figures.plural(batch, 'sequence')} of {figures.plural(length, 'token')}"
+    return -(-tokens // (length * batch)), length * batch
+
+
+def _data_row(one: Document) -> tuple[str, str]:
+    """Returns the row of one source of the training: its size, and how often it is read."""
+    words = [figures.plural(int(one.get("files") or 0), "file"), figures.size(one.get("bytes"))]
+    if one.get("tokens"):
+        words.append(f"about {figures.short(one['tokens'])} tokens")
+        words.append(f"{figures.size(one.get('disk_bytes'))} once tokenized")
+    if one.get("passes") is not None:
+        words.append(f"read {one['passes']:.1f} times")
+    return str(one.get("source", "")).removeprefix("distill."), ", ".join(words)
 
 
 def _of_candidate(search: Document) -> Document:

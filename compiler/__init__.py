@@ -6,8 +6,9 @@ from minitron.compiler.export_whole import export_whole
 from minitron.compiler.plan.plan import Plan
 from minitron.compiler.plan_document import plan_document
 from minitron.compiler.planning import SearchPlan, make_plan, make_search
+from minitron.compiler.teacher.freshness import staleness, why_stale
 from minitron.compiler.teacher.lock import apply_lock, make_lock
-from minitron.compiler.teacher.open_teacher import why_not_finished, why_stale
+from minitron.compiler.teacher.open_teacher import why_not_finished
 from minitron.compiler.verify_build import verify_build
 from minitron.compiler.write_search import write_search
 
@@ -22,6 +23,7 @@ __all__ = [
     "make_search",
     "plan_document",
     "read_hardware",
+    "staleness",
     "verify_build",
     "why_not_finished",
     "why_stale",

@@ -13,13 +13,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from minitron.compiler.build_documents import (
+    Trained,
+    guard_build,
+    guard_training,
+    renew_documents,
+    require_passed,
+    staged,
+    write_documents,
+    write_verification,
+)
 from minitron.compiler.capture.models import build_meta
-from minitron.compiler.emit.coordinates import write_coordinates
 from minitron.compiler.emit.model_card import model_card
 from minitron.compiler.emit.program import build_program, save_program
 from minitron.compiler.emit.rewritten import RewrittenStudent
 from minitron.compiler.emit.student import StudentFolder, student_weights, write_student
-from minitron.compiler.emit.training_plan import aligned, render, training_plan
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.graph.executor import Executor, Settings
 from minitron.compiler.graph.names import Fetch, strip_wrapper
@@ -48,21 +56,19 @@ from minitron.compiler.rewrite.shape_constants import shape_constants
 from minitron.compiler.roles.names import HIDDEN, LAYERS
 from minitron.compiler.student.config_keys import config_key
 from minitron.compiler.teacher.checkpoint import Checkpoint
+from minitron.compiler.teacher.freshness import staleness
 from minitron.compiler.teacher.provenance import at_commit, observe, with_result
 from minitron.compiler.teacher.tokenizer import load_tokenizer
-from minitron.compiler.verify.checks import Check, failed
+from minitron.compiler.verify.checks import Check
 from minitron.compiler.verify.run import CHECKS, Routes, Subject, run_checks
 from minitron.compiler.weights.buffers import load_buffers
 from minitron.compiler.weights.recipes import recipes
 from minitron.compiler.weights.source import WeightSource, open_weights
-from minitron.specs.atomic import claim_folder, remove_leftovers, write_text
+from minitron.specs import cache
+from minitron.specs.atomic import claim_folder, remove_leftovers
 from minitron.specs.builds import (
     CHECKPOINTS,
     COMPILED,
-    COORDINATES,
-    FINISHED,
-    METRICS,
-    MODEL,
     PARTIAL_SCORES,
     PLAN,
     PROGRAM,
@@ -70,10 +76,8 @@ from minitron.specs.builds import (
     SEARCH,
     STUDENT,
     TRAINING,
-    VERIFICATION,
-    WORK,
-    read_document,
 )
+from minitron.specs.cache import entry_path, share_file
 from minitron.specs.data_files import content_hash, resolve_data
 from minitron.specs.errors import Refused, UsageError, WorkError, placing
 from minitron.specs.file_hashes import file_hash, folder_hashes
@@ -82,7 +86,7 @@ from minitron.specs.lockfile import Inputs, changes
 from minitron.specs.locks import only_one
 from minitron.specs.progress import Progress
 from minitron.specs.search_files import read_ranking, read_search
-from minitron.specs.training_plan import StartPlan, TrainingPlan
+from minitron.specs.training_plan import StartPlan
 
 Buffers = Mapping[str, torch.Tensor]
 # The dtype that graphs are run in, whatever the checkpoint's is: scores and comparisons are not rounded.
@@ -94,7 +98,8 @@ class Compilation:
     """The state that the stages of one compile share: the plan, the teacher's weights, the build folder and the
     progress.
 
-    `buffers` are those that the teacher's own code computes when it is loaded in RUN_DTYPE.
+    `buffers` are those that the teacher's own code computes when it is loaded in RUN_DTYPE. `staging` is the folder of
+    what is written, until all of it takes its place in the build.
     """
 
     plan: Plan
@@ -102,10 +107,12 @@ class Compilation:
     buffers: Buffers
     device: str
     progress: Progress
+    staging: Path | None = None
 
     @property
     def build(self) -> Path:
-        return self.plan.build
+        """The folder that student, program and documents are written to and checked in."""
+        return self.staging or self.plan.build
 
     @property
     def settings(self) -> Settings:
@@ -137,10 +144,13 @@ def score(compilation: Compilation) -> tuple[ScoreTable, torch.Tensor | None]:
     )
     key = _score_key(plan, content_hash(data), samples, config)
     path = compilation.build / SCORES
-    cached = read_scores(path, key)
-    if cached is not None and (cached.layers is not None or not plan.rank_layers):
-        compilation.progress.message(f"scores: taken from {path}")
-        return cached, samples
+    shared = entry_path(plan.build, cache.SCORES, f"{key}.safetensors")
+    for place in (path, shared):
+        cached = None if place is None else read_scores(place, key)
+        if place is not None and cached is not None and (cached.layers is not None or not plan.rank_layers):
+            compilation.progress.message(f"scores: taken from {place}")
+            share_file(path, shared) if place == path else share_file(place, path)
+            return cached, samples
     executor = Executor(
         captured.graph_module, captured.layer_of, compilation.source.get, compilation.buffers, compilation.settings
     )
@@ -149,6 +159,7 @@ def score(compilation: Compilation) -> tuple[ScoreTable, torch.Tensor | None]:
         need_layers=plan.rank_layers, saved=Interrupted(compilation.build / PARTIAL_SCORES, key), progress=compilation.progress,
     )  # fmt: skip
     write_scores(path, key, scores)
+    share_file(path, shared)
     return scores, samples
 
 
@@ -324,7 +335,10 @@ def compile_spec(
     """Compiles a spec into the build folder: scores, student, program, verification, training plan.
 
     `plan` is that of `make_plan(loaded, build=build, weights=True)`, where it was made already. Every error of the spec
-    is found before weights are fetched. Raises SpecInvalid and UsageError for a wrong spec, and UsageError where
+    is found before weights are fetched, and everything that the build itself stands against before anything is written.
+    Where only the training plan changed, the student stays, and plan.json and training.yaml are renewed.
+
+    Raises SpecInvalid and UsageError for a wrong spec, and UsageError where
     another process is compiling into the folder; raises WorkError where the work fails, also where a check of the
     student does not pass.
     """
@@ -332,6 +346,11 @@ def compile_spec(
     claim_folder(build, COMPILED, "name another with -o")
     with only_one(build, "compiling"):
         remove_leftovers(build)
+        found = staleness(build, loaded)
+        guard_build(plan, found)
+        if found is not None and not found.student and renew_documents(plan, _inputs(plan)):
+            progress.message(f"{build / STUDENT} is what the spec asks for; {TRAINING} and {PLAN} are renewed")
+            return plan
         plan = with_weights(plan, progress)
         with tempfile.TemporaryDirectory(dir=build, prefix=".minitron-refit.", suffix=".tmp") as scratch:
             return _compile(plan, device, progress, stages, Path(scratch))
@@ -339,23 +358,24 @@ def compile_spec(
 
 def _compile(plan: Plan, device: str, progress: Progress, stages: Stages, scratch: Path) -> Plan:
     """Writes everything in the build folder while this process holds the folder's lock."""
-    loaded, build = plan.loaded, plan.build
-    inputs = with_result(loaded, observe(at_commit(loaded, plan.checkpoint.commit)))
+    build = plan.build
+    inputs = _inputs(plan)
     source = open_weights(plan.teacher.captured, plan.checkpoint)
     compilation = Compilation(plan, source, run_buffers(plan, plan.teacher.captured.config), device, progress)
     scores, samples = stages.score(compilation)
     compilation, selection, student, rotated = prune(compilation, scores, samples, stages, scratch)
     plan, fingerprint = compilation.plan, student_fingerprint(compilation, selection)
-    _guard_training(build, fingerprint)
-    (build / VERIFICATION).unlink(missing_ok=True)
-    stages.emit(compilation, student)
-    stages.write_program(compilation, student)
-    write_training_plan(plan, fingerprint, kept_coordinates(plan, selection, rotated))
-    document = plan_document(plan, selection) | {"fingerprint": fingerprint, "inputs": inputs}
-    write_text(build / PLAN, _json(document))
-    checks = stages.verify(compilation, student, samples)
-    check_unchanged(inputs, with_result(loaded, observe(at_commit(loaded, plan.checkpoint.commit))))
-    write_verification(build, checks, folder_hashes(build / STUDENT))
+    guard_training(build, fingerprint)
+    with staged(build) as folder:
+        compilation = replace(compilation, staging=folder)
+        stages.emit(compilation, student)
+        stages.write_program(compilation, student)
+        kept, start = kept_coordinates(plan, selection, rotated), search_start(plan, fingerprint)
+        write_documents(folder, plan, selection, Trained(fingerprint, inputs, start), kept)
+        checks = stages.verify(compilation, student, samples)
+        check_unchanged(inputs, _inputs(plan))
+        write_verification(folder, checks, folder_hashes(folder / STUDENT))
+    require_passed(checks)
     return plan
 
 
@@ -379,21 +399,9 @@ def prune(
     return compilation, selection, student, rotated
 
 
-def write_verification(build: Path, checks: Sequence[Check], student: Mapping[str, str]) -> None:
-    """Writes verification.json; `student` has the hash of every file of student/. Raises WorkError where a check
-    failed."""
-    document = {
-        "format_version": 1,
-        "passed": not failed(checks),
-        "checks": [check.to_json() for check in checks],
-        "student": dict(student),
-    }
-    write_text(build / VERIFICATION, _json(document))
-    if failed(checks):
-        raise WorkError(
-            f"the student failed its check {failed(checks)[0]}; verification.json has all of them. "
-            "Please report this: the student must not be used"
-        )
+def _inputs(plan: Plan) -> Inputs:
+    """Observes what the result depends on beside the spec, at the commit that was planned."""
+    return with_result(plan.loaded, observe(at_commit(plan.loaded, plan.checkpoint.commit)))
 
 
 def kept_coordinates(plan: Plan, selection: Selection, source: WeightSource) -> torch.Tensor | None:
@@ -424,20 +432,6 @@ def search_start(plan: Plan, fingerprint: str) -> StartPlan | None:
     assert distill is not None, "a search distils"
     step = -(-file.rungs[-1].tokens // (distill.batch * distill.sequence_length))
     return StartPlan(checkpoints=f"{SEARCH}/{entry.folder}/{CHECKPOINTS}", step=step)
-
-
-def write_training_plan(plan: Plan, fingerprint: str, kept: torch.Tensor | None) -> None:
-    """Writes training.yaml, and coordinates.safetensors where the training reduces hidden states to the `kept` coordinates."""
-    estimate = Estimate(plan)
-    document = training_plan(
-        plan.loaded, plan.build, plan.checkpoint, plan.heads, plan.teacher.captured.layer_path, fingerprint,
-        {"teacher": estimate.teacher_costs, "student": estimate.student_costs},
-    )  # fmt: skip
-    document = aligned(document, plan.layers, None if kept is None else COORDINATES)
-    write_coordinates(plan.build / COORDINATES, kept if getattr(document, "kept_coordinates", None) else None)
-    if isinstance(document, TrainingPlan):
-        document = document.model_copy(update={"start": search_start(plan, fingerprint)})
-    write_text(plan.build / TRAINING, render(document, plan.loaded.path, plan.build))
 
 
 def run_buffers(plan: Plan, config: Any) -> Buffers:
@@ -502,22 +496,3 @@ def student_fingerprint(compilation: Compilation, selection: Selection) -> str:
         source.digest() if isinstance(source, RotatedWeights | RefittedWeights | MergedWeights) else "",
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _guard_training(build: Path, fingerprint: str) -> None:
-    """Refuses to overwrite a build that holds the training of another student."""
-    old = read_document(build / PLAN)
-    if old is not None and is_training(build) and old.get("fingerprint") != fingerprint:
-        raise UsageError(
-            f"{build} holds the training of another student (other widths, selection or teacher); "
-            "name another folder with -o, or remove its train/ and model/"
-        )
-
-
-def is_training(build: Path) -> bool:
-    """Checks whether the training of a build's student has begun; tokenized data and a corrected teacher are no student's."""
-    return any((build / WORK / name).exists() for name in (METRICS, CHECKPOINTS, FINISHED)) or (build / MODEL).exists()
-
-
-def _json(document: Any) -> str:
-    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"

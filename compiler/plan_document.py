@@ -23,8 +23,7 @@ def plan_document(
 ) -> dict[str, Any]:
     """The document of a plan, with `selection` once it is made, and with `fits` where `hardware` names devices."""
     spec, estimate = plan.loaded.spec, Estimate(plan)
-    widths = plan.teacher.widths
-    student = {**widths, **plan.targets.widths, LAYERS: plan.targets.layers}
+    widths, student = plan.teacher.widths, student_widths(plan)
     document: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "spec": {
@@ -43,6 +42,7 @@ def plan_document(
         "costs": [cost.to_json() for cost in estimate.all_costs(hardware)],
         "devices": estimate.devices(hardware),
         "deployment": deployment(plan.config, plan.model, student),
+        "data": [use.to_json() for use in plan.data],
         "remarks": list(plan.remarks),
     }
     if plan.search is not None:
@@ -52,6 +52,11 @@ def plan_document(
     if selection is not None:
         document["selection"] = selection_json(selection, plan.teacher.roles)
     return document
+
+
+def student_widths(plan: Plan) -> dict[str, int]:
+    """Returns every width of the student, in the words of the spec."""
+    return {**plan.teacher.widths, **plan.targets.widths, LAYERS: plan.targets.layers}
 
 
 def _side(plan: Plan, model: ModelCosts, widths: Mapping[str, int]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from minitron.compiler.build_documents import require_passed, write_verification
 from minitron.compiler.compile import (
     Compilation,
     Stages,
@@ -18,7 +19,6 @@ from minitron.compiler.compile import (
     refit,
     rotate,
     run_buffers,
-    write_verification,
 )
 from minitron.compiler.compile import verify as run_verification
 from minitron.compiler.emit.coordinates import same_coordinates
@@ -73,6 +73,7 @@ def verify_build(build: Path, *, device: str, progress: Progress) -> None:
             *_checks(plan, document["selection"], device, progress, Path(scratch)),
         ]
         write_verification(build, checks, verified["student"])
+    require_passed(checks)
 
 
 def spec_of_build(build: Path, document: Mapping[str, Any]) -> LoadedSpec:

@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from minitron.compiler.build_documents import is_training
 from minitron.compiler.compile import (
     Compilation,
     Stages,
     check_unchanged,
-    is_training,
     prune,
     run_buffers,
     student_fingerprint,

@@ -33,13 +33,13 @@ from minitron.runtime.pieces import Piece, PieceFiles, header, model_pieces, pie
 from minitron.runtime.sharding import rows_like
 from minitron.runtime.world import World
 from minitron.specs.atomic import publish_folder, remove_leftovers, temporary_path
+from minitron.specs.builds import CHECKPOINT_STATE
 from minitron.specs.errors import WorkError, first_line
 from minitron.specs.progress import Progress
 
 _FORMAT = 3
 _CHUNK = 1 << 24
 _KINDS = ("model", "optimizer")
-_STATE = "state.json"
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """The exceptions that reading a damaged JSON document of ours may raise."""
@@ -124,7 +124,7 @@ class Checkpoints:
             "files": files, "identity": dict(identity),
         }  # fmt: skip
         text = json.dumps(document | {"crc32": _crc(document)}, indent=1)
-        (folder / _STATE).write_text(text, encoding="utf-8")
+        (folder / CHECKPOINT_STATE).write_text(text, encoding="utf-8")
         publish_folder(folder, self.folder / f"step-{state.step:08d}")
         for old in set(self.names()[self.keep :]) - {self.best()}:
             # Renamed first: what is half deleted must not look like a checkpoint.
@@ -207,11 +207,11 @@ def _check(folder: Path, world: World) -> TrainingCheckpoint:
 
 def _read_state(folder: Path) -> dict[str, Any]:
     """Reads the document of state.json. Raises one of UNREADABLE where the content is not what was written."""
-    document: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    document: dict[str, Any] = json.loads((folder / CHECKPOINT_STATE).read_text(encoding="utf-8"))
     if document["format_version"] != _FORMAT:
         raise ValueError(f"its format is {document['format_version']}, this version reads {_FORMAT}")
     if _crc({key: value for key, value in document.items() if key != "crc32"}) != document["crc32"]:
-        raise ValueError(f"{_STATE} is not what was written")
+        raise ValueError(f"{CHECKPOINT_STATE} is not what was written")
     if folder.name != f"step-{document['step']:08d}":
         raise ValueError(f"it is of step {document['step']}")
     return document

@@ -23,7 +23,8 @@ from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.verified import require_verified
 from minitron.runtime.world import join_world, locked
 from minitron.specs.atomic import write_text
-from minitron.specs.builds import CONFIG, CORRECTION, DATA_CACHE, RESULTS
+from minitron.specs.builds import CONFIG, CORRECTION, RESULTS
+from minitron.specs.cache import tokens_folder
 from minitron.specs.errors import placing
 from minitron.specs.progress import Progress, Silent
 from minitron.specs.search_files import read_ranking, read_search, table
@@ -77,7 +78,12 @@ def evaluate(
         world.from_leader(lambda: check_room(loaded.folder))
         encoder = TextEncoder.load(loaded.folder / loaded.plan.tokenizer)
         windows = held_out_windows(
-            loaded, _length(loaded), world, encoder, loaded.folder / loaded.plan.work / DATA_CACHE, progress
+            loaded,
+            _length(loaded),
+            world,
+            encoder,
+            tokens_folder(loaded.folder, loaded.folder / loaded.plan.work),
+            progress,
         )
         prompt = _prompt(plan.prompt, encoder, windows)
         instruments = Instruments(

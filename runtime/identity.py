@@ -14,7 +14,7 @@ from typing import Any
 from minitron.runtime.models import weight_files
 from minitron.specs.builds import CONFIG
 from minitron.specs.errors import Problem, Refused
-from minitron.specs.training_plan import TrainingPlan
+from minitron.specs.training_plan import TrainingPlan, deciding_settings
 
 _PIECES, _PIECE_BYTES = 256, 4096
 
@@ -50,50 +50,12 @@ def weights_digest(folder: Path) -> str:
 
 
 def resume_identity(plan: TrainingPlan, data_hash: str) -> dict[str, Any]:
-    """Returns the settings that a training cannot change once it has begun, flat: dotted key -> value.
-
-    The settings are those that decide which samples come, what is learnt from them and how the learning rate runs. Left
-    out are settings that decide how often something is measured or saved, how the same sums are cut into pieces (micro
-    batches, chunks, recomputation, layout) and how they are computed (compute_dtype, compile), so that a run can move
-    to another machine.
-    """
-    whole = plan.model_dump(mode="json")
-    kept = {key: whole[key] for key in _IDENTITY_KEYS}
-    kept["student"] = {"head": whole["student"]["head"]}
-    kept["teacher"] = {key: whole["teacher"][key] for key in ("revision", "dtype", "head")}
-    kept["loss"].pop("chunk_tokens")
-    kept["teacher_correction"] = None
-    if plan.teacher_correction is not None:
-        kept["teacher_correction"] = {key: whole["teacher_correction"][key] for key in ("tokens", "optimizer")}
-    for number, phase in enumerate(whole["phases"]):  # none: as trainings were before they had any
-        kept[f"phases.{number}"] = {key: phase[key] for key in ("tokens", "sequence_length", "global_batch_size")}
-    kept["data"] = data_hash
-    return dict(_flat("", kept))
+    """Returns what a training cannot change once it has begun, flat: its settings (`deciding_settings`) and its data."""
+    return dict(deciding_settings(plan)) | {"data": data_hash}
 
 
 _OF_LENGTH = ("tokens", "start", "start.step", "start.checkpoints")
 """The keys that a search does not share with the training that goes on from it."""
-
-_IDENTITY_KEYS = (
-    "start",
-    "fingerprint",
-    "teacher_logits",
-    "tokens",
-    "sequence_length",
-    "global_batch_size",
-    "optimizer",
-    "weights",
-    "loss",
-    "seed",
-)
-
-
-def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _flat(f"{prefix}.{key}".lstrip("."), inner)
-    else:
-        yield prefix, value
 
 
 _CONTENTS = {

@@ -39,9 +39,9 @@ from minitron.runtime.teacher_logits import (
 )
 from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.world import join_world, locked
-from minitron.specs.atomic import remove_leftovers
 from minitron.specs.blocks.distill import SampledLogits
-from minitron.specs.builds import DATA_CACHE, LOGITS
+from minitron.specs.builds import LOGITS
+from minitron.specs.cache import TEACHER_LOGITS, entry_path, share_file, tokens_folder
 from minitron.specs.errors import UsageError, placing
 from minitron.specs.progress import Progress, Silent
 from minitron.specs.training_plan import TrainingPlan
@@ -77,7 +77,7 @@ def record(build: Path, *, device: str | None, progress: Progress, outside: bool
                 world=world,
                 encoder=TextEncoder.load(loaded.folder / plan.tokenizer),
                 data=world.from_leader(lambda: Data.read(loaded.data("data", plan.data))),
-                cache=work / DATA_CACHE,
+                cache=tokens_folder(loaded.folder, work),
                 interrupt=interrupt,
                 progress=progress if world.leads else Silent(),
             )
@@ -87,7 +87,6 @@ def record(build: Path, *, device: str | None, progress: Progress, outside: bool
 def _tidy_up(loaded: LoadedPlan, work: Path) -> None:
     with writing(str(work)):
         claim_folders(loaded)
-    remove_leftovers(work / DATA_CACHE)
 
 
 def _record(loaded: LoadedPlan, plan: TrainingPlan, folder: Path, session: Session) -> dict[str, Any]:
@@ -97,11 +96,14 @@ def _record(loaded: LoadedPlan, plan: TrainingPlan, folder: Path, session: Sessi
     identity = samples_identity(training, model_folder(loaded, "teacher", loaded.training().teacher))
     samples = samples_needed(plan)
     index = world.from_leader(lambda: begin(folder, identity, samples, plan.sequence_length, progress))
+    shared = entry_path(loaded.folder, TEACHER_LOGITS, f"{index.key[:24]}-{index.shard_samples}")
+    world.from_leader(lambda: _share(shared, folder, index, samples))
     if index.samples < samples or not _complete(folder, index, samples):
         _draw_missing(loaded, index, samples, session)
         world.wait()
         index = replace(index, samples=max(samples, index.samples), bytes=_bytes(folder))
         world.from_leader(partial(write_index, folder, index))
+    world.from_leader(lambda: _share(folder, shared, index, samples, replace=True))
     done = {"samples": index.samples, "tokens": index.samples * plan.sequence_length, "bytes": _bytes(folder)}
     progress.message(f"teacher logits of {done['samples']} sequences: {folder}")
     return done | {"folder": str(folder)}
@@ -109,6 +111,20 @@ def _record(loaded: LoadedPlan, plan: TrainingPlan, folder: Path, session: Sessi
 
 def _complete(folder: Path, index: Index, samples: int) -> bool:
     return all(shard_path(folder, number).is_file() for number in range(-(-samples // index.shard_samples)))
+
+
+def _share(source: Path | None, target: Path | None, index: Index, samples: int, *, replace: bool = False) -> None:
+    """Links intact shards from the cache into the build where it lacks them, or, with `replace`, from the build into the
+    cache, whose own may be damaged."""
+    if source is None or target is None or not source.is_dir():
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    size = index.shard_samples
+    for number in range(-(-samples // size)):
+        old, new = shard_path(source, number), shard_path(target, number)
+        wanted = min(size, samples - number * size)
+        if old.is_file() and (replace or not new.is_file()) and has_shard(source, number, index.key, wanted):
+            share_file(old, new)
 
 
 def _bytes(folder: Path) -> int:

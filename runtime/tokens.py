@@ -24,6 +24,7 @@ from minitron.runtime.stream import (
     write_shard,
 )
 from minitron.specs.atomic import remove_leftovers, write_text
+from minitron.specs.cache import mark_used
 from minitron.specs.data import Source
 from minitron.specs.data_files import files_hash
 from minitron.specs.documents import Piece, Tally, data_files, iter_pieces, size_of
@@ -32,6 +33,7 @@ from minitron.specs.documents.opening import COMPRESSED
 from minitron.specs.encoding import Encoded, Encoder, recipe_of
 from minitron.specs.encoding.pool import encode_all
 from minitron.specs.errors import WorkError
+from minitron.specs.locks import in_turn
 from minitron.specs.progress import Progress
 
 _LAYOUT = 2
@@ -107,21 +109,32 @@ def token_stream(
         return _megatron(source, content, encoder, cache, limit)
     folder = cache / stream_key(content, encoder, limit)
     stream = _finished(folder, progress)
-    if stream is None:
-        with writing(str(folder)):
-            folder.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(folder)
-            writer = _Writer(folder, len(encoder.tokenizer), progress)
-            tally = _write(source, encoder.encoder, writer, limit, progress)
-            about = {
-                "format_version": FORMAT_VERSION, "shards": writer.number, "tokens": writer.tokens,
-                "documents": writer.documents, "empty": tally.empty, "skipped": tally.skipped, "repaired": tally.repaired,
-            }  # fmt: skip
-            write_text(folder / INDEX, json.dumps(about) + "\n")
-        stream = TokenStream.open(folder, writer.number)
-        progress.message(f"tokenized {writer.documents} documents: {len(stream)} tokens")
-        for note in tally.notes():
-            progress.message(note)
+    if stream is not None:
+        mark_used(folder)
+        return stream
+    # The cache is shared with the builds beside this one: another training may be writing the same stream.
+    with in_turn(folder, "tokenizing", progress.message):
+        stream = _finished(folder, progress)
+        return _tokenized(source, encoder, folder, limit, progress) if stream is None else stream
+
+
+def _tokenized(
+    source: Source, encoder: TextEncoder, folder: Path, limit: int | None, progress: Progress
+) -> TokenStream:
+    """Writes the stream of a source to `folder`, after what an earlier process has written of it."""
+    with writing(str(folder)):
+        remove_leftovers(folder)
+        writer = _Writer(folder, len(encoder.tokenizer), progress)
+        tally = _write(source, encoder.encoder, writer, limit, progress)
+        about = {
+            "format_version": FORMAT_VERSION, "shards": writer.number, "tokens": writer.tokens,
+            "documents": writer.documents, "empty": tally.empty, "skipped": tally.skipped, "repaired": tally.repaired,
+        }  # fmt: skip
+        write_text(folder / INDEX, json.dumps(about) + "\n")
+    stream = TokenStream.open(folder, writer.number)
+    progress.message(f"tokenized {writer.documents} documents: {len(stream)} tokens")
+    for note in tally.notes():
+        progress.message(note)
     return stream
 
 

@@ -35,7 +35,8 @@ from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.verified import require_verified
 from minitron.runtime.world import World, join_world, locked
 from minitron.specs.atomic import remove_leftovers
-from minitron.specs.builds import CHECKPOINTS, CONFIG, DATA_CACHE, FINISHED, METRICS
+from minitron.specs.builds import CHECKPOINTS, CONFIG, FINISHED, METRICS
+from minitron.specs.cache import tokens_folder
 from minitron.specs.documents import content_hash
 from minitron.specs.errors import Refused, UsageError, WorkError, placing
 from minitron.specs.file_hashes import file_hash
@@ -71,7 +72,7 @@ def train(
                 encoder=TextEncoder.load(loaded.folder / plan.tokenizer),
                 data=(data := world.from_leader(lambda: Data.read(loaded.data("data", plan.data)))),
                 phases=tuple(_phase_data(loaded, plan, number, data, world) for number in range(len(plan.phases))),
-                cache=work / DATA_CACHE,
+                cache=tokens_folder(loaded.folder, work),
                 interrupt=interrupt,
                 progress=progress if world.leads else Silent(),
             )
@@ -112,7 +113,6 @@ def _tidy_up(loaded: LoadedPlan, plan: TrainingPlan) -> None:
     output = loaded.folder / plan.output
     with writing(str(loaded.folder / plan.work)):
         claim_folders(loaded)
-    remove_leftovers(loaded.folder / plan.work / DATA_CACHE)
     remove_leftovers(output.parent, output.name)
 
 

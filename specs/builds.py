@@ -63,6 +63,9 @@ CHECKPOINTS = "checkpoints"
 DATA_CACHE = "data"
 FINISHED = "finished.json"
 
+# In the folder of a checkpoint.
+CHECKPOINT_STATE = "state.json"
+
 # In the folder of a corrected teacher.
 CORRECTION = "correction.json"
 
@@ -100,6 +103,18 @@ def metrics_file(build: Path) -> Path:
 def correction_metrics_file(build: Path) -> Path:
     """Returns the path of the metrics of the teacher correction, if the spec asks for one."""
     return build / CORRECTION_WORK / METRICS
+
+
+def begun_identity(build: Path) -> dict[str, Any] | None:
+    """Returns what decided the training that has begun in a build, as the runtime noted it; None where none has got
+    as far as its first checkpoint."""
+    checkpoints = sorted((build / WORK / CHECKPOINTS).glob(f"step-*/{CHECKPOINT_STATE}"), reverse=True)
+    for path in (finished_note(build), *checkpoints):
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8"))["identity"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
 
 
 def read_document(path: Path) -> dict[str, Any] | None:

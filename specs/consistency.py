@@ -117,9 +117,9 @@ def training_has_data(spec: Spec) -> Iterator[Problem]:
             yield Problem(key, f"`{key}` trains on the data of `distill`, and there is none", "add `distill:`")
 
 
-@constraint("importance.data", "search")
 def scores_need_data(spec: Spec) -> Iterator[Problem]:
-    """Requires calibration data for scores, because scores come from activations."""
+    """Requires calibration data for scores, because scores come from activations. No constraint of the language: widths
+    can be planned and priced without any data, and a compile asks."""
     named = spec.student.layers is not None
     scored = [key for key, _ in spec.student.targets() if not (key == DEPTH and named)]
     proposed = spec.search is not None and spec.search.budget is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,20 @@ def only_one(folder: Path, doing: str, *, active: bool = True) -> Iterator[None]
     if not active:
         yield
         return
+    with _held(folder, doing, None):
+        yield
+
+
+@contextmanager
+def in_turn(folder: Path, doing: str, waiting: Callable[[str], None]) -> Iterator[None]:
+    """Keeps a second process from writing into `folder` as `only_one` does, but waits for the first, after `waiting` was
+    told for whom."""
+    with _held(folder, doing, waiting):
+        yield
+
+
+@contextmanager
+def _held(folder: Path, doing: str, waiting: Callable[[str], None] | None) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -37,7 +51,10 @@ def only_one(folder: Path, doing: str, *, active: bool = True) -> Iterator[None]
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(lock, 200, 0).decode("utf-8", errors="replace").strip() or "at work"
-            raise UsageError(f"another process is {holder} in {folder}; wait for it or stop it first") from None
+            if waiting is None:
+                raise UsageError(f"another process is {holder} in {folder}; wait for it or stop it first") from None
+            waiting(f"waiting for another process, which is {holder} in {folder}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
             pass  # a file system without locks, as some networks have
         try:

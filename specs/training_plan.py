@@ -303,6 +303,49 @@ def divisor_within(share: int, most: int) -> int:
     return max(size for size in range(1, min(share, most, _MOST_SEQUENCES) + 1) if share % size == 0)
 
 
+def deciding_settings(plan: TrainingPlan) -> dict[str, Any]:
+    """Returns the settings that a training cannot change once it has begun, flat: dotted key -> value.
+
+    The settings are those that decide which samples come, what is learnt from them and how the learning rate runs. Left
+    out are settings that decide how often something is measured or saved, how the same sums are cut into pieces (micro
+    batches, chunks, recomputation, layout) and how they are computed (compute_dtype, compile), so that a run can move
+    to another machine.
+    """
+    whole = plan.model_dump(mode="json")
+    kept = {key: whole[key] for key in _DECIDING}
+    kept["student"] = {"head": whole["student"]["head"]}
+    kept["teacher"] = {key: whole["teacher"][key] for key in ("revision", "dtype", "head")}
+    kept["loss"].pop("chunk_tokens")
+    kept["teacher_correction"] = None
+    if plan.teacher_correction is not None:
+        kept["teacher_correction"] = {key: whole["teacher_correction"][key] for key in ("tokens", "optimizer")}
+    for number, phase in enumerate(whole["phases"]):  # none: as trainings were before they had any
+        kept[f"phases.{number}"] = {key: phase[key] for key in ("tokens", "sequence_length", "global_batch_size")}
+    return dict(_flat("", kept))
+
+
+_DECIDING = (
+    "start",
+    "fingerprint",
+    "teacher_logits",
+    "tokens",
+    "sequence_length",
+    "global_batch_size",
+    "optimizer",
+    "weights",
+    "loss",
+    "seed",
+)
+
+
+def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(f"{prefix}.{key}".lstrip("."), inner)
+    else:
+        yield prefix, value
+
+
 def to_document(plan: EvaluationPlan) -> dict[str, Any]:
     """Returns the plan as training.yaml holds it, with the measurements last."""
     document = plan.model_dump(mode="json")

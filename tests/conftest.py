@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -10,6 +11,9 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.foundry import Foundry
+
+# Builds that lie beside each other share scores and tokens: a test would find what another one made.
+os.environ["MINITRON_CACHE"] = "none"
 
 # A shell that starts its work in the background has it ignore Ctrl-C, and children inherit that: the tests that send the
 # signal would then find that nothing happens, whatever the program does.

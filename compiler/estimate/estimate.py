@@ -219,21 +219,21 @@ class Estimate:
         phases = []
         if spec.importance.data is not None and plan.needs_scores:
             phases.append(self._calibrate())
-        if plan.refits:
+        if plan.refits and phases:
             phases.append(self._refit(phases[-1].memory))
         if spec.distill is None:
             return phases
         layout, length = self.layout(hardware.cluster.count), spec.distill.sequence_length
         forward = self.teacher_costs.forward_flops_per_token(length)
         if spec.teacher_correction is not None:
-            tokens = spec.teacher_correction.tokens
+            tokens = spec.distill.whole_steps(spec.teacher_correction.tokens)
             memory = self.training(kind, layout, correction=True)
             does = f"fine-tunes the teacher on the data that it will teach with: {self._steps(tokens)}"
             disk = self._checkpoints(self.teacher)
             phases.append(Phase("teacher_correction", does, tokens, tokens * 3 * forward, memory, disk))
         if plan.search is not None and plan.search["rungs"]:
             phases.append(self._search(kind, plan.search["rungs"]))
-        tokens = spec.distill.tokens
+        tokens = spec.distill.trained_tokens
         if not isinstance(spec.distill.teacher_logits, str):
             draws = spec.distill.teacher_logits.sampled
             disk = costs.sampled_logits_bytes(tokens, draws, self.teacher.vocabulary)
@@ -243,10 +243,10 @@ class Estimate:
         source = "stored samples of the teacher" if self.sampled else "the teacher, which runs beside it"
         stretches = list(self.stretches())
         for name, one in stretches:
-            does = f"trains the student from {source}: {one._steps(one.distill.tokens)}"
+            tokens = one.distill.trained_tokens
+            does = f"trains the student from {source}: {one._steps(tokens)}"
             memory = one.training(kind, one.layout(hardware.cluster.count))
             last = name == stretches[-1][0]  # one training: its checkpoints stand once on the disk
-            tokens = one.distill.tokens
             phases.append(Phase(name, does, tokens, tokens * one.token_flops(), memory, disk if last else 0))
         return phases
 

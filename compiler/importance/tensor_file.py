@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from minitron.specs.atomic import atomic_path
 
-_KEY, _CHECKSUM = "key", "crc32"
+_ABOUT, _KEY, _CHECKSUM = "about", "key", "crc32"
 
 
 def write_tensors(path: Path, key: str, tensors: Mapping[str, torch.Tensor], **more: str) -> None:
@@ -18,8 +19,10 @@ def write_tensors(path: Path, key: str, tensors: Mapping[str, torch.Tensor], **m
     from safetensors.torch import save_file
 
     metadata = {_KEY: key, **more}
+    # One entry: several come out in any order, and equal tensors would not be equal files.
+    about = json.dumps(metadata | {_CHECKSUM: _checksum(tensors, metadata)})
     with atomic_path(path) as temporary:
-        save_file(dict(tensors), temporary, metadata=metadata | {_CHECKSUM: _checksum(tensors, metadata)})
+        save_file(dict(tensors), temporary, metadata={_ABOUT: about})
 
 
 def read_tensors(path: Path, key: str) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
@@ -30,11 +33,11 @@ def read_tensors(path: Path, key: str) -> tuple[dict[str, torch.Tensor], dict[st
         return None
     try:
         with safe_open(path, framework="pt") as handle:
-            metadata = dict(handle.metadata() or {})
+            metadata = json.loads((handle.metadata() or {}).get(_ABOUT, "{}"))
             if metadata.get(_KEY) != key:
                 return None
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except SafetensorError:
+    except (SafetensorError, ValueError):
         return None
     written = metadata.pop(_CHECKSUM, None)
     return (tensors, metadata) if written == _checksum(tensors, metadata) else None

@@ -24,6 +24,7 @@ from minitron.compiler.plan.checks import (
     check_towers,
     teacher_key,
 )
+from minitron.compiler.plan.data_use import DataUse, data_use, repeated
 from minitron.compiler.plan.prove import prove, proved
 from minitron.compiler.plan.recovery import check_merging, recovery_remarks, rotation_of
 from minitron.compiler.plan.remarks import remarks_on
@@ -40,6 +41,7 @@ from minitron.compiler.towers.tower_on_disk import tower_on_disk
 from minitron.compiler.weights.source import check_headers
 from minitron.specs.available import unavailable
 from minitron.specs.builds import TOWER
+from minitron.specs.consistency import scores_need_data
 from minitron.specs.data_files import check_data
 from minitron.specs.errors import Problem, Refused, SpecInvalid, UsageError, located, placing
 from minitron.specs.load import LoadedSpec
@@ -59,6 +61,8 @@ class Plan:
     rotation       what a rotation of the residual stream does to the parameters, where one is possible
     of_tokenizer   the remarks that its tokenizer asks for
     search         the search that this student is a candidate of, as the plan's document has it
+    data           what the training reads, and how often
+    missing        what a compile needs and a plan does without: data that is not there
     """
 
     loaded: LoadedSpec
@@ -73,6 +77,8 @@ class Plan:
     rotation: Rotation | None = None
     of_tokenizer: tuple[str, ...] = ()
     search: Mapping[str, Any] | None = None
+    data: tuple[DataUse, ...] = ()
+    missing: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,19 +121,22 @@ class Plan:
 @dataclass(frozen=True)
 class Opened:
     """The teacher of a spec, read and analysed: all students of it are planned from here. `problems` are what is wrong with
-    the spec whatever the student is; `of_tokenizer` the remarks that the tokenizer asks for."""
+    the spec whatever the student is; `of_tokenizer` the remarks that the tokenizer asks for; `missing` the data that is not
+    there and only a compile needs."""
 
     checkpoint: Checkpoint
     teacher: AnalysedTeacher
     problems: tuple[Problem, ...]
     of_tokenizer: tuple[str, ...]
+    missing: tuple[str, ...] = ()
 
 
 def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan:
     """Resolves a spec with one student. Raises SpecInvalid with every error of the spec, each at its place.
 
     Without `weights` the configuration and whatever weight headers are there suffice; with it the plan can be compiled:
-    the weights are there, or on the Hub, from where `with_weights` fetches them.
+    the weights are there, or on the Hub, from where `with_weights` fetches them. So is the data, whose absence is but a
+    remark of a plan.
     """
     return plan_student(loaded, build, open_spec(loaded, weights=weights))
 
@@ -137,7 +146,9 @@ def open_spec(loaded: LoadedSpec, *, weights: bool) -> Opened:
     with everything else that is wrong."""
     spec = loaded.spec
     at = teacher_key(loaded)
-    problems = [*unavailable(spec), *check_data(loaded), *check_documents(loaded)]
+    problems, missing = [*unavailable(spec), *check_documents(loaded)], [*check_data(loaded), *scores_need_data(spec)]
+    if weights:
+        problems, missing = [*problems, *missing], []
     with _adding_to(problems, loaded, at):
         try:
             checkpoint = open_teacher(loaded, weights=weights, planned=_student_of)
@@ -157,7 +168,8 @@ def open_spec(loaded: LoadedSpec, *, weights: bool) -> Opened:
     except UsageError as error:
         problems.append(Problem(at, str(error)))
     problems += [*check_lengths(loaded, teacher.captured), *check_merging(loaded, teacher)]
-    return Opened(checkpoint, teacher, tuple(problems), tuple(remarks))
+    lacking = tuple(f"a compile needs data: {problem}" for problem in missing)
+    return Opened(checkpoint, teacher, tuple(problems), tuple(remarks), lacking)
 
 
 def plan_student(loaded: LoadedSpec, build: Path, opened: Opened) -> Plan:
@@ -177,13 +189,17 @@ def plan_student(loaded: LoadedSpec, build: Path, opened: Opened) -> Plan:
         rotation = rotation_of(loaded, teacher, targets)
         targets, config, model = proved(teacher, targets, layers)
         check_towers(loaded, checkpoint, config)
-    plan = Plan(loaded, build, checkpoint, teacher, targets, layers, config, model, (), rotation, opened.of_tokenizer)
+    plan = Plan(
+        loaded, build, checkpoint, teacher, targets, layers, config, model, (), rotation, opened.of_tokenizer,
+        data=data_use(loaded, checkpoint), missing=opened.missing,
+    )  # fmt: skip
     return replace(plan, remarks=_remarks(plan))
 
 
 def _remarks(plan: Plan) -> tuple[str, ...]:
     of_recovery = recovery_remarks(plan.loaded, plan.checkpoint, plan.targets, plan.rotation, plan.model)
-    return (*remarks_on(plan.checkpoint, plan.teacher.captured), *plan.of_tokenizer, *of_recovery)
+    of_data = (*repeated(plan.data), *plan.missing)
+    return (*remarks_on(plan.checkpoint, plan.teacher.captured), *plan.of_tokenizer, *of_recovery, *of_data)
 
 
 def _capture(loaded: LoadedSpec, checkpoint: Checkpoint) -> tuple[Captured, Checkpoint]:

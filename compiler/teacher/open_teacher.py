@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from minitron.compiler.teacher.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
+from minitron.compiler.teacher.freshness import staleness
 from minitron.compiler.teacher.hub import WrongRevision
-from minitron.compiler.teacher.provenance import observe, with_result
-from minitron.specs.builds import CONFIG, PLAN, STUDENT, VERIFICATION, build_of, finished_note, read_document, result_of
+from minitron.specs.builds import CONFIG, build_of, finished_note, result_of
 from minitron.specs.chain import chain
-from minitron.specs.errors import MinitronError, SpecInvalid
-from minitron.specs.file_hashes import first_difference
+from minitron.specs.errors import SpecInvalid
 from minitron.specs.load import LoadedSpec
-from minitron.specs.lockfile import changes, in_words
 
 
 def open_teacher(loaded: LoadedSpec, *, weights: bool, planned: Callable[[LoadedSpec, Path], Any]) -> Checkpoint:
@@ -58,35 +56,8 @@ def why_not_finished(loaded: LoadedSpec) -> str | None:
     """Explains why the result of a spec cannot be a teacher yet; None where it can: compiled from this spec and these
     inputs, verified, and trained where the spec trains."""
     build, result = build_of(loaded), result_of(loaded)
-    reason = why_stale(build, loaded)
-    if reason is not None:
-        return f"{build} is {reason}"
+    found = staleness(build, loaded)
+    if found is not None and found.changed:  # a training plan that was edited by hand trains a teacher as well
+        return f"{build} is {found.reason}"
     trained = loaded.spec.distill is None or finished_note(build).is_file()
     return None if trained and (result / CONFIG).is_file() else f"{build} is not trained to its end"
-
-
-def why_stale(build: Path, loaded: LoadedSpec) -> str | None:
-    """Explains why a build folder is not what a spec compiles to now, as `{build} is ...`; None where it is, and
-    verified."""
-    plan = read_document(build / PLAN)
-    if plan is None:
-        return "not compiled yet"
-    if (plan.get("spec") or {}).get("sha256") != loaded.sha256:
-        return "compiled from another version of the spec"
-    inputs = plan.get("inputs")
-    if isinstance(inputs, dict):
-        try:
-            now = with_result(loaded, observe(loaded))
-        except MinitronError:
-            now = inputs  # what is not there (any more) is for the plan to say
-        for path, before, after in changes(inputs, now):
-            words = in_words(before, after).replace("locked at", "built from")
-            return f"compiled from other inputs: {' '.join(path)} {words}"
-    verification = read_document(build / VERIFICATION)
-    if verification is None:
-        return "not compiled to its end"
-    if verification.get("passed") is not True:
-        return "compiled, and its verification did not pass"
-    student = verification.get("student")
-    changed = first_difference(build / STUDENT, student) if isinstance(student, dict) else "its files are not recorded"
-    return None if changed is None else f"compiled, and its student is not what was verified: {changed}"

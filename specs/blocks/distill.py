@@ -241,6 +241,20 @@ class Distill(Block):
     seed: NonNegativeInt = 0
     """Decides the order of the data."""
 
+    @property
+    def trained_tokens(self) -> int:
+        """Returns the tokens of whole steps that `tokens` come to: a last step is not cut short."""
+        if self.phases:
+            return sum(self.alone(phase).trained_tokens for phase in self.phases)
+        return self.whole_steps(self.tokens)
+
+    def whole_steps(self, tokens: int) -> int:
+        """Returns `tokens` rounded up to whole optimizer steps."""
+        if not isinstance(self.global_batch_size, int):  # a search chooses it
+            return tokens
+        step = self.global_batch_size * self.sequence_length
+        return -(-tokens // step) * step
+
     @model_validator(mode="after")
     def _fit_to_tokens(self) -> Distill:
         """Fits batch size and warm-up to the number of tokens if neither is written, because the defaults suit long

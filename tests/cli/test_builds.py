@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from minitron.cli import builds
+from minitron.cli.build_sections import build_sections
 from minitron.specs.errors import UsageError, WorkError
+from minitron.specs.locks import only_one
 
 
 def test_what_is_not_a_build_is_refused_with_what_to_give(tmp_path: Path, build: Path) -> None:
@@ -60,5 +63,30 @@ def test_a_broken_document_is_named(build: Path, content: str) -> None:
 def test_show_has_null_for_what_is_not_there_yet(build: Path) -> None:
     (build / "results.json").unlink()
     content = builds.show_document(build)
-    assert list(content) == ["build", "plan", "training", "verification", "results"]
+    assert list(content) == ["build", "plan", "edited", "training", "verification", "results"]
     assert content["results"] is None and content["plan"]["spec"]["name"] == "tiny"
+
+
+def test_a_build_is_moved_aside_and_nothing_is_deleted(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {str(path.relative_to(build)) for path in build.rglob("*")}
+    (build.parent / "build.1").mkdir()
+    builds.move_aside(build)
+    aside = build.parent / "build.2"
+    assert not build.exists() and files <= {str(path.relative_to(aside)) for path in aside.rglob("*")}
+    assert f"moved to {aside}" in capsys.readouterr().err
+    builds.move_aside(build)  # there is none any more
+
+
+def test_a_build_at_work_is_not_moved(build: Path) -> None:
+    with only_one(build / "train", "training"), pytest.raises(UsageError, match="another process is training"):
+        builds.move_aside(build)
+    assert build.exists()
+
+
+def test_edits_by_hand_are_shown(build: Path) -> None:
+    plan = json.loads((build / "plan.json").read_text())
+    (build / "plan.json").write_text(json.dumps(plan | {"training": {"format_version": 1, "tokens": 4_000_000}}))
+    content = builds.show_document(build)
+    assert content["edited"] == [{"path": "tokens", "generated": 4_000_000, "written": 3_000_000}]
+    section = next(one for one in build_sections(content) if one.title == "Edited by hand")
+    assert section.rows == (("tokens", "4000000", "3000000"),)

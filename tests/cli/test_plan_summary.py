@@ -39,7 +39,7 @@ def test_what_drives_the_loss_and_what_it_takes(plan: dict[str, Any]) -> None:
     plan["spec"]["resolved"] = {"distill": distill, "teacher_correction": {"tokens": 5000}}
     plan["phases"] = [{"name": "distill", "tokens": 1e6, "days": 0.002, "device": "a card", "device_hours": 8.5}]
     text = on_terminal(summary(plan))
-    assert "122 of 8 sequences of 1,024 tokens" in text
+    assert "123 of 8 sequences of 1,024 tokens" in text and "1,007,616, 1,000,000 asked for" in text
     assert "0.0001 to 4.5e-07, after 60 steps of warm-up" in text and "5,000 tokens" in text
     assert row(text, "distill") == ["distill", "1.00M", "-", "-", "3 min"]
     assert "time on a card" in text and "8.5 device-hours in all" in text

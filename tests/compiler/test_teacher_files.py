@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from minitron.compiler.capture.models import quiet
 from minitron.compiler.emit.student import _copy_others
+from minitron.compiler.teacher.freshness import why_stale
 from minitron.compiler.teacher.lock import renew
-from minitron.compiler.teacher.open_teacher import why_stale
 from minitron.compiler.teacher.tokenizer import tokenizer_files
 from minitron.compiler.weights.source import check_headers, open_weights
 from minitron.specs import load_spec

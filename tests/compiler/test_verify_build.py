@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minitron.compiler import verify_build
+from minitron.compiler.importance.tensor_file import write_tensors
 from minitron.specs.errors import UsageError, WorkError
 from minitron.specs.progress import Silent
 from tests.foundry import Build, Folder, Foundry
@@ -92,7 +93,15 @@ def swap(name: str, dim: int, one: int, other: int) -> Callable[[Path], None]:
 
 
 def flipped(name: str) -> Callable[[Path], None]:
-    return tensors(lambda found: found.__setitem__(name, found[name].flip(0)))
+    """The scores of an axis in another order, with the checksum of what then stands there."""
+
+    def spoil(path: Path) -> None:
+        with safe_open(path, framework="pt") as handle:
+            key = json.loads(handle.metadata()["about"])["key"]
+        found = load_file(path)
+        write_tensors(path, key, found | {name: found[name].flip(0)})
+
+    return spoil
 
 
 def json_key(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:

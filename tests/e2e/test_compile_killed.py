@@ -44,15 +44,15 @@ def written(name: str) -> Sign:
 
 def writing(name: str) -> Sign:
     """The process is writing it, under its temporary name."""
-    return lambda build, _: any(build.glob(f".minitron-{name}.*.tmp"))
+    return lambda build, _: any(build.glob(f".minitron-{name}*.tmp"))
 
 
 # What is waited for, and for how many seconds at most the process then still lives.
 MOMENTS: list[tuple[Sign, float]] = [
     (written("scores.partial.safetensors"), 0.05),
     (written("scores.partial.safetensors"), 0.05),
-    (writing("student"), 0.02),
-    (written("student"), 0.5),
+    (writing("compile"), 0.02),
+    (writing("compile"), 0.5),
     (written("plan.json"), 1.0),
 ]
 

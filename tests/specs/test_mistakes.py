@@ -219,20 +219,6 @@ WRONG = {
         "such as 2",
     ),
     # data
-    "no data for scores": Wrong(
-        "teacher: {model: a}\nstudent: {hidden_size: 8}\n",
-        "1:1",
-        "importance.data",
-        "is missing",
-        "add `importance: {data",
-    ),
-    "no data to choose layers by": Wrong(
-        "teacher: {model: a}\nstudent: {num_hidden_layers: 8}\nimportance: {selection: scores}\n",
-        "3:1",
-        "importance.data",
-        "which layers to keep is decided by scores",
-        "add",
-    ),
     "two sources": Wrong(
         SMALL.replace("{data: {text: [a.txt]}, tok", "{data: {text: [a.txt], jsonl: b.jsonl}, tok"),
         "5:11",

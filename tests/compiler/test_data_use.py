@@ -1,0 +1,64 @@
+"""What a plan says of the data: what is missing, how much there is, and how often it is read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minitron.compiler import make_plan, plan_document
+from minitron.specs.errors import SpecInvalid
+from tests.foundry import Foundry
+from tests.models import text
+
+STUDENT = {"intermediate_size": 24}
+
+
+def distill(source: dict[str, Any], tokens: int) -> dict[str, Any]:
+    return {"data": source, "tokens": tokens, "sequence_length": 32, "global_batch_size": 4}
+
+
+def test_widths_are_priced_without_any_data(foundry: Foundry, tmp_path: Path) -> None:
+    teacher = foundry.teacher("llama", num_hidden_layers=2)
+    nothing = foundry.load(teacher, STUDENT, importance=None)
+    missing = foundry.load(teacher, STUDENT, distill=distill({"text": ["not/there/*.txt"]}, 4096))
+    for loaded, words in (
+        (nothing, "importance.data: is missing: which part of `student.intermediate_size` to keep"),
+        (missing, "distill.data.text.0: `not/there/*.txt` matches no file"),
+    ):
+        plan = make_plan(loaded, build=tmp_path)
+        assert any(one.startswith(f"a compile needs data: {words}") for one in plan.remarks)
+        assert plan_document(plan)["student"]["parameters"] > 0
+        with pytest.raises(SpecInvalid, match=re.escape(words)):
+            make_plan(loaded, build=tmp_path, weights=True)
+
+
+def test_how_often_the_data_is_read(foundry: Foundry, tmp_path: Path) -> None:
+    teacher = foundry.teacher("llama", num_hidden_layers=2)
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(text(100), encoding="utf-8")
+    source = {"text": [str(corpus)], "document": "line"}
+    loaded = foundry.load(teacher, STUDENT, distill=distill(source, 100_000))
+    plan = make_plan(loaded, build=tmp_path)
+    (use,) = plan_document(plan)["data"]
+    assert use["files"] == 1 and use["bytes"] == corpus.stat().st_size
+    # Whole steps of 4 x 32 tokens are trained.
+    assert use["read_tokens"] == 100_096 == loaded.spec.distill.trained_tokens  # type: ignore[union-attr]
+    assert use["passes"] == round(100_096 / use["tokens"], 2) and use["disk_bytes"] == 2 * use["tokens"]
+    assert any(f"distill.data is read {100_096 / use['tokens']:.1f} times over" in one for one in plan.remarks)
+    assert next(one for one in plan_document(plan)["phases"] if one["name"] == "distill")["tokens"] == 100_096
+    once = make_plan(foundry.load(teacher, STUDENT, distill=distill(source, 4096)), build=tmp_path)
+    assert not any("times over" in one for one in once.remarks)
+
+
+def test_each_part_of_a_blend_has_its_own(foundry: Foundry, tmp_path: Path) -> None:
+    teacher = foundry.teacher("llama", num_hidden_layers=2)
+    for name, lines in (("small", 10), ("large", 100)):
+        (tmp_path / f"{name}.txt").write_text(text(lines), encoding="utf-8")
+    parts = [{"weight": 3, "text": [str(tmp_path / "small.txt")]}, {"weight": 1, "text": [str(tmp_path / "large.txt")]}]
+    plan = make_plan(foundry.load(teacher, STUDENT, distill=distill({"blend": parts}, 12_800)), build=tmp_path)
+    assert [one.read for one in plan.data] == [9600, 3200]
+    assert [one.source for one in plan.data] == ["distill.data.blend.0", "distill.data.blend.1"]
+    assert [f"{one.source} is read" in " ".join(plan.remarks) for one in plan.data] == [True, False]
