@@ -143,8 +143,9 @@ def test_the_document_says_the_same(plans: dict[str, Planned]) -> None:
     conforms("plan", document)
     assert tuple(document[side]["parameters"] for side in ("teacher", "student")) == PARAMETERS[WHOLE]
     phases = {phase["name"]: phase["tokens"] for phase in document["phases"]}
-    # 127 billion tokens of teacher correction, 380 billion of distillation, as published.
-    assert (phases["teacher_correction"], phases["distill"]) == (127 * 10**9, 380 * 10**9)
+    # 127 billion tokens of teacher correction, 380 billion of distillation, as published, in whole steps.
+    for name, tokens in (("teacher_correction", 127 * 10**9), ("distill", 380 * 10**9)):
+        assert 0 <= phases[name] - tokens < 768 * 8192 and phases[name] % (768 * 8192) == 0
 
 
 def test_the_page_on_scaling_quotes_the_plan(plans: dict[str, Planned]) -> None:
