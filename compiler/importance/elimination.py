@@ -26,12 +26,55 @@ from minitron.compiler.roles.roles import Heads, Roles
 RIDGE = 1e-2
 
 
+# Eliminations of single columns whose updates of the two matrices are put off, to be made in one product.
+PUT_OFF = 64
+
+
 def eliminate(gram: torch.Tensor, weight_ON: torch.Tensor, size: int = 1) -> Scores:
     """For each unit of `size` neighbouring columns the step at which it is eliminated: [N / size], high: stays longest."""
-    count = gram.shape[0] // size
     ridge = RIDGE * float(gram.diagonal().mean()) or 1.0
     inverse = torch.linalg.inv(gram.double() + ridge * torch.eye(gram.shape[0], dtype=torch.float64))
-    weight = weight_ON.double().clone()
+    weight = weight_ON.double()
+    return _single(inverse, weight.T @ weight) if size == 1 else eliminate_units(inverse, weight.clone(), size)
+
+
+def _single(inverse_NN: torch.Tensor, products_NN: torch.Tensor) -> Scores:
+    """The steps of single columns, from G^-1 and W^T W, of which each step needs the diagonals and one column.
+
+    With the column u goes G^-1 - p p^T for p = G^-1_u / sqrt(G^-1_uu), and with a = G^-1_u / G^-1_uu every other column of W
+    becomes W_j - a_j W_u, so that W^T W loses a q^T + q a^T for q = W^T W_u - |W_u|^2 a / 2. The diagonals are kept up to date;
+    the matrices lose what `PUT_OFF` steps put together, and the columns that are gone.
+    """
+    steps = np.zeros(inverse_NN.shape[0], dtype=np.float32)
+    names, step = torch.arange(len(steps)), 0
+    while len(names):
+        count = len(names)
+        variances, norms = inverse_NN.diagonal().clone(), products_NN.diagonal().clone()
+        p_NB, a_NB, q_NB = (torch.zeros(count, PUT_OFF, dtype=torch.float64) for _ in range(3))
+        there = torch.ones(count, dtype=torch.bool)
+        for i in range(min(PUT_OFF, count)):
+            losses = torch.where(there, norms.clamp_min(0) / variances, torch.inf)
+            gone = int(losses.argmin())
+            steps[int(names[gone])], step = step, step + 1
+            there[gone] = False
+            column = inverse_NN[:, gone] - p_NB[:, :i] @ p_NB[gone, :i]
+            product = products_NN[:, gone] - a_NB[:, :i] @ q_NB[gone, :i] - q_NB[:, :i] @ a_NB[gone, :i]
+            a_NB[:, i] = column / column[gone]
+            p_NB[:, i] = column / column[gone].sqrt()
+            q_NB[:, i] = product - 0.5 * product[gone] * a_NB[:, i]
+            variances -= p_NB[:, i].square()
+            norms -= 2 * a_NB[:, i] * q_NB[:, i]
+        left = there.nonzero()[:, 0]
+        names = names[left]
+        p_LB, a_LB, q_LB = p_NB[left], a_NB[left], q_NB[left]
+        inverse_NN = inverse_NN[left][:, left] - p_LB @ p_LB.T
+        products_NN = products_NN[left][:, left] - a_LB @ q_LB.T - q_LB @ a_LB.T
+    return steps
+
+
+def eliminate_units(inverse: torch.Tensor, weight: torch.Tensor, size: int) -> Scores:
+    """The steps of whole units; both matrices are changed in place."""
+    count = inverse.shape[0] // size
     steps = np.zeros(count, dtype=np.float32)
     left = torch.arange(count)
     for step in range(count):

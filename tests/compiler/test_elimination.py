@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from minitron.compiler.importance.elimination import RIDGE, eliminate, eliminate_heads
+from minitron.compiler.importance.elimination import PUT_OFF, RIDGE, eliminate, eliminate_heads, eliminate_units
 from minitron.specs.errors import SpecInvalid
 from tests.foundry import Foundry
 
@@ -45,6 +45,16 @@ def test_every_step_takes_the_unit_that_costs_least(seed: int, size: int) -> Non
         gone = min(left, key=lambda one: losses[one])
         assert steps[gone] == step, (losses, steps)
         left.remove(gone)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_updates_that_are_put_off_change_nothing(seed: int) -> None:
+    """More columns than are put off, eliminated as units of one column: the same order."""
+    _, gram, weight = drawn(seed, tokens=400, width=2 * PUT_OFF + 9)
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    assert (
+        eliminate(gram, weight).tolist() == eliminate_units(torch.linalg.inv(gram + ridge), weight.clone(), 1).tolist()
+    )
 
 
 def test_what_others_repeat_goes_first() -> None:
