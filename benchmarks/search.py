@@ -36,7 +36,8 @@ from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.world import join_world
 from minitron.specs import load_spec
 from minitron.specs.atomic import write_text
-from minitron.specs.builds import DATA_CACHE, SEARCH
+from minitron.specs.builds import SEARCH, WORK
+from minitron.specs.cache import tokens_folder
 from minitron.specs.halving import halving
 from minitron.specs.progress import Silent
 from minitron.specs.search_files import RungPlan, read_search
@@ -87,7 +88,7 @@ def grown(build: Path, points: list[int]) -> tuple[dict[int, float], dict[int, C
     with join_world("cpu") as world:
         session = Session(
             world, TextEncoder.load(loaded.folder / plan.tokenizer), Data.read(loaded.data("data", plan.data)),
-            loaded.folder / plan.work / DATA_CACHE, Interrupt(), Silent(),
+            tokens_folder(build, build / WORK), Interrupt(), Silent(),
         )  # fmt: skip
         rungs = Rungs.prepare(loaded, file, session, build)
         numbers = [one.number for one in file.candidates]
@@ -179,7 +180,7 @@ def together(arguments: Any, work: Path) -> None:
     with join_world("cpu") as world:
         session = Session(
             world, TextEncoder.load(loaded.folder / plan.tokenizer), Data.read(loaded.data("data", plan.data)),
-            loaded.folder / plan.work / DATA_CACHE, Interrupt(), Silent(),
+            tokens_folder(build, build / WORK), Interrupt(), Silent(),
         )  # fmt: skip
         rungs = Rungs.prepare(loaded, file, session, build)
         riders = [replace_state(rungs, one.number) for one in file.candidates[:count]]

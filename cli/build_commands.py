@@ -40,7 +40,7 @@ from minitron.specs.chain import chain
 from minitron.specs.errors import UsageError
 
 if TYPE_CHECKING:
-    from minitron.compiler import Plan
+    from minitron.compiler import Plan, SearchPlan
 
 
 def compile_command(
@@ -79,10 +79,14 @@ def compile_command(
     if prepare:
         searching.prepare(loaded, build, chosen)
         return
-    planned = _prepare(loaded, build, fresh=True) if fresh else None
+    opened = searching.opened_search(loaded, build)
+    planned = _prepare(loaded, build, fresh=True, opened=opened) if fresh else None
     count = process_count(devices, chosen, device)
     resolved = searching.chosen_plan(
-        loaded, build, chosen, lambda of: searching.rungs(of, chosen, count, threads), candidate=candidate
+        opened,
+        chosen,
+        lambda of: searching.rungs(of, chosen, count, threads),
+        candidate=candidate,
     )
     _compile(loaded, build, chosen, threads, resolved or planned)
     plan = read_document(build / PLAN) or {}
@@ -293,9 +297,10 @@ def _make(loaded: LoadedSpec, build: Path, machine: _Machine, *, locked: bool, f
     elif found is not None and not found.changed and not fresh:
         say(f"compile: {build} is {found.reason}; the edited values are taken, skipped")
     else:
-        plan = _prepare(loaded, build, fresh=fresh)
+        opened = searching.opened_search(loaded, build)
+        plan = _prepare(loaded, build, fresh=fresh, opened=opened)
         use_threads(machine.threads)
-        chosen = searching.chosen_plan(loaded, build, machine.device, machine.search)
+        chosen = searching.chosen_plan(opened, machine.device, machine.search)
         _compile(loaded, build, machine.device, machine.threads, chosen or plan)
     interrupts.check()
     if loaded.spec.distill is None:
@@ -307,13 +312,13 @@ def _make(loaded: LoadedSpec, build: Path, machine: _Machine, *, locked: bool, f
     interrupts.check()
 
 
-def _prepare(loaded: LoadedSpec, build: Path, *, fresh: bool) -> Plan:
+def _prepare(loaded: LoadedSpec, build: Path, *, fresh: bool, opened: SearchPlan | None = None) -> Plan:
     """Plans a compile and shows the plan, before the long work and not after it: a wrong width is seen while it costs
-    nothing. With `fresh` the build that is there is then moved aside.
+    nothing. With `fresh` the build that is there is then moved aside. Of an opened search its first candidate is shown.
     """
     from minitron.compiler import make_plan, plan_document
 
-    plan = make_plan(loaded, build=build, weights=True)
+    plan = make_plan(loaded, build=build, weights=True) if opened is None else opened.plan(1)
     show_sections(shown_plan(content := plan_document(plan), full=False), content)
     write("")
     if fresh:

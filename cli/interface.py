@@ -22,7 +22,7 @@ from minitron.cli.markdown import markdown
 from minitron.cli.plan_summary import shown_plan
 from minitron.cli.progress import progress_for
 from minitron.cli.render import stderr_console, terminal
-from minitron.cli.searching import chosen_plan
+from minitron.cli.searching import chosen_plan, opened_search
 from minitron.cli.sections import Document, Section
 from minitron.specs import LoadedSpec, load_spec
 from minitron.specs.builds import MODEL, STUDENT
@@ -253,7 +253,8 @@ def compile_into(
 
         search(of, **work)
 
-    chosen = chosen_plan(loaded, folder, work["device"], rungs, progress=work["progress"])
+    found = opened_search(loaded, folder)
+    chosen = chosen_plan(found, work["device"], rungs, progress=work["progress"])
     compile_spec(loaded, folder, **work, plan=chosen)
     return Build(folder)
 

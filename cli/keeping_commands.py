@@ -24,6 +24,7 @@ from minitron.specs.builds import (
     PARTIAL_SCORES,
     PLAN,
     RESULTS,
+    SEARCH,
     STUDENT,
     VERIFICATION,
     WORK,
@@ -214,6 +215,8 @@ def _needless(build: Path) -> Iterator[Path]:
     paths = [build / work / DATA_CACHE for work in (WORK, CORRECTION_WORK)]
     if builds.is_trained(build):
         paths += [build / work / CHECKPOINTS for work in (WORK, CORRECTION_WORK)]
+        # What a search left of the student that went on from it; its ranking stays.
+        paths += [one / name for one in sorted((build / SEARCH).glob("[0-9]*")) for name in (CHECKPOINTS, STUDENT)]
     if (build / VERIFICATION).is_file():
         paths.append(build / PARTIAL_SCORES)
     for path in paths:

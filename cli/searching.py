@@ -20,7 +20,7 @@ from minitron.specs.progress import Progress
 from minitron.specs.search_files import read_ranking, read_search, search_identity, table
 
 if TYPE_CHECKING:
-    from minitron.compiler import Plan
+    from minitron.compiler import Plan, SearchPlan
 
 Rungs = Callable[[Path], None]
 
@@ -57,9 +57,17 @@ def rungs(build: Path, device: str, count: int, threads: int | None) -> None:
     carry_out(build, device=device, progress=shown_progress())
 
 
+def opened_search(loaded: LoadedSpec, build: Path) -> SearchPlan | None:
+    """Returns the search of a spec with its teacher opened; None for a spec without one."""
+    if loaded.spec.search is None:
+        return None
+    from minitron.compiler import make_search
+
+    return make_search(loaded, build=build, weights=True)
+
+
 def chosen_plan(
-    loaded: LoadedSpec,
-    build: Path,
+    found: SearchPlan | None,
     device: str,
     carry_out: Rungs,
     *,
@@ -69,32 +77,31 @@ def chosen_plan(
     """Returns the plan of the student that a spec's search comes to: of `candidate` where the user names one, else of the
     best one, for which candidates are written and their rungs carried out. None for a spec without a search.
     """
-    if loaded.spec.search is None:
+    if found is None:
         if candidate is not None:
             raise UsageError("--candidate: the spec has no `search`, and so one student; leave it out")
         return None
-    from minitron.compiler import make_search, write_search
+    from minitron.compiler import write_search
 
-    found = make_search(loaded, build=build, weights=True)
     if candidate is not None:
         return found.plan(candidate)
     if not found.candidates.rungs:
         return found.plan(1)
     write_search(found, device=device, progress=progress or shown_progress())
     interrupts.check()
-    carry_out(build)
+    carry_out(found.build)
     interrupts.check()
-    ranking = read_ranking(build, search_identity(loaded))
+    ranking = read_ranking(found.build, search_identity(found.loaded))
     assert ranking is not None and ranking.winner is not None, "the rungs are done"
     return found.plan(ranking.winner)
 
 
 def prepare(loaded: LoadedSpec, build: Path, device: str) -> None:
     """Writes the candidates of a search and no more."""
-    if loaded.spec.search is None:
+    found = opened_search(loaded, build)
+    if found is None:
         raise UsageError("--prepare: the spec has no `search` to prepare; leave it out")
-    from minitron.compiler import make_search, write_search
+    from minitron.compiler import write_search
 
-    found = make_search(loaded, build=build, weights=True)
     write_search(found, device=device, progress=shown_progress())
     say(f"next: torchrun --nproc-per-node N -m minitron.cli search {build}, then minitron compile {loaded.path}")

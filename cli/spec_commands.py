@@ -17,7 +17,7 @@ from minitron.cli.lock_command import follow_lock
 from minitron.cli.plan_summary import shown_plan
 from minitron.cli.render import complain, document, say, show_sections, write
 from minitron.cli.sections import Document
-from minitron.specs import LoadedSpec, load_spec, unavailable
+from minitron.specs import LoadedSpec, load_spec
 from minitron.specs.errors import Problem, SpecError, SpecInvalid, UsageError, located
 from minitron.specs.lockfile import LOCK_SUFFIX
 from minitron.specs.tracking import missing_trackers
@@ -48,8 +48,7 @@ def validate(
                 complain(*failure.lines())
             continue
         valid.append({"file": str(path), "name": loaded.spec.name, "sha256": loaded.sha256})
-        # Published recipes hold what this version cannot do yet: right as specs, refused by `plan`.
-        early = located([*unavailable(loaded.spec), *_untracked(loaded)], loaded)
+        early = located(_untracked(loaded), loaded)
         warnings += early
         if not as_json:
             write(f"{path}: valid")

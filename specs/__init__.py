@@ -1,7 +1,6 @@
 """The spec language: the models of what a user writes, and the checks on it. Imports neither torch nor the other
 packages."""
 
-from minitron.specs.available import unavailable
 from minitron.specs.errors import MinitronError, SpecError, SpecInvalid, UsageError, WorkError
 from minitron.specs.load import LoadedSpec, load_spec
 from minitron.specs.recipes import recipe_names, recipe_text, starting_spec
@@ -21,5 +20,4 @@ __all__ = [
     "recipe_names",
     "recipe_text",
     "starting_spec",
-    "unavailable",
 ]

@@ -134,14 +134,60 @@ def _ranked(values: Values, kept: Marks, x: Scale, y: Scale) -> list[Markup]:
     return drawn
 
 
-def _grid(x: Scale, y: Scale, width: float, height: float) -> list[Markup]:
+@dataclass(frozen=True)
+class Spot:
+    """One point of a scatter chart: its label is shown where the pointer rests on it."""
+
+    x: float
+    y: float
+    label: str
+    best: bool = False
+
+
+def front(spots: Sequence[Spot]) -> list[Spot]:
+    """Returns the Pareto front, from left to right: the points that no other is left of and below, or as far."""
+    found: list[Spot] = []
+    for spot in sorted(spots, key=lambda one: (one.x, one.y)):
+        if not found or spot.y < found[-1].y:
+            found.append(spot)
+    return found
+
+
+def scatter_chart(name: str, title: str, spots: Sequence[Spot], across: str) -> Markup:
+    """Draws points, the best one larger, and through those of the Pareto front a line; `across` labels the horizontal axis."""
+    width, height = 620.0, 230.0
+    x = scale([spot.x for spot in spots], _LEFT, width - _RIGHT)
+    y = scale([spot.y for spot in spots], height - _BOTTOM, _TOP)
+    on_front = front(spots)
+    line = " ".join(f"{x(one.x):.1f},{y(one.y):.1f}" for one in on_front)
+    described = f"{len(spots)} points, {len(on_front)} of them on the front: " + "; ".join(
+        one.label for one in on_front
+    )
+    return _svg(
+        name,
+        title,
+        described + ".",
+        width,
+        height,
+        *_grid(x, y, width, height, across),
+        element("polyline", points=line, class_="curve"),
+        *(
+            element(
+                "circle", element("title", one.label), cx=x(one.x), cy=y(one.y), r=5 if one.best else 3, class_="dot"
+            )
+            for one in spots
+        ),
+    )
+
+
+def _grid(x: Scale, y: Scale, width: float, height: float, across: str = "tokens") -> list[Markup]:
     drawn = []
     for value in y.ticks():
         drawn.append(element("line", x1=_LEFT, x2=width - _RIGHT, y1=y(value), y2=y(value), class_="grid"))
         drawn.append(element("text", tick_label(value), x=_LEFT - 6, y=y(value) + 4, class_="tick end"))
     for value in x.ticks(6):
         drawn.append(element("text", tick_label(value), x=x(value), y=height - 28, class_="tick middle"))
-    drawn.append(element("text", "tokens", x=width - _RIGHT, y=height - 2, class_="tick end"))
+    drawn.append(element("text", across, x=width - _RIGHT, y=height - 2, class_="tick end"))
     return drawn
 
 

@@ -14,12 +14,13 @@ from minitron.cli.plan_sections import plan_sections
 from minitron.cli.report.curves import Curves
 from minitron.cli.report.importance import importance
 from minitron.cli.report.markup import Markup, element, join
+from minitron.cli.report.pareto import search_chapter
 from minitron.cli.report.scores import ScoredAxis
 from minitron.cli.report.style import CSS
 from minitron.cli.report.tables import section_table
 from minitron.cli.report.training import held_out_references, training_curves
 from minitron.cli.results_sections import MODELS, results_sections
-from minitron.cli.sections import Document, part
+from minitron.cli.sections import Document, entries, part
 
 # No source for scripts, images, fonts or anything else: a browser holds the page to being self-contained.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -79,8 +80,13 @@ def _chapters(report: Report) -> Iterator[_Chapter]:
     plan, results = report.document("plan"), report.document("results")
     references = held_out_references(results)
     if results:
-        tables = [element("div", section_table(one), class_=_class(one.title)) for one in results_sections(results)]
+        # The candidates have a chapter of their own.
+        shown = [one for one in results_sections(results) if one.title != "Candidates"]
+        tables = [element("div", section_table(one), class_=_class(one.title)) for one in shown]
         yield _Chapter("results", "Results", join(tables))
+    search = part(results, "search") or part(plan, "search")
+    if any(one.get("rungs") for one in entries(search, "candidates")):
+        yield _Chapter("search", "Search", search_chapter(search))
     if report.curves.records:
         summary = section_table(training_section(report.document("training")))
         yield _Chapter("training", "Training", join([summary, training_curves("curve", report.curves, references)]))

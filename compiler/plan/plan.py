@@ -39,7 +39,6 @@ from minitron.compiler.teacher.untie import untie, untied_config
 from minitron.compiler.towers.language_tower import language_tower
 from minitron.compiler.towers.tower_on_disk import tower_on_disk
 from minitron.compiler.weights.source import check_headers
-from minitron.specs.available import unavailable
 from minitron.specs.builds import TOWER
 from minitron.specs.consistency import scores_need_data
 from minitron.specs.data_files import check_data
@@ -144,9 +143,8 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
 def open_spec(loaded: LoadedSpec, *, weights: bool) -> Opened:
     """Opens and analyses a spec's teacher; `weights` is as for `make_plan`. Raises SpecInvalid where there is no graph of it,
     with everything else that is wrong."""
-    spec = loaded.spec
     at = teacher_key(loaded)
-    problems, missing = [*unavailable(spec), *check_documents(loaded)], [*check_data(loaded), *scores_need_data(spec)]
+    problems, missing = check_documents(loaded), [*check_data(loaded), *scores_need_data(loaded.spec)]
     if weights:
         problems, missing = [*problems, *missing], []
     with _adding_to(problems, loaded, at):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-NOISE = 0.02  # by which a figure may be off: what two seeds of one student differed by in our trials
+NOISE = 0.02  # relative, by which a figure may be off that was judged on a few thousand tokens
 EXPONENTS = np.geomspace(0.05, 2.0, 80)
 FLOORS = np.linspace(0.0, 0.99, 100)  # of the lowest figure
 

@@ -21,7 +21,7 @@ import torch
 from minitron.runtime.correction import corrected
 from minitron.runtime.data import Data, Windows
 from minitron.runtime.disk import writing
-from minitron.runtime.folders import WORK_FILES
+from minitron.runtime.folders import claim_folders
 from minitron.runtime.identity import resume_identity
 from minitron.runtime.interrupt import interrupts
 from minitron.runtime.loss import DistillationLoss
@@ -31,8 +31,9 @@ from minitron.runtime.search.rider import Rider, Stable, branch_rate, saved_step
 from minitron.runtime.setup import Session, compute_dtype_of, held_out_windows, load_teacher
 from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.world import World, join_world, locked
-from minitron.specs.atomic import claim_folder, remove_leftovers
-from minitron.specs.builds import CHECKPOINTS, DATA_CACHE, RANKING, SEARCH, STUDENT
+from minitron.specs.atomic import remove_leftovers
+from minitron.specs.builds import CHECKPOINTS, RANKING, SEARCH, STUDENT, WORK
+from minitron.specs.cache import tokens_folder
 from minitron.specs.errors import UsageError, WorkError, placing
 from minitron.specs.halving import branch_steps
 from minitron.specs.progress import Progress, Silent, Task
@@ -73,19 +74,18 @@ def search(build: Path, *, device: str | None, progress: Progress) -> Ranking:
         return done
     loaded = read_training_plan(build / SEARCH)
     plan = loaded.training()
-    work = loaded.folder / plan.work
     with (
         placing(loaded),
         interrupts() as interrupt,
         join_world(device) as world,
         locked(world, "searching", build, build / SEARCH),
     ):
-        world.from_leader(lambda: claim_folder(work, WORK_FILES, "name another build with -o"))
+        world.from_leader(lambda: claim_folders(loaded))
         session = Session(
             world=world,
             encoder=TextEncoder.load(loaded.folder / plan.tokenizer),
             data=world.from_leader(lambda: Data.read(loaded.data("data", plan.data))),
-            cache=work / DATA_CACHE,
+            cache=tokens_folder(build, build / WORK),
             interrupt=interrupt,
             progress=progress if world.leads else Silent(),
         )
@@ -297,6 +297,7 @@ class Rungs:
         """Cuts candidates into groups that fit the device's memory, each with a trunk and a branch."""
         if self.alone.device.type != "cuda" or not numbers:
             return [list(numbers)] if numbers else []
+        torch.cuda.empty_cache()  # what the rung before has left
         free = MEMORY_SHARE * torch.cuda.mem_get_info(self.alone.device)[0]
         groups: list[list[int]] = []
         taken = math.inf

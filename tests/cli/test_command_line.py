@@ -127,15 +127,6 @@ def test_validate_json_is_one_document_with_every_error(run: Run, spec: Path, tm
     assert code == 0 and json.loads(out)["errors"] == [] and json.loads(out)["valid"] is True
 
 
-def test_validate_warns_of_what_this_version_cannot_do(run: Run, spec: Path) -> None:
-    spec.write_text(SPEC + "search: {budget: {parameters: 1M}}\n")
-    code, out, err = run("validate", spec)
-    assert (code, out) == (0, f"{spec}: valid\n")
-    assert err.startswith(f"warning: {spec}:7:") and "search is not available" in err
-    (warning,) = json.loads(run("validate", spec, "--json")[1])["warnings"]
-    assert (warning["path"], warning["line"]) == ("search", 7)
-
-
 def test_set_overrides_before_validation(run: Run, spec: Path) -> None:
     assert run("validate", spec, "--set", "student.hidden_size=32")[0] == 0
     code, _, err = run("validate", spec, "--set", "student.hidden_sizes=32")

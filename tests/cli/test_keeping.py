@@ -55,6 +55,20 @@ def test_clean_lists_first_and_leaves_what_is_needed(trained: Path, capsys: pyte
     assert "nothing to remove" in capsys.readouterr().out
 
 
+def test_clean_removes_what_a_search_left_once_its_winner_is_trained(trained: Path) -> None:
+    for name in ("student", "checkpoints"):
+        (trained / "search" / "07" / name).mkdir(parents=True)
+        (trained / "search" / "07" / name / "weights").write_text("x")
+    (trained / "search" / "ranking.json").write_text("{}")
+    note = (trained / "train" / "finished.json").read_bytes()
+    (trained / "train" / "finished.json").unlink()
+    assert command_line(["clean", str(trained), "--yes"]) == 0
+    assert (trained / "search" / "07" / "checkpoints" / "weights").is_file(), "a training begins there"
+    (trained / "train" / "finished.json").write_bytes(note)
+    assert command_line(["clean", str(trained), "--yes"]) == 0
+    assert not list((trained / "search" / "07").iterdir()) and (trained / "search" / "ranking.json").is_file()
+
+
 def test_clean_keeps_a_training_that_can_go_on_and_follows_no_links(trained: Path, tmp_path: Path) -> None:
     (trained / "train" / "finished.json").unlink()
     (trained / "train" / "data" / "tokens.bin").unlink()

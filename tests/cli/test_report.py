@@ -14,17 +14,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from minitron.cli.main import command_line
 from minitron.cli.report import write_report
 from minitron.cli.report.axis import Scale, tick_label
+from minitron.cli.report.charts import Spot, front
 from minitron.cli.report.curves import read_curves
 from minitron.cli.report.markup import Markup, element
 from minitron.cli.report.scores import read_scores
 from minitron.specs.errors import WorkError
 
 from .browser import Browser
+from .test_search_sections import SEARCH
 from .test_startup import PROBE, start
 
 VOID = {"meta", "br"}
@@ -202,6 +206,27 @@ def test_scores_that_cannot_be_read_are_named(whole: Path) -> None:
     (whole / "scores.safetensors").write_bytes(b"no")
     with pytest.raises(WorkError, match=r"scores\.safetensors: cannot be read .* compile again"):
         write_report(whole)
+
+
+def test_a_search_is_drawn_with_its_front(whole: Path, results: dict[str, Any]) -> None:
+    results["search"] = {"winner": 2, "candidates": SEARCH["candidates"]}
+    (whole / "results.json").write_text(json.dumps(results))
+    page = Page(write_report(whole))
+    assert "Divergence after the first rung against parameters" in page.words
+    assert "candidate 2, 1.00M: 0.8" in page.words, "a point says what it is"
+    assert "2 points, 2 of them on the front: candidate 1, 1.00M: 0.9; candidate 2, 1.00M: 0.8." in page.words
+    assert "candidate 3" not in page.text, "what diverged has no place in a chart"
+    assert "the best" in page.words and page.words.count("Search") == 2
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=20))
+def test_no_point_is_better_than_the_front(places: list[tuple[int, int]]) -> None:
+    spots = [Spot(float(x), float(y), "") for x, y in places]
+    found = front(spots)
+    for spot in spots:
+        assert any(one.x <= spot.x and one.y <= spot.y for one in found)
+    for one in found:
+        assert not any((spot.x, spot.y) != (one.x, one.y) and spot.x <= one.x and spot.y <= one.y for spot in spots)
 
 
 def records(steps: int) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ import pytest
 
 from minitron.cli.results_sections import results_sections
 from minitron.cli.search_sections import candidates_section, search_sections
-from minitron.cli.searching import chosen_plan, prepare
+from minitron.cli.searching import chosen_plan, opened_search, prepare
 from minitron.specs import UsageError, load_spec
 
 
@@ -77,7 +77,7 @@ def test_options_of_a_search_need_one(tmp_path: Path) -> None:
     path.write_text("teacher: {model: org/teacher}\nstudent: {layers: {drop: [2]}}\n", encoding="utf-8")
     loaded = load_spec(path)
     with pytest.raises(UsageError, match="--candidate: the spec has no `search`, and so one student; leave it out"):
-        chosen_plan(loaded, tmp_path, "cpu", lambda _: None, candidate=2)
+        chosen_plan(opened_search(loaded, tmp_path), "cpu", lambda _: None, candidate=2)
     with pytest.raises(UsageError, match="--prepare: the spec has no `search` to prepare; leave it out"):
         prepare(loaded, tmp_path, "cpu")
-    assert chosen_plan(loaded, tmp_path, "cpu", lambda _: None) is None
+    assert chosen_plan(opened_search(loaded, tmp_path), "cpu", lambda _: None) is None

@@ -33,7 +33,7 @@ SEARCH = {"budget": {"parameters": 20_000, "tolerance": "30%"}, "candidates": 6,
 
 @pytest.fixture(scope="module")
 def origin(foundry: Foundry) -> LoadedSpec:
-    """Two shapes with three rates and two batch sizes between them, their candidates written and not yet trained."""
+    """Two shapes with three rates each, their candidates written and not yet trained; the teacher is corrected first."""
     blocks = search_blocks(
         foundry,
         SEARCH,
@@ -41,6 +41,7 @@ def origin(foundry: Foundry) -> LoadedSpec:
         optimizer={"lr": [1e-3, 4e-3, 1e3], "warmup_steps": 2},
         checkpoint={"every_tokens": 256},
     )
+    blocks["teacher_correction"] = {"tokens": 256, "optimizer": {"lr": 1e-4, "warmup_steps": 1}}
     loaded = foundry.load(foundry.teacher("llama"), {"hidden_size": 24, "intermediate_size": [24, 40]}, **blocks)
     with foundry.shortened():
         found = make_search(loaded, build=foundry.root / "search-origin", weights=True)
@@ -120,6 +121,8 @@ def test_interrupted_it_stops_after_a_checkpoint(build: Path, undisturbed: tuple
 
 
 def test_two_processes_find_the_same(build: Path, undisturbed: tuple[Path, Ranking]) -> None:
+    """Beside the same teacher: correcting it is a training that all processes share, whose sums depend on their number."""
+    shutil.copytree(undisturbed[0] / "teacher", build / "teacher")
     assert train_on_ranks(build, 2, work=search_candidates) == ["done", "done"]
     assert outcome(build) == outcome(undisturbed[0])
 

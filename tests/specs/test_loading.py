@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitron.specs import SpecInvalid, UsageError, load_spec, unavailable
+from minitron.specs import SpecInvalid, UsageError, load_spec
 from minitron.specs.blocks.benchmarks import Benchmark
 from minitron.specs.extends import merge
 from minitron.specs.load import STAND_INS
@@ -112,16 +112,11 @@ evaluate: {suite: [hellaswag, gsm8k], data_dir: benchmarks/, held_out: {text: "p
     assert spec.distill.loss.hidden_states is not None
     assert spec.distill.loss.hidden_states.pairs == ((29, 13),)
     assert spec.evaluate is not None and spec.evaluate.suite == (Benchmark(task="hellaswag"), Benchmark(task="gsm8k"))
-    assert unavailable(spec) == []
 
 
 def test_samples_of_the_teacher_are_counted(load: Load) -> None:
     distill = load(SMALL.replace("tokens: 1B", "tokens: 1B, teacher_logits: {sampled: 12}")).spec.distill
     assert distill is not None and distill.teacher_logits != "online" and distill.teacher_logits.sampled == 12
-
-
-def test_everything_that_the_contract_names_is_available(load: Load) -> None:
-    assert unavailable(load(WHOLE).spec) == unavailable(load(SMALL).spec) == []
 
 
 def test_an_empty_block_is_one_that_was_left_out(load: Load) -> None:

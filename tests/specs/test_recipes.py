@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minitron.specs import UsageError, load_spec, recipe_names, recipe_text, starting_spec, unavailable
+from minitron.specs import UsageError, load_spec, recipe_names, recipe_text, starting_spec
 from tests.specs.conftest import Load
 
 # teacher, what becomes smaller, tokens, highest and lowest learning rate: arXiv 2407.14679 and 2408.11796.
@@ -60,10 +60,6 @@ def test_the_chain_takes_its_teacher_from_the_recipe_before(load: Load, tmp_path
 def test_the_depth_recipe_drops_neighbouring_layers(load: Load) -> None:
     depth = load(recipe_text("llama-3.1-minitron-4b-depth")).spec.importance.depth
     assert (depth.metric, depth.contiguous) == ("loss", True)
-
-
-def test_the_starting_spec_can_be_run_as_it_is(load: Load) -> None:
-    assert unavailable(load(starting_spec()).spec) == []
 
 
 def test_every_line_that_the_starting_spec_leaves_out_is_valid_as_well(load: Load) -> None:
