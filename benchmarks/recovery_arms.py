@@ -20,7 +20,7 @@ import torch
 
 from minitron.compiler.axes.dims import Dim
 from minitron.compiler.axes.narrowing import Narrowing
-from minitron.compiler.compile import Compilation
+from minitron.compiler.compilation import Compilation
 from minitron.compiler.importance.scores import Scores, ScoreTable
 
 REFIT: dict[str, Any] = {"recovery.refit": "least_squares"}

@@ -10,7 +10,7 @@ import typer
 
 from minitron.cli import builds, figures, interrupts, options, searching
 from minitron.cli.build_sections import build_sections, training_section, verification_section
-from minitron.cli.device import pick_device, use_threads
+from minitron.cli.device import memory_bytes, pick_device, use_threads
 from minitron.cli.drafts import load_whole
 from minitron.cli.failures import FAILED
 from minitron.cli.libraries import quiet_libraries
@@ -38,6 +38,7 @@ from minitron.specs.builds import (
 )
 from minitron.specs.chain import chain
 from minitron.specs.errors import UsageError
+from minitron.specs.progress import Silent
 
 if TYPE_CHECKING:
     from minitron.compiler import Plan, SearchPlan
@@ -61,6 +62,8 @@ def compile_command(
     fresh: options.Fresh = False,
     candidate: options.Candidate = None,
     prepare: options.Prepare = False,
+    memory: options.Memory = None,
+    force: options.Force = False,
 ) -> None:
     """Score, select, rewrite, write the pruned student and its training plan, verify; of a search, its best candidate."""
     if dry_run:
@@ -69,7 +72,7 @@ def compile_command(
         return
     if as_markdown or detailed_exitcode or mfu is not None or measured is not None:
         raise UsageError("--markdown, --detailed-exitcode, --mfu and --measured belong to the preview; add --dry-run")
-    only_process("compile")
+    room = memory_bytes(memory)
     loaded = load_whole(spec, overrides or ())
     build = builds.build_folder(output, loaded)
     quiet_libraries()
@@ -77,6 +80,7 @@ def compile_command(
     chosen = pick_device(device)
     use_threads(threads)
     if prepare:
+        only_process("compile --prepare")
         searching.prepare(loaded, build, chosen)
         return
     opened = searching.opened_search(loaded, build)
@@ -88,7 +92,9 @@ def compile_command(
         lambda of: searching.rungs(of, chosen, count, threads),
         candidate=candidate,
     )
-    _compile(loaded, build, chosen, threads, resolved or planned)
+    _compile(loaded, build, chosen, threads, resolved or planned, memory=room, force=force)
+    if not first_process():
+        return
     plan = read_document(build / PLAN) or {}
     verification = read_document(build / VERIFICATION) or {}
     sections = [*shown_plan(plan, full=full), verification_section(verification), _places(build)]
@@ -390,11 +396,24 @@ def _write_report(build: Path, *, as_json: bool) -> None:
     write(document({"report": path}) if as_json else path)
 
 
-def _compile(loaded: LoadedSpec, build: Path, device: str, threads: int | None, plan: Plan | None = None) -> None:
-    from minitron.compiler import compile_spec
+def _compile(
+    loaded: LoadedSpec,
+    build: Path,
+    device: str,
+    threads: int | None,
+    plan: Plan | None = None,
+    *,
+    memory: int | None = None,
+    force: bool = False,
+) -> None:
+    from minitron.compiler import Work, compile_spec, join_ranks
 
     use_threads(threads)
-    compile_spec(loaded, build, device=device, progress=shown_progress(), plan=plan)
+    with join_ranks(device) as (ranks, own):
+        compile_spec(
+            loaded, build, device=own, progress=shown_progress() if ranks.leads else Silent(), plan=plan,
+            work=Work(memory, ranks, force),
+        )  # fmt: skip
 
 
 def _capture(build: Path, device: str, threads: int | None, *, outside: bool = False) -> Document:

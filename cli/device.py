@@ -1,10 +1,14 @@
-"""The options for the device and the number of threads of a command; neither changes the results."""
+"""The options for the device, its memory and the number of threads of a command; none of these changes the results."""
 
 from __future__ import annotations
 
 import re
 
 from minitron.specs.errors import UsageError
+from minitron.specs.units import BYTES_UNITS, parse_quantity
+
+# Far below what one layer of any model takes that is worth pruning: a unit was forgotten.
+LEAST_MEMORY = 1 << 20
 
 
 def pick_device(name: str | None) -> str:
@@ -28,6 +32,19 @@ def pick_device(name: str | None) -> str:
     if match[1] is not None and int(match[1]) >= found:
         raise UsageError(f"--device {name}: the last CUDA device of this machine is cuda:{found - 1}")
     return name
+
+
+def memory_bytes(text: str | None) -> int | None:
+    """The bytes that `--memory` names. UsageError for what is no size, or one in which nothing can be computed."""
+    if text is None:
+        return None
+    try:
+        size = parse_quantity(text, BYTES_UNITS)
+    except ValueError as error:
+        raise UsageError(f"--memory: {error}; write a size as in 20GiB") from None
+    if size < LEAST_MEMORY:
+        raise UsageError(f"--memory {text}: fewer than {LEAST_MEMORY >> 20} MiB; write a size as in 20GiB")
+    return size
 
 
 def use_threads(threads: int | None) -> None:

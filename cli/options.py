@@ -56,6 +56,15 @@ Devices = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads; by default what torch chooses.")
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="Memory that calibration may take on the device, as in 20GiB; by default what is free.",
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Start over: take up nothing that an earlier compile left.")]
 Unverified = Annotated[
     bool, typer.Option("--unverified", help="Take a student whose verification is missing, failed or of other files.")
 ]

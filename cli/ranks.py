@@ -25,8 +25,8 @@ def only_process(command: str) -> None:
     size = os.environ.get("WORLD_SIZE", "1")
     if size != "1":
         raise UsageError(
-            f"`{command}` works in one process, and torchrun started {size}; compile without torchrun, then "
-            "`torchrun ... -m minitron.cli train BUILD`"
+            f"`{command}` works in one process, and torchrun started {size}; start it without torchrun (`compile`, `capture`, "
+            "`train` and `eval` work in several)"
         )
 
 

@@ -1,8 +1,10 @@
 """The compiler: spec and teacher -> build folder."""
 
+from minitron.compiler.compilation import Work
 from minitron.compiler.compile import compile_spec
 from minitron.compiler.estimate.hardware import read_hardware
 from minitron.compiler.export_whole import export_whole
+from minitron.compiler.importance.ranks import join_ranks
 from minitron.compiler.plan.plan import Plan
 from minitron.compiler.plan_document import plan_document
 from minitron.compiler.planning import SearchPlan, make_plan, make_search
@@ -15,9 +17,11 @@ from minitron.compiler.write_search import write_search
 __all__ = [
     "Plan",
     "SearchPlan",
+    "Work",
     "apply_lock",
     "compile_spec",
     "export_whole",
+    "join_ranks",
     "make_lock",
     "make_plan",
     "make_search",

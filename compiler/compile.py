@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,23 +22,18 @@ from minitron.compiler.build_documents import (
     write_documents,
     write_verification,
 )
-from minitron.compiler.capture.models import build_meta
+from minitron.compiler.compilation import Buffers, Compilation, Work, run_buffers, weight_hashes
 from minitron.compiler.emit.model_card import model_card
 from minitron.compiler.emit.program import build_program, save_program
 from minitron.compiler.emit.rewritten import RewrittenStudent
 from minitron.compiler.emit.student import StudentFolder, student_weights, write_student
 from minitron.compiler.estimate.estimate import Estimate
-from minitron.compiler.graph.executor import Executor, Settings
+from minitron.compiler.graph.executor import Executor
 from minitron.compiler.graph.names import Fetch, strip_wrapper
 from minitron.compiler.importance.batches import batches_of
-from minitron.compiler.importance.calibrate import Interrupted, calibrate
 from minitron.compiler.importance.ranking import equal_scores, unreached_experts
-from minitron.compiler.importance.samples import SampleConfig, calibration_samples
-from minitron.compiler.importance.score_file import read_scores, write_scores
 from minitron.compiler.importance.scores import ScoreTable, WidthConfig
 from minitron.compiler.importance.select import Selection, narrowing_of, select, selection_json
-from minitron.compiler.importance.taps import CalibrationConfig, DepthConfig
-from minitron.compiler.plan.checks import teacher_key
 from minitron.compiler.plan.plan import Plan, settled, with_weights
 from minitron.compiler.plan_document import plan_document
 from minitron.compiler.planning import make_plan
@@ -54,113 +48,33 @@ from minitron.compiler.rewrite.narrow_parameters import narrow_parameters
 from minitron.compiler.rewrite.scale_repair import changed_buffers, repair_scale
 from minitron.compiler.rewrite.shape_constants import shape_constants
 from minitron.compiler.roles.names import HIDDEN, LAYERS
+from minitron.compiler.score import score
 from minitron.compiler.student.config_keys import config_key
-from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.compiler.teacher.freshness import staleness
 from minitron.compiler.teacher.provenance import at_commit, observe, with_result
-from minitron.compiler.teacher.tokenizer import load_tokenizer
 from minitron.compiler.verify.checks import Check
 from minitron.compiler.verify.run import CHECKS, Routes, Subject, run_checks
 from minitron.compiler.weights.buffers import load_buffers
 from minitron.compiler.weights.recipes import recipes
 from minitron.compiler.weights.source import WeightSource, open_weights
-from minitron.specs import cache
 from minitron.specs.atomic import claim_folder, remove_leftovers
 from minitron.specs.builds import (
     CHECKPOINTS,
     COMPILED,
-    PARTIAL_SCORES,
     PLAN,
     PROGRAM,
-    SCORES,
     SEARCH,
     STUDENT,
     TRAINING,
 )
-from minitron.specs.cache import entry_path, share_file
-from minitron.specs.data_files import content_hash, resolve_data
 from minitron.specs.errors import Refused, UsageError, WorkError, placing
-from minitron.specs.file_hashes import file_hash, folder_hashes
+from minitron.specs.file_hashes import folder_hashes
 from minitron.specs.load import LoadedSpec
 from minitron.specs.lockfile import Inputs, changes
 from minitron.specs.locks import only_one
 from minitron.specs.progress import Progress
 from minitron.specs.search_files import read_ranking, read_search
 from minitron.specs.training_plan import StartPlan
-
-Buffers = Mapping[str, torch.Tensor]
-# The dtype that graphs are run in, whatever the checkpoint's is: scores and comparisons are not rounded.
-RUN_DTYPE = torch.float32
-
-
-@dataclass(frozen=True)
-class Compilation:
-    """The state that the stages of one compile share: the plan, the teacher's weights, the build folder and the
-    progress.
-
-    `buffers` are those that the teacher's own code computes when it is loaded in RUN_DTYPE. `staging` is the folder of
-    what is written, until all of it takes its place in the build.
-    """
-
-    plan: Plan
-    source: WeightSource
-    buffers: Buffers
-    device: str
-    progress: Progress
-    staging: Path | None = None
-
-    @property
-    def build(self) -> Path:
-        """The folder that student, program and documents are written to and checked in."""
-        return self.staging or self.plan.build
-
-    @property
-    def settings(self) -> Settings:
-        """The device and dtype in which graphs run."""
-        return Settings(self.device, RUN_DTYPE, self.plan.dtype)
-
-
-def score(compilation: Compilation) -> tuple[ScoreTable, torch.Tensor | None]:
-    """Returns the importance scores; reads them from the build folder if they were made from the same teacher, data and
-    settings."""
-    plan, importance = compilation.plan, compilation.plan.loaded.spec.importance
-    if importance.data is None or not plan.needs_scores:
-        return ScoreTable(), None
-    captured = plan.teacher.captured
-    with placing(plan.loaded, teacher_key(plan.loaded)):
-        tokenizer = load_tokenizer(plan.checkpoint.folder)
-    data = resolve_data(plan.loaded)["importance.data"]
-    length = captured.length or importance.data.sequence_length
-    wanted = SampleConfig(importance.data.samples * (importance.data.sequence_length // length), length)
-    samples = calibration_samples(data, tokenizer, captured.config.vocab_size, wanted)
-    if len(samples) < wanted.samples:
-        compilation.progress.message(f"the calibration data makes {len(samples)} samples, not {wanted.samples}")
-    config = CalibrationConfig(
-        WidthConfig(importance.width.batch, importance.width.sequence),
-        DepthConfig(importance.depth.metric),
-        () if plan.rotation is None else plan.rotation.sites,
-        None if plan.rotation is None else plan.rotation.head_site,
-        importance.selection == "greedy",
-    )
-    key = _score_key(plan, content_hash(data), samples, config)
-    path = compilation.build / SCORES
-    shared = entry_path(plan.build, cache.SCORES, f"{key}.safetensors")
-    for place in (path, shared):
-        cached = None if place is None else read_scores(place, key)
-        if place is not None and cached is not None and (cached.layers is not None or not plan.rank_layers):
-            compilation.progress.message(f"scores: taken from {place}")
-            share_file(path, shared) if place == path else share_file(place, path)
-            return cached, samples
-    executor = Executor(
-        captured.graph_module, captured.layer_of, compilation.source.get, compilation.buffers, compilation.settings
-    )
-    scores = calibrate(
-        plan.teacher, executor, samples, config,
-        need_layers=plan.rank_layers, saved=Interrupted(compilation.build / PARTIAL_SCORES, key), progress=compilation.progress,
-    )  # fmt: skip
-    write_scores(path, key, scores)
-    share_file(path, shared)
-    return scores, samples
 
 
 def _check_ranking(plan: Plan, scores: ScoreTable, selection: Selection, progress: Progress) -> None:
@@ -331,37 +245,49 @@ def compile_spec(
     progress: Progress,
     plan: Plan | None = None,
     stages: Stages = Stages(),
+    work: Work = Work(),
 ) -> Plan:
     """Compiles a spec into the build folder: scores, student, program, verification, training plan.
 
-    `plan` is that of `make_plan(loaded, build=build, weights=True)`, where it was made already. Every error of the spec
-    is found before weights are fetched, and everything that the build itself stands against before anything is written.
-    Where only the training plan changed, the student stays, and plan.json and training.yaml are renewed.
+    `plan` is that of `make_plan(loaded, build=build, weights=True)`, where it was made already; `work` what the compile
+    may take. Of several processes all calibrate, and the first does the rest. Every error of the spec is found before
+    weights are fetched, and everything that the build itself stands against before anything is written. Where only the training plan changed, the student stays, and plan.json and training.yaml are renewed.
 
     Raises SpecInvalid and UsageError for a wrong spec, and UsageError where
     another process is compiling into the folder; raises WorkError where the work fails, also where a check of the
     student does not pass.
     """
-    plan = plan or make_plan(loaded, build=build, weights=True)
+    plan, ranks = plan or make_plan(loaded, build=build, weights=True), work.ranks
+    if not ranks.leads:
+        if ranks.from_leader(None):
+            stages.score(_open(with_weights(plan, progress), device, progress, work))
+        return plan
     claim_folder(build, COMPILED, "name another with -o")
     with only_one(build, "compiling"):
         remove_leftovers(build)
         found = staleness(build, loaded)
         guard_build(plan, found)
-        if found is not None and not found.student and renew_documents(plan, _inputs(plan)):
+        renewed = not work.fresh and found is not None and not found.student and renew_documents(plan, _inputs(plan))
+        ranks.from_leader(not renewed)
+        if renewed:
             progress.message(f"{build / STUDENT} is what the spec asks for; {TRAINING} and {PLAN} are renewed")
             return plan
         plan = with_weights(plan, progress)
         with tempfile.TemporaryDirectory(dir=build, prefix=".minitron-refit.", suffix=".tmp") as scratch:
-            return _compile(plan, device, progress, stages, Path(scratch))
+            return _compile(_open(plan, device, progress, work), stages, Path(scratch))
 
 
-def _compile(plan: Plan, device: str, progress: Progress, stages: Stages, scratch: Path) -> Plan:
+def _open(plan: Plan, device: str, progress: Progress, work: Work) -> Compilation:
+    """The state in which a compile begins."""
+    source = open_weights(plan.teacher.captured, plan.checkpoint)
+    return Compilation(plan, source, run_buffers(plan, plan.teacher.captured.config), device, progress, work=work)
+
+
+def _compile(compilation: Compilation, stages: Stages, scratch: Path) -> Plan:
     """Writes everything in the build folder while this process holds the folder's lock."""
+    plan = compilation.plan
     build = plan.build
     inputs = _inputs(plan)
-    source = open_weights(plan.teacher.captured, plan.checkpoint)
-    compilation = Compilation(plan, source, run_buffers(plan, plan.teacher.captured.config), device, progress)
     scores, samples = stages.score(compilation)
     compilation, selection, student, rotated = prune(compilation, scores, samples, stages, scratch)
     plan, fingerprint = compilation.plan, student_fingerprint(compilation, selection)
@@ -434,11 +360,6 @@ def search_start(plan: Plan, fingerprint: str) -> StartPlan | None:
     return StartPlan(checkpoints=f"{SEARCH}/{entry.folder}/{CHECKPOINTS}", step=step)
 
 
-def run_buffers(plan: Plan, config: Any) -> Buffers:
-    """The buffers of a model that is loaded in RUN_DTYPE: in the checkpoint's own dtype a scale may be rounded."""
-    return load_buffers(build_meta(config, RUN_DTYPE, plan.teacher.captured.attention))
-
-
 def _config_widths(plan: Plan) -> dict[str, int]:
     """Maps configuration key to width, for everything that the spec asks for."""
     old, config = plan.teacher.widths, plan.teacher.captured.config
@@ -449,32 +370,6 @@ def _config_widths(plan: Plan) -> dict[str, int]:
     if layers in plan.config.to_dict():  # else the length of a list over layers says it
         wanted[layers] = plan.targets.layers
     return wanted
-
-
-def weight_hashes(checkpoint: Checkpoint) -> list[str]:
-    """The hashes of the teacher's weight files, wherever they lie."""
-    return [file_hash(file) for file in sorted({info.file for info in checkpoint.tensors.values()})]
-
-
-# Part of the key of scores.safetensors: another one where the same inputs give other scores.
-SCORES_DEFINITION = "each sample apart"
-
-
-def _score_key(plan: Plan, data: str, samples: torch.Tensor, config: CalibrationConfig) -> str:
-    """A hash of everything that decides the scores."""
-    digest = hashlib.sha256()
-    for part in (
-        SCORES_DEFINITION,
-        (plan.checkpoint.tied_config or plan.checkpoint.config).to_json_string(),
-        repr(weight_hashes(plan.checkpoint)),
-        data,
-        repr(config),
-        str(plan.dtype),
-        torch.__version__,
-    ):
-        digest.update(part.encode())
-    digest.update(samples.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def check_unchanged(before: Inputs, now: Inputs) -> None:

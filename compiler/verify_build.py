@@ -11,15 +11,8 @@ from typing import Any
 import torch
 
 from minitron.compiler.build_documents import require_passed, write_verification
-from minitron.compiler.compile import (
-    Compilation,
-    Stages,
-    kept_coordinates,
-    merge,
-    refit,
-    rotate,
-    run_buffers,
-)
+from minitron.compiler.compilation import Compilation, run_buffers
+from minitron.compiler.compile import Stages, kept_coordinates, merge, refit, rotate
 from minitron.compiler.compile import verify as run_verification
 from minitron.compiler.emit.coordinates import same_coordinates
 from minitron.compiler.emit.rewritten import RewrittenStudent

@@ -10,14 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from minitron.compiler.build_documents import is_training
-from minitron.compiler.compile import (
-    Compilation,
-    Stages,
-    check_unchanged,
-    prune,
-    run_buffers,
-    student_fingerprint,
-)
+from minitron.compiler.compilation import Compilation, run_buffers
+from minitron.compiler.compile import Stages, check_unchanged, prune, student_fingerprint
 from minitron.compiler.emit.rewritten import RewrittenStudent
 from minitron.compiler.emit.student import StudentFolder, student_weights, write_student
 from minitron.compiler.emit.training_plan import render, training_plan

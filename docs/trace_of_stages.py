@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "trace.md"
 sys.path.insert(0, str(ROOT))
 
-from minitron.compiler.compile import Compilation, Stages, run_buffers  # noqa: E402
+from minitron.compiler.compilation import Compilation, run_buffers  # noqa: E402
+from minitron.compiler.compile import Stages  # noqa: E402
 from minitron.compiler.estimate.estimate import Estimate  # noqa: E402
 from minitron.compiler.importance.select import selection_json  # noqa: E402
 from minitron.compiler.plan.plan import Plan, make_plan, settled  # noqa: E402

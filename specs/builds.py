@@ -27,6 +27,7 @@ from minitron.specs.load import LoadedSpec
 PLAN = "plan.json"
 SCORES = "scores.safetensors"
 PARTIAL_SCORES = "scores.partial.safetensors"
+PARTIAL_STREAMS = "scores.partial.streams"  # a folder
 STUDENT = "student"
 PROGRAM = "student.pt2"
 TRAINING = "training.yaml"
@@ -35,7 +36,9 @@ COORDINATES = "coordinates.safetensors"
 TOWER = "tower"
 WHOLE = "whole"
 
-COMPILED = (PLAN, SCORES, PARTIAL_SCORES, STUDENT, PROGRAM, TRAINING, VERIFICATION, COORDINATES, TOWER)
+COMPILED = (
+    PLAN, SCORES, PARTIAL_SCORES, PARTIAL_STREAMS, STUDENT, PROGRAM, TRAINING, VERIFICATION, COORDINATES, TOWER,
+)  # fmt: skip
 
 # What training and evaluation write; training.yaml may name other folders than WORK, MODEL, TEACHER and CORRECTION_WORK.
 WORK = "train"

@@ -24,7 +24,7 @@ from minitron.compiler.capture import capture as capture_module
 from minitron.compiler.capture.models import build_meta, quiet
 from minitron.compiler.compile import Stages, verify
 from minitron.compiler.emit import program as program_module
-from minitron.compiler.graph.executor import Executor, Settings
+from minitron.compiler.graph.executor import Executor, Feeding, Settings
 from minitron.compiler.graph.names import Fetch
 from minitron.compiler.importance.scores import ScoreTable
 from minitron.compiler.importance.select import Selection
@@ -214,13 +214,20 @@ def token_ids(rows: int = 2, length: int = 24, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, models.VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def executor(plan: Plan, fetch: Fetch | None = None) -> Executor:
-    """The teacher's graph, ready to run on the weights of its checkpoint."""
+def executor(
+    plan: Plan,
+    fetch: Fetch | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    feeding: Feeding = Feeding(),
+    fast: bool = False,
+) -> Executor:
+    """The teacher's graph, ready to run on the weights of its checkpoint. `fast`: as calibration runs it."""
     captured = plan.teacher.captured
-    buffers = load_buffers(build_meta(captured.config, torch.float32, captured.attention))
-    settings = Settings("cpu", torch.float32, plan.dtype)
+    buffers = load_buffers(build_meta(captured.config, dtype, captured.attention))
+    settings = Settings("cpu", dtype, plan.dtype)
     fetch = fetch or open_weights(captured, plan.checkpoint).get
-    return Executor(captured.graph_module, captured.layer_of, fetch, buffers, settings)
+    return Executor(captured.graph_module, captured.layer_of, fetch, buffers, settings, feeding, fast_attention=fast)
 
 
 class Apprentice:

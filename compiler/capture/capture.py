@@ -37,7 +37,7 @@ from minitron.compiler.capture.replicate_layers import repeat_layers
 from minitron.compiler.capture.rotary import replace_overwritten
 from minitron.compiler.graph.aten import PASS_THROUGH, RESHAPES, op_name
 from minitron.compiler.graph.graph_module import empty_meta, fixed_length, rebuild
-from minitron.compiler.graph.names import WRAPPER, strip_wrapper
+from minitron.compiler.graph.names import WRAPPER, module_path, strip_wrapper
 from minitron.specs.errors import UsageError
 
 # Export wants an upper bound for symbolic sizes; nothing of ours depends on it.
@@ -113,9 +113,7 @@ class Captured:
 
     def module_of(self, node: Node) -> str:
         """The path of the innermost module that a node was traced in."""
-        stack = node.meta.get("nn_module_stack") or {}
-        path = next(reversed(stack.values()))[0] if stack else ""
-        return strip_wrapper(str(path))
+        return module_path(node)
 
     def layer_of(self, node: Node) -> int | None:
         """The number of the layer that a node was traced in."""

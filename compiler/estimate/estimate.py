@@ -22,7 +22,7 @@ from minitron.compiler.estimate.memory import (
     EXACT_PARTS,
     FP32,
     GATHERED_LAYERS,
-    CalibrationShapes,
+    HELD_BY_MODULES,
     Layout,
     LossWork,
     Memory,
@@ -35,7 +35,8 @@ from minitron.compiler.estimate.memory import (
 from minitron.compiler.estimate.phases import Cost, Phase
 from minitron.compiler.estimate.plan_costs import plan_costs
 from minitron.compiler.estimate.training_defaults import micro_batch, place_teacher
-from minitron.compiler.importance.batches import batch_size, block_size, compared_batches
+from minitron.compiler.importance.batches import batch_size, block_size
+from minitron.compiler.importance.room import Sizes, divide
 from minitron.compiler.plan.plan import Plan
 from minitron.specs.blocks.distill import Distill
 from minitron.specs.halving import BRANCH_SHARE
@@ -43,7 +44,7 @@ from minitron.specs.training_plan import divisor_within
 
 CHUNK_ELEMENTS = 1 << 23  # logits that `minitron capture` holds at a time
 CONTEXT = 4096  # tokens before the one that is decoded, where no phase of the spec says how long sequences are
-LOGIT_COPIES = 3  # logits of a batch and the two that comparing them makes
+MASKS = 4  # of one byte for each pair of positions, while the mask of a batch is made
 GUESSED_BYTES = 34  # a token, channel and layer, where a model cannot be run without data (arXiv 2205.05198, section 4)
 
 REFIT_RUNS = (
@@ -218,7 +219,7 @@ class Estimate:
         kind = hardware.cluster.device.kind
         phases = []
         if spec.importance.data is not None and plan.needs_scores:
-            phases.append(self._calibrate())
+            phases.append(self._calibrate(hardware))
         if plan.refits and phases:
             phases.append(self._refit(phases[-1].memory))
         if spec.distill is None:
@@ -298,47 +299,63 @@ class Estimate:
             )
         return found
 
-    def _calibrate(self) -> Phase:
+    def _calibrate(self, hardware: HardwareAssumptions) -> Phase:
         """The phase that scores the teacher. It needs no logits, unless layers are ranked by the harm of dropping
         each."""
         data = self.plan.loaded.spec.importance.data
         assert data is not None
         plan, captured = self.plan, self.plan.teacher.captured
         teacher, length = self.teacher_costs, data.sequence_length
-        tokens = data.samples * length
-        # The captured graph has its mask written out: it computes the whole square of attention.
-        whole = teacher.flops_per_token + length * teacher.attention_flops_per_pair
+        tokens, device = data.samples * length, hardware.cluster.device
+        whole = teacher.forward_flops_per_token(length)
         each = whole - 2 * self.teacher.hidden * self.teacher.vocabulary
-        metric = plan.loaded.spec.importance.depth.metric
         if plan.rotation is not None:  # the covariance of what norms yield
             each += 2 * self.teacher.hidden**2 * len(plan.rotation.sites)
-        compared = plan.rank_layers and metric != "block_influence"
-        if compared:
-            each += (captured.layer_count + 1) * whole
-        sequences = min(data.samples, batch_size(length))
-        batches = min(-(-data.samples // sequences), block_size(sequences, length, self.teacher.hidden))
-        waiting = min(batches, compared_batches(sequences * length, self.teacher.vocabulary))
-        embedding = costs.embedding_name(captured)
-        attention = costs.attention_counts(captured, plan.teacher.roles, plan.teacher.table).values()
-        layers = (one for name, one in captured.model.named_parameters() if captured.layer_in_path(name) is not None)
-        shapes = CalibrationShapes(
-            captured.model.get_parameter(embedding).numel(),
-            self.teacher.vocabulary * self.teacher.hidden,
-            max(one.numel() for one in layers),
-            self._element,
-            embedding == plan.teacher.head.weight,
-            # Those of a block of the whole teacher, one batch of what a dropped layer leads to, and their difference.
-            (waiting + LOGIT_COPIES) * sequences * length * self.teacher.vocabulary if compared else 0,
-            max(((one.heads + one.groups) * (one.key_width + one.value_width) for one in attention), default=0),
-        )
-        work = Work(1, length, torch.float32)
-        memory = calibration_memory(
-            self.teacher, shapes, sequences, length, batches, self.footprint("teacher", work).times(sequences)
-        )
+        compared = self._compares_logits
+        if compared:  # each layer that is left out shares what lies before it
+            each += (captured.layer_count + 1) * (whole + each) // 2
+        dtype = plan.dtype if device.kind == "cuda" else torch.float32
+        sizes = self.calibration_sizes(data.samples, length, dtype)
+        greedy = plan.loaded.spec.importance.selection == "greedy"
+        room = divide(device.memory_bytes, sizes, device.kind, compared=compared, whole=greedy)
+        memory = calibration_memory(sizes, room, compared=compared)
         does = f"scores every axis by the activations of {data.samples} samples of {length} tokens, layer by layer"
         if compared:
             does += ", and every layer by the harm of dropping it"
         return Phase("calibrate", does, tokens, tokens * each, memory)
+
+    @property
+    def _compares_logits(self) -> bool:
+        return self.plan.rank_layers and self.plan.loaded.spec.importance.depth.metric != "block_influence"
+
+    def calibration_sizes(self, samples: int, length: int, dtype: torch.dtype) -> Sizes:
+        """The sizes that decide the memory of scoring `samples` of `length` tokens in `dtype`."""
+        plan, captured, element = self.plan, self.plan.teacher.captured, dtype.itemsize
+        embedding = captured.model.get_parameter(costs.embedding_name(captured)).numel()
+        tied = costs.embedding_name(captured) == plan.teacher.head.weight
+        head = self.teacher.vocabulary * self.teacher.hidden
+        in_layers = [
+            one.numel() for name, one in captured.model.named_parameters() if captured.layer_in_path(name) is not None
+        ]
+        counts = costs.attention_counts(captured, plan.teacher.roles, plan.teacher.table).values()
+        attention = max(((one.heads + one.groups) * (one.key_width + one.value_width) for one in counts), default=0)
+        stream = length * self.teacher.hidden * element
+        inside = self.footprint("teacher", Work(1, length, dtype)).transient - HELD_BY_MODULES * stream
+        kept = embedding if tied else 0
+        return Sizes(
+            weights=self.teacher.parameters * element,
+            embedding=embedding * element,
+            layer=(kept + self.teacher.layer) * element,
+            head=max(kept, head) * element,
+            stored=max(in_layers) * self._element if element != self._element else 0,
+            layer_stored=self.teacher.layer * self._element,
+            sample=max(inside, attention * length * element, MASKS * length * length),
+            stream=stream,
+            logits=length * self.teacher.vocabulary * element,
+            samples=samples,
+            length=length,
+            layers=captured.layer_count,
+        )
 
     def _refit(self, calibration: Memory) -> Phase:
         """The phase that refits: teacher and student run side by side on one block of samples, each layer up to each

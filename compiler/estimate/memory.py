@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from minitron.compiler.estimate.activations import Footprint
+from minitron.compiler.importance.room import LOGIT_COPIES, Room, Sizes
 from minitron.specs.loss_chunks import BLOCK_ELEMENTS, loss_chunks
 
 FP32 = 4
@@ -190,47 +191,25 @@ def logits_bytes(kind: str, sequences: int, work: LossWork, student: Shape, teac
     return buffers + states
 
 
-@dataclass(frozen=True)
-class CalibrationShapes:
-    """The shapes that decide the memory of scoring beside the layers, in elements: the embedding and the head, the
-    largest tensor of a layer. `element` is the bytes of one in the checkpoint, `tied` whether the embedding stays in
-    memory because it is the head, `logits` how many are held at a time where layers are ranked by them, else 0,
-    `attention` the queries, keys and values of a token in one layer with what comes out."""
-
-    embedding: int
-    head: int
-    largest: int
-    element: int
-    tied: bool
-    logits: int
-    attention: int
-
-
-def calibration_memory(
-    teacher: Shape, shapes: CalibrationShapes, sequences: int, length: int, batches: int, others: Footprint
-) -> Memory:
-    """The memory of scoring, which holds in fp32 the weights of one segment of the graph (the embedding, a layer, the
-    head). Beside the residual stream and masks of a block of `batches`, scoring either reads the weights one after the
-    other in the checkpoint's dtype, or takes one batch of `sequences` through them; the batch counts at its widest, or
-    where its mask is added in fp32."""
-    tokens = sequences * length
-    copy = 0 if shapes.element == FP32 else shapes.element
-    kept = FP32 * shapes.embedding if shapes.tied else 0
-    stream = batches * (tokens * teacher.hidden * FP32 + tokens * length)
-    attention = tokens * (length * (1 + FP32) + shapes.attention * FP32)
-    inside = others.transient - HELD_BY_MODULES * tokens * teacher.hidden * FP32
-    transient = max(inside, attention, shapes.largest * copy)
-    head = 0 if shapes.tied else FP32 * shapes.head
-    weights = (FP32 * shapes.embedding, kept + FP32 * teacher.layer, kept + head if shapes.logits else 0)
-    together = (
-        weights[0] + shapes.embedding * copy,
-        weights[1] + transient,
-        weights[2] + max(FP32 * shapes.logits, 0 if shapes.tied else shapes.head * copy) if shapes.logits else 0,
+def calibration_memory(sizes: Sizes, room: Room, *, compared: bool) -> Memory:
+    """The memory of scoring as `room` divides it: the weights of one part of the graph after the other, or all of them; the
+    residual stream of the batches that wait on the device; one batch at its widest, or a weight as it is stored."""
+    batch = room.batch or 1
+    count = -(-sizes.samples // batch)
+    ahead = sizes.layer_stored if room.ahead else 0
+    waiting = min(room.block or count, count)
+    if compared:
+        waiting = max(waiting, (room.lanes or count) * (sizes.layers + 1))
+    stream = (waiting if room.streams == "device" else 1) * batch * sizes.stream
+    transient = max(batch * sizes.sample, sizes.stored)
+    logits = LOGIT_COPIES * batch * sizes.logits if compared else 0
+    parts = (
+        (sizes.embedding, sizes.stored + ahead),
+        (sizes.layer, transient + ahead),
+        (sizes.head if compared else 0, max(logits, sizes.stored) if compared else 0),
     )
-    parts = {
-        "weights": max(weights),
-        "activations": stream,
-        "transient": transient,
-        "logits": FP32 * shapes.logits,
-    }
-    return Memory(parts, stream + max(together))
+    if room.resident:
+        parts = tuple((sizes.weights, beside) for _, beside in parts)  # type: ignore[assignment]
+    weights = max(part for part, _ in parts)
+    shown = {"weights": weights + ahead, "activations": stream, "transient": transient, "logits": logits}
+    return Memory(shown, stream + max(sum(part) for part in parts))

@@ -1,56 +1,93 @@
 """Runs a captured graph layer by layer over many batches, with the weights of one layer in memory at a time.
 
-The graph is cut into segments where the layer that nodes belong to changes. A segment's weights are fetched once for all
-batches of a block; between segments only the values that later segments read are kept. Memory is a layer's weights, one
-batch's activations, and for every batch of the block the residual stream.
+The graph is cut into segments where the layer that nodes belong to changes (`segments.py`). A segment's weights are
+fetched once for all batches of a pass (`weight_feed.py`); between segments only the values that later segments read are
+kept, for each batch (`streams.py`), and what follows from the shape of a batch is made once (`by_shape.py`). Memory is
+a layer's weights, one batch's activations, and for every batch the residual stream, which may lie in files.
+
+A pass may run several functions side by side: with a `Fork` for each layer, every batch gets, behind each layer, one
+more lane, in which that layer is left out. Lanes share everything before they part.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_aggregate
 
-from minitron.compiler.graph.names import Fetch, strip_wrapper
+from minitron.compiler.graph.by_shape import ByShape, ShapeValues, by_shape, causal_arguments
+from minitron.compiler.graph.calls import Settings, call, localised
+from minitron.compiler.graph.finite import Watch
+from minitron.compiler.graph.names import Fetch
+from minitron.compiler.graph.segments import Segment, cut, keep_until, shared_weights
+from minitron.compiler.graph.streams import MemoryStreams, Streams
+from minitron.compiler.graph.weight_feed import Feeding, WeightFeed
+
+__all__ = ["Environment", "Executor", "Feeding", "Fork", "Output", "Place", "Probes", "Settings", "Tap"]
 
 Tap = Callable[[torch.Tensor, int], None]
 """Called with a value and the number of its batch."""
 
+Output = Callable[[torch.Tensor, int, int], None]
+"""Called with the logits [B, S, V], the number of their batch and that of its lane."""
 
 Environment = dict[Node, Any]
 """The values of one batch that later segments read."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The device and the dtype that a graph is run in: `graph_dtype` constants in it become `dtype`."""
+class Fork:
+    """A layer to be left out: its last value is taken to be the one that it was given."""
 
-    device: str = "cpu"
-    dtype: torch.dtype = torch.float32
-    graph_dtype: torch.dtype = torch.float32
+    entry: str
+    leave: str
 
 
-@dataclass
-class _Segment:
-    nodes: list[Node] = field(default_factory=list)
-    weights: list[Node] = field(default_factory=list)
-    live_after: set[Node] = field(default_factory=set)
+@dataclass(frozen=True)
+class Place:
+    """How far a pass has come: all batches are through the segments before `segment`, and `batch` of them through it."""
 
-    def until(self, taps: Mapping[str, Tap]) -> _Segment:
-        """The part up to the last node that is tapped, where nothing later is asked for."""
-        last = max((i for i, node in enumerate(self.nodes) if node.name in taps), default=-1)
-        nodes = self.nodes[: last + 1]
-        read = {source for node in nodes for source in node.all_input_nodes}
-        return _Segment(nodes, [node for node in self.weights if node in read])
+    segment: int = 0
+    batch: int = 0
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What looks at a pass, by node name where at values.
+
+    taps    called with a value when it is made
+    given   called with a value when it is handed to a later segment
+    output  called with the logits; where nobody asks for them, what only they need is not run
+    forks   layers to be left out, each in a lane of its own. `taps` and `given` see the lane of the graph itself
+    """
+
+    taps: Mapping[str, Tap] = field(default_factory=dict)
+    given: Mapping[str, Tap] = field(default_factory=dict)
+    output: Output | None = None
+    forks: Sequence[Fork] = ()
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One segment of a pass. Behind it the lane `born` begins, where there is a `birth`."""
+
+    segment: Segment
+    weights: Mapping[Node, torch.Tensor]
+    streams: Streams
+    probes: Probes
+    watch: Watch
+    birth: Fork | None
+    born: int
 
 
 class Executor:
-    """A graph ready to be run. `layer_of` gives the number of the layer that a node belongs to, or None."""
+    """A graph ready to be run. `layer_of` gives the number of the layer that a node belongs to, or None.
+
+    `feeding` is the memory that weights may take. `fast_attention`: masks that are the causal one are not used as tensors.
+    """
 
     def __init__(
         self,
@@ -59,65 +96,138 @@ class Executor:
         fetch: Fetch,
         buffers: Mapping[str, torch.Tensor],
         settings: Settings,
+        feeding: Feeding = Feeding(),
+        *,
+        fast_attention: bool = False,
     ) -> None:
-        self._settings = settings
-        self.fetch = fetch
-        self._buffers = buffers
-        self._shared = _shared_weights(graph_module, layer_of)
-        self._segments = _segments(graph_module, layer_of)
-        self._output: Node = next(n for n in graph_module.graph.nodes if n.op == "output").args[0]
+        graph = graph_module.graph
+        self.settings, self.fetch = settings, fetch
+        self._source = (graph_module, layer_of, fetch, buffers)
+        self._feed = WeightFeed(fetch, buffers, settings, shared_weights(graph_module, layer_of), feeding)
+        apart = by_shape(graph, layer_of, buffers)
+        self._by_shape = ByShape(apart, settings, self._feed.one, fast_attention=fast_attention)
+        self._segments = cut(graph_module, layer_of, set(apart))
+        self._output: Node = next(n for n in graph.nodes if n.op == "output").args[0]
         while isinstance(self._output, tuple | list):
             (self._output,) = self._output
-        self._input = next(n for n in graph_module.graph.nodes if n.op == "placeholder")
-        self._arguments = {n: (self._localised(n.args), self._localised(n.kwargs)) for n in graph_module.graph.nodes}
-        self._cache: dict[str, torch.Tensor] = {}
+        self._input = next(n for n in graph.nodes if n.op == "placeholder")
+        self._nodes = {node.name: node for node in graph.nodes}
+        self._arguments = {n: (localised(n.args, settings), localised(n.kwargs, settings)) for n in graph.nodes}
+        self._causal = {
+            node: tuple(localised(part, settings) for part in causal_arguments(node))
+            for node in graph.nodes
+            if fast_attention and getattr(node.target, "_opname", "") == "scaled_dot_product_attention"
+        }
+
+    # -- a pass over all batches --------------------------------------------------------------------------------------
 
     def run(
         self,
         batches: Sequence[torch.Tensor],
         output: Tap | None = None,
         taps: Mapping[str, Tap] | None = None,
-        skip: Mapping[Node, Node] | None = None,
         advance: Callable[[int], None] | None = None,
     ) -> None:
-        """Runs all `batches` [B, S] of token ids through the graph as one block.
+        """Runs all `batches` [B, S] of token ids through the graph, in memory.
 
         output   called with the logits [B, S, V] of every batch
         taps     node name -> called with that node's value
-        skip     last node of a layer -> the node whose value it takes instead; the layer is not run
-        advance  called after every batch of every segment
+        advance  called with the number of every batch of every segment
         """
-        taps = taps or {}
-        environments: list[dict[Node, Any]] = [{self._input: ids.to(self._settings.device)} for ids in batches]
+        logits: Output | None = None if output is None else lambda value, number, _: output(value, number)
+        probes = Probes(taps or {}, output=logits)
+        for place in self.steps(batches, MemoryStreams(self.settings.device), probes):
+            if advance is not None:
+                advance(place.batch - 1)
+
+    def steps(
+        self, batches: Sequence[torch.Tensor], streams: Streams, probes: Probes, begin: Place = Place()
+    ) -> Iterator[Place]:
+        """Runs one batch through one segment at each step, and yields how far the pass has come.
+
+        `streams` hold what is known of the batches; at a `begin` other than the start they were restored. Raises
+        WorkError where an activation is no number, at the latest with the last batch of its segment.
+        """
+        births = self._births(probes.forks)
+        needed = [self._needed(segment, probes) for segment in self._segments]
+        lanes = [0, *(number + 1 for number in sorted(births) if number < begin.segment)]
         weights: dict[Node, torch.Tensor] = {}
-        with torch.no_grad():
-            for segment in self._segments:
-                weights.clear()  # before the next are read: those of two layers are never held together
-                if output is None and taps and not segment.live_after:
-                    segment = segment.until(taps)
-                    if not segment.nodes:
-                        for number in range(len(batches)):
-                            if advance is not None:
-                                advance(number)
-                        continue
-                weights.update((node, self._weight(node)) for node in segment.weights)
-                for number, environment in enumerate(environments):
-                    environments[number] = self._run_segment(segment, weights, environment, taps, skip or {}, number)
-                    if output is not None and self._output in environments[number]:
-                        output(environments[number].pop(self._output), number)
-                    if advance is not None:
-                        advance(number)
-        self._cache.clear()
+        try:
+            for at in range(begin.segment, len(needed)):
+                weights.clear()  # before the next are read: those of two layers are never computed with together
+                first = begin.batch if at == begin.segment else 0
+                if needed[at].nodes and first < len(batches):
+                    weights.update(self._feed.take(needed[at].weights))
+                    self._feed.ask(node for later in needed[at + 1 : at + 2] for node in later.weights)
+                step = _Step(needed[at], weights, streams, probes, Watch(self, at), births.get(at), at + 1)
+                for number in range(first, len(batches)):
+                    if step.segment.nodes:
+                        self._step(step, batches[number].to(self.settings.device), number, lanes)
+                    if number == len(batches) - 1:
+                        step.watch.settle()
+                    yield Place(at, number + 1)
+                if at in births:
+                    lanes.append(at + 1)
+        finally:
+            weights.clear()
+            self._feed.end()
+
+    def _step(self, step: _Step, ids: torch.Tensor, number: int, lanes: Sequence[int]) -> None:
+        """Takes one batch, in all its lanes, through one segment."""
+        for lane in lanes:
+            before = self._nodes_of(step.streams.get((number, lane)))
+            taps: Mapping[str, Tap] = {}
+            if lane == 0:
+                taps = step.probes.taps
+                for node, value in before.items():
+                    if node.name in step.probes.given:
+                        step.probes.given[node.name](value, number)
+            after = self._through(step.segment, step.weights, before, ids, taps, number)
+            step.watch.see(before, after, ids, number)
+            if step.probes.output is not None and self._output in after:
+                step.probes.output(after.pop(self._output), number, lane)
+            step.streams.put((number, lane), {node.name: value for node, value in after.items()})
+            if lane == 0 and step.birth is not None:
+                step.streams.put((number, step.born), self._parted(step.segment, step.birth, before))
 
     @property
     def segments(self) -> int:
         return len(self._segments)
 
+    def lanes(self, probes: Probes) -> list[int]:
+        """The number of lanes in which each segment runs."""
+        births = self._births(probes.forks)
+        return [1 + sum(born < number for born in births) for number in range(len(self._segments))]
+
+    def lane_of(self, fork: Fork) -> int:
+        """The lane in which the layer of `fork` is left out."""
+        return next(iter(self._births([fork]))) + 1
+
+    def _births(self, forks: Sequence[Fork]) -> dict[int, Fork]:
+        """The segment behind which each lane begins."""
+        found: dict[int, Fork] = {}
+        for fork in forks:
+            entry, leave = self._nodes[fork.entry], self._nodes[fork.leave]
+            keep_until(self._segments, entry, leave)
+            found[next(i for i, segment in enumerate(self._segments) if leave in segment.nodes)] = fork
+        return found
+
+    def _needed(self, segment: Segment, probes: Probes) -> Segment:
+        """The part of a segment that has to be run."""
+        if probes.output is None and probes.taps and not segment.live_after:
+            return segment.until(probes.taps)
+        return segment
+
+    def _parted(self, segment: Segment, fork: Fork, before: Environment) -> dict[str, Any]:
+        """What is known of a batch behind a layer that is left out."""
+        values = {node.name: before[node] for node in segment.live_after if node in before}
+        return values | {fork.leave: before[self._nodes[fork.entry]]}
+
     # -- one segment at a time, for two graphs that run side by side --------------------------------------------------
 
     def start(self, batches: Sequence[torch.Tensor]) -> list[Environment]:
         """What is known of each batch before the first segment."""
-        return [{self._input: ids.to(self._settings.device)} for ids in batches]
+        return [{self._input: ids.to(self.settings.device)} for ids in batches]
 
     def names_in(self, number: int) -> list[str]:
         """The nodes of a segment, in their order."""
@@ -125,10 +235,10 @@ class Executor:
 
     def run_segment(self, number: int, environments: Sequence[Environment]) -> list[Environment]:
         """Runs one segment over all batches: what is known after it."""
+        segment = self._segments[number]
         with torch.no_grad():
-            segment = self._segments[number]
-            weights = {node: self._weight(node) for node in segment.weights}
-            return [self._run_segment(segment, weights, one, {}, {}, i) for i, one in enumerate(environments)]
+            weights = self._feed.take(segment.weights)
+            return [self._onwards(segment, weights, one, {}, i) for i, one in enumerate(environments)]
 
     def values_in(
         self, number: int, environments: Sequence[Environment], names: Collection[str]
@@ -141,116 +251,73 @@ class Executor:
         taps: dict[str, Tap] = {name: lambda value, _, name=name: found.__setitem__(name, value) for name in names}  # type: ignore[misc]
         segment = self._segments[number].until(taps)
         with torch.no_grad():
-            weights = {node: self._weight(node) for node in segment.weights}
+            weights = self._feed.take(segment.weights)
         for i, environment in enumerate(environments):
             found.clear()
             found.update((node.name, value) for node, value in environment.items() if node.name in names)
-            with torch.no_grad():
-                self._run_segment(segment, weights, environment, taps, {}, i)
+            self._onwards(segment, weights, environment, taps, i)
             yield dict(found)
 
-    def _run_segment(
+    def _onwards(
         self,
-        segment: _Segment,
+        segment: Segment,
         weights: dict[Node, torch.Tensor],
-        environment: dict[Node, Any],
+        environment: Environment,
         taps: Mapping[str, Tap],
-        skip: Mapping[Node, Node],
         number: int,
-    ) -> dict[Node, Any]:
-        values = {**environment, **weights}
-        remaining = _uses(segment)
-        skipped = any(node in skip for node in segment.nodes)
-        for node in segment.nodes:
-            if skipped:
-                if node in skip:
-                    values[node] = values[skip[node]]
-                continue
-            args, kwargs = self._arguments[node]
-            value = values[node] = _call(node, _fill(args, values), _fill(kwargs, values))
-            for source in node.all_input_nodes:
-                remaining[source] -= 1
-                if not remaining[source] and source not in segment.live_after and source not in weights:
-                    values.pop(source, None)
-            if node.name in taps:  # once what it was made of is gone: a tap takes memory of its own
-                taps[node.name](value, number)
-            del value
+    ) -> Environment:
+        ids = environment[self._input]
+        known = {node: value for node, value in environment.items() if node is not self._input}
+        return {self._input: ids, **self._through(segment, weights, known, ids, taps, number)}
+
+    # -- one batch through one segment --------------------------------------------------------------------------------
+
+    def _through(
+        self,
+        segment: Segment,
+        weights: Mapping[Node, torch.Tensor],
+        before: Environment,
+        ids: torch.Tensor,
+        taps: Mapping[str, Tap],
+        number: int,
+    ) -> Environment:
+        with torch.no_grad():
+            given = self._by_shape.of(ids)
+            values = {**given.values, self._input: ids, **before, **weights}
+            remaining = segment.uses()
+            for node in segment.nodes:
+                value = values[node] = self.value_of(node, given, values)
+                for source in node.all_input_nodes:
+                    remaining[source] -= 1
+                    if not remaining[source] and source not in segment.live_after and source not in weights:
+                        values.pop(source, None)
+                if node.name in taps:  # once what it was made of is gone: a tap takes memory of its own
+                    taps[node.name](value, number)
+                del value
         keep = segment.live_after | {self._output}
         return {node: value for node, value in values.items() if node in keep}
 
-    def _weight(self, node: Node) -> torch.Tensor:
-        name = strip_wrapper(str(node.target))
-        if name in self._cache:
-            return self._cache[name]
-        value = self._buffers[name] if name in self._buffers else self.fetch(name)
-        dtype = self._settings.dtype if value.dtype.is_floating_point and name not in self._buffers else None
-        value = value.to(device=self._settings.device, dtype=dtype)
-        if name in self._shared:
-            self._cache[name] = value
-        return value
+    def value_of(self, node: Node, given: ShapeValues, values: Mapping[Node, Any]) -> Any:
+        """Runs one node."""
+        return call(node, self._causal[node] if node in given.causal else self._arguments[node], values)
 
-    def _localised(self, arguments: Any) -> Any:
-        """Returns arguments with the device and the dtype that the graph is run with."""
+    def _nodes_of(self, values: Mapping[str, Any]) -> Environment:
+        return {self._nodes[name]: value for name, value in values.items()}
 
-        def one(value: Any) -> Any:
-            if isinstance(value, torch.device):
-                return torch.device(self._settings.device)
-            if value is self._settings.graph_dtype:
-                return self._settings.dtype
-            return value
+    # -- what was wrong with a batch ----------------------------------------------------------------------------------
 
-        return map_aggregate(arguments, one)
+    def trace(self, number: int, before: Environment, ids: torch.Tensor) -> Iterator[tuple[Node, Any, list[Any]]]:
+        """Yields every node of a segment with its value and the values that it reads, for one batch."""
+        segment = self._segments[number]
+        with torch.no_grad():
+            given = self._by_shape.of(ids)
+            values = {**given.values, self._input: ids, **before, **self._feed.take(segment.weights)}
+        for node in segment.nodes:
+            with torch.no_grad():
+                values[node] = self.value_of(node, given, values)
+            yield node, values[node], [values[one] for one in node.all_input_nodes if one in values]
 
-
-def _segments(graph_module: GraphModule, layer_of: Callable[[Node], int | None]) -> list[_Segment]:
-    """Nodes that are given first (weights, input) belong to the segment that reads them; dead ones are left out."""
-    segments: list[_Segment] = []
-    last: int | None = -1
-    place: dict[Node, int] = {}
-    for node in graph_module.graph.nodes:
-        if node.op != "call_function":
-            continue
-        layer = layer_of(node)
-        if layer != last:
-            segments.append(_Segment())
-            last = layer
-        segments[-1].nodes.append(node)
-        place[node] = len(segments) - 1
-    for node in graph_module.graph.nodes:
-        readers = {place[user] for user in node.users if user in place}
-        if node.op == "get_attr":
-            for reader in readers:
-                segments[reader].weights.append(node)
-        else:
-            born = place.get(node, 0)
-            for index in range(born, max(readers, default=born)):
-                segments[index].live_after.add(node)
-    return segments
-
-
-def _shared_weights(graph_module: GraphModule, layer_of: Callable[[Node], int | None]) -> Collection[str]:
-    """Parameters outside the layers that are read in several places: tied embeddings, kept while a block runs."""
-    return {
-        strip_wrapper(str(node.target))
-        for node in graph_module.graph.nodes
-        if node.op == "get_attr" and len({layer_of(user) for user in node.users}) == 1 and len(node.users) > 1
-    }
-
-
-def _uses(segment: _Segment) -> dict[Node, int]:
-    count: dict[Node, int] = {}
-    for node in segment.nodes:
-        for source in node.all_input_nodes:
-            count[source] = count.get(source, 0) + 1
-    return count
-
-
-def _fill(arguments: Any, values: Mapping[Node, Any]) -> Any:
-    return map_aggregate(arguments, lambda value: values[value] if isinstance(value, Node) else value)
-
-
-def _call(node: Node, args: Any, kwargs: Any) -> Any:
-    if node.target is operator.getitem:
-        return args[0][args[1]]
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
+    def in_float32(self) -> Executor:
+        """The same graph, run in float32."""
+        settings = Settings(self.settings.device, torch.float32, self.settings.graph_dtype)
+        return Executor(*self._source, settings)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.fx import Node
 
 WRAPPER = "causal_lm"
 
@@ -13,6 +14,13 @@ WRAPPER = "causal_lm"
 def strip_wrapper(path: str) -> str:
     """A path as the model itself names it."""
     return "" if path == WRAPPER else path.removeprefix(WRAPPER + ".")
+
+
+def module_path(node: Node) -> str:
+    """The path of the innermost module that a node was traced in."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(stack.values()))[0] if stack else ""
+    return strip_wrapper(str(path))
 
 
 Fetch = Callable[[str], torch.Tensor]

@@ -18,6 +18,7 @@ from minitron.compiler.axes.table import AxisTable, Contraction
 from minitron.compiler.graph.aten import op_name
 from minitron.compiler.graph.executor import Tap
 from minitron.compiler.importance.covariance import Gram
+from minitron.compiler.importance.ranks import Ranks
 from minitron.compiler.importance.scores import Scores
 from minitron.compiler.roles.names import HEADS
 from minitron.compiler.roles.roles import Heads, Roles
@@ -105,14 +106,16 @@ def eliminate_heads(gram: torch.Tensor, weight_ON: torch.Tensor, site: Heads) ->
 @dataclass
 class Elimination:
     """Gram matrices of what the projections behind an axis read, each there while its layer runs, and the orders that they
-    lead to. Only the first `batches` are looked at: they run layer by layer, so one layer's matrices are held at a time."""
+    lead to. Only the first `batches` are looked at: they run layer by layer, so one layer's matrices are held at a time.
+    `settle` is called once a layer has run."""
 
     table: AxisTable
     roles: Roles
     fetch: Callable[[str], torch.Tensor]
     batches: int = 0
     orders: dict[str, Scores] = field(default_factory=dict)
-    _grams: dict[str, Gram] = field(default_factory=dict)
+    grams: dict[str, Gram] = field(default_factory=dict)
+    _sites: dict[str, tuple[Contraction, Heads | None]] = field(default_factory=dict)
 
     def taps(self) -> list[tuple[str, Tap]]:
         """Node names and what to do with their values, for each axis that has a projection of two dimensions behind it."""
@@ -134,17 +137,23 @@ class Elimination:
         return reader.weight is not None and len(self.table.parameters[reader.weight]) == 2
 
     def _tap(self, key: str, reader: Contraction, site: Heads | None) -> Tap:
+        self._sites[key] = (reader, site)
+
         def tap(value: torch.Tensor, number: int) -> None:
-            if key in self.orders or number >= self.batches:
-                return
-            gram = self._grams.setdefault(key, Gram())
-            gram.add(value.reshape(-1, value.shape[-1]))
-            if number == self.batches - 1:
-                del self._grams[key]
-                total, weight = gram.mean(), self._weight(reader)
-                self.orders[key] = eliminate(total, weight) if site is None else eliminate_heads(total, weight, site)
+            if key not in self.orders and number < self.batches:
+                self.grams.setdefault(key, Gram()).add(value.reshape(-1, value.shape[-1]))
 
         return tap
+
+    def settle(self, ranks: Ranks) -> None:
+        """Turns the matrices of the layer that has run into orders."""
+        for key in list(self.grams):
+            gram = self.grams.pop(key)
+            assert gram.total is not None
+            reader, site = self._sites[key]
+            tokens = ranks.sum(torch.tensor(gram.tokens))
+            total, weight = ranks.sum(gram.total.cpu()) / tokens, self._weight(reader)
+            self.orders[key] = eliminate(total, weight) if site is None else eliminate_heads(total, weight, site)
 
     def _weight(self, reader: Contraction) -> torch.Tensor:
         """[O, N]: written, read."""

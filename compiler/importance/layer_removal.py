@@ -1,64 +1,78 @@
-"""Ranks layers by the harm of removing each: the rise of the loss, or the error of the logits."""
+"""Ranks layers by the harm of removing each: the rise of the loss, or the error of the logits.
+
+Each layer that is left out is a lane of one pass: what lies before it is computed once, for all lanes together, and
+each weight is read once for all of them. The logits of one batch and of one lane are in memory at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import torch
 
-from minitron.compiler.graph.executor import Executor
-from minitron.compiler.importance.batches import compared_batches
-from minitron.compiler.importance.scores import (
-    Scores,
-)
-from minitron.compiler.roles.analysed import AnalysedTeacher
-from minitron.specs.progress import Progress
+from minitron.compiler.graph.executor import Executor, Fork
+from minitron.compiler.importance.ranks import Ranks
+from minitron.compiler.importance.scores import Scores
+from minitron.compiler.roles.residual_stream import LayerEnds
 
 
-def removal_scores(
-    teacher: AnalysedTeacher,
-    executor: Executor,
-    batches: Sequence[torch.Tensor],
-    block: int,
-    metric: Literal["loss", "logit_mse"],
-    progress: Progress,
-) -> Scores:
-    """The harm of dropping each layer alone: the rise of the loss, or the mean squared error of the logits."""
-    captured, ends = teacher.captured, teacher.ends
-    nodes = {node.name: node for node in captured.graph.nodes}
-    block = min(block, compared_batches(batches[0].numel(), captured.config.vocab_size))
-    harm = np.zeros(len(ends), dtype=np.float64)
-    with progress.task("rank layers", len(batches) * (len(ends) + 1), "batches") as task:
-        for start in range(0, len(batches), block):
-            part = batches[start : start + block]
-            whole: dict[int, torch.Tensor] = {}
-            executor.run(part, output=lambda logits, n, whole=whole: whole.__setitem__(n, logits))  # type: ignore[misc]
-            task.advance(len(part))
-            for layer, end in enumerate(ends):
-                measure = _removal(metric, part, whole, harm, layer)
-                executor.run(part, output=measure, skip={nodes[end.leave]: nodes[end.entry]})
-                task.advance(len(part))
-    return (harm / sum(batch.shape[0] for batch in batches)).astype(np.float32)
+@dataclass
+class Removal:
+    """The harm of dropping each layer alone, [layers] summed over the samples of `batches`."""
 
+    executor: Executor
+    ends: Sequence[LayerEnds]
+    batches: Sequence[torch.Tensor]
+    metric: Literal["loss", "logit_mse"]
+    start: int = 0  # the first batch of the block that is run
+    _harm: torch.Tensor = field(init=False)
+    _layer_of: dict[int, int] = field(init=False)
+    _whole: torch.Tensor | None = None
+    _loss: float = 0.0
 
-def _removal(
-    metric: str,
-    part: Sequence[torch.Tensor],
-    whole: dict[int, torch.Tensor],
-    harm: np.ndarray[tuple[int], np.dtype[np.float64]],
-    layer: int,
-) -> Callable[[torch.Tensor, int], None]:
-    def loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
-        flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
-        return float(torch.nn.functional.cross_entropy(flat, ids[:, 1:].reshape(-1).to(flat.device)))
+    def __post_init__(self) -> None:
+        self._harm = torch.zeros(len(self.ends), dtype=torch.float64)
+        self._layer_of = {self.executor.lane_of(fork): layer for layer, fork in enumerate(self.forks)}
 
-    def measure(logits: torch.Tensor, number: int) -> None:
-        if metric == "loss":
-            value = loss(logits, part[number]) - loss(whole[number], part[number])
+    @property
+    def forks(self) -> list[Fork]:
+        """The layers, each left out in a lane of its own."""
+        return [Fork(end.entry, end.leave) for end in self.ends]
+
+    def measure(self, logits: torch.Tensor, number: int, lane: int) -> None:
+        """Takes in the logits of one lane: first those of the whole model, then those of each that lacks a layer."""
+        ids = self.batches[self.start + number]
+        if lane == 0:
+            self._whole = logits
+            self._loss = _loss(logits, ids) if self.metric == "loss" else 0.0
+            return
+        assert self._whole is not None
+        if self.metric == "loss":
+            value = _loss(logits, ids) - self._loss
         else:
-            value = float((logits.float() - whole[number].float()).square().mean())
-        harm[layer] += value * part[number].shape[0]
+            value = float((logits.float() - self._whole.float()).square().mean())
+        self._harm[self._layer_of[lane]] += value * ids.shape[0]
 
-    return measure
+    def state(self) -> dict[str, torch.Tensor]:
+        """What is kept of a calibration that was killed."""
+        return {"harm": self._harm}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes up what an earlier process kept."""
+        if "harm" in state:
+            self._harm = state["harm"].clone()
+
+    def scores(self, ranks: Ranks) -> Scores:
+        """The mean over all samples, [layers]."""
+        self._whole = None
+        samples = ranks.sum(torch.tensor(sum(batch.shape[0] for batch in self.batches)))
+        result: np.ndarray[tuple[int], np.dtype[np.float64]] = (ranks.sum(self._harm) / samples).numpy()
+        return result.astype(np.float32)
+
+
+def _loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
+    flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
+    return float(torch.nn.functional.cross_entropy(flat, ids[:, 1:].reshape(-1).to(flat.device)))

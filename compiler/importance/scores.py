@@ -45,8 +45,7 @@ class Accumulator:
         """Takes in what the tokens of each sample came to."""
         total, squares = per_sample_BC.sum(0), per_sample_BC.square().sum(0)
         self.samples += per_sample_BC.shape[0]
-        self.total = total if self.total is None else self.total + total
-        self.squares = squares if self.squares is None else self.squares + squares
+        self.total, self.squares = _plus(self.total, total), _plus(self.squares, squares)
 
     def result(self) -> torch.Tensor:
         """The scores [C] on the CPU."""
@@ -72,14 +71,17 @@ class Contributions:
 
     def add(self, norms_E: torch.Tensor, tokens_E: torch.Tensor) -> None:
         """Takes in the sums of norms over the tokens of each expert, and how many these were."""
-        norms_E, tokens_E = norms_E.double().cpu(), tokens_E.double().cpu()
-        self.total = norms_E if self.total is None else self.total + norms_E
-        self.tokens = tokens_E if self.tokens is None else self.tokens + tokens_E
+        self.total, self.tokens = _plus(self.total, norms_E.double()), _plus(self.tokens, tokens_E.double())
 
     def result(self) -> torch.Tensor:
         """The scores [E] on the CPU."""
         assert self.total is not None and self.tokens is not None, "no sample was seen"
-        return (self.total / self.tokens.clamp_min(1)).float()
+        return (self.total / self.tokens.clamp_min(1)).float().cpu()
+
+
+def _plus(total: torch.Tensor | None, more: torch.Tensor) -> torch.Tensor:
+    """The sum, where `more` is: what an earlier process saved comes from the CPU."""
+    return more if total is None else total.to(more.device) + more
 
 
 def over_owned_tokens(

@@ -16,6 +16,7 @@ from minitron.compiler.graph.executor import Tap
 from minitron.compiler.graph.names import Fetch
 from minitron.compiler.importance.covariance import Gram
 from minitron.compiler.importance.elimination import Elimination
+from minitron.compiler.importance.ranks import Ranks
 from minitron.compiler.importance.sample_rows import Rows, SampleRows
 from minitron.compiler.importance.scores import (
     Accumulator,
@@ -66,15 +67,14 @@ class Taps:
         self.space = table.space
         self.accumulators: dict[str, Accumulator] = {}
         self.contributions: dict[int, Contributions] = {}
-        self.influence: dict[str, torch.Tensor] = {
-            "turned": torch.zeros(len(ends), dtype=torch.float64),
-            "tokens": torch.zeros(len(ends), dtype=torch.float64),
-        }
+        # Of each layer the sum over tokens of 1 - cos(x_in, x_out), and the tokens.
+        self.turned = [torch.zeros((), dtype=torch.float64) for _ in ends]
+        self.turned_tokens = [0 for _ in ends]
         self.by_node: dict[str, list[Tap]] = {}
-        self._entered: dict[int, torch.Tensor] = {}
-        self._integers: dict[
-            str, torch.Tensor
-        ] = {}  # ends of experts' rows and indices, of the batch that is being run
+        self.given: dict[str, Tap] = {}
+        self._entered: torch.Tensor | None = None
+        # Ends of experts' rows and indices, of the batch that is being run.
+        self._integers: dict[str, torch.Tensor] = {}
         self._shapes: list[tuple[int, ...]] = []
         self._samples = SampleRows(teacher.captured, table)
         self.one_at_a_time = False
@@ -220,17 +220,17 @@ class Taps:
         """Block influence: 1 - E[cos(x_in, x_out)] over all tokens."""
 
         def enter(value: torch.Tensor, number: int) -> None:
-            self._entered[number] = value
+            self._entered = value
 
         def leave(value: torch.Tensor, number: int) -> None:
-            before = self._entered[number]
+            before, self._entered = self._entered, None
+            assert before is not None
             cosine = torch.nn.functional.cosine_similarity(before.float(), value.float(), dim=-1)
-            self.influence["turned"][layer] += (1 - cosine).sum().double().cpu()
-            self.influence["tokens"][layer] += cosine.numel()
-            self._entered[number] = value
+            turned = (1 - cosine).sum().double()
+            self.turned[layer] = self.turned[layer].to(turned.device) + turned
+            self.turned_tokens[layer] += cosine.numel()
 
-        if layer == 0:
-            self._add(end.entry, enter)
+        self.given[end.entry] = enter
         self._add(end.leave, leave)
 
     def taps(self) -> dict[str, Tap]:
@@ -246,7 +246,10 @@ class Taps:
     # -- what is kept of a calibration that was killed ------------------------------------------------------------------
 
     def state(self) -> dict[str, torch.Tensor]:
-        state = {f"influence/{key}": value.clone() for key, value in self.influence.items()}
+        state: dict[str, torch.Tensor] = {}
+        if self.turned:
+            state["influence/turned"] = torch.stack([one.cpu() for one in self.turned])
+            state["influence/tokens"] = torch.tensor(self.turned_tokens)
         for key, accumulator in self.accumulators.items():
             if accumulator.total is not None and accumulator.squares is not None:
                 state[f"total/{key}"] = accumulator.total.cpu()
@@ -254,18 +257,24 @@ class Taps:
                 state[f"samples/{key}"] = torch.tensor(accumulator.samples)
         for key, gram in self.covariance.items():
             if gram.total is not None:
-                state[f"covariance/{key}"] = gram.total
+                state[f"covariance/{key}"] = gram.total.cpu()
                 state[f"covered/{key}"] = torch.tensor(gram.tokens)
+        for key, gram in self.elimination.grams.items():
+            if gram.total is not None:
+                state[f"gram/{key}"] = gram.total.cpu()
+                state[f"grammed/{key}"] = torch.tensor(gram.tokens)
         for key, order in self.elimination.orders.items():
             state[f"eliminated/{key}"] = torch.from_numpy(order)
         for layer, contributions in self.contributions.items():
             if contributions.total is not None and contributions.tokens is not None:
-                state[f"contributed/{layer}"] = contributions.total
-                state[f"received/{layer}"] = contributions.tokens
+                state[f"contributed/{layer}"] = contributions.total.cpu()
+                state[f"received/{layer}"] = contributions.tokens.cpu()
         return state
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
-        self.influence = {key: state[f"influence/{key}"].clone() for key in self.influence}
+        if "influence/turned" in state:
+            self.turned = list(state["influence/turned"].unbind())
+            self.turned_tokens = state["influence/tokens"].tolist()
         for key, accumulator in self.accumulators.items():
             if f"total/{key}" in state:
                 accumulator.total, accumulator.squares = state[f"total/{key}"], state[f"squares/{key}"]
@@ -273,12 +282,33 @@ class Taps:
         for key, gram in self.covariance.items():
             if f"covariance/{key}" in state:
                 gram.total, gram.tokens = state[f"covariance/{key}"], int(state[f"covered/{key}"])
-        for key, order in state.items():
-            if key.startswith("eliminated/"):
-                self.elimination.orders[key.removeprefix("eliminated/")] = order.numpy()
+        for key, value in state.items():
+            kind, _, which = key.partition("/")
+            if kind == "eliminated":
+                self.elimination.orders[which] = value.numpy()
+            elif kind == "gram":
+                self.elimination.grams[which] = Gram(value, int(state[f"grammed/{which}"]))
         for layer, contributions in self.contributions.items():
             if f"contributed/{layer}" in state:
                 contributions.total, contributions.tokens = state[f"contributed/{layer}"], state[f"received/{layer}"]
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Sums what all processes have accumulated; each has the same afterwards."""
+        if ranks.size == 1:
+            return
+        for layer, turned in enumerate(self.turned):
+            self.turned[layer] = ranks.sum(turned)
+            self.turned_tokens[layer] = int(ranks.sum(torch.tensor(self.turned_tokens[layer])))
+        for accumulator in self.accumulators.values():
+            assert accumulator.total is not None and accumulator.squares is not None
+            accumulator.total, accumulator.squares = ranks.sum(accumulator.total), ranks.sum(accumulator.squares)
+            accumulator.samples = int(ranks.sum(torch.tensor(accumulator.samples)))
+        for gram in self.covariance.values():
+            if gram.total is not None:
+                gram.total, gram.tokens = ranks.sum(gram.total), int(ranks.sum(torch.tensor(gram.tokens)))
+        for one in self.contributions.values():
+            assert one.total is not None and one.tokens is not None
+            one.total, one.tokens = ranks.sum(one.total), ranks.sum(one.tokens)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -312,8 +342,9 @@ class Taps:
                 widths[name][int(number)] = order
         layers = None
         if self._config.depth.metric == "block_influence":
-            layers = (self.influence["turned"] / self.influence["tokens"]).float().numpy()
-        covariance = {key: gram.mean().numpy() for key, gram in self.covariance.items() if gram.total is not None}
+            turned = torch.stack([one.cpu() for one in self.turned])
+            layers = (turned / torch.tensor(self.turned_tokens, dtype=torch.float64)).float().numpy()
+        covariance = {key: gram.mean().cpu().numpy() for key, gram in self.covariance.items() if gram.total is not None}
         return ScoreTable(hidden, heads, widths, layers, covariance)
 
     def _width_scores(self, name: str, layer: int, width: Width) -> Scores:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from minitron.compiler.graph.tensor_files import save_tensors
 from minitron.specs.atomic import atomic_path
 
 _ABOUT, _KEY, _CHECKSUM = "about", "key", "crc32"
@@ -16,13 +17,11 @@ _ABOUT, _KEY, _CHECKSUM = "about", "key", "crc32"
 
 def write_tensors(path: Path, key: str, tensors: Mapping[str, torch.Tensor], **more: str) -> None:
     """Writes the tensors whole or not at all; `key` says what they were made from, `more` stands beside it."""
-    from safetensors.torch import save_file
-
     metadata = {_KEY: key, **more}
     # One entry: several come out in any order, and equal tensors would not be equal files.
     about = json.dumps(metadata | {_CHECKSUM: _checksum(tensors, metadata)})
     with atomic_path(path) as temporary:
-        save_file(dict(tensors), temporary, metadata={_ABOUT: about})
+        save_tensors(temporary, tensors, {_ABOUT: about})
 
 
 def read_tensors(path: Path, key: str) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
@@ -48,5 +47,5 @@ def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) 
     found = zlib.crc32(repr(sorted(metadata.items())).encode())
     for name in sorted(tensors):
         found = zlib.crc32(name.encode(), found)
-        found = zlib.crc32(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data, found)
+        found = zlib.crc32(tensors[name].cpu().contiguous().flatten().view(torch.uint8).numpy().data, found)
     return f"{found:08x}"

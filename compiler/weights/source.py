@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from minitron.compiler.axes.narrowing import Indices
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.capture.models import quiet, stored_tensors
+from minitron.compiler.graph.tensor_files import DTYPES, ShortFile, read_tensor, reading, worth_picking
 from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.compiler.teacher.model_config import in_one_line
 from minitron.compiler.teacher.refusals import check_tensors_not_quantised
@@ -34,7 +37,8 @@ class StreamedWeights:
     """Reads one tensor at a time. For checkpoints whose tensors are named and shaped as the model's parameters are.
 
     `dtypes` say what each is held in. A tensor that holds NaN or infinity, or would in its dtype, is an error when it is first
-    read. `names` are those of the file where a tied parameter stands there under its other name.
+    read, and so is a file that is not the one that was opened. `names` are those of the file where a tied parameter
+    stands there under its other name.
     """
 
     streamed = True
@@ -49,21 +53,46 @@ class StreamedWeights:
         self._dtype_of = dtype_of
         self._names = names or {}
         self._seen: set[str] = set()
+        self._files: dict[Path, tuple[int, int, int]] = {}
 
     def get(self, name: str) -> torch.Tensor:
-        from safetensors import SafetensorError, safe_open
+        return self._read(name, None)
 
+    def rows(self, name: str, kept: Indices) -> torch.Tensor:
+        """Returns rows of a parameter, ascending; only these are read where a row is long enough to be worth it."""
+        if worth_picking(self._checkpoint.tensors[self._names.get(name, name)]):
+            return self._read(name, kept)
+        return self.get(name).index_select(0, torch.from_numpy(kept))
+
+    def order(self, name: str) -> tuple[str, int]:
+        """The place of a parameter in the files: sorted by it, they are read from front to back."""
+        info = self._checkpoint.tensors[self._names.get(name, name)]
+        return str(info.file), info.start
+
+    def _read(self, name: str, kept: Indices | None) -> torch.Tensor:
         stored = self._names.get(name, name)
         info = self._checkpoint.tensors[stored]
+        if info.dtype not in DTYPES:
+            raise WorkError(f"{info.file}: {stored} is in {info.dtype}, which torch cannot hold")
         try:
-            with safe_open(info.file, framework="pt") as handle:
-                tensor: torch.Tensor = handle.get_tensor(stored)
-        except (SafetensorError, OSError) as error:
-            raise WorkError(f"{info.file}: cannot read {stored} ({error})") from None
-        if name not in self._seen:
+            with reading(info.file) as handle:
+                self._check_unchanged(info.file, os.fstat(handle.fileno()))
+                tensor = read_tensor(handle, info, kept)
+        except ShortFile:
+            raise WorkError(f"{info.file} ends before the last byte of {stored}; copy the file again") from None
+        except OSError as error:
+            raise WorkError(f"{info.file}: cannot read {stored} ({error.strerror or error})") from None
+        key = name if kept is None else f"{name}, rows"
+        if name not in self._seen and key not in self._seen:
             check_finite(tensor, stored, str(info.file), None if self._dtype_of is None else self._dtype_of(name))
-            self._seen.add(name)
+            self._seen.add(key)
         return tensor
+
+    def _check_unchanged(self, file: Path, stat: os.stat_result) -> None:
+        """Raises WorkError where a file is another one than when its first tensor was read."""
+        mark = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        if self._files.setdefault(file, mark) != mark:
+            raise WorkError(f"{file} changed while the student was compiled; let it rest and compile again")
 
 
 def check_finite(tensor: torch.Tensor, name: str, file: str, held: torch.dtype | None) -> None:

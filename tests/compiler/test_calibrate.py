@@ -13,8 +13,13 @@ import pytest
 import torch
 
 from minitron.compiler import Plan
-from minitron.compiler.importance import batches, calibrate
+from minitron.compiler.graph.executor import Executor, Feeding, Place
+from minitron.compiler.graph.streams import FileStreams, MemoryStreams, Streams
+from minitron.compiler.importance import batches, calibrate, progress_file
 from minitron.compiler.importance.batches import batches_of
+from minitron.compiler.importance.calibrate import Run
+from minitron.compiler.importance.progress_file import Interrupted, ProgressFile, Saved
+from minitron.compiler.importance.room import Room
 from minitron.compiler.importance.scores import Aggregation, ScoreTable, WidthConfig
 from minitron.compiler.importance.taps import CalibrationConfig, DepthConfig
 from minitron.specs.progress import Progress, Silent, Task
@@ -41,20 +46,21 @@ def scores(
     *,
     width: WidthConfig = WidthConfig(),
     metric: Any = "block_influence",
-    need_layers: bool = True,
-    partial: Path | None = None,
-    progress: Progress | None = None,
-    key: str = "k",
+    greedy: bool = False,
+    run: Run | None = None,
+    machine: Executor | None = None,
 ) -> ScoreTable:
-    return calibrate.calibrate(
-        plan.teacher,
-        executor(plan),
-        samples,
-        CalibrationConfig(width, DepthConfig(metric)),
-        need_layers=need_layers,
-        saved=calibrate.Interrupted(partial or plan.build / "partial.safetensors", key),
-        progress=progress or Silent(),
-    )
+    config = CalibrationConfig(width, DepthConfig(metric), greedy=greedy)
+    run = run or a_run(plan.build)
+    return calibrate.calibrate(plan.teacher, machine or executor(plan), samples, config, run)
+
+
+def a_run(folder: Path, progress: Progress | None = None, key: str = "k", need_layers: bool = True, **room: Any) -> Run:
+    """A calibration whose progress is kept in `folder`; `room` are values of its `Room`."""
+    taken = Room(**room)
+    streams: Streams = FileStreams(folder / "streams") if taken.streams == "files" else MemoryStreams()
+    saved = Interrupted(folder / "partial.safetensors", key)
+    return Run(need_layers, saved, progress or Silent(), taken, streams)
 
 
 def layers_of(plan: Plan, model: Any) -> Any:
@@ -132,37 +138,39 @@ def test_every_aggregation(foundry: Foundry, sequence: Aggregation, batch: Aggre
     close(got.widths["intermediate_size"][1], aggregate(values["mlp.1"], sequence, batch), rtol=1e-3)
 
 
-@contextmanager
-def cut(batch_tokens: int, block_bytes: int) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches, "BATCH_TOKENS", batch_tokens)
-        patch.setattr(batches, "BLOCK_BYTES", block_bytes)
-        yield
-
-
 def flat(table: ScoreTable) -> dict[str, np.ndarray[Any, Any]]:
     return {name: tensor.numpy() for name, tensor in table.to_tensors().items()}
 
 
+ROOMS: list[dict[str, Any]] = [
+    {"batch": 1, "block": 1, "lanes": 1},
+    {"batch": 2, "block": 2, "lanes": 1, "resident": True},
+    {"batch": 3, "ahead": True},
+    {"batch": 1, "block": 4, "lanes": 3, "streams": "files"},
+    {"batch": 4, "streams": "files", "ahead": True},
+]
+
+
 @pytest.mark.parametrize("metric", ["block_influence", "loss", "logit_mse"])
-def test_batches_and_blocks_do_not_change_the_scores(foundry: Foundry, metric: str) -> None:
+def test_the_division_of_memory_does_not_change_the_scores(foundry: Foundry, tmp_path: Path, metric: str) -> None:
     plan = foundry.whole("llama")
     whole = flat(scores(plan, metric=metric))
-    for batch_tokens, block_bytes in ((20, 1), (40, 1), (60, 1 << 30), (20, 3 * 3 * 4 * 20 * 32)):
-        with cut(batch_tokens, block_bytes):
-            other = flat(scores(plan, metric=metric))
+    for number, room in enumerate(ROOMS):
+        machine = executor(plan, feeding=Feeding(room.get("resident", False), room.get("ahead", False)))
+        run = a_run(tmp_path / str(number), **room)
+        other = flat(scores(plan, metric=metric, run=run, machine=machine))
         assert other.keys() == whole.keys()
         for name, value in whole.items():
             np.testing.assert_allclose(other[name], value, rtol=2e-5, atol=1e-5, err_msg=name)
+        assert not list((tmp_path / str(number)).glob("streams/*"))
 
 
-def test_a_block_holds_as_many_batches_as_fit() -> None:
-    with cut(40, 3 * 4 * 40 * 32 * 2):
-        batches, block = batches_of(SAMPLES, hidden=32)
-    assert [tuple(batch.shape) for batch in batches] == [(2, 20)] * 3 and block == 2
-    with cut(1, 1):  # however little there is room for: at least a sample, at least a batch
-        batches, block = batches_of(SAMPLES, hidden=32)
-    assert len(batches) == 6 and block == 1
+def test_batches_that_refits_look_at() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "BATCH_TOKENS", 40)
+        patch.setattr(batches, "BLOCK_BYTES", 3 * 4 * 40 * 32 * 2)
+        found, block = batches_of(SAMPLES, hidden=32)
+    assert [tuple(batch.shape) for batch in found] == [(2, 20)] * 3 and block == 2
 
 
 class Killed(Exception):
@@ -174,6 +182,7 @@ class Mortal(Silent):
 
     def __init__(self, at: int | None = None) -> None:
         self.left = at
+        self.first: float | None = None
         self.done = 0.0
         self.advanced = 0.0
         self.total = 0.0
@@ -181,6 +190,8 @@ class Mortal(Silent):
     @contextmanager
     def task(self, name: str, total: float, unit: str, done: float = 0.0) -> Iterator[Task]:
         self.total, self.done, self.advanced = total, done, 0.0
+        if self.first is None:
+            self.first = done
         yield self
 
     def advance(self, amount: float = 1.0, **figures: float | str) -> None:
@@ -191,32 +202,77 @@ class Mortal(Silent):
                 raise Killed
 
 
-@pytest.mark.parametrize("at", [0, 7, 13, 20, 27])
-def test_a_killed_calibration_goes_on_and_ends_with_the_same_scores(foundry: Foundry, tmp_path: Path, at: int) -> None:
+@pytest.fixture
+def saving_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_file, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(progress_file, "SAVE_SHARE", 1e9)
+
+
+@pytest.mark.usefixtures("saving_always")
+@pytest.mark.parametrize("where", ["device", "files"])
+@pytest.mark.parametrize("at", [0, 7, 29, 40, 58])
+def test_a_killed_calibration_goes_on_and_ends_with_the_same_scores(
+    foundry: Foundry, tmp_path: Path, at: int, where: str
+) -> None:
+    """Both passes, with several blocks in the second one; the last step before it was killed is done again."""
     plan = foundry.whole("llama")
-    partial = tmp_path / "partial.safetensors"
-    with cut(20, 1):
-        whole, calm = flat(scores(plan, partial=partial)), Mortal()
-        with pytest.raises(Killed):
-            scores(plan, partial=partial, progress=Mortal(at))
-        again = flat(scores(plan, partial=partial, progress=calm))
-    segments = executor(plan).segments
-    assert calm.done == at // segments * segments, "whole blocks are not run again"
+    room = {"batch": 1, "lanes": 4, "streams": where}
+    whole = flat(scores(plan, metric="loss", run=a_run(tmp_path / "whole", **room)))
+    with pytest.raises(Killed):
+        scores(plan, metric="loss", run=a_run(tmp_path / "killed", Mortal(at), **room))
+    calm = Mortal()
+    again = flat(scores(plan, metric="loss", run=a_run(tmp_path / "killed", calm, **room)))
+    # Of the second pass, blocks of 4 and of 2 batches go through 5 segments with 1, 1, 2, 3 and 4 lanes.
+    steps = [1] * 30, [1] * 8 + [2] * 4 + [3] * 4 + [4] * 4 + [1] * 4 + [2] * 2 + [3] * 2 + [4] * 2
+    assert calm.first == (at if at < 30 else sum(steps[1][: at - 30]))
     assert calm.done + calm.advanced == calm.total
     assert all(np.array_equal(again[name], value) for name, value in whole.items())
-    assert not partial.exists()
 
 
-def test_what_is_left_of_another_calibration_is_not_taken_up(foundry: Foundry, tmp_path: Path) -> None:
-    plan, partial = foundry.whole("llama"), tmp_path / "partial.safetensors"
-    with cut(20, 1):
+@pytest.mark.usefixtures("saving_always")
+def test_greedy_orders_survive_a_kill_in_the_middle_of_their_layer(foundry: Foundry, tmp_path: Path) -> None:
+    plan = foundry.whole("llama")
+    whole = flat(scores(plan, greedy=True, run=a_run(tmp_path / "whole", batch=1)))
+    for at in (9, 16):
         with pytest.raises(Killed):
-            scores(plan, token_ids(6, 20, seed=9), partial=partial, progress=Mortal(20), key="others")
-        calm = Mortal()
-        got = flat(scores(plan, partial=partial, progress=calm, key="ours"))
-        assert calm.done == 0
-        partial.write_bytes(b"damaged")
-        assert all(np.array_equal(got[n], v) for n, v in flat(scores(plan, partial=partial, key="ours")).items())
+            scores(plan, greedy=True, run=a_run(tmp_path / "killed", Mortal(at), batch=1))
+        again = flat(scores(plan, greedy=True, run=a_run(tmp_path / "killed", batch=1)))
+        assert all(np.array_equal(again[name], value) for name, value in whole.items())
+        Interrupted(tmp_path / "killed" / "partial.safetensors", "k").remove()
+
+
+@pytest.mark.usefixtures("saving_always")
+def test_what_is_left_of_another_calibration_is_not_taken_up(foundry: Foundry, tmp_path: Path) -> None:
+    plan = foundry.whole("llama")
+    with pytest.raises(Killed):
+        scores(plan, token_ids(6, 20, seed=9), run=a_run(tmp_path, Mortal(20), "others", batch=1))
+    calm = Mortal()
+    got = flat(scores(plan, run=a_run(tmp_path, calm, "ours", batch=1)))
+    assert calm.first == 0
+    (tmp_path / "partial.safetensors").write_bytes(b"damaged")
+    again = flat(scores(plan, run=a_run(tmp_path, key="ours", batch=1)))
+    assert all(np.array_equal(got[name], value) for name, value in again.items())
+
+
+def test_progress_is_saved_by_time_and_less_often_where_saving_takes_long(tmp_path: Path) -> None:
+    now = [0.0]
+    file = ProgressFile(Interrupted(tmp_path / "partial.safetensors", "k"), Room(), clock=lambda: now[0])
+    assert not file.due()
+    now[0] = progress_file.SAVE_SECONDS
+    assert file.due()
+
+    class Slow(MemoryStreams):
+        def saved(self) -> tuple[dict[str, torch.Tensor], dict[str, int]] | None:
+            now[0] += 60
+            return super().saved()
+
+    file.save(Saved("calibrate", 0, Place(1, 2), {"x": torch.ones(2)}), Slow())
+    now[0] += 599
+    assert not file.due()
+    now[0] += 1
+    assert file.due()
+    saved = file.read(MemoryStreams())
+    assert saved is not None and saved.place == Place(1, 2) and torch.equal(saved.state["x"], torch.ones(2))
 
 
 def without_layer(plan: Plan, layer: int) -> Any:
@@ -244,7 +300,7 @@ def test_the_harm_of_dropping_a_layer_is_that_of_a_model_without_it(foundry: Fou
 
 def test_layers_are_not_removed_one_by_one_where_nobody_asks(foundry: Foundry) -> None:
     plan = foundry.whole("llama")
-    assert scores(plan, metric="loss", need_layers=False).layers is None
+    assert scores(plan, metric="loss", run=a_run(plan.build, need_layers=False)).layers is None
 
 
 def test_scores_survive_their_file(foundry: Foundry) -> None:
@@ -252,3 +308,23 @@ def test_scores_survive_their_file(foundry: Foundry) -> None:
     again = ScoreTable.from_tensors(table.to_tensors())
     assert flat(again).keys() == flat(table).keys() and again.layers is not None
     assert all(np.array_equal(flat(again)[name], value) for name, value in flat(table).items())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_bfloat16_keeps_what_float32_keeps(foundry: Foundry, tmp_path: Path, family: str) -> None:
+    """Of a checkpoint in bf16, as a GPU calibrates it: products in bf16, scores and accumulators in fp32. Half of each axis is
+    kept; channels that change places have scores as good as equal."""
+    size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
+    plan, samples = foundry.whole(family, "bfloat16", **size), token_ids(16, 96)
+    wide = flat(scores(plan, samples, run=a_run(tmp_path / "wide")))
+    machine = executor(plan, dtype=torch.bfloat16, fast=True)
+    narrow = flat(scores(plan, samples, run=a_run(tmp_path / "narrow"), machine=machine))
+    assert narrow.keys() == wide.keys() and all(value.dtype == np.float32 for value in narrow.values())
+    kept = same = 0
+    for name, value in wide.items():
+        half = value.size // 2
+        if "heads" in name or name == "layers":
+            continue
+        ours, theirs = (set(np.argsort(-one.reshape(-1), kind="stable")[:half]) for one in (narrow[name], value))
+        kept, same = kept + half, same + len(ours & theirs)
+    assert same >= 0.99 * kept

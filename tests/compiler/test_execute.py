@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from minitron.compiler import Plan
+from minitron.compiler.graph.executor import Fork, Probes
+from minitron.compiler.graph.streams import MemoryStreams
 from minitron.compiler.weights.source import open_weights
 from tests.foundry import Foundry, executor, logits, teacher_model, token_ids
 from tests.models import FAMILIES
@@ -95,15 +97,15 @@ def test_what_nobody_looks_at_is_not_run(foundry: Foundry) -> None:
 def test_a_skipped_layer_is_a_layer_less(foundry: Foundry, layer: int) -> None:
     plan = foundry.whole("llama")
     model, ids = teacher_model(plan), token_ids()
+    whole = logits(model, ids)
     del model.model.layers[layer]
-    nodes = {node.name: node for node in plan.teacher.captured.graph.nodes}
-    end = plan.teacher.ends[layer]
-    source = open_weights(plan.teacher.captured, plan.checkpoint)
-    got: list[torch.Tensor] = []
-    executor(plan, source.get).run(
-        [ids], output=lambda value, number: got.append(value), skip={nodes[end.leave]: nodes[end.entry]}
-    )
-    torch.testing.assert_close(got[0], logits(model, ids), rtol=1e-4, atol=1e-5)
+    end, machine = plan.teacher.ends[layer], executor(plan)
+    fork, got = Fork(end.entry, end.leave), dict[int, torch.Tensor]()
+    probes = Probes(output=lambda value, number, lane: got.update({lane: value}), forks=[fork])
+    for _ in machine.steps([ids], MemoryStreams(), probes):
+        pass
+    torch.testing.assert_close(got[0], whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got[machine.lane_of(fork)], logits(model, ids), rtol=1e-4, atol=1e-5)
 
 
 def test_it_advances_once_a_batch_and_segment_whether_run_or_not(foundry: Foundry) -> None:

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minitron.compiler.axes.narrowing import Narrowing
-from minitron.compiler.compile import Stages, run_buffers
+from minitron.compiler.compilation import run_buffers
+from minitron.compiler.compile import Stages
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.estimate.hardware import HardwareAssumptions
 from minitron.compiler.graph.executor import Executor, Settings

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from minitron.compiler import Plan
 from minitron.compiler.axes.narrowing import Narrowing
-from minitron.compiler.compile import Compilation, Stages
+from minitron.compiler.compilation import Compilation
+from minitron.compiler.compile import Stages
 from minitron.compiler.emit.rewritten import RewrittenStudent
 from minitron.compiler.student import config as student_config
 from minitron.compiler.verify import checks as verify

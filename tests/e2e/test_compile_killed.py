@@ -18,12 +18,13 @@ from tests.foundry import Foundry
 
 from .tiny import TIMEOUT, environment
 
-# So small that a tiny calibration is many blocks, each of them saved, as a large one is.
-BATCH_TOKENS, BLOCK_BYTES = 12, 1
-SMALL_BLOCKS = f"""\
-from minitron.compiler.importance import batches
+# So small that a tiny calibration is many batches, after each of which it is saved, as a large one is every half a minute.
+BATCH_TOKENS = 12
+SMALL_BATCHES = f"""\
+from minitron.compiler.importance import batches, progress_file
 
-batches.BATCH_TOKENS, batches.BLOCK_BYTES = {BATCH_TOKENS}, {BLOCK_BYTES}
+batches.BATCH_TOKENS = {BATCH_TOKENS}
+progress_file.SAVE_SECONDS, progress_file.SAVE_SHARE = 0.0, 1e9
 """
 STUDENT = {"hidden_size": 24, "intermediate_size": 24}
 
@@ -61,7 +62,7 @@ class Command:
     """`python -m minitron.cli compile`, the same each time."""
 
     def __init__(self, spec: Path, build: Path, home: Path) -> None:
-        (home / "sitecustomize.py").write_text(SMALL_BLOCKS)
+        (home / "sitecustomize.py").write_text(SMALL_BATCHES)
         self.build = build
         self._line = [sys.executable, "-m", "minitron.cli", "compile", str(spec), "-o", str(build)]
         self._line += ["--device", "cpu", "--threads", "1"]
@@ -101,7 +102,6 @@ def test_killed_five_times_it_ends_with_the_same_bytes(
     foundry: Foundry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batches, "BATCH_TOKENS", BATCH_TOKENS)
-    monkeypatch.setattr(batches, "BLOCK_BYTES", BLOCK_BYTES)
     data = foundry.calibration | {"samples": 128, "sequence_length": 12}
     loaded = foundry.load(foundry.teacher("llama", num_hidden_layers=1), STUDENT, importance={"data": data})
     undisturbed = foundry.compile(loaded, tmp_path / "undisturbed" / "build").folder

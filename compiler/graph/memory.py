@@ -1,0 +1,62 @@
+"""The memory that is free on a device, as far as the system tells."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import torch
+
+# Of what is free: the rest of the process, and other ones, take memory too.
+SHARE = 0.8
+UNKNOWN = 4 << 30  # where the system says nothing
+
+
+def free_memory(device: str) -> int:
+    """The bytes that work on `device` may take: of a GPU what is free, of the host what no process, container or limit
+    takes."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(torch.device(device))[0] * SHARE)
+    return host_memory()
+
+
+def host_memory() -> int:
+    """The bytes of host memory that may be taken."""
+    found = [value for value in (_available(), _container(), _limit()) if value is not None]
+    return int(max(0, min(found)) * SHARE) if found else UNKNOWN
+
+
+def _available() -> int | None:
+    """What the kernel says that processes can take without swapping."""
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _container() -> int | None:
+    """What is left of the memory of this process's control group; file pages that can be dropped count as free."""
+    group = next((line.partition("::")[2] for line in _lines(Path("/proc/self/cgroup")) if line.startswith("0::")), "/")
+    folder, left = Path("/sys/fs/cgroup") / group.lstrip("/"), list[int]()
+    for place in (folder, *folder.parents):
+        most, used = ("".join(_lines(place / name)).strip() for name in ("memory.max", "memory.current"))
+        if most.isdigit() and used.isdigit():
+            files = (line.split()[1] for line in _lines(place / "memory.stat") if line.startswith("inactive_file "))
+            left.append(int(most) - int(used) + int(next(files, 0)))
+    return min(left, default=None)
+
+
+def _limit() -> int | None:
+    """What is left of the limit on this process's address space (`ulimit -v`)."""
+    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+    statm = _lines(Path("/proc/self/statm"))
+    if soft == resource.RLIM_INFINITY or not statm:
+        return None
+    return soft - int(statm[0].split()[0]) * resource.getpagesize()
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,152 @@
+"""The first stage of a compile: the importance scores, calibrated or taken from the build folder."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from minitron.compiler.compilation import RUN_DTYPE, Compilation, run_buffers, weight_hashes
+from minitron.compiler.estimate.estimate import Estimate
+from minitron.compiler.graph.executor import Executor, Feeding, Settings
+from minitron.compiler.graph.memory import free_memory, host_memory
+from minitron.compiler.graph.streams import FileStreams, MemoryStreams, Streams
+from minitron.compiler.importance.calibrate import Run, calibrate
+from minitron.compiler.importance.progress_file import Interrupted
+from minitron.compiler.importance.room import Room, divide
+from minitron.compiler.importance.samples import SampleConfig, calibration_samples
+from minitron.compiler.importance.score_file import read_scores, write_scores
+from minitron.compiler.importance.scores import ScoreTable, WidthConfig
+from minitron.compiler.importance.taps import CalibrationConfig, DepthConfig
+from minitron.compiler.plan.checks import teacher_key
+from minitron.compiler.plan.plan import Plan
+from minitron.compiler.teacher.tokenizer import load_tokenizer
+from minitron.specs import cache
+from minitron.specs.builds import PARTIAL_SCORES, PARTIAL_STREAMS, SCORES
+from minitron.specs.cache import entry_path, share_file
+from minitron.specs.data_files import content_hash, resolve_data
+from minitron.specs.errors import placing
+
+
+def score(compilation: Compilation) -> tuple[ScoreTable, torch.Tensor | None]:
+    """Returns the importance scores; reads them from the build folder if they were made from the same teacher, data and
+    settings."""
+    plan, importance = compilation.plan, compilation.plan.loaded.spec.importance
+    if importance.data is None or not plan.needs_scores:
+        return ScoreTable(), None
+    captured, ranks = plan.teacher.captured, compilation.work.ranks
+    with placing(plan.loaded, teacher_key(plan.loaded)):
+        tokenizer = load_tokenizer(plan.checkpoint.folder)
+    data = resolve_data(plan.loaded)["importance.data"]
+    length = captured.length or importance.data.sequence_length
+    wanted = SampleConfig(importance.data.samples * (importance.data.sequence_length // length), length)
+    samples = calibration_samples(data, tokenizer, captured.config.vocab_size, wanted)
+    if len(samples) < wanted.samples and ranks.leads:
+        compilation.progress.message(f"the calibration data makes {len(samples)} samples, not {wanted.samples}")
+    config = CalibrationConfig(
+        WidthConfig(importance.width.batch, importance.width.sequence),
+        DepthConfig(importance.depth.metric),
+        () if plan.rotation is None else plan.rotation.sites,
+        None if plan.rotation is None else plan.rotation.head_site,
+        importance.selection == "greedy",
+    )
+    key = _score_key(plan, content_hash(data), samples, config)
+    path = compilation.build / SCORES
+    shared = entry_path(plan.build, cache.SCORES, f"{key}.safetensors")
+    found = ranks.from_leader(_found(compilation, path, shared, key) if ranks.leads else None)
+    if found is not None:
+        return found, samples
+    scores = _calibrated(compilation, samples, config, key)
+    if ranks.leads:
+        share_file(path, shared)
+    return scores, samples
+
+
+def _found(compilation: Compilation, path: Path, shared: Path | None, key: str) -> ScoreTable | None:
+    """The scores of the build folder, or those of another build beside it."""
+    for place in (path, shared):
+        if place is None or compilation.work.fresh:
+            continue
+        cached = read_scores(place, key)
+        if cached is not None and (cached.layers is not None or not compilation.plan.rank_layers):
+            compilation.progress.message(f"scores: taken from {place}")
+            share_file(path, shared) if place == path else share_file(place, path)
+            return cached
+    return None
+
+
+def run_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a teacher held in `dtype` is calibrated in: its own on a GPU, float32 on a CPU, which has no
+    faster one."""
+    return dtype if torch.device(device).type == "cuda" else RUN_DTYPE
+
+
+def _calibrated(compilation: Compilation, samples: torch.Tensor, config: CalibrationConfig, key: str) -> ScoreTable:
+    """Calibrates, and writes the scores."""
+    plan, work, build = compilation.plan, compilation.work, compilation.build
+    captured, device = plan.teacher.captured, compilation.device
+    dtype = run_dtype(device, plan.dtype)
+    which = f"{work.ranks.rank}-of-{work.ranks.size}" if work.ranks.size > 1 else ""
+    # Another dtype, or another share of the samples, is another calibration, though the scores serve the same.
+    saved = Interrupted(build / _beside(PARTIAL_SCORES, which), f"{key} {dtype} {torch.device(device).type} {which}")
+    if work.fresh:
+        saved.remove()
+    compared = plan.rank_layers and config.depth.metric != "block_influence"
+    sizes = Estimate(plan).calibration_sizes(samples.shape[0], samples.shape[1], dtype)
+    budget, kind = work.memory or free_memory(device), torch.device(device).type
+    room = saved.room() or divide(
+        budget, sizes, kind, host=host_memory(), compared=compared, whole=config.greedy
+    )  # fmt: skip
+    settings = Settings(device, dtype, plan.dtype)
+    executor = Executor(
+        captured.graph_module,
+        captured.layer_of,
+        compilation.source.get,
+        compilation.buffers if dtype == RUN_DTYPE else run_buffers(plan, captured.config, dtype),
+        settings,
+        Feeding(room.resident, room.ahead),
+        fast_attention=True,
+    )
+    run = Run(
+        plan.rank_layers, saved, compilation.progress, room,
+        _streams(room, device, build / _beside(PARTIAL_STREAMS, which)), work.ranks,
+    )  # fmt: skip
+    scores = calibrate(plan.teacher, executor, samples, config, run)
+    if work.ranks.leads:
+        write_scores(build / SCORES, key, scores)
+    saved.remove()
+    return scores
+
+
+def _beside(name: str, which: str) -> str:
+    """The name of a file of one process, among those of others."""
+    stem, dot, ending = name.partition(".")
+    return f"{stem}.{which}{dot}{ending}" if which else name
+
+
+def _streams(room: Room, device: str, folder: Path) -> Streams:
+    if room.streams == "files":
+        return FileStreams(folder, device)
+    return MemoryStreams(device, "cpu" if room.streams == "host" else None)
+
+
+# Part of the key of scores.safetensors: another one where the same inputs give other scores.
+SCORES_DEFINITION = "each sample apart"
+
+
+def _score_key(plan: Plan, data: str, samples: torch.Tensor, config: CalibrationConfig) -> str:
+    """A hash of everything that decides the scores."""
+    digest = hashlib.sha256()
+    for part in (
+        SCORES_DEFINITION,
+        (plan.checkpoint.tied_config or plan.checkpoint.config).to_json_string(),
+        repr(weight_hashes(plan.checkpoint)),
+        data,
+        repr(config),
+        str(plan.dtype),
+        torch.__version__,
+    ):
+        digest.update(part.encode())
+    digest.update(samples.numpy().tobytes())
+    return digest.hexdigest()
