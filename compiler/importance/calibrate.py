@@ -42,9 +42,9 @@ class Run:
     need_layers: bool
     saved: Interrupted
     progress: Progress
-    room: Room = Room()
+    room: Room = field(default_factory=Room)
     streams: Streams = field(default_factory=MemoryStreams)
-    ranks: Ranks = Ranks()
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 def calibrate(

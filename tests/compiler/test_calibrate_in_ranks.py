@@ -38,10 +38,10 @@ def test_one_two_and_four_processes_make_the_same_student(foundry: Foundry, tmp_
         found.append((Folder(build).document("plan.json")["selection"], load_file(build / SCORES)))
         assert Folder(build).document("verification.json")["passed"]
         assert not list(build.glob("*partial*"))
-    for selected, scores in found[1:]:
+    for selected, table in found[1:]:
         assert selected == found[0][0]
         for name, value in found[0][1].items():
-            np.testing.assert_allclose(scores[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(table[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_more_processes_than_batches_are_refused(foundry: Foundry, tmp_path: Path) -> None:
