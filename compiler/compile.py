@@ -251,7 +251,8 @@ def compile_spec(
 
     `plan` is that of `make_plan(loaded, build=build, weights=True)`, where it was made already; `work` what the compile
     may take. Of several processes all calibrate, and the first does the rest. Every error of the spec is found before
-    weights are fetched, and everything that the build itself stands against before anything is written. Where only the training plan changed, the student stays, and plan.json and training.yaml are renewed.
+    weights are fetched, and everything that the build itself stands against before anything is written. Where only the
+    training plan changed, the student stays, and plan.json and training.yaml are renewed.
 
     Raises SpecInvalid and UsageError for a wrong spec, and UsageError where
     another process is compiling into the folder; raises WorkError where the work fails, also where a check of the

@@ -54,7 +54,7 @@ MOMENTS: list[tuple[Sign, float]] = [
     (written("scores.partial.safetensors"), 0.05),
     (writing("compile"), 0.02),
     (writing("compile"), 0.5),
-    (written("plan.json"), 1.0),
+    (written("plan.json"), 0.0),  # all of it takes its place within a moment
 ]
 
 
