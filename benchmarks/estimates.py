@@ -208,7 +208,7 @@ def spared(plan: Plan) -> int:
     distill = plan.loaded.spec.distill
     assert distill is not None
     length, half = distill.sequence_length, distill.sequence_length // 2
-    forwards = 1 + distill.gradient_checkpointing
+    forwards = 1 + (distill.gradient_checkpointing is True)
     student = int((forwards + 2.5) * length) - (forwards + 2) * half
     pairs = (length - half) * Estimate(plan).teacher_costs.attention_flops_per_pair
     return GLOBAL_BATCH * length * (pairs + student * Estimate(plan).student_costs.attention_flops_per_pair)

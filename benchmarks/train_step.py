@@ -36,8 +36,9 @@ from minitron.runtime.data import Corpus, Windows
 from minitron.runtime.loss import DistillationLoss
 from minitron.runtime.models import LanguageModel
 from minitron.runtime.optimizer import make_optimizer
+from minitron.runtime.recomputation import recompute, recompute_layers
 from minitron.runtime.saving import Saver
-from minitron.runtime.setup import Run, recompute
+from minitron.runtime.setup import Run
 from minitron.runtime.sharding import compile_layers, shard_student, shard_teacher
 from minitron.runtime.step import train_step
 from minitron.runtime.utilisation import peak_flops, utilisation
@@ -143,7 +144,7 @@ def ours(args: argparse.Namespace, shape: Shape, world: World) -> Callable[[int]
     if args.compile:
         compile_layers(student)
     if args.recompute:
-        recompute(student.module)
+        recompute(student, True)
     if world.size > 1 and args.teacher == "sharded":
         teacher = shard_teacher(teacher, world)
     else:
@@ -178,7 +179,7 @@ def plain(args: argparse.Namespace, shape: Shape, world: World) -> Callable[[int
     for seed, model in enumerate((teacher, student)):
         draw(model, seed)
     if args.recompute:
-        recompute(student)
+        recompute_layers(student)
     optimizer = make_optimizer(student, plan.optimizer)
     data, whole = corpus(shape, plan.global_batch_size), plan.global_batch_size
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from minitron.compiler.emit.coordinates import write_coordinates
-from minitron.compiler.emit.training_plan import aligned, render, training_plan
+from minitron.compiler.emit.training_plan import aligned, fitted, render, training_plan
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.importance.select import Selection
 from minitron.compiler.plan.plan import Plan, settled
@@ -163,6 +163,8 @@ def _training_plan(
         plan.loaded, plan.build, plan.checkpoint, plan.heads, plan.teacher.captured.layer_path, fingerprint,
         {"teacher": estimate.teacher_costs, "student": estimate.student_costs},
     )  # fmt: skip
+    if plan.loaded.spec.distill is not None:
+        written = fitted(written, estimate.recomputation, estimate.micro_batches)
     written = aligned(written, plan.layers, COORDINATES if narrows_hidden else None)
     return written.model_copy(update={"start": start}) if isinstance(written, TrainingPlan) else written
 

@@ -11,6 +11,7 @@ import torch
 
 from minitron.runtime.checkpoint import TrainerState
 from minitron.runtime.disk import writing
+from minitron.runtime.dry_pass import check_memory
 from minitron.runtime.held_out import HeldOut, held_out
 from minitron.runtime.interrupt import Interrupt
 from minitron.runtime.metrics import MetricsLog
@@ -44,6 +45,7 @@ def learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progres
         _metrics(run, state, progress) as metrics,
         progress.task(name, plan.trained_tokens, "tokens", done=state.tokens) as task,
     ):
+        check_memory(run)
         while state.step < plan.steps:
             start, before = time.perf_counter(), state
             try:

@@ -60,7 +60,7 @@ class NarrowAdamW(torch.optim.Optimizer):
         assert parameter.grad is not None
         if not state:
             state["step"] = torch.zeros(())  # on the host: nothing waits for the device to read it
-            state |= self._zeros(parameter)
+            state |= self.zeros(parameter)
         elif state["step"].device.type != "cpu":  # as a checkpoint was read
             state["step"] = state["step"].cpu()
         state["step"] += 1
@@ -76,7 +76,8 @@ class NarrowAdamW(torch.optim.Optimizer):
             exact = _next(weight[part], gradient[part], pieces, group, step, generator)
             weight[part].copy_(round_stochastically(exact, generator) if self.bf16_weights else exact)
 
-    def _zeros(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
+    def zeros(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
+        """Returns the moments of a parameter before its first update."""
         dtype = torch.bfloat16 if self.states == "bfloat16" else torch.float32
         if parameter.ndim < 2 or parameter.numel() < _SMALLEST:
             dtype = torch.float32

@@ -40,6 +40,13 @@ def make_optimizer(
     return torch.optim.AdamW(groups, fused=True, **shared)
 
 
+def moments_like(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> list[torch.Tensor]:
+    """Returns tensors of the size of the moments that the optimizer keeps of a parameter."""
+    if isinstance(optimizer, NarrowAdamW):
+        return list(optimizer.zeros(parameter).values())
+    return [torch.empty_like(parameter, requires_grad=False) for _ in range(2)]
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from minitron.runtime.course import Course, Stretch
 from minitron.specs.errors import WorkError
 from minitron.specs.training_plan import TrainingPlan
 
@@ -19,21 +20,31 @@ def told_in_a_sentence(plan: TrainingPlan) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
-        held = f"a micro batch of {plan.micro_batch_size} x {plan.sequence_length} tokens"
-        ways = list(_ways(plan))
-        raise WorkError(
-            f"the device has no memory left for {held}; write {', or '.join(ways)} in training.yaml"
-        ) from None
+        widest = max(Course.of(plan).stretches, key=lambda one: one.phase.micro_batch_size * one.phase.sequence_length)
+        raise in_a_sentence(plan, widest) from None
 
 
-def _ways(plan: TrainingPlan) -> Iterator[str]:
+def in_a_sentence(plan: TrainingPlan, stretch: Stretch, tried: str | None = None) -> WorkError:
+    """Returns the error for a phase whose micro batch does not fit. `tried` is a change that was found to fit; without one
+    the changes are named that take less memory.
+    """
+    phase = stretch.phase
+    held = f"a micro batch of {phase.micro_batch_size} x {phase.sequence_length} tokens"
+    if tried is not None:
+        return WorkError(
+            f"the device has no memory left for {held}; write {tried} in training.yaml, which was tried and fits"
+        )
+    ways = list(_ways(plan, stretch))
+    return WorkError(f"the device has no memory left for {held}; write {', or '.join(ways)} in training.yaml")
+
+
+def _ways(plan: TrainingPlan, stretch: Stretch) -> Iterator[str]:
     """Yields changes that take less memory, first those that are allowed in a training that has already begun."""
-    if plan.micro_batch_size > 1:
-        yield f"`micro_batch_size: {plan.micro_batch_size // 2}`"
-    if not plan.gradient_checkpointing:
+    at = f"phases.{stretch.number}." if plan.phases else ""
+    if stretch.phase.micro_batch_size > 1:
+        yield f"`{at}micro_batch_size: {stretch.phase.micro_batch_size // 2}`"
+    if plan.gradient_checkpointing is not True:
         yield "`gradient_checkpointing: true`"
-    if not plan.layout.cpu_offload:
-        yield "`layout.cpu_offload: true` with `layout.student: sharded`"
     narrow = [
         setting
         for setting, used in (
@@ -42,6 +53,8 @@ def _ways(plan: TrainingPlan) -> Iterator[str]:
         )
         if not used
     ]
+    if not plan.layout.cpu_offload and len(narrow) == 2:  # narrow weights and moments are updated on the device
+        yield "`layout.cpu_offload: true` with `layout.student: sharded`"
     if narrow:
         yield f"begin again with {' and '.join(narrow)}"
-    yield "a shorter `sequence_length`"
+    yield f"a shorter `{at}sequence_length`"

@@ -21,6 +21,7 @@ from minitron.runtime.loss import DistillationLoss
 from minitron.runtime.models import DTYPES, LanguageModel, check_vocabularies, load_model
 from minitron.runtime.optimizer import make_optimizer
 from minitron.runtime.plan import LoadedPlan
+from minitron.runtime.recomputation import recompute
 from minitron.runtime.sampled_teacher import stored_logits
 from minitron.runtime.saving import Saver
 from minitron.runtime.sharding import compile_layers, local, shard_student, shard_teacher
@@ -225,6 +226,8 @@ def load_teacher(loaded: LoadedPlan, world: World) -> LanguageModel:
     place = spread if world.size > 1 and plan.layout.teacher == "sharded" else None
     teacher = load_model(loaded, "teacher", plan.teacher, DTYPES[plan.teacher.dtype], world.device, place)
     teacher.module.requires_grad_(False)
+    if plan.compile:
+        compile_layers(teacher)
     return teacher
 
 
@@ -251,16 +254,8 @@ def load_student(loaded: LoadedPlan, world: World) -> LanguageModel:
             parameter.data = parameter.data.to(held, copy=True)
     if plan.compile:
         compile_layers(student)
-    if plan.gradient_checkpointing:
-        recompute(student.module)
+    recompute(student, plan.gradient_checkpointing)
     return student
-
-
-def recompute(module: Any) -> None:
-    """Makes the backward pass compute the activations of each layer again, so that they are not stored."""
-    # The first name is that of transformers 5.23 and later.
-    enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def held_out_windows(

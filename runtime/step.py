@@ -43,7 +43,7 @@ def train_step(run: Run, state: TrainerState) -> dict[str, float]:
         for number, (micro, targets) in enumerate(given.micro_batches):
             # What dropout draws, where a model has it, follows from the sample too: nothing to save, nothing to lose.
             torch.manual_seed(mix(plan.seed, state.samples, world.rank, number))
-            total, terms = _loss(run, micro, targets, normaliser, hidden)
+            total, terms = micro_batch_loss(run, micro, targets, normaliser, hidden)
             total.backward()  # type: ignore[no-untyped-call]
             sums += torch.stack([total.detach(), *terms])
     parameters = list(run.student.module.parameters())
@@ -71,7 +71,7 @@ def train_step(run: Run, state: TrainerState) -> dict[str, float]:
     return figures | {"lr": lr, "grad_norm": grad_norm}
 
 
-def _loss(
+def micro_batch_loss(
     run: Run, batch: Batch, targets: SampledTargets | None, normaliser: float, hidden: HiddenStates | None
 ) -> tuple[Tensor, list[Tensor]]:
     """The share of one micro batch in the loss of the global batch, and of its terms: divergence, cross-entropy,

@@ -221,6 +221,14 @@ def offloading_needs_sharding(spec: Spec) -> Iterator[Problem]:
         yield from training.offloading_needs_sharding(spec.distill.layout, "distill.layout")
 
 
+@constraint("distill.layout", "distill.weights", "distill.optimizer.states")
+def offloading_is_of_fp32(spec: Spec) -> Iterator[Problem]:
+    """Requires fp32 for what rests in host memory."""
+    if spec.distill is not None:
+        states = spec.distill.optimizer.states
+        yield from training.offloading_is_of_fp32(spec.distill.layout, spec.distill.weights, states, "distill.layout")
+
+
 @constraint("distill.loss.hidden_states")
 def pairs_differ(spec: Spec) -> Iterator[Problem]:
     """Requires that no pair of layers is listed twice."""

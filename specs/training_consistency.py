@@ -98,6 +98,17 @@ def phases_make_up_the_training(phases: Sequence[Phase], tokens: int, at: str) -
             yield Problem(f"{at}.{index}.tokens", message, f"write at least {batch}, or a smaller `global_batch_size`")
 
 
+def offloading_is_of_fp32(layout: Layout, weights: str, states: str, at: str) -> Iterator[Problem]:
+    """Requires fp32 for weights and moments that rest in host memory: narrow ones exist to stay on the device, and their
+    update in host memory would take minutes a step."""
+    narrow = [key for key, value in (("weights", weights), ("optimizer.states", states)) if value != "float32"]
+    if layout.cpu_offload and narrow:
+        message = f"`cpu_offload` is for what a device cannot hold in fp32, and `{narrow[0]}` is narrow so that it can"
+        yield Problem(
+            f"{at}.cpu_offload", message, f"write `cpu_offload: false`, or float32 for {' and '.join(narrow)}"
+        )
+
+
 def pairs_exist(hidden: HiddenStateLoss, teacher_layers: int, student_layers: int, at: str) -> Iterator[Problem]:
     """Requires that the layers whose hidden states are compared exist in the two models."""
     if isinstance(hidden.pairs, str):

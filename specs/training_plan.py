@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field
 from minitron.specs import training_consistency
 from minitron.specs.blocks.base import Block, Count, Listed, NonNegativeInt, PositiveFloat, PositiveInt, Text, wrong
 from minitron.specs.blocks.benchmarks import Listing
-from minitron.specs.blocks.distill import CheckpointSettings, Layout, Loss, SequenceLength, TeacherLogits
+from minitron.specs.blocks.distill import CheckpointSettings, Layout, Loss, Recomputation, SequenceLength, TeacherLogits
 from minitron.specs.blocks.evaluate import Published
 from minitron.specs.blocks.requirements import BoundText
 from minitron.specs.blocks.teacher_correction import TeacherCorrection
@@ -245,9 +245,11 @@ class TrainingPlan(EvaluationPlan):
 
     seed: NonNegativeInt
     compute_dtype: ComputeDtype
-    gradient_checkpointing: bool
+    gradient_checkpointing: Recomputation
+    """What the backward pass computes again: layers (true), their attention, or nothing (false)."""
+
     compile: bool
-    """The student's layers go through torch.compile."""
+    """The layers of student and teacher go through torch.compile."""
 
     layout: LayoutPlan
     checkpoint: CheckpointPlan
@@ -363,3 +365,4 @@ def problems(plan: TrainingPlan) -> Iterator[Problem]:
     yield from training_consistency.phases_have_a_teacher(plan.phases, plan.teacher_logits, "phases")
     yield from training_consistency.phases_make_up_the_training(plan.phases, plan.tokens, "phases")
     yield from training_consistency.offloading_needs_sharding(plan.layout, "layout")
+    yield from training_consistency.offloading_is_of_fp32(plan.layout, plan.weights, plan.optimizer.states, "layout")

@@ -13,7 +13,7 @@ from minitron.compiler.estimate.model_costs import ModelCosts
 from minitron.compiler.estimate.training_defaults import CHECKPOINTS, micro_batch, place_teacher
 from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.specs.blocks.benchmarks import benchmarks
-from minitron.specs.blocks.distill import Distill
+from minitron.specs.blocks.distill import Distill, Recomputation
 from minitron.specs.blocks.evaluate import Evaluate
 from minitron.specs.blocks.teacher_correction import TeacherCorrection
 from minitron.specs.builds import CORRECTION_WORK, MODEL, STUDENT, TEACHER, WORK
@@ -111,7 +111,7 @@ def training_plan(
         track=distill.track,
         seed=distill.seed,
         compute_dtype=ComputeDtype(cpu="float32", cuda="bfloat16"),
-        gradient_checkpointing=distill.gradient_checkpointing,
+        gradient_checkpointing=distill.gradient_checkpointing or False,
         compile=distill.compile,
         layout=LayoutPlan(
             student=layout.student,
@@ -120,6 +120,19 @@ def training_plan(
         ),
         checkpoint=CheckpointPlan(**distill.checkpoint.model_dump() | {"every_tokens": every}),
     )
+
+
+def fitted(plan: EvaluationPlan, recompute: Recomputation, micro_batches: Sequence[int]) -> EvaluationPlan:
+    """The plan with what the estimate of memory has chosen: what is recomputed, and the micro batches of the plan and of
+    its phases in turn."""
+    if not isinstance(plan, TrainingPlan):
+        return plan
+    phases = tuple(
+        phase.model_copy(update={"micro_batch_size": size})
+        for phase, size in zip(plan.phases, micro_batches[1:], strict=True)
+    )
+    chosen = {"gradient_checkpointing": recompute, "micro_batch_size": micro_batches[0], "phases": phases}
+    return plan.model_copy(update=chosen)
 
 
 def aligned(plan: EvaluationPlan, layers: Sequence[int], coordinates: str | None) -> EvaluationPlan:

@@ -12,16 +12,19 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers import masking_utils
 
 from minitron.compiler.capture.layer_config import with_layers
 from minitron.compiler.capture.layer_lists import lists_over_layers
 from minitron.compiler.capture.models import build_model, quiet
+from minitron.specs.blocks.distill import Recomputation
 
 EACH = 2  # layers of each kind that are run: one more than one, so that what two layers hold together is seen
 
@@ -42,14 +45,14 @@ class Footprint:
 @dataclass(frozen=True)
 class Work:
     """The settings of a run: `weights` is the dtype of the weights, `autocast` makes products in bf16 whatever that
-    dtype is, `training` adds a backward, `recompute` turns gradient checkpointing on."""
+    dtype is, `training` adds a backward, `recompute` says what the backward computes again."""
 
     sequences: int
     length: int
     weights: torch.dtype
     autocast: bool = False
     training: bool = False
-    recompute: bool = False
+    recompute: Recomputation = False
 
 
 class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -99,7 +102,7 @@ def footprint(config: Any, attention: str, backbone: str, layer_path: str, count
         model = build_model(with_layers(config, count, few), work.weights, attention)
         model.train(work.training)
         if work.recompute:
-            _recompute(model)
+            _recompute(model, layer_path, work.recompute)
         entered, last, left, peak = _run(model, backbone, layer_path, work)
     # What a layer keeps is seen when the next one is entered: until then its caller still holds what it was given.
     kept: dict[str, list[int]] = {}
@@ -147,10 +150,21 @@ def _kinds(config: Any, count: int) -> list[str]:
     return [repr([one[layer] for one in lists]) for layer in range(count)]
 
 
-def _recompute(model: Any) -> None:
-    """Turns gradient checkpointing on as the runtime does; the first name is that of transformers 5.23 and later."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+def _recompute(model: Any, layer_path: str, what: Recomputation) -> None:
+    """Turns recomputation on as the runtime does; the first name is that of transformers 5.23 and later."""
+    if what is True:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+        return
+    for layer in model.get_submodule(layer_path):
+        for module in attention_of(layer):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def attention_of(layer: torch.nn.Module) -> list[torch.nn.Module]:
+    """Returns the children of a decoder layer that mix positions: those that know the layer's number, because they keep a
+    cache under it."""
+    return [child for child in layer.children() if hasattr(child, "layer_idx")]
 
 
 def _run(model: Any, backbone: str, layer_path: str, work: Work) -> tuple[list[int], int, int, int]:

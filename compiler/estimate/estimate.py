@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from minitron.compiler.estimate import model_costs as costs
-from minitron.compiler.estimate.activations import Footprint, Work, footprint
+from minitron.compiler.estimate.activations import Footprint, Work, attention_of, footprint
+from minitron.compiler.estimate.choice import WAYS, Choice, choose, micro_batches
 from minitron.compiler.estimate.devices import DEVICES, Cluster
 from minitron.compiler.estimate.hardware import DISTILL, HardwareAssumptions
 from minitron.compiler.estimate.memory import (
@@ -38,7 +39,7 @@ from minitron.compiler.estimate.training_defaults import micro_batch, place_teac
 from minitron.compiler.importance.batches import batch_size, block_size
 from minitron.compiler.importance.room import Sizes, divide
 from minitron.compiler.plan.plan import Plan
-from minitron.specs.blocks.distill import Distill
+from minitron.specs.blocks.distill import Distill, Recomputation
 from minitron.specs.halving import BRANCH_SHARE
 from minitron.specs.training_plan import divisor_within
 
@@ -113,20 +114,55 @@ class Estimate:
 
     def layout(self, devices: int) -> Layout:
         """The layout that training.yaml gives on `devices` devices."""
+        return self._layout(devices, Choice(self.recomputation, self.micro_batch))
+
+    def _layout(self, devices: int, choice: Choice) -> Layout:
         distill = self.distill
         share = max(1, distill.batch // devices)
-        most = distill.micro_batch_size or micro_batch(distill.batch, distill.sequence_length)
-        micro = divisor_within(share, most)
+        micro = divisor_within(share, choice.micro_batch)
         return Layout(
             devices,
             micro,
             share // micro,
             *self.sharding(),
-            recompute=distill.gradient_checkpointing,
+            recompute=choice.recompute,
             offload=distill.layout.cpu_offload,
             bf16_weights=distill.weights == "bfloat16",
             moments=distill.adamw.states,
         )
+
+    @cached_property
+    def recomputation(self) -> Recomputation:
+        """What the backward pass computes again: as the spec has it, else the least with which every phase fits."""
+        given = self.distill.gradient_checkpointing
+        if given is not None:
+            return given
+        return max((one._choice.recompute for _, one in self._alone(None)), key=WAYS.index)
+
+    @cached_property
+    def micro_batch(self) -> int:
+        """The most sequences in one forward: as the spec has it, else as many as fit."""
+        return self.distill.micro_batch_size or self._choice.micro_batch
+
+    @property
+    def micro_batches(self) -> list[int]:
+        """The micro batch of the training as a whole, and those of its phases."""
+        own = [one.micro_batch for _, one in self.stretches()] if self.distill.phases else []
+        return [self.micro_batch, *own]
+
+    @cached_property
+    def _choice(self) -> Choice:
+        distill, length = self.distill, self.distill.sequence_length
+        given, most = distill.gradient_checkpointing, distill.micro_batch_size
+        sizes = [most] if most else list(micro_batches(distill.batch, length, micro_batch(distill.batch, length)))
+        ways = WAYS if given is None else (given,)
+        return choose(ways, sizes, self._layout, lambda layout: self.training("cuda", layout).peak, self._least_memory)
+
+    def _least_memory(self, layout: Layout) -> int:
+        """Weights, gradients, moments and teacher, without running a model: what a training needs at least."""
+        beside = None if self.sampled else Running(self.teacher, Footprint(0, 0))
+        work = LossWork(self.distill.sequence_length, 1, False, False)
+        return training_memory("cuda", layout, Running(self.student, Footprint(0, 0)), beside, self._element, work).peak
 
     def sharding(self) -> tuple[bool, bool]:
         """Returns whether student and teacher are sharded where several devices train, as training.yaml has it."""
@@ -152,7 +188,8 @@ class Estimate:
         own = Work(
             1,
             distill.sequence_length,
-            torch.bfloat16 if spread else torch.float32,
+            # Weights in fp32 are cast for every product, and the casts live until the backward has used them.
+            torch.bfloat16 if spread or (layout.bf16_weights and kind == "cuda") else torch.float32,
             autocast=kind == "cuda",
             training=True,
             recompute=layout.recompute,
@@ -201,10 +238,14 @@ class Estimate:
         """Forward and backward of one token, and what is recomputed."""
         length = self.distill.sequence_length
         forward = self.student_costs.forward_flops_per_token(length)
-        if not self.distill.gradient_checkpointing:
-            return 3 * forward
-        head = 2 * self.student.hidden * self.student.vocabulary
-        return 4 * forward - head
+        if self.recomputation is True:
+            return 4 * forward - 2 * self.student.hidden * self.student.vocabulary
+        if self.recomputation == "attention":
+            pairs = (length // 2) * self.student_costs.attention_flops_per_pair
+            layers = self.plan.model.get_submodule(self.plan.teacher.captured.layer_path).children()
+            modules = [module for layer in layers for module in attention_of(layer)]
+            return 3 * forward + pairs + 2 * sum(one.numel() for module in modules for one in module.parameters())
+        return 3 * forward
 
     def token_flops(self) -> int:
         """The FLOPs of one token of distillation."""
@@ -253,11 +294,16 @@ class Estimate:
 
     def stretches(self) -> Iterator[tuple[str, Estimate]]:
         """Yields the name and the estimate of each phase of the distillation, as if it were the whole of it."""
+        yield from self._alone(self.recomputation) if self.distill.phases else [(DISTILL, self)]
+
+    def _alone(self, recompute: Recomputation | None) -> Iterator[tuple[str, Estimate]]:
+        """Yields the estimate of each phase alone, with this recomputation; None leaves it open."""
         if not self.distill.phases:
             yield DISTILL, self
         for number, phase in enumerate(self.distill.phases):
             loaded = self.plan.loaded
-            spec = loaded.spec.model_copy(update={"distill": self.distill.alone(phase)})
+            distill = self.distill.alone(phase).model_copy(update={"gradient_checkpointing": recompute})
+            spec = loaded.spec.model_copy(update={"distill": distill})
             yield f"{DISTILL}_{number + 1}", replace(self, plan=replace(self.plan, loaded=replace(loaded, spec=spec)))
 
     def _search(self, kind: str, rungs: Sequence[Mapping[str, int]]) -> Phase:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from minitron.compiler.estimate.choice import WAYS
 from minitron.compiler.estimate.devices import MOST_DEVICES, Cluster
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.estimate.hardware import HardwareAssumptions
@@ -77,8 +78,9 @@ def _changes(estimate: Estimate, cluster: Cluster, layout: Layout) -> Iterator[t
                 yield [f"distill.micro_batch_size: {micro}"], replace(base, micro_batch=micro, steps=steps)
 
     def recomputed(base: Layout) -> Iterator[tuple[list[str], Layout]]:
-        if not base.recompute:
-            yield ["distill.gradient_checkpointing: true"], replace(base, recompute=True)
+        for way in WAYS[WAYS.index(base.recompute) + 1 :]:
+            word = "true" if way is True else way
+            yield [f"distill.gradient_checkpointing: {word}"], replace(base, recompute=way)
 
     def each(base: Layout) -> Iterator[tuple[list[str], Layout]]:
         yield from smaller(base)

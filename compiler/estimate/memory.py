@@ -24,6 +24,7 @@ import torch
 
 from minitron.compiler.estimate.activations import Footprint
 from minitron.compiler.importance.room import LOGIT_COPIES, Room, Sizes
+from minitron.specs.blocks.distill import Recomputation
 from minitron.specs.loss_chunks import BLOCK_ELEMENTS, loss_chunks
 
 FP32 = 4
@@ -73,7 +74,7 @@ class Layout:
     steps: int
     student_sharded: bool
     teacher_sharded: bool
-    recompute: bool
+    recompute: Recomputation
     offload: bool = False
     bf16_weights: bool = False
     moments: str = "float32"

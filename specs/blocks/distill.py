@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from minitron.specs.blocks.base import (
     LONGER,
@@ -18,6 +18,7 @@ from minitron.specs.blocks.base import (
     PositiveInt,
     is_longer,
     word_or,
+    wrong,
 )
 from minitron.specs.blocks.choices import Sizes, rates, sizes
 from minitron.specs.blocks.training import DistillOptimizer, Optimizer, fit_warmup
@@ -130,6 +131,15 @@ class Loss(Block):
         return hidden or (self.logits.weight != 0 and teacher_logits == "online")
 
 
+def _check_recomputation(value: Any) -> Any:
+    if not isinstance(value, bool) and value != "attention":
+        raise wrong("{given} is not possible here", "write true, attention or false")
+    return value
+
+
+Recomputation: TypeAlias = Annotated[bool | Literal["attention"], BeforeValidator(_check_recomputation)]
+
+
 class Layout(Block):
     """The distribution of models and training state over several devices."""
 
@@ -222,11 +232,13 @@ class Distill(Block):
     loss: Loss = Loss()
     """What is minimised."""
 
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more work."""
+    gradient_checkpointing: Recomputation | None = None
+    """What the backward pass computes again instead of keeping it: `true` all that is inside of a layer, about a third more
+    work; `attention` its attention alone; `false` nothing. Left out: the least that fits a device of 80 GB, by the plan's
+    estimate."""
 
     compile: bool = False
-    """Compile the student's layers with torch.compile: slow to start, faster afterwards."""
+    """Compile the layers of student and teacher with torch.compile: slow to start, faster afterwards."""
 
     layout: Layout = Layout()
     """What each device holds, where several train together."""

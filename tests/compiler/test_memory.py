@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from minitron.compiler.estimate import choice
 from minitron.compiler.estimate.activations import Footprint, Living, Work, footprint
+from minitron.compiler.estimate.choice import WAYS
 from minitron.compiler.estimate.devices import Cluster, Device
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.estimate.fit import fits_json
@@ -23,6 +27,7 @@ from minitron.compiler.estimate.memory import (
     logits_bytes,
     training_memory,
 )
+from minitron.compiler.estimate.training_defaults import micro_batch
 from minitron.compiler.importance import calibrate
 from minitron.compiler.importance.progress_file import Interrupted
 from minitron.compiler.importance.room import Room
@@ -234,3 +239,59 @@ def test_recomputing_costs_another_forward_of_the_layers(planned: Planned) -> No
     head = 2 * 32 * 96
     forward = student.forward_flops_per_token(128)
     assert Estimate(again).token_flops() - Estimate(plain).token_flops() == forward - head
+
+
+class TestChoice:
+    """What is recomputed and how many sequences go through at a time, where a spec leaves it open."""
+
+    def test_what_fits_is_not_recomputed(self, planned: Planned) -> None:
+        estimate = Estimate(planned())
+        assert estimate.recomputation is False and estimate.layout(1).recompute is False
+        assert Estimate(planned(gradient_checkpointing=True)).recomputation is True
+
+    def test_the_least_that_fits_is_chosen(self, planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+        """For devices whose memory lies just at each need."""
+        plan = planned(micro_batch_size=4, layout={"student": "replicated", "teacher": "replicated"})
+        needs = {}
+        for way in WAYS:
+            estimate = Estimate(plan)
+            needs[way] = estimate.training("cuda", replace(estimate.layout(1), recompute=way)).peak
+        assert needs[True] < needs["attention"] < needs[False]
+        for way in WAYS:
+            monkeypatch.setattr(choice, "REFERENCE", Device("small", needs[way], 1.0))
+            assert Estimate(plan).recomputation == way
+            assert Estimate(plan).layout(1).recompute == way
+        monkeypatch.setattr(choice, "REFERENCE", Device("none", 1, 1.0))
+        assert Estimate(plan).recomputation is True, "what takes least, where nothing fits"
+
+    def test_an_open_micro_batch_shrinks_before_anything_is_recomputed(
+        self, planned: Planned, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(choice, "LEAST_TOKENS", 1)
+        plan = planned(layout={"student": "replicated", "teacher": "replicated"})
+        estimate = Estimate(plan)
+        wide = estimate.micro_batch
+        assert wide == 16
+        need = estimate.training("cuda", replace(estimate.layout(1), micro_batch=4, steps=4)).peak
+        monkeypatch.setattr(choice, "REFERENCE", Device("small", need, 1.0))
+        narrow = Estimate(plan)
+        assert (narrow.recomputation, narrow.micro_batch) == (False, 4)
+        assert narrow.micro_batches == [4]
+
+    def test_a_bound_that_costs_nothing_is_one(self, planned: Planned) -> None:
+        for distill in (
+            {},
+            {"weights": "bfloat16", "optimizer": {"states": "int8"}},
+            {"teacher_logits": {"sampled": 3}},
+        ):
+            estimate = Estimate(planned(**distill))
+            for devices in (1, 8):
+                layout = estimate.layout(devices)
+                assert estimate._least_memory(layout) <= estimate.training("cuda", layout).peak
+
+    @given(st.integers(1, 4096), st.integers(2, 1 << 15))
+    def test_micro_batches_are_divisors_from_the_largest_down(self, batch: int, length: int) -> None:
+        sizes = list(choice.micro_batches(batch, length, micro_batch(batch, length)))
+        assert sizes == sorted(set(sizes), reverse=True) and all(batch % size == 0 for size in sizes)
+        assert sizes[0] == micro_batch(batch, length)
+        assert all(size * length >= choice.LEAST_TOKENS for size in sizes[1:])

@@ -101,6 +101,11 @@ def test_every_error_comes_at_its_line(tmp_path: Path) -> None:
             {"layout": {"student": "replicated", "teacher": "replicated", "cpu_offload": True}},
             "layout.cpu_offload: a student that is replicated stays on its device; write `student: sharded`",
         ),
+        (
+            {"layout__cpu_offload": True, "weights": "bfloat16", "optimizer__states": "int8"},
+            "layout.cpu_offload: `cpu_offload` is for what a device cannot hold in fp32, and `weights` is narrow so that it "
+            "can; write `cpu_offload: false`, or float32 for weights and optimizer.states",
+        ),
         ({"compile": "yes"}, "compile: "),
         ({"teacher__dtype": "float8"}, "teacher.dtype: `float8` is not possible here; did you mean `float32`?"),
         ({"student__model": 3}, "student.model: `3` is a number, and text is wanted"),

@@ -300,6 +300,20 @@ WRONG = {
         "a student that is replicated stays on its device",
         "write `student: sharded`",
     ),
+    "narrow moments in host memory": Wrong(
+        DISTILL + "  optimizer: {states: int8}\n  layout: {cpu_offload: true}\n",
+        "9:25",
+        "distill.layout.cpu_offload",
+        "`optimizer.states` is narrow so that it can",
+        "write `cpu_offload: false`, or float32 for optimizer.states",
+    ),
+    "a word for recomputation": Wrong(
+        DISTILL + "  gradient_checkpointing: layers\n",
+        "8:27",
+        "distill.gradient_checkpointing",
+        "`layers` is not possible here",
+        "write true, attention or false",
+    ),
     "nothing to learn": Wrong(
         DISTILL + "  loss: {logits: {weight: 0}}\n", "8:3", "distill.loss", "every weight is 0", "weight: 1.0"
     ),
