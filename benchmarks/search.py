@@ -1,6 +1,7 @@
 """What a search finds and what it costs: every candidate trained to the end, beside successive halving and cheaper choices.
 
     python benchmarks/search.py                                   # the quickstart's teacher, 24 shapes, one seed
+    python benchmarks/search.py --teacher ../shared/data/stories260K --parameters 143K   # on text that it writes itself
     python benchmarks/search.py --spec my.yaml --seeds 3          # any spec with a `search`
     python benchmarks/search.py --rates 1e-3,2e-3,4e-3,8e-3       # one shape of the quickstart, the learning rate alone
     python benchmarks/search.py --together 8                      # 8 candidates on one pass of the teacher, beside one by one
@@ -19,6 +20,7 @@ import contextlib
 import json
 import math
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,12 @@ from minitron.specs.halving import halving
 from minitron.specs.progress import Silent
 from minitron.specs.search_files import RungPlan, read_search
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.recovery import write_texts
+
 ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = 1000
+TEXTS = ("calibration", "documents", "held_out")
 Curve = dict[int, tuple[float, float]]
 """Tokens -> (divergence of the branch, of the trunk)."""
 
@@ -153,6 +160,14 @@ def spec_text(arguments: Any, seed: int) -> dict[str, Any]:
     path = arguments.spec or ROOT / "examples" / "quickstart" / "spec.yaml"
     document: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     document["teacher"]["model"] = str((path.parent / document["teacher"]["model"]).resolve())
+    if arguments.teacher is not None:
+        write_texts(arguments.teacher, arguments.work, DOCUMENTS)
+        texts = {name: {"jsonl": [str(arguments.work / f"{name}.jsonl")]} for name in TEXTS}
+        document["teacher"] = {"model": str(arguments.teacher.resolve()), "dtype": "float32"}
+        document["importance"] = {"data": texts["calibration"] | {"samples": 64, "sequence_length": 256}}
+        document["distill"] |= {"data": texts["documents"]}
+        document["distill"]["optimizer"] = {"lr": 4e-3, "min_lr": 1e-5, "warmup_steps": 20}
+        document["evaluate"] = {"held_out": texts["held_out"]}
     document["distill"] |= {"tokens": 10 * arguments.tokens, "seed": seed}
     document["evaluate"]["max_tokens"] = arguments.judged_tokens
     rates = [float(one) for one in arguments.rates.split(",")] if arguments.rates else None
@@ -216,6 +231,7 @@ def replace_state(rungs: Rungs, number: int) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--spec", type=Path)
+    parser.add_argument("--teacher", type=Path, help="a model that writes its own text; with --parameters of its size")
     parser.add_argument("--parameters", default="1.2M")
     parser.add_argument("--candidates", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=160_000, help="that each candidate is trained on")
