@@ -77,7 +77,7 @@ def some_budget(spec: Spec) -> Iterator[Problem]:
         yield Problem("search.budget", "says no limit", f"add one of {known}")
 
 
-@constraint("search", "evaluate", "distill")
+@constraint("search", "evaluate")
 def candidates_are_judged(spec: Spec) -> Iterator[Problem]:
     """Requires held-out text, on which candidates are compared."""
     if (

@@ -19,13 +19,17 @@ SIZE_FACTOR = 2
 
 def _read_rate(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise wrong("{given} is not a learning rate", "write a number greater than 0, such as 3e-4")
+        raise wrong(
+            f"`{getattr(value, 'text', value)}` is not a learning rate", "write a number greater than 0, such as 3e-4"
+        )
     return float(value)
 
 
 def _read_size(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
-        raise wrong("{given} is not a number of sequences", "write a whole number of at least 1")
+        raise wrong(
+            f"`{getattr(value, 'text', value)}` is not a number of sequences", "write a whole number of at least 1"
+        )
     return value
 
 

@@ -117,7 +117,11 @@ WRONG = {
     "a step of nothing": (SMALL.replace("48", "{min: 8, max: 32, step: 0}") + SEARCH, "`step` is not a whole number"),
     "no rate": (
         SMALL.replace("1B", "1B, optimizer: {lr: [0, 1e-3]}") + SEARCH,
-        "distill.optimizer.lr: a list is not a learning rate; write a number greater than 0",
+        "distill.optimizer.lr: `0` is not a learning rate; write a number greater than 0",
+    ),
+    "half a sequence": (
+        SMALL.replace("1B", "1B, global_batch_size: {min: 0.5, max: 8}") + SEARCH,
+        "distill.global_batch_size: `0.5` is not a number of sequences; write a whole number of at least 1",
     ),
     "no batch": (
         SMALL.replace("1B", "1B, global_batch_size: []") + SEARCH,
