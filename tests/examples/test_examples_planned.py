@@ -119,7 +119,7 @@ def first_teacher(path: Path) -> str:
 
 def test_every_example_is_planned(plans: dict[str, Planned]) -> None:
     assert set(recipe_names()) == set(PARAMETERS)
-    assert set(plans) == {*PARAMETERS, *REPOSITORY, "quickstart", "smollm2"}
+    assert set(plans) == {*PARAMETERS, *REPOSITORY, "quickstart", "search", "smollm2"}
 
 
 @pytest.mark.parametrize("name", [*PARAMETERS, *REPOSITORY])
