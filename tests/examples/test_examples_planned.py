@@ -12,6 +12,7 @@ import pytest
 
 from minitron.compiler import make_plan
 from minitron.compiler.capture import capture as capture_module
+from minitron.compiler.estimate.devices import DEVICES
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.estimate.memory import Memory
 from minitron.compiler.estimate.model_costs import ModelCosts
@@ -56,6 +57,8 @@ class Planned:
     document: dict[str, Any] | None
     memory: tuple[Memory, ...]
     """Of distilling on 8 H100, activations kept and recomputed."""
+    cards: tuple[Memory, ...]
+    """Of distilling on one device, for each way of holding weights and moments."""
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +105,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Planned]:
                 Estimate(plan).teacher_costs, Estimate(plan).student_costs, plan.teacher.captured.config, plan.config,
                 tuple(plan.targets.statuses), plan.remarks, plan_document(plan) if loaded.spec.name == WHOLE else None,
                 distilling(plan) if loaded.spec.name == WHOLE else (),
+                on_one_card(plan) if loaded.spec.name == WHOLE else (),
             )  # fmt: skip
     return found
 
@@ -110,6 +114,19 @@ def distilling(plan: Plan) -> tuple[Memory, ...]:
     estimate = Estimate(plan)
     layout = estimate.layout(8)
     return tuple(estimate.training("cuda", replace(layout, recompute=again)) for again in (False, True))
+
+
+WAYS = (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "int8"))
+
+
+def on_one_card(plan: Plan) -> tuple[Memory, ...]:
+    """Of distilling on one device, recomputed, for each way of holding weights and moments."""
+    estimate = Estimate(plan)
+    layout = replace(estimate.layout(1), recompute=True)
+    return tuple(
+        estimate.training("cuda", replace(layout, bf16_weights=weights == "bfloat16", moments=moments))
+        for weights, moments in WAYS
+    )
 
 
 def first_teacher(path: Path) -> str:
@@ -157,6 +174,19 @@ def test_the_page_on_scaling_quotes_the_plan(plans: dict[str, Planned]) -> None:
         assert [float(cell) for cell in quoted[part]] == [round(size / 1e9, 1) for size in sizes], part
     rule = kept.parts["activations"] / (8192 * 4096 * 40)
     assert f"Activations are {rule:.0f} bytes a token, channel and layer here" in "\n".join(lines)
+
+
+def test_the_page_on_performance_quotes_the_plan(plans: dict[str, Planned]) -> None:
+    """12B to 8B on one card: what it takes, and which cards hold it."""
+    cards = plans[WHOLE].cards
+    lines = (ROOT / "docs" / "performance.md").read_text().splitlines()
+    for (weights, moments), memory in zip(WAYS, cards, strict=True):
+        (line,) = [line for line in lines if line.startswith(f"| {weights} | {moments} |")]
+        states = sum(memory.parts[part] for part in ("weights", "gradients", "optimizer"))
+        assert line.endswith(f"| {states / 1e9:.1f} GB | {memory.peak / 1e9:.1f} |")
+    h200, h100 = (DEVICES[name].memory_bytes for name in ("h200", "h100"))
+    assert [memory.peak <= h200 for memory in cards] == [False, True, True, True]
+    assert not any(memory.peak <= h100 for memory in cards)
 
 
 def test_what_the_recipes_leave_alone_stays(plans: dict[str, Planned]) -> None:
