@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from minitron.compiler.graph.executor import Executor, Feeding, Settings
 from minitron.compiler.graph.memory import free_memory, host_memory
 from minitron.compiler.graph.streams import FileStreams, MemoryStreams, Streams
 from minitron.compiler.importance.calibrate import Run, calibrate
+from minitron.compiler.importance.layer_elimination import LayerElimination
 from minitron.compiler.importance.progress_file import Interrupted
 from minitron.compiler.importance.room import Room, divide
 from minitron.compiler.importance.samples import SampleConfig, calibration_samples
@@ -46,7 +48,7 @@ def score(compilation: Compilation) -> tuple[ScoreTable, torch.Tensor | None]:
         compilation.progress.message(f"the calibration data makes {len(samples)} samples, not {wanted.samples}")
     config = CalibrationConfig(
         WidthConfig(importance.width.batch, importance.width.sequence),
-        DepthConfig(importance.depth.metric),
+        DepthConfig(importance.depth.metric, plan.layers_one_by_one),
         () if plan.rotation is None else plan.rotation.sites,
         None if plan.rotation is None else plan.rotation.head_site,
         importance.selection == "greedy",
@@ -92,27 +94,29 @@ def _calibrated(compilation: Compilation, samples: torch.Tensor, config: Calibra
     saved = Interrupted(build / _beside(PARTIAL_SCORES, which), f"{key} {dtype} {torch.device(device).type} {which}")
     if work.fresh:
         saved.remove()
-    compared = plan.rank_layers and config.depth.metric != "block_influence"
+    metric, at_once = config.depth.metric, plan.rank_layers and not config.depth.one_by_one
+    compared = at_once and metric != "block_influence"
     sizes = Estimate(plan).calibration_sizes(samples.shape[0], samples.shape[1], dtype)
     budget, kind = work.memory or free_memory(device), torch.device(device).type
     room = saved.room() or divide(
         budget, sizes, kind, host=host_memory(), compared=compared, whole=config.greedy
     )  # fmt: skip
     settings = Settings(device, dtype, plan.dtype)
-    executor = Executor(
-        captured.graph_module,
-        captured.layer_of,
-        compilation.source.get,
-        compilation.buffers if dtype == RUN_DTYPE else run_buffers(plan, captured.config, dtype),
-        settings,
-        Feeding(room.resident, room.ahead),
-        fast_attention=True,
-    )
+    buffers = compilation.buffers if dtype == RUN_DTYPE else run_buffers(plan, captured.config, dtype)
+
+    def executor(graph: torch.fx.GraphModule, feeding: Feeding = Feeding()) -> Executor:
+        source = compilation.source.get
+        return Executor(graph, captured.layer_of, source, buffers, settings, feeding, fast_attention=True)
+
     run = Run(
-        plan.rank_layers, saved, compilation.progress, room,
+        at_once, saved, compilation.progress, room,
         _streams(room, device, build / _beside(PARTIAL_STREAMS, which)), work.ranks,
     )  # fmt: skip
-    scores = calibrate(plan.teacher, executor, samples, config, run)
+    feeding = Feeding(room.resident, room.ahead)
+    scores = calibrate(plan.teacher, executor(captured.graph_module, feeding), samples, config, run)
+    if config.depth.one_by_one and metric != "block_influence":
+        elimination = LayerElimination(plan.teacher, executor, samples, metric, work.ranks)
+        scores = replace(scores, layers=elimination.scores(config.depth.one_by_one, compilation.progress))
     if work.ranks.leads:
         write_scores(build / SCORES, key, scores)
     saved.remove()

@@ -140,6 +140,18 @@ def elimination_counts_on_a_refit(spec: Spec) -> Iterator[Problem]:
         yield Problem("importance.selection", message, "write scores, or `recovery: {refit: least_squares}`")
 
 
+@constraint("importance.depth")
+def layers_are_dropped_one_way(spec: Spec) -> Iterator[Problem]:
+    """Requires, for layers that are dropped one after the other, a metric of what is left, and no run of neighbours."""
+    depth = spec.importance.depth
+    if depth.greedy and depth.metric == "block_influence":
+        message = "block influence is a layer's own and not what is left without it"
+        yield Problem("importance.depth.greedy", message, "write `metric: loss` or `metric: logit_mse`, or false")
+    if depth.greedy and depth.contiguous:
+        message = "layers that go one after the other are no run of neighbours"
+        yield Problem("importance.depth.greedy", message, "keep either `greedy` or `contiguous`")
+
+
 @constraint("recovery")
 def one_repair_of_heads(spec: Spec) -> Iterator[Problem]:
     """Refuses merged heads beside a refit, which fits each projection to what the teacher's yields and so undoes them."""

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.fx import GraphModule
 from transformers import AutoModelForCausalLM
 
 from minitron.compiler import Plan, compile_spec, make_plan
@@ -224,10 +225,24 @@ def executor(
 ) -> Executor:
     """The teacher's graph, ready to run on the weights of its checkpoint. `fast`: as calibration runs it."""
     captured = plan.teacher.captured
+    return executor_of(plan, captured.graph_module, fetch, dtype=dtype, feeding=feeding, fast=fast)
+
+
+def executor_of(
+    plan: Plan,
+    graph: GraphModule,
+    fetch: Fetch | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    feeding: Feeding = Feeding(),
+    fast: bool = False,
+) -> Executor:
+    """The same of any graph of the teacher's."""
+    captured = plan.teacher.captured
     buffers = load_buffers(build_meta(captured.config, dtype, captured.attention))
     settings = Settings("cpu", dtype, plan.dtype)
     fetch = fetch or open_weights(captured, plan.checkpoint).get
-    return Executor(captured.graph_module, captured.layer_of, fetch, buffers, settings, feeding, fast_attention=fast)
+    return Executor(graph, captured.layer_of, fetch, buffers, settings, feeding, fast_attention=fast)
 
 
 class Apprentice:

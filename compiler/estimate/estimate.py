@@ -360,6 +360,9 @@ class Estimate:
         compared = self._compares_logits
         if compared:  # each layer that is left out shares what lies before it
             each += (captured.layer_count + 1) * (whole + each) // 2
+        one_by_one = plan.layers_one_by_one
+        metric = plan.loaded.spec.importance.depth.metric
+        each += sum(captured.layer_count - gone + (metric == "logit_mse") for gone in range(one_by_one)) * whole
         dtype = plan.dtype if device.kind == "cuda" else torch.float32
         sizes = self.calibration_sizes(data.samples, length, dtype)
         greedy = plan.loaded.spec.importance.selection == "greedy"
@@ -368,11 +371,14 @@ class Estimate:
         does = f"scores every axis by the activations of {data.samples} samples of {length} tokens, layer by layer"
         if compared:
             does += ", and every layer by the harm of dropping it"
+        if one_by_one:
+            does += f", and drops {one_by_one} layers one after the other"
         return Phase("calibrate", does, tokens, tokens * each, memory)
 
     @property
     def _compares_logits(self) -> bool:
-        return self.plan.rank_layers and self.plan.loaded.spec.importance.depth.metric != "block_influence"
+        at_once = self.plan.rank_layers and not self.plan.layers_one_by_one
+        return at_once and self.plan.loaded.spec.importance.depth.metric != "block_influence"
 
     def calibration_sizes(self, samples: int, length: int, dtype: torch.dtype) -> Sizes:
         """The sizes that decide the memory of scoring `samples` of `length` tokens in `dtype`."""

@@ -112,6 +112,12 @@ class Plan:
         return self.targets.rank_layers(self.teacher.captured.layer_count)
 
     @property
+    def layers_one_by_one(self) -> int:
+        """How many layers are dropped one after the other; 0 where all are ranked at once."""
+        greedy = self.rank_layers and self.loaded.spec.importance.depth.greedy
+        return self.teacher.captured.layer_count - self.targets.layers if greedy else 0
+
+    @property
     def needs_scores(self) -> bool:
         """Checks whether the plan needs activations of the teacher."""
         return bool(self.targets.widths) or self.rank_layers

@@ -42,6 +42,10 @@ class DepthScores(Block):
     contiguous: bool = False
     """Leave out one run of neighbouring layers rather than the lowest-scored ones."""
 
+    greedy: bool = False
+    """Drop one layer after the other and score what is left anew after each, for `loss` and `logit_mse`: of two layers that
+    do the same, one stays. Takes as many passes as layers for each that is dropped."""
+
 
 class Importance(Block):
     """The choice of channels, heads, neurons and layers to keep."""
