@@ -12,6 +12,7 @@ import torch
 from minitron.compiler.capture.models import build_meta
 from minitron.compiler.graph.executor import Settings
 from minitron.compiler.importance.ranks import Ranks
+from minitron.compiler.importance.scores import ScoreTable
 from minitron.compiler.plan.plan import Plan
 from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.compiler.weights.buffers import load_buffers
@@ -43,7 +44,8 @@ class Compilation:
     """The plan, the teacher's weights, the build folder and the progress.
 
     `buffers` are those that the teacher's own code computes when it is loaded in RUN_DTYPE. `staging` is the folder of
-    what is written, until all of it takes its place in the build.
+    what is written, until all of it takes its place in the build. `scores` are the ones that select, and `coordinates`
+    what stays of the teacher's hidden states, once they are there.
     """
 
     plan: Plan
@@ -53,6 +55,8 @@ class Compilation:
     progress: Progress
     staging: Path | None = None
     work: Work = field(default_factory=Work)
+    scores: ScoreTable = field(default_factory=ScoreTable)
+    coordinates: torch.Tensor | None = None
 
     @property
     def build(self) -> Path:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,11 +30,12 @@ from minitron.compiler.emit.rewritten import RewrittenStudent
 from minitron.compiler.emit.student import StudentFolder, student_weights, write_student
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.graph.executor import Executor
-from minitron.compiler.graph.names import Fetch, strip_wrapper
+from minitron.compiler.graph.names import Fetch, dtype_of, strip_wrapper
 from minitron.compiler.importance.batches import batches_of
 from minitron.compiler.importance.ranking import equal_scores, unreached_experts
 from minitron.compiler.importance.scores import ScoreTable, WidthConfig
 from minitron.compiler.importance.select import Selection, narrowing_of, select, selection_json
+from minitron.compiler.plan.checks import teacher_key
 from minitron.compiler.plan.plan import Plan, settled, with_weights
 from minitron.compiler.plan_document import plan_document
 from minitron.compiler.planning import make_plan
@@ -47,13 +49,16 @@ from minitron.compiler.rewrite.drop_layers import drop_layers
 from minitron.compiler.rewrite.narrow_parameters import narrow_parameters
 from minitron.compiler.rewrite.scale_repair import changed_buffers, repair_scale
 from minitron.compiler.rewrite.shape_constants import shape_constants
+from minitron.compiler.roles.analysed import AnalysedTeacher
 from minitron.compiler.roles.names import HIDDEN, LAYERS
 from minitron.compiler.score import score
 from minitron.compiler.student.config_keys import config_key
+from minitron.compiler.student.targets import Targets
 from minitron.compiler.teacher.freshness import staleness
 from minitron.compiler.teacher.provenance import at_commit, observe, with_result
-from minitron.compiler.verify.checks import Check
-from minitron.compiler.verify.run import CHECKS, Routes, Subject, run_checks
+from minitron.compiler.verify.checks import Check, failed
+from minitron.compiler.verify.run import STUDENT_CHECKS, StudentCheck, run_checks, run_teacher_checks
+from minitron.compiler.verify.subject import Original, Ranking, Subject
 from minitron.compiler.weights.buffers import load_buffers
 from minitron.compiler.weights.recipes import recipes
 from minitron.compiler.weights.source import WeightSource, open_weights
@@ -66,6 +71,7 @@ from minitron.specs.builds import (
     SEARCH,
     STUDENT,
     TRAINING,
+    read_document,
 )
 from minitron.specs.errors import Refused, UsageError, WorkError, placing
 from minitron.specs.file_hashes import folder_hashes
@@ -193,25 +199,43 @@ def write_program(compilation: Compilation, student: RewrittenStudent) -> None:
     save_program(program, compilation.build / PROGRAM)
 
 
+def _original(compilation: Compilation) -> Original:
+    plan = compilation.plan
+    return Original(
+        plan.teacher, compilation.source, compilation.buffers, compilation.settings, plan.checkpoint.folder,
+        dtype_of(plan.checkpoint.dtype),
+    )  # fmt: skip
+
+
+def verify_teacher(compilation: Compilation) -> list[Check]:
+    """Runs the checks of the teacher, before anything is computed with it."""
+    return run_teacher_checks(_original(compilation), compilation.progress)
+
+
 def verify(
     compilation: Compilation,
     student: RewrittenStudent,
     samples: torch.Tensor | None,
-    wanted: Sequence[Callable[[Routes], Check | None]] = CHECKS,
+    wanted: Sequence[StudentCheck] = STUDENT_CHECKS,
+    recorded: Mapping[str, str] | None = None,
 ) -> list[Check]:
-    """Runs the `wanted` checks on the build as it was written."""
-    plan = compilation.plan
-    inexact = [s for s in plan.targets.statuses if s.student < s.teacher and s.status != "exact"]
+    """Runs the `wanted` checks on the build as it was written; `recorded` are the hashes of student/'s files, where its
+    compile has ended."""
+    plan, importance = compilation.plan, compilation.plan.loaded.spec.importance
     subject = Subject(
         compilation.build,
-        plan.teacher,
-        compilation.source,
-        compilation.buffers,
+        _original(compilation),
         student,
+        plan.config,
         plan.model,
-        _config_widths(plan),
-        f"{inexact[0].axis}: {inexact[0].reason}" if inexact else None,
-        compilation.settings,
+        config_widths(plan.teacher, plan.targets, plan.config),
+        (read_document(compilation.build / PLAN) or {})["selection"],
+        Ranking(compilation.scores, plan.targets, importance.depth.contiguous, plan.rotates)
+        if importance.selection == "scores"
+        else None,
+        recorded,
+        compilation.coordinates,
+        any(one.axis == LAYERS and one.status != "exact" for one in plan.targets.statuses),
         plan.rotation,
     )
     return run_checks(subject, samples, compilation.progress, wanted)
@@ -221,6 +245,7 @@ def verify(
 class Stages:
     """The stages of a compile after the plan. Tests and experiments replace one and keep the driver."""
 
+    verify_teacher: Callable[[Compilation], list[Check]] = verify_teacher
     score: Callable[[Compilation], tuple[ScoreTable, torch.Tensor | None]] = score
     select: Callable[[Plan, ScoreTable], Selection] = field(
         default=lambda plan, scores: select(
@@ -289,17 +314,21 @@ def _compile(compilation: Compilation, stages: Stages, scratch: Path) -> Plan:
     plan = compilation.plan
     build = plan.build
     inputs = _inputs(plan)
+    of_teacher = stages.verify_teacher(compilation)
+    with placing(plan.loaded, teacher_key(plan.loaded)):
+        for check in failed(of_teacher):
+            raise UsageError(f"cannot be compiled: {check.detail}")
     scores, samples = stages.score(compilation)
-    compilation, selection, student, rotated = prune(compilation, scores, samples, stages, scratch)
+    compilation, selection, student, _ = prune(compilation, scores, samples, stages, scratch)
     plan, fingerprint = compilation.plan, student_fingerprint(compilation, selection)
     guard_training(build, fingerprint)
     with staged(build) as folder:
         compilation = replace(compilation, staging=folder)
         stages.emit(compilation, student)
         stages.write_program(compilation, student)
-        kept, start = kept_coordinates(plan, selection, rotated), search_start(plan, fingerprint)
-        write_documents(folder, plan, selection, Trained(fingerprint, inputs, start), kept)
-        checks = stages.verify(compilation, student, samples)
+        start = search_start(plan, fingerprint)
+        write_documents(folder, plan, selection, Trained(fingerprint, inputs, start), compilation.coordinates)
+        checks = [*of_teacher, *stages.verify(compilation, student, samples)]
         check_unchanged(inputs, _inputs(plan))
         write_verification(folder, checks, folder_hashes(folder / STUDENT))
     require_passed(checks)
@@ -317,8 +346,9 @@ def prune(
     if plan.rotates:
         compilation, selection = rotate(compilation, selection, scores, samples)
     plan = settled(plan, selection)
-    compilation = replace(compilation, plan=plan)
     rotated = compilation.source
+    kept = kept_coordinates(plan, selection, rotated)
+    compilation = replace(compilation, plan=plan, scores=replace(scores, covariance={}), coordinates=kept)
     compilation = merge(compilation, selection, scores)
     student = stages.rewrite(plan, selection, compilation.buffers)
     if plan.refits:
@@ -361,15 +391,14 @@ def search_start(plan: Plan, fingerprint: str) -> StartPlan | None:
     return StartPlan(checkpoints=f"{SEARCH}/{entry.folder}/{CHECKPOINTS}", step=step)
 
 
-def _config_widths(plan: Plan) -> dict[str, int]:
-    """Maps configuration key to width, for everything that the spec asks for."""
-    old, config = plan.teacher.widths, plan.teacher.captured.config
-    keys = {name: config_key(config, name, old[name]) for name in plan.targets.widths}
-    attribute_map = getattr(plan.config, "attribute_map", {})
-    wanted = {attribute_map.get(key, key): plan.targets.widths[name] for name, key in keys.items() if key is not None}
+def config_widths(teacher: AnalysedTeacher, targets: Targets, config: Any) -> dict[str, int]:
+    """Maps key of the student's configuration to width, for everything that the spec asks for."""
+    keys = {name: config_key(teacher.captured.config, name, teacher.widths[name]) for name in targets.widths}
+    attribute_map = getattr(config, "attribute_map", {})
+    wanted = {attribute_map.get(key, key): targets.widths[name] for name, key in keys.items() if key is not None}
     layers = attribute_map.get(LAYERS, LAYERS)
-    if layers in plan.config.to_dict():  # else the length of a list over layers says it
-        wanted[layers] = plan.targets.layers
+    if layers in config.to_dict():  # else the length of a list over layers says it
+        wanted[layers] = targets.layers
     return wanted
 
 

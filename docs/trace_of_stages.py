@@ -7,9 +7,11 @@ The page is made by running the stages, so it shows what they do today; tests/re
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,10 @@ from minitron.compiler.compile import Stages  # noqa: E402
 from minitron.compiler.estimate.estimate import Estimate  # noqa: E402
 from minitron.compiler.importance.select import selection_json  # noqa: E402
 from minitron.compiler.plan.plan import Plan, make_plan, settled  # noqa: E402
+from minitron.compiler.plan_document import plan_document  # noqa: E402
 from minitron.compiler.weights.source import open_weights  # noqa: E402
 from minitron.specs import load_spec  # noqa: E402
+from minitron.specs.builds import PLAN  # noqa: E402
 from minitron.specs.progress import Silent  # noqa: E402
 from tests import models  # noqa: E402
 
@@ -105,7 +109,8 @@ def _page(folder: Path) -> str:
     job = Compilation(plan, source, job.buffers, "cpu", Silent())
     stages.emit(job, student)
     stages.write_program(job, student)
-    checks = stages.verify(job, student, samples)
+    (folder / "build" / PLAN).write_text(json.dumps(plan_document(plan, selection)))
+    checks = stages.verify(replace(job, scores=scores), student, samples)
     costs, captured = Estimate(plan), plan.teacher.captured
     before, after = (
         sum(n.op == "call_function" for n in g.nodes) for g in (captured.graph, student.graph_module.graph)

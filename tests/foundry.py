@@ -30,8 +30,10 @@ from minitron.compiler.graph.names import Fetch
 from minitron.compiler.importance.scores import ScoreTable
 from minitron.compiler.importance.select import Selection
 from minitron.compiler.verify.checks import Check, skipped
-from minitron.compiler.verify.run import CHECKS, Routes
-from minitron.compiler.verify.run import program as program_check
+from minitron.compiler.verify.program import program as program_check
+from minitron.compiler.verify.routes import Routes
+from minitron.compiler.verify.run import STUDENT_CHECKS, TEACHER_CHECKS
+from minitron.compiler.verify.selection import selection as selection_check
 from minitron.compiler.weights.buffers import load_buffers
 from minitron.compiler.weights.source import open_weights
 from minitron.specs import LoadedSpec, load_spec
@@ -47,11 +49,22 @@ def _program_left_out(routes: Routes) -> Check:
     return skipped("program", "left out in this test")
 
 
-# A compile that writes no student.pt2, in half the time.
-WITHOUT_PROGRAM = Stages(
-    write_program=lambda compilation, student: None,
-    verify=partial(verify, wanted=[_program_left_out if check is program_check else check for check in CHECKS]),
-)
+# The checks that every compile makes.
+CHECK_NAMES = {check.__name__ for check in (*TEACHER_CHECKS, *STUDENT_CHECKS)} - {"files", "coordinates", "rotation"}
+
+
+def stages_of(*, program: bool = True, selection: Selection | None = None) -> Stages:
+    """The stages of a compile that may write no student.pt2, in half the time, and may take a selection that no scores
+    asked for."""
+    checks = [check for check in STUDENT_CHECKS if selection is None or check is not selection_check]
+    stages = Stages() if selection is None else Stages(select=lambda plan, scores: selection)
+    if not program:
+        checks = [_program_left_out if check is program_check else check for check in checks]
+        stages = replace(stages, write_program=lambda compilation, student: None)
+    return replace(stages, verify=partial(verify, wanted=checks))
+
+
+WITHOUT_PROGRAM = stages_of(program=False)
 
 
 @dataclass(frozen=True)
@@ -182,11 +195,9 @@ class Foundry:
         plan: Plan | None = None,
     ) -> Build:
         """`compile_spec` on the CPU, into a folder of the caller's own. `selection` is taken instead of one by scores."""
-        stages = stages or (Stages() if program else WITHOUT_PROGRAM)
-        if selection is not None:
-            stages = replace(stages, select=lambda plan, scores: selection)
-            if loaded.spec.importance.hidden_basis == "channels":
-                stages = replace(stages, score=lambda _: (ScoreTable(), None))
+        stages = stages or stages_of(program=program, selection=selection)
+        if selection is not None and loaded.spec.importance.hidden_basis == "channels":
+            stages = replace(stages, score=lambda _: (ScoreTable(), None))
         with self.shortened():
             plan = compile_spec(loaded, folder, device="cpu", progress=progress or Silent(), plan=plan, stages=stages)
             return Build(folder, loaded, plan)

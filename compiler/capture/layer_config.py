@@ -13,6 +13,16 @@ from typing import Any
 from minitron.compiler.capture.layer_lists import NUMBERS, lists_over_layers
 from minitron.compiler.capture.models import LAYER_COUNTS
 
+# Keys that say by a rule which layers are which. Those over lists say what a list over the layers says.
+OVER_LISTS = (
+    "sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval", "global_attn_every_n_layers",
+    "max_window_layers", "no_rope_layer_interval",
+)  # fmt: skip
+RULES = (
+    *NUMBERS, *LAYER_COUNTS, *OVER_LISTS, "decoder_sparse_step", "first_k_dense_replace", "moe_layer_start_index",
+    "moe_layer_end_index", "moe_layer_interval",
+)  # fmt: skip
+
 
 def with_layers(config: Any, count: int, kept: Sequence[int]) -> Any:
     """A copy of the configuration of `count` layers that has only the `kept` ones, in that order."""

@@ -2,14 +2,20 @@
 
 Zeros are enough where an axis is only summed over. An operator that takes a whole axis together needs more:
 
-    means     with dropped channels at zero, mean over all of x^2 = (kept / all) mean over the kept: the factor is undone
-              here, in the reference only. (The student ships its norms as they are; see docs/architecture.md.) What a
-              dropped query head yields is no zero, for its values are its group's: it is made one before the mean.
-    choices   a softmax or a largest value among all is that among the kept where the dropped have -infinity
+    means       with dropped channels at zero, mean over all of x^2 = (kept / all) mean over the kept: the factor is undone
+                here, in the reference only. (The student ships its norms as they are; see docs/architecture.md.) What a
+                dropped query head yields is no zero, for its values are its group's: it is made one before the mean.
+    norms       a layer norm, a variance and a standard deviation are computed anew, of the kept channels: those that are
+                gone would be off the mean.
+    reductions  what is dropped is that which changes nothing: 0 in a sum, 1 in a product, infinity in a minimum
+    choices     a softmax or a largest value among all is that among the kept where the dropped have -infinity
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -20,44 +26,65 @@ from torch.fx import Graph, GraphModule, Node
 from minitron.compiler.axes.dims import Dims, size_of
 from minitron.compiler.axes.narrowing import Narrowing
 from minitron.compiler.axes.table import AxisTable
-from minitron.compiler.graph.aten import axis_index
+from minitron.compiler.graph.aten import argument, axis_index, op_name
 from minitron.compiler.graph.graph_module import rebuild
 
 aten = torch.ops.aten
 
+Packed = tuple[bytes, tuple[int, ...]]
+"""Flags, eight to a byte, and their shape."""
 
-CHOOSING = {
-    aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten.topk.default, aten.max.dim, aten.max.default,
-    aten.argmax.default, aten.amax.default, aten.logsumexp.default,
+# The number that changes nothing about a reduction.
+NEUTRAL = {
+    "sum": 0.0, "linalg_vector_norm": 0.0, "norm": 0.0, "prod": 1.0, "any": 0.0, "all": 1.0,
+    "amin": math.inf, "min": math.inf, "argmin": math.inf,
+    "softmax": -math.inf, "_softmax": -math.inf, "log_softmax": -math.inf, "logsumexp": -math.inf, "topk": -math.inf,
+    "amax": -math.inf, "max": -math.inf, "argmax": -math.inf,
 }  # fmt: skip
+# Of these a zero changes nothing, and it is what weights that are zero yield.
+SUMS = ("sum", "linalg_vector_norm", "norm")
+MOMENTS = ("var", "std")
+NORMS = ("layer_norm", "rms_norm")
+
+
+class NoReference(ValueError):
+    """Raised where the function of what is kept cannot be said of the teacher's graph, in words."""
 
 
 def masked_reference(graph_module: GraphModule, table: AxisTable, narrowing: Narrowing) -> GraphModule:
-    """The teacher's graph with its means and choices over narrowed axes taken of what is left."""
+    """The teacher's graph with its norms, means and choices over narrowed axes taken of what is left. NoReference where
+    they cannot be."""
     reference = rebuild(graph_module)
     graph: Graph = reference.graph
     dims_of: dict[str, Any] = {node.name: dims for node, dims in table.nodes.items()}
-    for node in list(graph.nodes):
-        if not node.args or not isinstance(node.args[0], Node):
-            continue
-        if getattr(node.target, "_opname", "") == "mean":
-            _scale_mean(graph, node, dims_of[node.args[0].name], narrowing)
-        elif node.target in CHOOSING:
-            for axis in _axes(node, len(dims_of[node.args[0].name])):
-                _mask(graph, node, dims_of[node.args[0].name], axis, narrowing, float("-inf"))
+    # Before anything is replaced: what an operator reads may be a norm that is not in the table afterwards.
+    reads = {node: dims_of[node.args[0].name] for node in graph.nodes if _takes_an_axis(node)}
+    for node, dims in reads.items():
+        name = op_name(node)
+        if name == "mean":
+            _scale_mean(graph, node, dims, narrowing)
+        elif name in NEUTRAL:
+            for axis in _axes(node, len(dims)):
+                if narrowing.touches(dims[axis]):
+                    with suppress(NoReference) if name in SUMS else nullcontext():
+                        _fill(graph, node, gone(dims, axis, narrowing), NEUTRAL[name])
+        elif name in MOMENTS:
+            _replace(graph, node, _axes(node, len(dims)), dims, narrowing)
+        elif name in NORMS:
+            width = len(argument(node, 1))
+            _replace(graph, node, list(range(len(dims) - width, len(dims))), dims, narrowing)
     reference.recompile()
     return reference
 
 
+def _takes_an_axis(node: Node) -> bool:
+    known = isinstance(node.target, torch._ops.OpOverload) and op_name(node) in ("mean", *NEUTRAL, *MOMENTS, *NORMS)
+    return known and bool(node.args) and isinstance(node.args[0], Node)
+
+
 def _axes(node: Node, rank: int) -> list[int]:
     """The axes that a reduction takes together; all of them where it names none."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    names = [argument.name for argument in node.target._schema.arguments]
-    default = -1 if node.target == aten.topk.default else None
-    named: Any = default
-    if "dim" in names:
-        place = names.index("dim")
-        named = node.args[place] if place < len(node.args) else node.kwargs.get("dim", default)
+    named: Any = argument(node, "dim", -1 if op_name(node) == "topk" else None)
     if named is None or named == []:
         return list(range(rank))
     return [axis_index(axis, rank) for axis in ([named] if isinstance(named, int) else named)]
@@ -67,7 +94,7 @@ def _scale_mean(graph: Graph, node: Node, dims: Dims, narrowing: Narrowing) -> N
     factor = 1.0
     for axis in _axes(node, len(dims)):
         if narrowing.touches(dims[axis]):
-            _mask(graph, node, dims, axis, narrowing, 0.0)
+            _fill(graph, node, gone(dims, axis, narrowing), 0.0)
             factor *= size_of(dims[axis]).coefficient / narrowing.count(dims[axis])
     if factor != 1.0:
         with graph.inserting_after(node):
@@ -76,17 +103,39 @@ def _scale_mean(graph: Graph, node: Node, dims: Dims, narrowing: Narrowing) -> N
         node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
 
 
-def _mask(graph: Graph, node: Node, dims: Dims, axis: int, narrowing: Narrowing, number: float) -> None:
-    """What `node` reads has `number` wherever something along `axis` is dropped."""
-    if not narrowing.touches(dims[axis]):
-        return
+def _fill(graph: Graph, node: Node, flags: npt.NDArray[np.bool_], number: float) -> None:
+    """What `node` reads has `number` where `flags` are set."""
     value = node.args[0]
     assert isinstance(value, Node)
-    flags = gone(dims, axis, narrowing)
     with graph.inserting_before(node):
-        masked = graph.call_function(fill, (value, np.packbits(flags).tobytes(), flags.shape, number))
+        masked = graph.call_function(fill, (value, _packed(flags), number))
     masked.meta = dict(value.meta)
     node.args = (masked, *node.args[1:])
+
+
+def _replace(graph: Graph, node: Node, axes: Sequence[int], dims: Dims, narrowing: Narrowing) -> None:
+    """Puts the same function of what is kept along `axes` in the place of a norm or of a moment."""
+    flags = np.zeros((1,) * len(dims), dtype=bool)
+    for axis in axes:
+        if narrowing.touches(dims[axis]):
+            flags = flags | gone(dims, axis, narrowing)
+    if not flags.any():
+        return
+    name, value = op_name(node), node.args[0]
+    arguments: tuple[Any, ...]
+    if name in MOMENTS:
+        arguments = (value, _packed(flags), tuple(axes), float(argument(node, "correction", 1)))
+        arguments = (*arguments, bool(argument(node, "keepdim", False)), name == "std")
+        function: Any = moment
+    else:
+        weight, eps = argument(node, "weight"), argument(node, "eps", 1e-5 if name == "layer_norm" else None)
+        bias = argument(node, "bias") if name == "layer_norm" else None
+        function, arguments = normalise, (value, _packed(flags), len(axes), weight, bias, eps, name == "layer_norm")
+    with graph.inserting_before(node):
+        replaced = graph.call_function(function, arguments)
+    replaced.meta = dict(node.meta)
+    node.replace_all_uses_with(replaced)
+    graph.erase_node(node)
 
 
 def gone(dims: Dims, axis: int, narrowing: Narrowing) -> npt.NDArray[np.bool_]:
@@ -98,7 +147,9 @@ def gone(dims: Dims, axis: int, narrowing: Narrowing) -> npt.NDArray[np.bool_]:
         flags = np.ones(shape[axis], dtype=bool)
         flags[narrowing.positions(dims[axis])] = False
         return flags.reshape(shape)
-    beside = next(i for i, dim in enumerate(dims) if set(owners) <= set(narrowing.space.leaves(dim)))
+    beside = next((i for i, dim in enumerate(dims) if set(owners) <= set(narrowing.space.leaves(dim))), None)
+    if beside is None:
+        raise NoReference("what is kept differs with an index that the value reduced does not have")
     shape[beside] = size_of(dims[beside]).coefficient
     flags = np.ones((shape[beside], shape[axis]), dtype=bool)
     kept = narrowing.positions_beside(dims[axis], dims[beside])
@@ -106,10 +157,60 @@ def gone(dims: Dims, axis: int, narrowing: Narrowing) -> npt.NDArray[np.bool_]:
     return (flags if beside < axis else flags.T).reshape(shape)
 
 
-def fill(value: torch.Tensor, gone: bytes, shape: tuple[int, ...], number: float) -> torch.Tensor:
-    """`value` with `number` wherever `gone` says so: flags packed eight to a byte, of a `shape` that broadcasts to it.
+def _packed(flags: npt.NDArray[np.bool_]) -> Packed:
+    """Flags as an argument of a node: eight to a byte, because a list is walked through each time the node is run."""
+    return np.packbits(flags).tobytes(), flags.shape
 
-    Bytes, because an argument of a node that is a list is walked through each time the node is run.
-    """
-    flags = np.unpackbits(np.frombuffer(gone, dtype=np.uint8), count=int(np.prod(shape))).astype(bool).reshape(shape)
-    return value.masked_fill(torch.from_numpy(flags).to(value.device), number)
+
+def _unpacked(gone: Packed, value: torch.Tensor) -> torch.Tensor:
+    packed, shape = gone
+    flags = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=int(np.prod(shape))).astype(bool).reshape(shape)
+    return torch.from_numpy(flags).to(value.device)
+
+
+def fill(value: torch.Tensor, gone: Packed, number: float) -> torch.Tensor:
+    """`value` with `number` wherever `gone` says so: flags of a shape that broadcasts to it."""
+    own: float | int | bool = number
+    if value.dtype == torch.bool:
+        own = bool(number)
+    elif not value.is_floating_point():
+        limits = torch.iinfo(value.dtype)
+        own = int(min(max(number, limits.min), limits.max))
+    return value.masked_fill(_unpacked(gone, value), own)
+
+
+def moment(
+    value: torch.Tensor,
+    gone: Packed,
+    axes: Sequence[int],
+    correction: float,
+    keep: bool,
+    root: bool,
+) -> torch.Tensor:
+    """The variance over `axes` of what is not `gone`, or its `root`."""
+    stays = (~_unpacked(gone, value)).to(value.dtype)
+    count = stays.expand(value.shape).sum(list(axes), keepdim=True)
+    mean = (value * stays).sum(list(axes), keepdim=True) / count
+    squares = ((value - mean) * stays).square().sum(list(axes), keepdim=True)
+    found = squares / (count - correction)
+    found = found.sqrt() if root else found
+    return found if keep else found.squeeze(tuple(axes))
+
+
+def normalise(
+    value: torch.Tensor, gone: Packed, width: int, weight: torch.Tensor | None,
+    bias: torch.Tensor | None, eps: float | None, centred: bool,
+) -> torch.Tensor:  # fmt: skip
+    """A norm over the last `width` axes of what is not `gone`, and zeros where it is; without `centred` no mean is taken
+    off."""
+    axes = list(range(-width, 0))
+    stays = (~_unpacked(gone, value)).to(value.dtype)
+    count = stays.expand(value.shape).sum(axes, keepdim=True)
+    if centred:
+        value = value - (value * stays).sum(axes, keepdim=True) / count
+    value = value * stays
+    power = value.square().sum(axes, keepdim=True) / count
+    result = value * torch.rsqrt(power + (torch.finfo(value.dtype).eps if eps is None else eps))
+    if weight is not None:
+        result = result * weight
+    return result * stays if bias is None else (result + bias) * stays

@@ -16,10 +16,24 @@ from minitron.compiler.importance.scores import ScoreTable
 from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN, LAYERS
 from minitron.compiler.roles.roles import Roles
 from minitron.compiler.student.targets import Targets
+from minitron.compiler.verify.checks import Check, exactly
 from minitron.compiler.verify.kept import Kept, WrongSelection, flags_of, kept_leaves
+from minitron.compiler.verify.routes import Routes
 
 Numbers = npt.NDArray[Any]
 Selection = Mapping[str, Sequence[Sequence[int]]]
+
+
+def selection(routes: Routes) -> Check | None:
+    """Compares plan.json with what the scores rank highest; None where another rule selects."""
+    subject, ranking = routes.subject, routes.subject.ranking
+    if ranking is None:
+        return None
+    found = first_mistake(
+        subject.selection, ranking.scores, ranking.targets, subject.teacher.roles, subject.teacher.captured.layer_count,
+        contiguous=ranking.contiguous, basis=ranking.basis,
+    )  # fmt: skip
+    return exactly("selection", found, "plan.json keeps what the scores rank highest")
 
 
 def first_mistake(

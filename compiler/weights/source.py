@@ -121,13 +121,13 @@ def check_finite(tensor: torch.Tensor, name: str, file: str, held: torch.dtype |
 
 
 class LoadedWeights:
-    """Holds a whole model in memory, for a checkpoint that transformers converts while loading it (experts that are
+    """Holds a whole `model` in memory, for a checkpoint that transformers converts while loading it (experts that are
     stacked, say)."""
 
     streamed = False
 
-    def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
-        self._parameters = parameters
+    def __init__(self, parameters: Mapping[str, torch.Tensor], model: torch.nn.Module) -> None:
+        self._parameters, self.model = parameters, model
 
     def get(self, name: str) -> torch.Tensor:
         return self._parameters[name]
@@ -197,7 +197,7 @@ def open_weights(captured: Captured, checkpoint: Checkpoint) -> WeightSource:
     loaded = {name: value.detach() for name, value in stored_tensors(model).items()}
     for name, value in loaded.items():
         check_finite(value, name, str(checkpoint.folder), captured.stored_dtype(name))
-    return LoadedWeights(loaded | {name: loaded[stored] for name, stored in checkpoint.aliases.items()})
+    return LoadedWeights(loaded | {name: loaded[stored] for name, stored in checkpoint.aliases.items()}, model)
 
 
 def _unexpected(names: list[str]) -> str:

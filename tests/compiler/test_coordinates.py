@@ -110,7 +110,7 @@ def test_verify_sees_other_coordinates(foundry: Foundry, tmp_path: Path) -> None
     path = build.folder / "coordinates.safetensors"
     with foundry.shortened():
         verify_build(build.folder, device="cpu", progress=Silent())
-        assert build.document("verification.json")["checks"][1]["name"] == "coordinates"
+        assert build.document("verification.json")["checks"][3]["name"] == "coordinates"
         save_file({"index": load_file(path)["index"].flip(0)}, path)
         with pytest.raises(WorkError, match=r"`coordinates`: coordinates\.safetensors is not what the student keeps"):
             verify_build(build.folder, device="cpu", progress=Silent())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from minitron.compiler.axes.narrowing import Narrowing
 from minitron.compiler.compilation import run_buffers
-from minitron.compiler.compile import Stages
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.estimate.hardware import HardwareAssumptions
 from minitron.compiler.graph.executor import Executor, Settings
@@ -24,7 +22,7 @@ from minitron.compiler.teacher.tokenizer import load_tokenizer
 from minitron.compiler.weights.recipes import recipes
 from minitron.compiler.weights.source import open_weights
 from minitron.specs.progress import Silent
-from tests.foundry import Build, Foundry, load_model, logits, teacher_model, token_ids
+from tests.foundry import Build, Foundry, load_model, logits, stages_of, teacher_model, token_ids
 from tests.models import save_teacher, text, tiny_config
 
 REFIT = {"refit": "least_squares"}
@@ -76,11 +74,10 @@ def test_neurons_that_others_repeat_are_made_up_for(foundry: Foundry, tmp_path: 
             weight[24:] = weight[:16]
     save_file(weights, path, metadata={"format": "pt"})
     chosen = Selection((0, 1), widths={"intermediate_size": {i: np.arange(24) for i in (0, 1)}})
-    stages = replace(Stages(), select=lambda plan, scores: chosen)
     builds = [
         foundry.compile(
-            foundry.load(teacher, {"intermediate_size": 24}, recovery=recovery), tmp_path / name, program=False,
-            stages=stages,
+            foundry.load(teacher, {"intermediate_size": 24}, recovery=recovery), tmp_path / name,
+            stages=stages_of(program=False, selection=chosen),
         )
         for name, recovery in (("cut", {}), ("refitted", REFIT))
     ]  # fmt: skip

@@ -16,7 +16,7 @@ from minitron.compiler.roles import analysed
 from minitron.compiler.roles.lm_head import find_head
 from minitron.compiler.student.config import prove
 from minitron.compiler.teacher.checkpoint import open_checkpoint
-from minitron.compiler.verify.checks import load_student
+from minitron.compiler.verify.hugging_face import load_model as load_student
 from minitron.compiler.weights.source import LoadedWeights, open_weights
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError
 from tests.foundry import Foundry

@@ -16,12 +16,11 @@ from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN, LAYERS
 from minitron.compiler.teacher.tokenizer import load_tokenizer
 from minitron.specs.data_files import resolve
 from minitron.specs.errors import SpecInvalid
-from tests.foundry import CALIBRATION, Build, Foundry, load_model
+from tests.foundry import CALIBRATION, CHECK_NAMES, Build, Foundry, load_model
 
 EXPERTS, EXPERT_WIDTH, SHARED, FFN = (
     "num_experts", "moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size",
 )  # fmt: skip
-CHECKS = {"widths", "reload", "masked", "permutation", "program", "head"}
 # The keys by which a configuration says what was asked for, where they are not the axes' own.
 KEYS = {
     "mixtral": {EXPERTS: "num_local_experts"},
@@ -56,7 +55,7 @@ def build_of(foundry: Foundry, family: str, student: dict[str, int], dtype: str 
 
 def check(build: Build, family: str, wanted: dict[str, int]) -> None:
     """Every check has passed, masking among them: the dropped experts are those that the router gives no weight to."""
-    assert set(build.checks) == CHECKS and all(one["passed"] for one in build.checks.values())
+    assert set(build.checks) == CHECK_NAMES and all(one["passed"] for one in build.checks.values())
     assert build.checks["masked"]["exact"]
     plan = build.document("plan.json")
     assert {axis: plan["student"]["widths"][axis] for axis in wanted} == wanted
