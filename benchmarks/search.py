@@ -191,7 +191,7 @@ def together(arguments: Any, work: Path) -> None:
     loaded = read_training_plan(build / SEARCH)
     plan, file = loaded.training(), read_search(build)
     assert file is not None
-    file = file.model_copy(update={"judged_tokens": 1})
+    file = file.model_copy(update={"judged_tokens": 2 * plan.sequence_length})
     with join_world("cpu") as world:
         session = Session(
             world, TextEncoder.load(loaded.folder / plan.tokenizer), Data.read(loaded.data("data", plan.data)),
