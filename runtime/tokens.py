@@ -34,6 +34,7 @@ from minitron.specs.encoding import Encoded, Encoder, recipe_of
 from minitron.specs.encoding.pool import encode_all
 from minitron.specs.errors import WorkError
 from minitron.specs.locks import in_turn
+from minitron.specs.one_line import plural
 from minitron.specs.progress import Progress
 
 _LAYOUT = 2
@@ -132,7 +133,7 @@ def _tokenized(
         }  # fmt: skip
         write_text(folder / INDEX, json.dumps(about) + "\n")
     stream = TokenStream.open(folder, writer.number)
-    progress.message(f"tokenized {writer.documents} documents: {len(stream)} tokens")
+    progress.message(f"tokenized {plural(writer.documents, 'document')}: {plural(len(stream), 'token')}")
     for note in tally.notes():
         progress.message(note)
     return stream

@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minitron.specs.errors import WorkError
-from minitron.specs.load import LoadedSpec
+
+if TYPE_CHECKING:
+    from minitron.specs.load import LoadedSpec
 
 # What a compile writes.
 PLAN = "plan.json"

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from minitron.specs import shape, source
+from minitron.specs.builds import PLAN
 from minitron.specs.errors import SpecError, SpecInvalid, UsageError, located
 from minitron.specs.extends import read_with_bases
 from minitron.specs.inherit import inherit
@@ -119,6 +120,8 @@ def _read(path: Path) -> bytes:
     except FileNotFoundError:
         raise UsageError(f"{path}: there is no such file; `minitron init -o {path}` writes one to start from") from None
     except IsADirectoryError:
+        if (path / PLAN).is_file():
+            raise UsageError(f"{path}: is a build and not a spec; `minitron show {path}` shows it") from None
         raise UsageError(f"{path}: is a folder; name the spec file in it") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None

@@ -39,3 +39,8 @@ def _visible(one: str) -> str:
     return _NAMED.get(one) or (
         f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
     )
+
+
+def plural(number: int, noun: str) -> str:
+    """Returns a number with its noun: `1 document`, `12 documents`."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -12,9 +12,19 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from minitron.specs import training_consistency
-from minitron.specs.blocks.base import Block, Count, Listed, NonNegativeInt, PositiveFloat, PositiveInt, Text, wrong
+from minitron.specs.blocks.base import (
+    Block,
+    Count,
+    Listed,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SequenceLength,
+    Text,
+    wrong,
+)
 from minitron.specs.blocks.benchmarks import Listing
-from minitron.specs.blocks.distill import CheckpointSettings, Layout, Loss, Recomputation, SequenceLength, TeacherLogits
+from minitron.specs.blocks.distill import CheckpointSettings, Layout, Loss, Recomputation, TeacherLogits
 from minitron.specs.blocks.evaluate import Published
 from minitron.specs.blocks.requirements import BoundText
 from minitron.specs.blocks.teacher_correction import TeacherCorrection

@@ -179,8 +179,8 @@ def _wants_word(case: _Case) -> Words:
     words = shape.words_at(case.model, case.path)
     nearest = closest(case.node.text, words) if isinstance(case.node, Scalar) else None
     if nearest and len(words) > 1:
-        return f"{case.given} is not possible here", f"did you mean `{nearest}`? possible are {one_of(words)}"
-    return f"{case.given} is not possible here", f"write {one_of(words)}"
+        return f"{case.given} is not a valid value", f"did you mean `{nearest}`? possible are {one_of(words)}"
+    return f"{case.given} is not a valid value", f"write {one_of(words)}"
 
 
 def _wants_text(case: _Case) -> Words:
@@ -253,7 +253,7 @@ def _ours(case: _Case) -> Words:
 
 
 def _anything_else(case: _Case) -> Words:
-    return f"{case.given} is not possible here", "the spec reference says what may stand here"
+    return f"{case.given} is not a valid value", "the spec reference says what may stand here"
 
 
 _WORDS: AbstractMapping[str, Callable[[_Case], Words]] = {

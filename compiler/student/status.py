@@ -27,6 +27,9 @@ class AxisStatus:
     reason: str
 
 
+_ROTARY = "rotary"  # how modelling code calls the module whose buffers are the frequencies
+
+
 def status_of(name: str, teacher: AnalysedTeacher) -> tuple[str, str]:
     """Returns whether an axis can be narrowed, exactly or approximately, and why."""
     if name == LAYERS:
@@ -37,6 +40,8 @@ def status_of(name: str, teacher: AnalysedTeacher) -> tuple[str, str]:
     if not leaves:
         return "refused", f"the graph of {teacher.captured.config.model_type} shows no such axis"
     pins = sorted({pin for leaf in leaves for pin in leaf.pins})
+    if pins and name == HEAD_DIM and _ROTARY in pins[0].place:
+        return "refused", f"fixed by the rotary embeddings ({pins[0].place})"
     if pins:
         return "refused", str(pins[0])
     if name == HEAD_DIM:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from minitron.compiler.teacher.hub import snapshot
+from minitron.compiler.teacher.hub import is_path, snapshot
 from minitron.compiler.teacher.model_config import load_config
 from minitron.compiler.teacher.refusals import check_not_quantised, check_one_for_all_layers
 from minitron.compiler.teacher.text_config import text_config
@@ -108,7 +108,7 @@ def open_checkpoint(model: str, revision: str | None, base: Path, *, weights: bo
     local = (base / model).expanduser()
     if local.is_dir():
         return read_checkpoint(model, local.resolve(), weights=weights, tower=tower)
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+    if is_path(model, base):
         raise UsageError(
             f"there is no folder {local}; write a folder relative to the spec, or a Hugging Face id (owner/name)"
         )

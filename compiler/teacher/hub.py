@@ -64,6 +64,12 @@ def commit_of(repo: str, revision: str | None, kind: Kind) -> str:
     return str(found)
 
 
+def is_path(model: str, base: Path) -> bool:
+    """Checks whether a name that is no folder was meant as one, and not as an id of the Hub: it begins like a path, is not
+    owner/name, or its first part is a folder beside the spec."""
+    return model.startswith((".", "/", "~")) or model.count("/") != 1 or (base / model).parent.is_dir()
+
+
 def is_commit(revision: str | None) -> bool:
     """Checks whether a revision is a full commit hash, which never points anywhere else."""
     return revision is not None and len(revision) == 40 and all(one in "0123456789abcdef" for one in revision)

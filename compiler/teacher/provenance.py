@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from minitron.compiler.teacher.checkpoint import SMALL_FILES
-from minitron.compiler.teacher.hub import WrongRevision, commit_of, is_commit, snapshot
+from minitron.compiler.teacher.hub import WrongRevision, commit_of, is_commit, is_path, snapshot
 from minitron.compiler.teacher.tokenizer import tokenizer_files
 from minitron.specs.builds import CONFIG, PLAN, build_of, finished_note, result_of
 from minitron.specs.chain import above
@@ -93,7 +93,7 @@ def _teacher(loaded: LoadedSpec) -> tuple[Inputs, Path | None]:
     if local.is_dir():
         folder = local.resolve()
     else:
-        if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        if is_path(model, loaded.folder):
             message = f"there is no folder {local}"
             hint = "write a folder relative to the spec, or a Hugging Face id (owner/name)"
             raise SpecInvalid([loaded.error("teacher.model", message, hint)])

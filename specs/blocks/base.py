@@ -28,6 +28,7 @@ from minitron.specs.units import (
     NUMBER_PATTERN,
     Share,
     Span,
+    parse_exactly,
     parse_quantity,
 )
 
@@ -125,8 +126,29 @@ Fraction: TypeAlias = Annotated[
 ]
 """A share of something: 5%, or 0.05."""
 
-PositiveInt: TypeAlias = Annotated[int, Field(ge=1, le=LARGEST)]
-NonNegativeInt: TypeAlias = Annotated[int, Field(ge=0, le=LARGEST)]
+
+def _read_whole(value: Any) -> Any:
+    """Reads `8K` and `1e3` as whole numbers, and leaves everything else to the check of the type."""
+    number = None
+    if isinstance(value, float):
+        number = parse_exactly(repr(value), COUNT_UNITS)
+    elif isinstance(value, str) and value.strip()[-1:] in COUNT_UNITS:
+        number = parse_exactly(value, COUNT_UNITS)
+    return value if number is None else number
+
+
+def _whole_schema(least: int, most: int) -> WithJsonSchema:
+    text = {"type": "string", "pattern": rf"^{NUMBER_PATTERN}\s*({'|'.join(COUNT_UNITS)})$", "examples": ["8K"]}
+    return WithJsonSchema({"anyOf": [{"type": "integer", "minimum": least, "maximum": most}, text]})
+
+
+PositiveInt: TypeAlias = Annotated[
+    int, BeforeValidator(_read_whole), Field(ge=1, le=LARGEST), _whole_schema(1, LARGEST)
+]
+NonNegativeInt: TypeAlias = Annotated[
+    int, BeforeValidator(_read_whole), Field(ge=0, le=LARGEST), _whole_schema(0, LARGEST)
+]
+SequenceLength: TypeAlias = Annotated[int, BeforeValidator(_read_whole), Field(ge=2, le=2**31), _whole_schema(2, 2**31)]
 PositiveFloat: TypeAlias = Annotated[float, Field(gt=0)]
 NonNegativeFloat: TypeAlias = Annotated[float, Field(ge=0)]
 
@@ -281,7 +303,7 @@ def word_or(hint: str, *words: str, also: type | tuple[type, ...]) -> BeforeVali
         if isinstance(value, str | bool) or not isinstance(value, also):
             nearest = closest(value, words) if isinstance(value, str) else None
             meant = f"did you mean `{nearest}`? " if nearest else ""
-            raise wrong("{given} is not possible here", f"{meant}write {hint}")
+            raise wrong("{given} is not a valid value", f"{meant}write {hint}")
         return value
 
     return BeforeValidator(check)

@@ -16,6 +16,7 @@ from minitron.specs.blocks.base import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SequenceLength,
     is_longer,
     word_or,
     wrong,
@@ -168,9 +169,6 @@ class CheckpointSettings(Block):
 
 # Where the batch is not written, a training has at least this many steps.
 LEAST_STEPS = 300
-
-
-SequenceLength = Annotated[int, Field(ge=2, le=2**31)]
 
 
 class DistillPhase(Block):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from minitron.specs.blocks.base import Block, PositiveInt
+from minitron.specs.blocks.base import Block, PositiveInt, SequenceLength
 from minitron.specs.data import DataSource
 
 Aggregation = Literal["l2", "mean", "var"]
@@ -18,7 +16,7 @@ class CalibrationData(DataSource):
     samples: PositiveInt = 1024
     """Number of sequences."""
 
-    sequence_length: Annotated[int, Field(ge=2, le=2**31)] = 8192
+    sequence_length: SequenceLength = 8192
     """Tokens in a sequence."""
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from minitron.specs.one_line import plural
+
 Message: TypeAlias = dict[str, Any]
 
 SHOWN = 3
@@ -76,9 +78,11 @@ class Tally:
         """Returns remarks for the user, one sentence each."""
         notes = []
         if self.skipped:
-            notes.append(f"{self.skipped} documents could not be read and were left out, such as {self.reasons[0]}")
+            were = "was" if self.skipped == 1 else "were"
+            unread = f"{plural(self.skipped, 'document')} could not be read and {were} left out"
+            notes.append(f"{unread}, such as {self.reasons[0]}")
         if self.repaired:
-            notes.append(f"in {self.repaired} documents halves of surrogate pairs were replaced by U+FFFD")
+            notes.append(f"in {plural(self.repaired, 'document')} halves of surrogate pairs were replaced by U+FFFD")
         return notes
 
 

@@ -115,8 +115,8 @@ class TestRefusals:
 
     def test_an_axis_that_is_pinned_says_why(self) -> None:
         assert refusal({"head_dim": 4}) == (
-            "student.head_dim: cannot be narrowed: a buffer that the model's code computes when it is loaded "
-            "(model.rotary_emb.inv_freq); leave it out, or write 8"
+            "student.head_dim: cannot be narrowed: fixed by the rotary embeddings (model.rotary_emb.inv_freq); leave it "
+            "out, or write 8"
         )
 
     def test_fewer_experts_than_a_router_picks(self) -> None:

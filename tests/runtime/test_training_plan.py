@@ -94,7 +94,7 @@ def test_every_error_comes_at_its_line(tmp_path: Path) -> None:
             "loss.hidden_states.weight: `dynamic` is scaled to the logit loss, whose weight is 0; write a number, or",
         ),
         ({"compute_dtype": {"cpu": "float32"}}, "compute_dtype.cuda: `cuda` is missing"),
-        ({"layout__student": "shardet"}, "layout.student: `shardet` is not possible here; did you mean `sharded`?"),
+        ({"layout__student": "shardet"}, "layout.student: `shardet` is not a valid value; did you mean `sharded`?"),
         ({"layout__teacher": None}, "layout.teacher: "),
         ({"layout": {"student": "sharded"}}, "layout.teacher: `teacher` is missing"),
         (
@@ -107,7 +107,7 @@ def test_every_error_comes_at_its_line(tmp_path: Path) -> None:
             "can; write `cpu_offload: false`, or float32 for weights and optimizer.states",
         ),
         ({"compile": "yes"}, "compile: "),
-        ({"teacher__dtype": "float8"}, "teacher.dtype: `float8` is not possible here; did you mean `float32`?"),
+        ({"teacher__dtype": "float8"}, "teacher.dtype: `float8` is not a valid value; did you mean `float32`?"),
         ({"student__model": 3}, "student.model: `3` is a number, and text is wanted"),
         ({"data": {}}, "data: says no source of documents"),
         ({"format_version": 2}, "format_version: `2` is not the format that this version reads, 1; compile again"),

@@ -45,14 +45,14 @@ WRONG = {
         SHORTEST + "recovery: {refit: least_square}\n",
         "3:19",
         "recovery.refit",
-        "`least_square` is not possible here",
+        "`least_square` is not a valid value",
         "did you mean `least_squares`? possible are none or least_squares",
     ),
     "a word that is nothing like": Wrong(
         SHORTEST + "importance: {width: {batch: max}}\n",
         "3:29",
         "importance.width.batch",
-        "`max` is not possible here",
+        "`max` is not a valid value",
         "write l2, mean or var",
     ),
     "another version": Wrong(
@@ -356,7 +356,7 @@ WRONG = {
         DISTILL + "  teacher_logits: onlin\n",
         "8:19",
         "distill.teacher_logits",
-        "`onlin` is not possible here",
+        "`onlin` is not a valid value",
         "did you mean `online`? write online or {sampled: 12}",
     ),
     "a misspelled suite": Wrong(
