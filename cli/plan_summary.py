@@ -73,7 +73,9 @@ def _exactness(plan: Document) -> str:
 
 def _training(plan: Document) -> Section | None:
     """Returns the section of the training: loss, tokens, steps, batch, learning rate."""
-    distill = part(part(part(plan, "spec"), "resolved"), "distill")
+    spec = part(plan, "spec")
+    fitted = {key.removeprefix("distill."): value for key, value in part(spec, "fitted").items()}
+    distill = {**part(part(spec, "resolved"), "distill"), **fitted}
     chosen = _of_candidate(part(plan, "search"))
     distill = distill | {"global_batch_size": chosen.get("global_batch_size", distill.get("global_batch_size"))}
     tokens, length, batch = (distill.get(key) for key in ("tokens", "sequence_length", "global_batch_size"))

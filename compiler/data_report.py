@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from minitron.compiler.plan.checks import positions_of
 from minitron.compiler.planning import make_plan
 from minitron.compiler.teacher.open_teacher import open_teacher
 from minitron.compiler.teacher.tokenizer import load_tokenizer
@@ -15,6 +16,7 @@ from minitron.specs.documents.readers import describe
 from minitron.specs.encoding import Encoder, recipe_of
 from minitron.specs.encoding.survey import SURVEYED, Survey, survey
 from minitron.specs.errors import SpecInvalid, WorkError, placing
+from minitron.specs.fit_lengths import fit_lengths
 from minitron.specs.load import LoadedSpec
 from minitron.specs.lockfile import source_parts
 from minitron.specs.progress import Progress
@@ -32,6 +34,7 @@ def describe_data(loaded: LoadedSpec, progress: Progress, *, everything: bool = 
             [loaded.error("", "names no data", "add `importance.data`, `distill.data` or `evaluate.held_out`")]
         )
     checkpoint = open_teacher(loaded, weights=False, planned=lambda upper, build: make_plan(upper, build=build).config)
+    loaded = fit_lengths(loaded, positions_of(checkpoint.config))
     with placing(loaded, "teacher.model" if loaded.spec.teacher.spec is None else "teacher.spec"):
         tokenizer = load_tokenizer(checkpoint.folder)
     encoder = Encoder(recipe_of(tokenizer), tokenizer)

@@ -33,6 +33,7 @@ def plan_document(
             "overrides": list(plan.loaded.overrides),
             "pins": dict(plan.loaded.pins),
             "resolved": plan.loaded.resolved,
+            "fitted": dict(plan.loaded.fitted),
         },
         "teacher": _side(plan, estimate.teacher_costs, widths)
         | {"model": plan.checkpoint.name, "commit": plan.checkpoint.commit},

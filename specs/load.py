@@ -40,7 +40,9 @@ class LoadedSpec:
     pins: Mapping[str, str] = field(default_factory=dict)
     """Dotted path -> the commit that a lock file puts there; taken into `spec`, and not into `resolved`."""
     written: Spec | None = None
-    """The spec before pins were taken in, where there are any."""
+    """The spec before pins and fitted values were taken in, where there are any."""
+    fitted: Mapping[str, int] = field(default_factory=dict)
+    """Dotted path -> the value that stands there in `spec` because of the teacher, and is not written."""
 
     @property
     def folder(self) -> Path:

@@ -118,4 +118,4 @@ def _changes(estimate: Estimate, cluster: Cluster, layout: Layout) -> Iterator[t
 
 
 def _size(value: int) -> str:
-    return f"{value / GIB:.1f} GiB"
+    return f"{value / GIB:.1f} GiB" if value >= GIB else f"{value / 2**20:.0f} MiB"

@@ -23,9 +23,15 @@ def teacher_key(loaded: LoadedSpec) -> str:
     return "teacher.model" if loaded.spec.teacher.spec is None else "teacher.spec"
 
 
+def positions_of(config: Any) -> int | None:
+    """Returns the number of positions that a model reads; None where its configuration does not say."""
+    longest = getattr(config, "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 1 else None
+
+
 def check_lengths(loaded: LoadedSpec, captured: Captured) -> list[Problem]:
     """Checks that no sequence is longer than the teacher's positions."""
-    longest = getattr(captured.config, "max_position_embeddings", None)
+    longest = positions_of(captured.config)
     errors = []
     spec = loaded.spec
     blocks: list[tuple[str, CalibrationData | Distill | DistillPhase | None]]
@@ -33,7 +39,7 @@ def check_lengths(loaded: LoadedSpec, captured: Captured) -> list[Problem]:
     blocks += [(f"distill.phases.{n}", one) for n, one in enumerate(spec.distill.phases if spec.distill else ())]
     for path, block in blocks:
         length = None if block is None else block.sequence_length
-        if length is not None and isinstance(longest, int) and length > longest:
+        if length is not None and longest is not None and length > longest:
             errors.append(
                 Problem(
                     f"{path}.sequence_length",

@@ -22,6 +22,7 @@ from minitron.compiler.plan.checks import (
     check_pairs,
     check_tokenizer,
     check_towers,
+    positions_of,
     teacher_key,
 )
 from minitron.compiler.plan.data_use import DataUse, data_use, repeated
@@ -43,6 +44,7 @@ from minitron.specs.builds import TOWER
 from minitron.specs.consistency import scores_need_data
 from minitron.specs.data_files import check_data
 from minitron.specs.errors import Problem, Refused, SpecInvalid, UsageError, located, placing
+from minitron.specs.fit_lengths import fit_lengths
 from minitron.specs.load import LoadedSpec
 from minitron.specs.progress import Progress
 from minitron.specs.training_plan import HeadPlan
@@ -159,6 +161,7 @@ def open_spec(loaded: LoadedSpec, *, weights: bool) -> Opened:
         except BrokenWeights as broken:
             problems.append(Problem(at, str(broken)))
             checkpoint = broken.checkpoint
+    loaded = fit_lengths(loaded, positions_of(checkpoint.config))
     wrong_tokens, remarks = check_tokenizer(loaded, checkpoint)
     problems += wrong_tokens
     if padding := check_padding(loaded, checkpoint):
@@ -179,6 +182,7 @@ def open_spec(loaded: LoadedSpec, *, weights: bool) -> Opened:
 def plan_student(loaded: LoadedSpec, build: Path, opened: Opened) -> Plan:
     """Plans the student of a spec whose teacher is open. Raises SpecInvalid with every error of the spec."""
     teacher, checkpoint = opened.teacher, opened.checkpoint
+    loaded = fit_lengths(loaded, positions_of(checkpoint.config))
     targets, wrong = resolve_targets(loaded.spec.student, teacher)
     problems = [*opened.problems, *wrong]
     if targets is not None:

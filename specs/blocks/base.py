@@ -127,7 +127,7 @@ Fraction: TypeAlias = Annotated[
 """A share of something: 5%, or 0.05."""
 
 
-def _read_whole(value: Any) -> Any:
+def read_whole(value: Any) -> Any:
     """Reads `8K` and `1e3` as whole numbers, and leaves everything else to the check of the type."""
     number = None
     if isinstance(value, float):
@@ -137,18 +137,21 @@ def _read_whole(value: Any) -> Any:
     return value if number is None else number
 
 
-def _whole_schema(least: int, most: int) -> WithJsonSchema:
+def whole_choices(least: int, most: int) -> list[dict[str, Any]]:
+    """Returns the JSON Schemas of a whole number: as a number, and as text with a unit."""
     text = {"type": "string", "pattern": rf"^{NUMBER_PATTERN}\s*({'|'.join(COUNT_UNITS)})$", "examples": ["8K"]}
-    return WithJsonSchema({"anyOf": [{"type": "integer", "minimum": least, "maximum": most}, text]})
+    return [{"type": "integer", "minimum": least, "maximum": most}, text]
 
 
-PositiveInt: TypeAlias = Annotated[
-    int, BeforeValidator(_read_whole), Field(ge=1, le=LARGEST), _whole_schema(1, LARGEST)
-]
+def _whole_schema(least: int, most: int) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": whole_choices(least, most)})
+
+
+PositiveInt: TypeAlias = Annotated[int, BeforeValidator(read_whole), Field(ge=1, le=LARGEST), _whole_schema(1, LARGEST)]
 NonNegativeInt: TypeAlias = Annotated[
-    int, BeforeValidator(_read_whole), Field(ge=0, le=LARGEST), _whole_schema(0, LARGEST)
+    int, BeforeValidator(read_whole), Field(ge=0, le=LARGEST), _whole_schema(0, LARGEST)
 ]
-SequenceLength: TypeAlias = Annotated[int, BeforeValidator(_read_whole), Field(ge=2, le=2**31), _whole_schema(2, 2**31)]
+SequenceLength: TypeAlias = Annotated[int, BeforeValidator(read_whole), Field(ge=2, le=2**31), _whole_schema(2, 2**31)]
 PositiveFloat: TypeAlias = Annotated[float, Field(gt=0)]
 NonNegativeFloat: TypeAlias = Annotated[float, Field(ge=0)]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import Field, PlainSerializer, ValidatorFunctionWrapHandler, WrapValidator
 
-from minitron.specs.blocks.base import choice_schema, read_list, read_span, wrong
+from minitron.specs.blocks.base import choice_schema, read_list, read_span, read_whole, whole_choices, wrong
 from minitron.specs.units import LARGEST, Span
 
 # Neighbouring rates of a range differ by this factor at most: in a trial (docs/method.md) twice the best rate, or half of it,
@@ -26,6 +26,7 @@ def _read_rate(value: Any) -> float:
 
 
 def _read_size(value: Any) -> int:
+    value = read_whole(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
         raise wrong(
             f"`{getattr(value, 'text', value)}` is not a number of sequences", "write a whole number of at least 1"
@@ -47,7 +48,9 @@ def _read(value: Any, one: ValidatorFunctionWrapHandler, read: Callable[[Any], A
         return value
     if isinstance(value, Mapping):
         return read_span(value, read, example)
-    return read_list(value, read, what) if isinstance(value, list | tuple) else one(value)
+    if isinstance(value, list | tuple):
+        return read_list(value, read, what)
+    return one(read_whole(value) if read is _read_size else value)
 
 
 def _write(value: Any) -> Any:
@@ -74,7 +77,7 @@ else:  # pydantic checks single values; lists and ranges do not reach its own ch
         Field(ge=1, le=LARGEST),
         WrapValidator(_read_sizes),
         PlainSerializer(_write),
-        choice_schema([{"type": "integer", "minimum": 1, "maximum": LARGEST}]),
+        choice_schema(whole_choices(1, LARGEST)),
     ]
     """A batch size; under `search` a list or a range of them."""
 

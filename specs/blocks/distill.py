@@ -209,7 +209,7 @@ class Distill(Block):
     """`online`: the teacher runs beside the student; `{sampled: 12}`: `minitron capture` stores its samples once."""
 
     sequence_length: SequenceLength = 8192
-    """Tokens in a sequence. Documents are packed into them one after the other, BOS before and EOS after each where the
+    """Tokens in a sequence. Left out: what the teacher reads, at most 4096. Documents are packed into them one after the other, BOS before and EOS after each where the
     tokenizer has them; attention reaches across documents."""
 
     global_batch_size: Sizes = 768
@@ -264,6 +264,15 @@ class Distill(Block):
             return tokens
         step = self.global_batch_size * self.sequence_length
         return -(-tokens // step) * step
+
+    def at_length(self, length: int, *, fit_batch: bool) -> Distill:
+        """Returns the distillation in sequences of another length; with `fit_batch` the batch is chosen for it as if none
+        was written."""
+        update: dict[str, Any] = {"sequence_length": length}
+        if fit_batch:
+            default = max(sizes(type(self).model_fields["global_batch_size"].default))
+            update["global_batch_size"] = max(1, min(default, self.tokens // (length * LEAST_STEPS)))
+        return self.model_copy(update=update)
 
     @model_validator(mode="after")
     def _fit_to_tokens(self) -> Distill:

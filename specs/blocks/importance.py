@@ -17,7 +17,7 @@ class CalibrationData(DataSource):
     """Number of sequences."""
 
     sequence_length: SequenceLength = 8192
-    """Tokens in a sequence."""
+    """Tokens in a sequence. Left out: what the teacher reads, at most 4096."""
 
 
 class WidthScores(Block):

@@ -140,7 +140,7 @@ class TestHeadDim:
         """The halves of a head are rotated into each other, by a table that is computed when the model is loaded."""
         kind, reason = status(analysed(family), HEAD_DIM)
         assert kind == "refused"
-        assert reason == "a buffer that the model's code computes when it is loaded (model.rotary_emb.inv_freq)"
+        assert reason == "fixed by the rotary embeddings (model.rotary_emb.inv_freq)"
 
     def test_values_are_free_but_one_key_says_both_widths(self) -> None:
         model = analysed("gpt2")

@@ -138,7 +138,7 @@ def test_halves_of_surrogate_pairs_are_replaced_and_counted(tmp_path: Path) -> N
     chat = [{"role": "user", "content": "\ud800 hi"}]
     rows(tmp_path / "a.jsonl", {"text": "a \udc80 b", "chat": chat}, {"text": "\U0001f600", "chat": CHAT})
     assert read(tmp_path, tally, jsonl="a.jsonl") == ["a \ufffd b", "\U0001f600"]
-    assert tally.repaired == 1 and "1 documents halves of surrogate pairs" in tally.notes()[0]
+    assert tally.repaired == 1 and "1 document halves of surrogate pairs" in tally.notes()[0]
     messages = read(tmp_path, jsonl="a.jsonl", messages_field="chat")
     assert messages == [Conversation([{"role": "user", "content": "\ufffd hi"}]), Conversation(CHAT)]
 

@@ -56,7 +56,11 @@ WRONG = {
         "write l2, mean or var",
     ),
     "another version": Wrong(
-        "apiVersion: minitron/v2\n" + SHORTEST, "1:13", "apiVersion", "`minitron/v2` is not possible", "minitron/v1"
+        "apiVersion: minitron/v2\n" + SHORTEST,
+        "1:13",
+        "apiVersion",
+        "`minitron/v2` is not a valid value",
+        "minitron/v1",
     ),
     "off where text belongs": Wrong(
         SHORTEST.replace("teacher}", "teacher, revision: off}"),
@@ -90,7 +94,7 @@ WRONG = {
         SHORTEST + "recovery: {refit: no}\n",
         "3:19",
         "recovery.refit",
-        "`no` is not possible",
+        "`no` is not a valid value",
         "possible are none or least_squares",
     ),
     "text for a number": Wrong(

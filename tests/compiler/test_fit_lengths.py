@@ -1,0 +1,38 @@
+"""Lengths that a spec leaves open are what the teacher reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minitron.compiler import make_plan, plan_document
+from minitron.specs.fit_lengths import MOST
+from tests.foundry import Foundry
+
+STUDENT = {"layers": {"drop": [1]}}
+
+
+def planned(foundry: Foundry, folder: Path, positions: int, **more: Any) -> Any:
+    teacher = foundry.teacher("llama", num_hidden_layers=2, max_position_embeddings=positions)
+    data = {"text": [str(foundry.root / "corpus.txt")]}
+    loaded = foundry.load(teacher, STUDENT, importance={"data": data}, distill={"data": data, "tokens": 10**8} | more)
+    return make_plan(loaded, build=folder)
+
+
+def test_what_is_left_out_is_what_the_teacher_reads(foundry: Foundry, tmp_path: Path) -> None:
+    for positions, length in ((128, 128), (100_000, MOST)):
+        plan = planned(foundry, tmp_path, positions)
+        spec = plan.loaded.spec
+        assert spec.distill.sequence_length == spec.importance.data.sequence_length == length
+        assert spec.distill.global_batch_size == min(768, 10**8 // (300 * length)), "at least 300 steps"
+        fitted = plan_document(plan)["spec"]["fitted"]
+        assert fitted["distill.sequence_length"] == fitted["importance.data.sequence_length"] == length
+        # The spec as it is written stays the same, whatever its teacher reads.
+        assert plan.loaded.resolved["distill"]["sequence_length"] == 8192
+
+
+def test_what_is_written_is_taken(foundry: Foundry, tmp_path: Path) -> None:
+    plan = planned(foundry, tmp_path, 128, sequence_length=64, global_batch_size=4)
+    assert plan.loaded.spec.distill.sequence_length == 64 and plan.loaded.spec.distill.global_batch_size == 4
+    assert "distill.sequence_length" not in plan.loaded.fitted
+    assert planned(foundry, tmp_path, 128, global_batch_size=4).loaded.spec.distill.global_batch_size == 4
