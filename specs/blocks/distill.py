@@ -209,8 +209,9 @@ class Distill(Block):
     """`online`: the teacher runs beside the student; `{sampled: 12}`: `minitron capture` stores its samples once."""
 
     sequence_length: SequenceLength = 8192
-    """Tokens in a sequence. Left out: what the teacher reads, at most 4096. Documents are packed into them one after the other, BOS before and EOS after each where the
-    tokenizer has them; attention reaches across documents."""
+    """Tokens in a sequence. Left out: what the teacher reads, at most 4096. Documents are packed into them one
+    after the other, BOS before and EOS after each where the tokenizer has them; attention reaches across
+    documents."""
 
     global_batch_size: Sizes = 768
     """Sequences in an optimizer step, over all devices; under `search` a list or a range. Left out: 768, and fewer where
