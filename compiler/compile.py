@@ -27,7 +27,7 @@ from minitron.compiler.compilation import Buffers, Compilation, Work, run_buffer
 from minitron.compiler.emit.model_card import model_card
 from minitron.compiler.emit.program import build_program, save_program
 from minitron.compiler.emit.rewritten import RewrittenStudent
-from minitron.compiler.emit.student import StudentFolder, student_weights, write_student
+from minitron.compiler.emit.student import StudentFolder, student_tensors, write_student
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.graph.executor import Executor
 from minitron.compiler.graph.names import Fetch, dtype_of, strip_wrapper
@@ -176,21 +176,11 @@ def refit(
 def emit(compilation: Compilation, student: RewrittenStudent) -> None:
     """Writes student/."""
     plan = compilation.plan
-    make = student_weights(compilation.source, student.recipes, plan.teacher.captured.stored_dtype)
+    tensors = student_tensors(compilation.source, student.recipes, plan.teacher.captured.stored_dtype)
+    card = model_card(plan_document(plan), plan.checkpoint.folder)
+    folder = StudentFolder(plan.config, plan.model, plan.dtype, plan.checkpoint.folder, card)
     with compilation.progress.task("write student", Estimate(plan).student_costs.weight_bytes, "B") as task:
-        write_student(
-            compilation.build / STUDENT,
-            StudentFolder(
-                plan.config,
-                plan.model,
-                plan.dtype,
-                plan.checkpoint.folder,
-                model_card(plan_document(plan), plan.checkpoint.folder),
-            ),
-            make,
-            streamed=compilation.source.streamed,
-            advance=task.advance,
-        )
+        write_student(compilation.build / STUDENT, folder, tensors, task.advance)
 
 
 def write_program(compilation: Compilation, student: RewrittenStudent) -> None:

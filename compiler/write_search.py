@@ -13,7 +13,7 @@ from minitron.compiler.build_documents import is_training
 from minitron.compiler.compilation import Compilation, run_buffers
 from minitron.compiler.compile import Stages, check_unchanged, prune, student_fingerprint
 from minitron.compiler.emit.rewritten import RewrittenStudent
-from minitron.compiler.emit.student import StudentFolder, student_weights, write_student
+from minitron.compiler.emit.student import StudentFolder, student_tensors, write_student
 from minitron.compiler.emit.training_plan import render, training_plan
 from minitron.compiler.estimate.model_costs import ModelCosts
 from minitron.compiler.estimate.plan_costs import plan_costs
@@ -186,9 +186,8 @@ def _write_student(target: Path, compilation: Compilation, student: RewrittenStu
             plan.checkpoint.folder,
             f"Candidate {one.number} of a search; not verified.\n",
         ),
-        student_weights(compilation.source, student.recipes, plan.teacher.captured.stored_dtype),
-        streamed=compilation.source.streamed,
-        advance=lambda _: None,
+        student_tensors(compilation.source, student.recipes, plan.teacher.captured.stored_dtype),
+        lambda _: None,
     )
 
 

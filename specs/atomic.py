@@ -85,10 +85,15 @@ def claim_folder(folder: Path, names: Iterable[str], otherwise: str) -> None:
 
 @contextlib.contextmanager
 def _errors_of(target: Path) -> Iterator[None]:
-    """Raises an OSError that names `target` in place of a library's error that only quotes one, such as a full disk."""
+    """Raises an OSError that names `target` in place of one that names no file, and of a library's error that only quotes
+    one, such as a full disk."""
     try:
         yield
-    except (OSError, MinitronError):
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(target)
+        raise
+    except MinitronError:
         raise
     except Exception as error:
         quoted = _QUOTED.search(str(error))

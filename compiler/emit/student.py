@@ -14,16 +14,17 @@ import torch
 
 from minitron.compiler.capture.models import quiet, stored_tensors
 from minitron.compiler.emit.older_loaders import for_older_loaders
+from minitron.compiler.graph.tensor_files import Entry, TensorWriter, in_file_order
 from minitron.compiler.teacher.tokenizer import check_inside, tokenizer_files
 from minitron.compiler.weights.recipes import Recipe
-from minitron.compiler.weights.source import WeightSource
+from minitron.compiler.weights.source import StreamedWeights, WeightSource
 from minitron.specs.atomic import atomic_folder
 from minitron.specs.builds import CARD, CONFIG
 from minitron.specs.generation_settings import FILE as GENERATION
 from minitron.specs.generation_settings import read_generation_settings
 from minitron.specs.weight_files import INDEX
 
-SHARD_BYTES = 2 << 30  # what is held in memory at a time, besides the tensor that is being made
+SHARD_BYTES = 2 << 30  # of one file; in memory is one tensor at a time
 
 
 Make = Callable[[str], torch.Tensor]
@@ -37,7 +38,11 @@ def student_weights(
 
     def make(name: str) -> torch.Tensor:
         recipe = recipes[name]
-        weight = source.get(recipe.source)
+        rows = recipe.rows
+        if rows is not None and isinstance(source, StreamedWeights):
+            weight, recipe = source.rows(recipe.source, rows), recipe.without_rows()
+        else:
+            weight = source.get(recipe.source)
         return recipe.make(weight.to(stored_dtype(recipe.source)))
 
     return make
@@ -60,26 +65,42 @@ class StudentFolder:
     card: str
 
 
-def write_student(
-    target: Path, student: StudentFolder, make: Make, *, streamed: bool, advance: Callable[[int], None]
-) -> None:
-    """Writes `target` whole or not at all; `make` gives each tensor when its turn comes.
+@dataclass(frozen=True)
+class Tensors:
+    """The student's tensors: `make` gives each when its turn comes, in the dtype that `dtype_of` its name says.
+    `streamed`: they are named and shaped in files as in the model."""
 
-    With `streamed` one shard is in memory at a time; else transformers writes the model, undoing its own conversions.
+    make: Make
+    dtype_of: Callable[[str], torch.dtype]
+    streamed: bool
+
+
+def student_tensors(
+    source: WeightSource, recipes: Mapping[str, Recipe], stored_dtype: Callable[[str], torch.dtype]
+) -> Tensors:
+    """The student's tensors, cut from the teacher's; `stored_dtype` is by the teacher's name."""
+    make = student_weights(source, recipes, stored_dtype)
+    return Tensors(make, lambda name: stored_dtype(recipes[name].source), source.streamed)
+
+
+def write_student(target: Path, student: StudentFolder, tensors: Tensors, advance: Callable[[int], None]) -> None:
+    """Writes `target` whole or not at all.
+
+    Streamed tensors are in memory one at a time; others are written by transformers, which undoes its own conversions.
     """
     with atomic_folder(target) as folder:
         config, model = copy.deepcopy(student.config), student.model
         config.dtype = student.dtype
         config.architectures = [type(model).__name__]
-        if streamed:
-            _write_shards(folder, stored_tensors(model), make, advance)
+        if tensors.streamed:
+            _write_shards(folder, stored_tensors(model), tensors, advance)
             with quiet():
                 config.save_pretrained(folder)
         else:
             with quiet(), torch.device("meta"):
                 loaded: Any = type(model)(copy.deepcopy(config))
             for name, value in stored_tensors(loaded).items():
-                _assign(loaded, value, make(name))
+                _assign(loaded, value, tensors.make(name))
                 advance(value.numel() * value.element_size())
             loaded.tie_weights()
             loaded.config.dtype = student.dtype
@@ -105,22 +126,23 @@ def _assign(model: torch.nn.Module, old: torch.Tensor, new: torch.Tensor) -> Non
 
 
 def _write_shards(
-    folder: Path, tensors: Mapping[str, torch.Tensor], make: Make, advance: Callable[[int], None]
+    folder: Path, planned: Mapping[str, torch.Tensor], tensors: Tensors, advance: Callable[[int], None]
 ) -> None:
-    """Writes one shard after the other; `tensors` are on the meta device and say what is to be made."""
+    """Writes one shard after the other, each header first and a tensor at a time. `planned` are on the meta device and say what
+    is to be made; a shard that is there was finished before."""
     from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
 
-    split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=SHARD_BYTES)
+    split = split_torch_state_dict_into_shards(dict(planned), max_shard_size=SHARD_BYTES)
     total = 0
     for file, names in split.filename_to_tensors.items():
-        shard = {}
-        for name in names:
-            shard[name] = make(name)
-            size = shard[name].numel() * shard[name].element_size()
-            total += size
-            advance(size)
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        entries = in_file_order(Entry(name, tensors.dtype_of(name), tuple(planned[name].shape)) for name in names)
+        total += sum(entry.nbytes for entry in entries)
+        with (folder / file).open("wb") as handle:
+            writer = TensorWriter(handle, entries, {"format": "pt"})
+            for entry in entries:
+                writer.write(tensors.make(entry.name))
+                advance(entry.nbytes)
+            writer.end()
     if split.is_sharded:
         # The size of what was made: a tensor may be kept in another dtype than the model's own.
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(split.tensor_to_filename.items()))}

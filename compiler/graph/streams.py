@@ -121,7 +121,11 @@ class FileStreams:
         version = 0 if old is None else old + 1
         tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
         self._others[slot] = {name: value for name, value in values.items() if name not in tensors}
-        save_tensors(self._path(slot, version), tensors, {})
+        try:
+            save_tensors(self._path(slot, version), tensors, {})
+        except OSError as error:
+            error.filename = str(self._folder)
+            raise
         self._versions[slot] = version
         if old is not None and self._kept.get(slot) != old:
             self._path(slot, old).unlink(missing_ok=True)

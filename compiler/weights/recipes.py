@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,6 +26,18 @@ class Recipe:
     scale: float = 1.0
     shift: float = 0.0
     beside: int = 0
+
+    @property
+    def rows(self) -> Indices | None:
+        """The kept positions of the first dimension, where they are one ascending list."""
+        first = self.positions[0] if self.positions else None
+        if first is None or first.ndim != 1 or not len(first) or (np.diff(first) <= 0).any():
+            return None
+        return first
+
+    def without_rows(self) -> Recipe:
+        """The recipe for a weight of which `rows` alone were read."""
+        return replace(self, positions=(None, *self.positions[1:]))
 
     def make(self, weight: torch.Tensor) -> torch.Tensor:
         """Makes the student's parameter from the teacher's, in the teacher's dtype."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -107,3 +110,17 @@ class TestFiles:
             WorkError, match=rf"model\.safetensors ends before the last byte of {name}; copy the file again"
         ):
             source.get(name)
+
+
+def test_a_full_disk_under_the_residual_stream_names_its_folder(foundry: Foundry, tmp_path: Path) -> None:
+    """What can be written is limited to a file of 1 KB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        with pytest.raises(OSError, match=r"/streams") as raised:
+            scores(foundry.whole("llama"), run=a_run(tmp_path, streams="files"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert raised.value.errno == errno.EFBIG
