@@ -41,7 +41,7 @@ from minitron.compiler.plan_document import plan_document
 from minitron.compiler.planning import make_plan
 from minitron.compiler.recovery.basis import principal_weights, rotated_reference
 from minitron.compiler.recovery.merged_weights import MergedWeights, merged
-from minitron.compiler.recovery.refit import Refit, find_stages
+from minitron.compiler.recovery.refit import Refit, find_stages, skipped_values
 from minitron.compiler.recovery.refitted_weights import RefittedWeights
 from minitron.compiler.recovery.rotated_weights import RotatedWeights
 from minitron.compiler.rewrite import run_passes
@@ -165,6 +165,7 @@ def refit(
         fetch,
         refitted,
         student.narrowing.kept.get(teacher.roles.hidden.leaf),
+        skipped_values(teacher.ends, compilation.plan.layers),
     )  # fmt: skip
     stages = find_stages(teacher.table, teacher.roles, student.narrowing, set(by_source))
     batches, block = batches_of(samples, teacher.roles.hidden.size)

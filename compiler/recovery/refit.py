@@ -15,8 +15,8 @@ stacked experts (their rows are other tokens in the student), and a matrix that 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Node
@@ -28,6 +28,7 @@ from minitron.compiler.graph.aten import MOVES, op_name
 from minitron.compiler.graph.executor import Environment, Executor
 from minitron.compiler.graph.names import Fetch
 from minitron.compiler.recovery.refitted_weights import RefittedWeights
+from minitron.compiler.roles.residual_stream import LayerEnds
 from minitron.compiler.roles.roles import Roles
 from minitron.compiler.weights.recipes import Recipe
 from minitron.specs.progress import Task
@@ -135,13 +136,15 @@ def _added_to(table: AxisTable, roles: Roles, node: Node) -> str | None:
 @dataclass(frozen=True)
 class Refit:
     """The inputs of a refit: executors over the graphs of teacher and student, and their weights by the teacher's
-    names. The student's executor must read `refitted`. `kept` are the kept hidden channels; None where all are."""
+    names. The student's executor must read `refitted`. `kept` are the kept hidden channels; None where all are. `skipped`
+    maps values that only the teacher has, because they come out of dropped layers, to what the student has instead."""
 
     teacher: Executor
     student: Executor
     weights: Fetch
     refitted: RefittedWeights
     kept: Indices | None
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     def run(self, stages: Sequence[Stage], batches: Sequence[torch.Tensor], task: Task) -> None:
         """Refits stage by stage."""
@@ -170,19 +173,20 @@ class Refit:
         own: Sequence[Environment],
     ) -> None:
         gram = cross = lack = None
-        wanted = {stage.value, stage.stream} - {None}
+        wanted = {one for one in (stage.value, stage.stream) if one is not None}
+        ours = {one: self.skipped.get(one, one) for one in wanted}
         for whole, narrow in zip(
-            self.teacher.values_in(segments[0], theirs, wanted),  # type: ignore[arg-type]
-            self.student.values_in(segments[1], own, wanted),  # type: ignore[arg-type]
+            self.teacher.values_in(segments[0], theirs, wanted),
+            self.student.values_in(segments[1], own, set(ours.values())),
             strict=True,
         ):
-            full, left = _rows(whole[stage.value], stage.axis), _rows(narrow[stage.value], stage.axis)
+            full, left = _rows(whole[stage.value], stage.axis), _rows(narrow[ours[stage.value]], stage.axis)
             gram, cross = _plus(gram, left.T @ left), _plus(cross, full.T @ left)
             if stage.stream is not None:
                 missing = _rows(whole[stage.stream], -1)
                 if self.kept is not None:
                     missing = missing[:, torch.from_numpy(self.kept).to(missing.device)]
-                lack = _plus(lack, (missing - _rows(narrow[stage.stream], -1)).T @ left)
+                lack = _plus(lack, (missing - _rows(narrow[ours[stage.stream]], -1)).T @ left)
         assert gram is not None and cross is not None
         for one in stage.projections:
             sliced = self.refitted.narrowed(one.parameter).double().cpu()
@@ -195,6 +199,15 @@ class Refit:
                 left_over = left_over + lack
             fitted = sliced + solve(gram, left_over)
             self.refitted.store(one.parameter, (fitted if one.read == 1 else fitted.T).float().contiguous())
+
+
+def skipped_values(ends: Sequence[LayerEnds], layers: Collection[int]) -> dict[str, str]:
+    """Maps what each dropped layer yields to what it was given, where only `layers` stay."""
+    found: dict[str, str] = {}
+    for layer, end in enumerate(ends):
+        if layer not in layers:
+            found[end.leave] = found.get(end.entry, end.entry)
+    return found
 
 
 def solve(gram: torch.Tensor, right_OI: torch.Tensor) -> torch.Tensor:

@@ -117,3 +117,13 @@ def test_the_plan_has_a_phase_for_it(foundry: Foundry) -> None:
     assert phases["refit"].tokens == 6 * 48 and phases["refit"].flops > phases["calibrate"].flops
     assert phases["refit"].memory.peak > phases["calibrate"].memory.peak
     assert not foundry.plan(teacher, {"num_hidden_layers": 2}, recovery=REFIT).refits  # nothing is narrowed
+
+
+@pytest.mark.parametrize("dropped", [[1], [0, 1], [3], [1, 2, 3]])
+def test_what_a_dropped_layer_yields_is_what_it_was_given(foundry: Foundry, dropped: list[int]) -> None:
+    """The stream of the layer behind a dropped one has another name in the student."""
+    student = {"hidden_size": 24, "intermediate_size": 24, "layers": {"drop": dropped}}
+    build = foundry.build(
+        foundry.teacher("llama", num_hidden_layers=4), student, program=False, recovery={"refit": "least_squares"}
+    )
+    assert all(check["passed"] for check in build.checks.values())
