@@ -142,7 +142,10 @@ def test_the_keys_of_the_contract(foundry: Foundry) -> None:
     assert [phase["name"] for phase in plan["phases"]] == ["calibrate", "distill"]
     for phase in plan["phases"]:
         assert integers(phase, {"tokens", "flops", "peak_memory_bytes"}) and phase["device_hours"] >= 0
-    assert plan["phases"][0]["tokens"] == 6 * 48 and plan["phases"][1]["tokens"] == 1_000_000
+    distill = plan["spec"]["resolved"]["distill"]
+    step = distill["sequence_length"] * distill["global_batch_size"]
+    assert plan["phases"][0]["tokens"] == 6 * 48
+    assert plan["phases"][1]["tokens"] == -(-1_000_000 // step) * step, "whole steps, as training takes them"
     assert "selection" not in plan, "which is not made yet"
 
 
