@@ -91,7 +91,10 @@ def grown(build: Path, points: list[int]) -> tuple[dict[int, float], dict[int, C
         return {int(n): v for n, v in document["zero_shot"].items()}, curves, document["rate"]
     loaded = read_training_plan(build / SEARCH)
     plan = loaded.training()
-    file = file.model_copy(update={"judged_tokens": plan.held_out.max_tokens if plan.held_out else 1})
+    count = len(file.candidates)
+    along = tuple(RungPlan(number=n, tokens=at, enter=count, leave=count) for n, at in enumerate(points, start=1))
+    judged = plan.held_out.max_tokens if plan.held_out else 1
+    file = file.model_copy(update={"judged_tokens": judged, "rungs": along})
     with join_world("cpu") as world:
         session = Session(
             world, TextEncoder.load(loaded.folder / plan.tokenizer), Data.read(loaded.data("data", plan.data)),
@@ -100,8 +103,7 @@ def grown(build: Path, points: list[int]) -> tuple[dict[int, float], dict[int, C
         rungs = Rungs.prepare(loaded, file, session, build)
         numbers = [one.number for one in file.candidates]
         begun = time.monotonic()
-        for index, point in enumerate(points, start=1):
-            rung = RungPlan(number=index, tokens=point, enter=len(numbers), leave=len(numbers))
+        for rung, point in zip(along, points, strict=True):
             if not all(rungs.is_done(number, rung) for number in numbers):
                 rungs.train([number for number in numbers if not rungs.is_done(number, rung)], rung)
             print(f"  {point} tokens after {time.monotonic() - begun:.0f} s", flush=True)
