@@ -1,11 +1,12 @@
 """Tries every family of transformers' causal language models, axis by axis, and prints right, refused or failed.
 
-    python benchmarks/all_families.py [FAMILY ...] [--plan] [--seconds 300] [--log FILE]
+    python benchmarks/all_families.py [FAMILY ...] [--plan] [--seconds 300] [--log FILE] [--document FILE]
 
-right: a tiny random model of the family was compiled and passed all checks; refused: with a sentence, in the plan; failed: a
-check did not pass, or anything else was raised: a bug. `--plan` stops after the plan. A family of which no tiny configuration
-can be made is left out and named. The command ends with 1 where anything failed. Families that `--log` has an outcome of are
-not tried again: a run that was stopped goes on where it was.
+right: a tiny random model of the family was compiled and passed all checks; planned: with `--plan`, which stops there;
+refused: with a sentence, in the plan; failed: a check did not pass, or anything else was raised: a bug. A family of which no
+tiny configuration can be made is left out and named. The command ends with 1 where anything failed. Families that `--log` has
+an outcome of are not tried again: a run that was stopped goes on where it was. `--document` writes the families that have no
+row in the table of docs/architectures.md into its last section.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-RIGHT, REFUSED, FAILED, LEFT_OUT = "right", "refused", "failed", "left out"
+RIGHT, PLANNED, REFUSED, FAILED, LEFT_OUT = "right", "planned", "refused", "failed", "left out"
+Found = list[tuple[str, str, str]]  # (axis or nothing, outcome, reason)
 
 
 def families() -> list[str]:
@@ -35,11 +37,11 @@ def families() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def _job(job: tuple[str, bool, float]) -> tuple[str, list[tuple[str, str, str]]]:
+def _job(job: tuple[str, bool, float]) -> tuple[str, Found]:
     return job[0], examine(*job)
 
 
-def examine(family: str, plan_only: bool, seconds: float) -> list[tuple[str, str, str]]:
+def examine(family: str, plan_only: bool, seconds: float) -> Found:
     """(axis or nothing, outcome, reason) for everything that was tried; no axis is begun after `seconds`."""
     import torch
 
@@ -50,6 +52,7 @@ def examine(family: str, plan_only: bool, seconds: float) -> list[tuple[str, str
 
 def _tried(family: str, folder: Path, plan_only: bool, end: float) -> Iterator[tuple[str, str, str]]:
     from benchmarks.architectures import narrower, reason
+    from minitron.compiler.capture.models import layer_count
     from minitron.specs.blocks.student import Student
     from minitron.specs.errors import UsageError
     from tests.foundry import Apprentice, Foundry
@@ -59,7 +62,7 @@ def _tried(family: str, folder: Path, plan_only: bool, end: float) -> Iterator[t
     foundry = Foundry(folder, Apprentice())
     try:
         config = tiny(family)
-        layers = int(config.num_hidden_layers)
+        layers = layer_count(config)
         teacher = save_teacher(folder / family, config)
     except Exception as error:  # the family wants other keys: nothing of ours
         yield "", LEFT_OUT, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -87,7 +90,7 @@ def _tried(family: str, folder: Path, plan_only: bool, end: float) -> Iterator[t
                 foundry.plan(teacher, student)
             else:
                 foundry.build(teacher, student, program=False)
-            yield status.axis, RIGHT, status.status
+            yield status.axis, PLANNED if plan_only else RIGHT, status.status
         except UsageError as error:
             yield status.axis, REFUSED, reason(error)
         except Exception as error:
@@ -101,7 +104,35 @@ def _where(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
 
 
-def read_log(log: Path | None) -> dict[str, list[tuple[str, str, str]]]:
+def render(found: Mapping[str, Found]) -> str:
+    """The section on families that the table does not have: a line for each, its axes by outcome, the reasons below."""
+    from tests.zoo.configs import EVERY
+
+    numbers: dict[str, int] = {}
+
+    def cell(axes: Found, outcome: str) -> str:
+        return ", ".join(
+            axis
+            + (f"<sup>{numbers.setdefault(why, len(numbers) + 1)}</sup>" if outcome == REFUSED else "")
+            + (" (approx.)" if why == "approximate" else "")
+            for axis, got, why in axes
+            if axis and got == outcome and axis != "head_dim"
+        )
+
+    lines = ["| family | compiled and verified | planned | refused |", "|---|---|---|---|"]
+    for family in sorted(found):
+        if family in EVERY or any(outcome in (LEFT_OUT, FAILED) and not axis for axis, outcome, _ in found[family]):
+            continue
+        whole = next((why for axis, outcome, why in found[family] if not axis and outcome == REFUSED), None)
+        if whole is not None:
+            lines.append(f"| {family} | | | all<sup>{numbers.setdefault(whole, len(numbers) + 1)}</sup> |")
+        else:
+            cells = " | ".join(cell(found[family], outcome) for outcome in (RIGHT, PLANNED, REFUSED))
+            lines.append(f"| {family} | {cells} |")
+    return "\n".join([*lines, "", *(f"{number}. {why}" for why, number in numbers.items())]) + "\n"
+
+
+def read_log(log: Path | None) -> dict[str, Found]:
     """The outcomes that an earlier run has written; of a family that stands there twice, the last."""
     if log is None or not log.is_file():
         return {}
@@ -109,7 +140,7 @@ def read_log(log: Path | None) -> dict[str, list[tuple[str, str, str]]]:
     return {line["family"]: [tuple(one) for one in line["found"]] for line in lines}
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     parser = argparse.ArgumentParser(description="every causal family: right, refused or failed")
     parser.add_argument("families", nargs="*")
@@ -117,12 +148,13 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300.0, help="time for one family")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--log", type=Path, help="a file of JSON lines that outcomes are read from and added to")
-    args = parser.parse_args()
+    parser.add_argument("--document", type=Path, help="the page of families, whose last section is written")
+    args = parser.parse_args(argv)
     counts: Counter[str] = Counter()
     names = args.families or families()
     known = read_log(args.log)
 
-    def tell(name: str, found: list[tuple[str, str, str]]) -> None:
+    def tell(name: str, found: Found) -> None:
         for axis, outcome, why in found:
             counts[outcome] += 1
             print(f"{name:24} {axis or '-':28} {outcome:9} {why}", flush=True)
@@ -137,6 +169,12 @@ def main() -> int:
                 with args.log.open("a", encoding="utf-8") as log:
                     log.write(json.dumps({"family": name, "found": found}) + "\n")
             tell(name, found)
+            known[name] = found
+    if args.document is not None:
+        from benchmarks.architectures import with_section
+
+        page = args.document.read_text(encoding="utf-8")
+        args.document.write_text(with_section(page, render(known)), encoding="utf-8")
     print(", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())))
     return 1 if counts[FAILED] else 0
 

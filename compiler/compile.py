@@ -23,6 +23,7 @@ from minitron.compiler.build_documents import (
     write_documents,
     write_verification,
 )
+from minitron.compiler.capture.models import layer_keys
 from minitron.compiler.compilation import Buffers, Compilation, Work, run_buffers, weight_hashes
 from minitron.compiler.emit.model_card import model_card
 from minitron.compiler.emit.program import build_program, save_program
@@ -387,7 +388,7 @@ def config_widths(teacher: AnalysedTeacher, targets: Targets, config: Any) -> di
     keys = {name: config_key(teacher.captured.config, name, teacher.widths[name]) for name in targets.widths}
     attribute_map = getattr(config, "attribute_map", {})
     wanted = {attribute_map.get(key, key): targets.widths[name] for name, key in keys.items() if key is not None}
-    layers = attribute_map.get(LAYERS, LAYERS)
+    (layers, *_) = (attribute_map.get(key, key) for key in layer_keys(config))
     if layers in config.to_dict():  # else the length of a list over layers says it
         wanted[layers] = targets.layers
     return wanted

@@ -93,13 +93,15 @@ def _attribute(t: Tracer, node: Node) -> Dims:
 def _softmax_attention(t: Tracer) -> list[AttentionSite]:
     """Finds attention written out: a softmax over the key positions whose result is contracted with the values.
 
-    The number of positions is symbolic, or the graph's fixed length where it has one: [.., queries, keys] then.
+    The number of positions is symbolic, or the graph's fixed length where it has one: [.., queries, keys] then, with one
+    more entry where a sink stands beside the keys.
     """
     activations = {c.value: c for c in t.contractions if c.weight is None}
     sites = []
     for node, axis in t.softmaxes:
         sizes = [size_of(dim) for dim in t.dims(node)]
-        square = len(sizes) == 4 and sizes[2] == sizes[3] and sizes[3].coefficient == t.captured.length
+        length = t.captured.length or 0
+        square = len(sizes) == 4 and sizes[2].coefficient == length and sizes[3].coefficient in (length, length + 1)
         if not (sizes[axis].symbols or square):
             continue
         reader = node

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from minitron.compiler.capture.layer_lists import NUMBERS, lists_over_layers
-from minitron.compiler.capture.models import LAYER_COUNTS
+from minitron.compiler.capture.models import LAYER_COUNTS, layer_keys
 
 # Keys that say by a rule which layers are which. Those over lists say what a list over the layers says.
 OVER_LISTS = (
@@ -32,10 +32,8 @@ def with_layers(config: Any, count: int, kept: Sequence[int]) -> Any:
             setattr(changed, key, [value[i] for i in kept])
         _follow_experts(changed, count, kept)
         _follow_lists(changed)
-        changed.num_hidden_layers = len(kept)
-        for key in LAYER_COUNTS:
-            if getattr(config, key, None) == count:
-                setattr(changed, key, len(kept))
+        for key in layer_keys(config):
+            setattr(changed, key, len(kept))
     return changed
 
 

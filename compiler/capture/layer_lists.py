@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch._export.utils import _compiling_state_context
 
-from minitron.compiler.capture.models import LAYER_COUNTS, build_meta
+from minitron.compiler.capture.models import build_meta, layer_keys
 
 # One entry a layer, even where there are more entries than layers: modelling code does not read the rest.
 ENTRIES = ("layer_types", "no_rope_layers", "layers_block_type")
@@ -50,9 +50,8 @@ def _entries_read(config: Any, count: int, keys: Collection[str]) -> dict[str, s
     """The entries of each list that a model with `count` layers reads while it is built and run, as far as it runs."""
     read: dict[str, set[int]] = {key: set() for key in keys}
     watched = copy.deepcopy(config)
-    for key in ("num_hidden_layers", *LAYER_COUNTS):
-        if hasattr(watched, key):
-            setattr(watched, key, count)
+    for key in layer_keys(config):
+        setattr(watched, key, count)
     for key in keys:
         setattr(watched, key, _watching(read[key])(vars(config)[key]))
     try:

@@ -99,10 +99,14 @@ def _stored(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 LAYER_COUNTS = ("decoder_layers", "num_decoder_layers")
 
 
+def layer_keys(config: Any) -> tuple[str, ...]:
+    """The keys that say the number of layers; of a decoder that is half of a pair, the decoder's alone."""
+    return tuple(key for key in LAYER_COUNTS if isinstance(getattr(config, key, None), int)) or ("num_hidden_layers",)
+
+
 def layer_count(config: Any) -> int:
-    """The number of layers that a configuration says; of a decoder that is half of a pair, the decoder's."""
-    of_half = (getattr(config, key, None) for key in LAYER_COUNTS)
-    return int(next((one for one in of_half if isinstance(one, int)), config.num_hidden_layers))
+    """The number of layers that a configuration says."""
+    return int(getattr(config, layer_keys(config)[0]))
 
 
 def find_layers(model: torch.nn.Module, config: Any) -> tuple[str, int]:

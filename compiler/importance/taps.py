@@ -343,7 +343,7 @@ class Taps:
             else:
                 widths[name][int(number)] = order
         layers = None
-        if self._config.depth.metric == "block_influence":
+        if self._config.depth.metric == "block_influence" and self.turned:
             turned = torch.stack([one.cpu() for one in self.turned])
             layers = (turned / torch.tensor(self.turned_tokens, dtype=torch.float64)).float().numpy()
         covariance = {key: gram.mean().cpu().numpy() for key, gram in self.covariance.items() if gram.total is not None}

@@ -11,6 +11,7 @@ from minitron.compiler.capture import capture
 from minitron.compiler.capture.capture import FIXED_LENGTH, Captured
 from minitron.compiler.capture.layer_lists import lists_over_layers
 from minitron.compiler.importance.select import leading, narrowing_of
+from minitron.compiler.plan.cached_step import check_cached_step
 from minitron.compiler.rewrite.scale_repair import check_scalars
 from minitron.compiler.roles.analysed import AnalysedTeacher
 from minitron.compiler.student.config import Key, fit, student_config
@@ -62,6 +63,7 @@ def prove(teacher: AnalysedTeacher, targets: Targets, layers: Sequence[int]) -> 
     also, config, model = _described(teacher, targets, layers)
     if targets.widths or len(layers) != teacher.captured.layer_count:
         compare_constants(teacher, targets, layers, also)
+        check_cached_step(teacher.captured, config)
     return config, model
 
 

@@ -1,0 +1,117 @@
+"""Families of less usual build: each right, or refused in the plan in words that an engineer understands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minitron.compiler.capture.capture import capture
+from minitron.compiler.roles.analysed import analyse_teacher
+from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN, LAYERS, MOE_INTERMEDIATE, NUM_EXPERTS
+from minitron.specs.errors import SpecInvalid
+from tests.foundry import Build, Foundry
+from tests.models import save_teacher
+from tests.zoo.anything import tiny
+from tests.zoo.configs import EVERY, config_of
+
+FFN = "intermediate_size"
+
+
+def teacher(foundry: Foundry, family: str) -> Path:
+    folder = foundry.root / "".join(character for character in f"unusual-{family}" if character not in "() ")
+    if not folder.exists():
+        save_teacher(folder, config_of(family) if family in EVERY else tiny(family))
+    return folder
+
+
+RIGHT: list[tuple[str, dict[str, Any]]] = [
+    ("opt (factored embedding)", {HIDDEN: 36, HEADS: 3, FFN: 24}),
+    ("falcon (new decoder)", {HIDDEN: 16, HEADS: 2, GROUPS: 1, FFN: 24}),
+    ("bart", {FFN: 24, LAYERS: 1}),
+    ("lfm2_moe", {HIDDEN: 24, NUM_EXPERTS: 3, MOE_INTERMEDIATE: 16, "layers": {"drop": [2]}}),
+    ("zaya", {HIDDEN: 24, MOE_INTERMEDIATE: 16}),
+]
+
+
+@pytest.mark.parametrize(("family", "student"), [pytest.param(*one, id=one[0]) for one in RIGHT])
+def test_a_family_is_narrowed(foundry: Foundry, family: str, student: dict[str, Any]) -> None:
+    build: Build = foundry.build(teacher(foundry, family), student, program=False)
+    assert build.document("verification.json")["passed"]
+    widths = build.document("plan.json")["student"]["widths"]
+    wanted = {axis: width for axis, width in student.items() if axis != "layers"}
+    assert {axis: widths[axis] for axis in wanted} == wanted
+
+
+def test_an_embedding_narrower_than_the_stream_keeps_its_width(foundry: Foundry) -> None:
+    build = foundry.build(teacher(foundry, RIGHT[0][0]), RIGHT[0][1], program=False)
+    assert build.config["hidden_size"] == 36 and build.config["word_embed_proj_dim"] == 24
+    assert build.tensors["model.decoder.project_in.weight"].shape == (36, 24)
+    assert build.plan.teacher.roles.hidden.size == 48, "not the 24 of the embedding"
+
+
+def test_the_decoder_of_a_pair_has_layers_of_its_own(foundry: Foundry) -> None:
+    """The configuration's num_hidden_layers is that of the encoder, which the model does not have."""
+    build = foundry.build(teacher(foundry, "bart"), {FFN: 24, LAYERS: 1}, program=False)
+    assert config_of("bart").num_hidden_layers == 3 and build.plan.teacher.captured.layer_count == 2
+    assert build.config["decoder_layers"] == 1 and build.config["decoder_ffn_dim"] == 24
+    with pytest.raises(SpecInvalid, match="narrow both in that proportion"):
+        foundry.plan(teacher(foundry, "bart"), {HEADS: 2})
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "minicpm3",
+        {HIDDEN: 24},
+        "div in the model multiplies or adds a constant that depends on a narrowed width (2 in the teacher",
+    ),
+    ("minicpm3", {LAYERS: 2}, "or on how many layers stand before or beside it"),
+    ("gpt_neox_japanese", {LAYERS: 2}, "layers 2, 3 can be kept: name them (student.layers.keep)"),
+    (
+        "modernbert-decoder",
+        {LAYERS: 2},
+        "from the last hidden state through layer_norm, which the distillation loss does not know",
+    ),
+    ("rwkv", {HIDDEN: 24}, "a student of these widths could not generate with a cache: "),
+    ("zaya", {NUM_EXPERTS: 2}, "the graph does not show which rows each expert takes, so nothing ranks the experts"),
+]
+
+
+@pytest.mark.parametrize(("family", "student", "words"), REFUSED)
+def test_a_family_is_refused_in_the_plan(foundry: Foundry, family: str, student: dict[str, Any], words: str) -> None:
+    with pytest.raises(SpecInvalid) as caught:
+        foundry.plan(teacher(foundry, family), student)
+    assert words in str(caught.value)
+
+
+def test_a_student_that_could_not_generate_is_refused(foundry: Foundry) -> None:
+    """The caches of transformers want a layer with attention."""
+    with pytest.raises(SpecInvalid) as caught:
+        foundry.plan(teacher(foundry, "lfm2_moe"), {"layers": {"keep": [0, 2]}})
+    assert "a student of these widths could not generate with a cache: `get_seq_length` can only be" in str(
+        caught.value
+    )
+
+
+def test_layers_that_can_be_kept_are_kept_when_they_are_named(foundry: Foundry) -> None:
+    plan = foundry.plan(teacher(foundry, "gpt_neox_japanese"), {"layers": {"keep": [2, 3]}})
+    assert plan.config.num_hidden_layers == 2
+
+
+def test_a_head_of_which_the_logits_are_a_part_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vocabulary that is padded to a round number, whose last rows the model cuts off."""
+    from transformers import LlamaForCausalLM
+
+    from minitron.specs.errors import UsageError
+
+    forward = LlamaForCausalLM.forward
+
+    def cut(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits[..., :90]
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", cut)
+    with pytest.raises(UsageError, match=r"the head has 96 rows and the logits are 90 of them \(a padded vocabulary\)"):
+        analyse_teacher(capture(config_of("llama")))
