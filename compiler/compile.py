@@ -306,10 +306,7 @@ def _compile(compilation: Compilation, stages: Stages, scratch: Path) -> Plan:
     plan = compilation.plan
     build = plan.build
     inputs = _inputs(plan)
-    of_teacher = stages.verify_teacher(compilation)
-    with placing(plan.loaded, teacher_key(plan.loaded)):
-        for check in failed(of_teacher):
-            raise UsageError(f"cannot be compiled: {check.detail}")
+    of_teacher = require_teacher(compilation, stages)
     scores, samples = stages.score(compilation)
     compilation, selection, student, _ = prune(compilation, scores, samples, stages, scratch)
     plan, fingerprint = compilation.plan, student_fingerprint(compilation, selection)
@@ -325,6 +322,15 @@ def _compile(compilation: Compilation, stages: Stages, scratch: Path) -> Plan:
         write_verification(folder, checks, folder_hashes(folder / STUDENT))
     require_passed(checks)
     return plan
+
+
+def require_teacher(compilation: Compilation, stages: Stages) -> list[Check]:
+    """Runs the checks of the teacher. Raises SpecInvalid at the teacher's line where one fails."""
+    loaded, checks = compilation.plan.loaded, stages.verify_teacher(compilation)
+    with placing(loaded, teacher_key(loaded)):
+        for check in failed(checks):
+            raise UsageError(f"cannot be compiled: {check.detail}")
+    return checks
 
 
 def prune(

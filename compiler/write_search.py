@@ -11,7 +11,7 @@ from typing import Any
 
 from minitron.compiler.build_documents import is_training
 from minitron.compiler.compilation import Compilation, run_buffers
-from minitron.compiler.compile import Stages, check_unchanged, prune, student_fingerprint
+from minitron.compiler.compile import Stages, check_unchanged, prune, require_teacher, student_fingerprint
 from minitron.compiler.emit.rewritten import RewrittenStudent
 from minitron.compiler.emit.student import StudentFolder, student_tensors, write_student
 from minitron.compiler.emit.training_plan import render, training_plan
@@ -97,7 +97,9 @@ def _write(
     # Layers are ranked in the same pass where any candidate drops some.
     scored = next((plan for plan in plans.values() if plan.rank_layers), None)
     scored = scored or next((plan for plan in plans.values() if plan.needs_scores), first)
-    scores, samples = stages.score(Compilation(scored, source, buffers, device, progress))
+    compilation = Compilation(scored, source, buffers, device, progress)
+    require_teacher(compilation, stages)
+    scores, samples = stages.score(compilation)
     entries: list[CandidatePlan] = []
     shared: TrainingPlan | None = None
     written: dict[str, tuple[str, Plan, Path]] = {}

@@ -46,6 +46,7 @@ def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) 
     """CRC-32 of names, values and metadata, as hexadecimal digits."""
     found = zlib.crc32(repr(sorted(metadata.items())).encode())
     for name in sorted(tensors):
-        found = zlib.crc32(name.encode(), found)
-        found = zlib.crc32(tensors[name].cpu().contiguous().flatten().view(torch.uint8).numpy().data, found)
+        found = zlib.crc32(f"{name} {tuple(tensors[name].shape)}".encode(), found)
+        if tensors[name].numel():
+            found = zlib.crc32(tensors[name].cpu().contiguous().flatten().view(torch.uint8).numpy().data, found)
     return f"{found:08x}"
