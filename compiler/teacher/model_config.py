@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,16 @@ from minitron.specs.model_config import alone, read_model_config
 
 LONGEST_REASON = 300  # characters of a library's message that are passed on
 # Keys that name code, which is not used, and files, which a student's folder does not have.
-OF_THE_FOLDER = ("auto_map", "transformers_weights")
+OF_CODE = ("auto_map",)
+OF_THE_FOLDER = (*OF_CODE, "transformers_weights")
 
 
-def load_config(folder: Path) -> Any:
-    """Loads the configuration without keys that only change how the model is called. Raises UsageError where it cannot
-    be read."""
+def load_config(folder: Path, *, without: Sequence[str] = OF_THE_FOLDER) -> Any:
+    """Loads the configuration without keys that only change how the model is called, and those in `without`. Raises
+    UsageError where it cannot be read."""
     from transformers import AutoConfig
 
-    plain = {key: value for key, value in read_model_config(folder).items() if key not in OF_THE_FOLDER}
+    plain = {key: value for key, value in read_model_config(folder).items() if key not in without}
     try:
         with alone(plain) as only_config:
             config = AutoConfig.from_pretrained(only_config, trust_remote_code=False)

@@ -15,6 +15,7 @@ import torch
 
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.capture.models import quiet
+from minitron.compiler.teacher.model_config import OF_CODE, load_config
 from minitron.specs.errors import WorkError, first_line
 
 
@@ -22,15 +23,21 @@ class NotRunnable(WorkError):
     """Raised where transformers cannot load a model or cannot run it: no check looks at its logits then."""
 
 
-def load_model(folder: Path, attention: str | None, dtype: torch.dtype = torch.float32) -> Any:
+def load_model(
+    folder: Path, attention: str | None, dtype: torch.dtype = torch.float32, *, without_calling: bool = False
+) -> Any:
     """The model of a folder, as any user loads it; `attention` None: the implementation that transformers chooses.
+    `without_calling` leaves out keys of its configuration that only change how it is called: a tuple in place of an
+    output, say.
 
     NotRunnable with transformers' words.
     """
     from transformers import AutoModelForCausalLM
 
-    chosen = {} if attention is None else {"attn_implementation": attention}
+    chosen: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     try:
+        if without_calling:
+            chosen["config"] = load_config(folder, without=OF_CODE)
         with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, output_loading_info=True, trust_remote_code=False, **chosen

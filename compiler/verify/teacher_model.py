@@ -9,7 +9,8 @@ from minitron.compiler.verify.teacher_routes import TeacherRoutes
 
 
 def teacher(routes: TeacherRoutes) -> Check:
-    """Compares with the model of the teacher's folder as any user loads it: its files, its code and its kernels."""
+    """Compares with the model of the teacher's folder as any user loads it: its files, its code and its
+    kernels, but for the keys of its configuration that only change how it is called, which no student has."""
     captured = routes.original.teacher.captured
     kind = captured.config.model_type
     try:

@@ -67,7 +67,7 @@ class TeacherRoutes:
         source = self.original.source
         if isinstance(source, LoadedWeights):
             return source.model
-        return load_model(self.original.folder, None, self.original.stored)
+        return load_model(self.original.folder, None, self.original.stored, without_calling=True)
 
     @cached_property
     def loaded(self) -> torch.Tensor:

@@ -16,7 +16,7 @@ from minitron.compiler.capture.capture import Captured
 from minitron.compiler.capture.models import quiet, stored_tensors
 from minitron.compiler.graph.tensor_files import DTYPES, ShortFile, read_tensor, reading, worth_picking
 from minitron.compiler.teacher.checkpoint import Checkpoint
-from minitron.compiler.teacher.model_config import in_one_line
+from minitron.compiler.teacher.model_config import OF_CODE, in_one_line, load_config
 from minitron.compiler.teacher.refusals import check_tensors_not_quantised
 from minitron.compiler.weights.foreign_names import ForeignName, find_foreign_name
 from minitron.specs.errors import UsageError, WorkError
@@ -53,7 +53,8 @@ class StreamedWeights:
         self._dtype_of = dtype_of
         self._names = names or {}
         self._seen: set[str] = set()
-        self._files: dict[Path, tuple[int, int, int]] = {}
+        files = {info.file for info in checkpoint.tensors.values()}
+        self._files = {file: _mark(file.stat()) for file in files if file.is_file()}
 
     def get(self, name: str) -> torch.Tensor:
         return self._read(name, None)
@@ -76,8 +77,8 @@ class StreamedWeights:
             raise WorkError(f"{info.file}: {stored} is in {info.dtype}, which torch cannot hold")
         try:
             with reading(info.file) as handle:
-                self._check_unchanged(info.file, os.fstat(handle.fileno()))
                 tensor = read_tensor(handle, info, kept)
+                self._check_unchanged(info.file, os.fstat(handle.fileno()))  # after: it may change while it is read
         except ShortFile:
             raise WorkError(f"{info.file} ends before the last byte of {stored}; copy the file again") from None
         except OSError as error:
@@ -89,10 +90,15 @@ class StreamedWeights:
         return tensor
 
     def _check_unchanged(self, file: Path, stat: os.stat_result) -> None:
-        """Raises WorkError where a file is another one than when its first tensor was read."""
-        mark = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        """Raises WorkError where a file is another one than when the weights were opened."""
+        mark = _mark(stat)
         if self._files.setdefault(file, mark) != mark:
             raise WorkError(f"{file} changed while the student was compiled; let it rest and compile again")
+
+
+def _mark(stat: os.stat_result) -> tuple[int, int, int]:
+    """What changes with the content of a file."""
+    return (stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
 def check_finite(tensor: torch.Tensor, name: str, file: str, held: torch.dtype | None) -> None:
@@ -179,7 +185,7 @@ def open_weights(captured: Captured, checkpoint: Checkpoint) -> WeightSource:
         with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
                 checkpoint.folder, dtype="auto", output_loading_info=True, trust_remote_code=False, use_safetensors=True,
-                ignore_mismatched_sizes=True,
+                ignore_mismatched_sizes=True, config=load_config(checkpoint.folder, without=OF_CODE),
             )  # fmt: skip
     except Exception as error:  # transformers raises anything for a broken checkpoint
         raise WorkError(f"{checkpoint.folder} cannot be loaded: {in_one_line(error)}") from None

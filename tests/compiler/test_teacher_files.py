@@ -345,8 +345,27 @@ class Replacing(Silent):
 
 def test_a_teacher_that_changes_while_it_is_compiled(foundry: Foundry, folder: Path, tmp_path: Path) -> None:
     loaded = foundry.load(folder, {"layers": {"keep": [0]}})
-    with pytest.raises(WorkError, match="teacher weights changed while the student was compiled; let it rest"):
+    with pytest.raises(WorkError, match=r"model\.safetensors changed while the student was compiled; let it rest"):
         foundry.compile(loaded, tmp_path / "build", Replacing(folder), program=False)
+    assert not (tmp_path / "build" / "verification.json").exists()
+
+
+def test_data_that_changes_while_a_student_is_compiled(foundry: Foundry, folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("the cat sat on a mat\n" * 40)
+    data = {"text": [str(text)], "samples": 2, "sequence_length": 8}
+    loaded = foundry.load(folder, {"intermediate_size": 24}, importance={"data": data})
+
+    class Writing(Silent):
+        def task(self, name: str, total: float, unit: str, done: float = 0.0) -> Any:
+            if name == "verify":
+                text.write_text("a mat sat on the cat\n" * 40)
+            return super().task(name, total, unit, done)
+
+    with pytest.raises(
+        WorkError, match=r"data importance\.data .*a\.txt changed while the student was compiled; let it rest"
+    ):
+        foundry.compile(loaded, tmp_path / "build", Writing(), program=False)
     assert not (tmp_path / "build" / "verification.json").exists()
 
 
