@@ -194,7 +194,7 @@ def test_a_read_only_build_is_refused_too(build: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Path, "write_bytes", denied)
     with pytest.raises(
-        WorkError, match=r"results could not be written: .*Read-only file system; see that it can be written"
+        WorkError, match=r"results could not be written: .*Read-only file system: '.*'; see that it can be written"
     ):
         run(build)
 

@@ -137,10 +137,9 @@ def test_what_was_left_out_is_said(encoder: TextEncoder, tmp_path: Path) -> None
     data = DataSource(jsonl=(str(tmp_path / "a.jsonl"),), on_error="skip")
     progress = Messages()
     read(data, encoder, tmp_path, progress)
-    assert (
-        progress.texts[0].startswith("tokenized 2 documents") and "1 documents could not be read" in progress.texts[1]
-    )
-    assert "1 documents halves of surrogate pairs were replaced" in progress.texts[2]
+    assert progress.texts[0].startswith("tokenized 2 documents")
+    assert progress.texts[1].startswith("1 document could not be read and was left out")
+    assert "in 1 document halves of surrogate pairs were replaced" in progress.texts[2]
     about = json.loads(next((tmp_path / "cache").glob("*/stream.json")).read_text())
     assert (about["documents"], about["empty"], about["skipped"], about["repaired"]) == (2, 1, 1, 1)
 

@@ -61,7 +61,7 @@ def test_the_second_time_nothing_is_tokenized(tokenizer: Path, tmp_path: Path) -
     data = source(tmp_path, "the cat sat")
     first = token_stream(data, content_hash(data), encoder, cache, progress)
     second = token_stream(data, content_hash(data), encoder, cache, progress)
-    assert progress.texts == [f"tokenized 1 documents: {len(first)} tokens"]
+    assert progress.texts == [f"tokenized 1 document: {len(first)} tokens"]
     assert first.tolist() == second.tolist()
     assert all(isinstance(array, np.memmap) for array in second.tokens.arrays), "they are mapped, not read"
 

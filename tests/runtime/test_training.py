@@ -120,7 +120,8 @@ def test_compiled_layers_learn_the_same(build: Path, tmp_path: Path, monkeypatch
     expected = losses(build)
     assert not calls
     assert losses(tmp_path / "there" / "build", compile=True) == pytest.approx(expected, rel=1e-5)
-    assert len(calls) == 2, "the layers of the student"
+    widths = [call.__self__.self_attn.q_proj.in_features for call in calls]
+    assert sorted(widths) == [16, 16, 24, 24], "the layers of the student, and those of the teacher"
 
 
 def test_bf16_computes_nearly_the_same(build: Path, tmp_path: Path) -> None:
