@@ -73,7 +73,7 @@ def compile_command(
     if as_markdown or detailed_exitcode or mfu is not None or measured is not None:
         raise UsageError("--markdown, --detailed-exitcode, --mfu and --measured belong to the preview; add --dry-run")
     room = memory_bytes(memory)
-    loaded = load_whole(spec, overrides or ())
+    loaded = load_whole(spec, overrides or (), compiles=True)
     build = builds.build_folder(output, loaded)
     quiet_libraries()
     loaded = follow_lock(loaded, locked=locked)
@@ -232,7 +232,7 @@ def run(
     """Compile, capture where the spec asks for it, train and evaluate, and before that the specs that it takes its
     teacher from; what is there already is not done again."""
     only_process("run")
-    loaded = load_whole(spec, overrides or ())
+    loaded = load_whole(spec, overrides or (), compiles=True)
     build = builds.build_folder(output, loaded)
     quiet_libraries()
     machine = _Machine(pick_device(device), devices, threads, count=process_count(devices, pick_device(device), device))

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from minitron.cli.failures import failure_of
 from minitron.specs import LoadedSpec, load_spec
 from minitron.specs.builds import build_of
+from minitron.specs.data_files import data_sources
 from minitron.specs.errors import MinitronError, SpecError, SpecInvalid
-from minitron.specs.load import InvalidDraft
+from minitron.specs.load import STAND_INS, InvalidDraft
 
 
-def load_whole(path: Path, overrides: Sequence[str]) -> LoadedSpec:
+def load_whole(path: Path, overrides: Sequence[str], *, compiles: bool = False) -> LoadedSpec:
     """Loads the spec. SpecInvalid with the spec's own mistakes and, for its valid parts, with every mismatch with its
-    teacher and its data; `validate` reports the spec's own mistakes alone, without opening the teacher.
+    teacher and its data; `validate` reports the spec's own mistakes alone, without opening the teacher. With `compiles`
+    also with what only a compile needs: data that is not there.
     """
     try:
         return load_spec(path, overrides)
     except InvalidDraft as error:
-        raise SpecInvalid([*error.errors, *_against_the_teacher(error.draft)]) from None
+        found = [
+            one
+            for one in _against_the_teacher(error.draft, compiles=compiles)
+            if not any(f"{one.path}.".startswith(f"{at}.") for at in _taken_out(error))
+        ]
+        raise SpecInvalid([*error.errors, *found]) from None
 
 
-def _against_the_teacher(draft: LoadedSpec) -> Sequence[SpecError]:
+def _taken_out(error: InvalidDraft) -> Iterator[str]:
+    """Yields the dotted path of all data that is not the user's: it was wrong, and is missing from the draft or stood in
+    for."""
+    spec, stand_in = error.draft.spec, (STAND_INS["data"]["text"],)
+    if spec.importance.data is None and any(one.path.partition(".")[0] == "importance" for one in error.errors):
+        yield "importance.data"
+    yield from (at for at, source in data_sources(spec) if source.text == stand_in)
+
+
+def _against_the_teacher(draft: LoadedSpec, *, compiles: bool) -> Sequence[SpecError]:
     if draft.spec.teacher.model is None and draft.spec.teacher.spec is None:
         return ()
     from minitron.cli.libraries import quiet_libraries
@@ -31,7 +47,8 @@ def _against_the_teacher(draft: LoadedSpec) -> Sequence[SpecError]:
     from minitron.compiler import make_plan
 
     try:
-        make_plan(draft, build=build_of(draft))
+        # (A teacher that another spec makes may not be made yet: `run` makes it.)
+        make_plan(draft, build=build_of(draft), weights=compiles and draft.spec.teacher.spec is None)
     except MinitronError as error:
         return failure_of(error).errors
     return ()

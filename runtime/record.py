@@ -39,8 +39,9 @@ from minitron.runtime.teacher_logits import (
 )
 from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.world import join_world, locked
+from minitron.specs.atomic import remove_leftovers
 from minitron.specs.blocks.distill import SampledLogits
-from minitron.specs.builds import LOGITS
+from minitron.specs.builds import DATA_CACHE, LOGITS
 from minitron.specs.cache import TEACHER_LOGITS, entry_path, share_file, tokens_folder
 from minitron.specs.errors import UsageError, placing
 from minitron.specs.progress import Progress, Silent
@@ -87,6 +88,7 @@ def record(build: Path, *, device: str | None, progress: Progress, outside: bool
 def _tidy_up(loaded: LoadedPlan, work: Path) -> None:
     with writing(str(work)):
         claim_folders(loaded)
+    remove_leftovers(work / DATA_CACHE)  # that of this build alone, which is locked
 
 
 def _record(loaded: LoadedPlan, plan: TrainingPlan, folder: Path, session: Session) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.verified import require_verified
 from minitron.runtime.world import World, join_world, locked
 from minitron.specs.atomic import remove_leftovers
-from minitron.specs.builds import CHECKPOINTS, CONFIG, FINISHED, METRICS
+from minitron.specs.builds import CHECKPOINTS, CONFIG, DATA_CACHE, FINISHED, METRICS
 from minitron.specs.cache import tokens_folder
 from minitron.specs.documents import content_hash
 from minitron.specs.errors import Refused, UsageError, WorkError, placing
@@ -113,6 +113,7 @@ def _tidy_up(loaded: LoadedPlan, plan: TrainingPlan) -> None:
     output = loaded.folder / plan.output
     with writing(str(loaded.folder / plan.work)):
         claim_folders(loaded)
+    remove_leftovers(loaded.folder / plan.work / DATA_CACHE)  # that of this build alone, which is locked
     remove_leftovers(output.parent, output.name)
 
 

@@ -118,6 +118,11 @@ evaluate:
   held_out: {text: [empty.txt]}
   data_dir: nowhere
 """
+# What each command leaves out: `plan` needs no data, and a device that no machine has is only one to plan for.
+COMMANDS = {
+    ("plan", "--device", "h300"): {(12, "importance.data.text.0"), (20, "evaluate.data_dir")},
+    ("compile", "--device", "cpu"): {(0, "")},
+}
 EVERYWHERE = {
     (2, "teacher.model", "is not a whole safetensors file"),
     (2, "teacher.model", "its tokenizer knows `"),
@@ -136,8 +141,9 @@ EVERYWHERE = {
 }
 
 
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_all_that_is_wrong_with_call_spec_data_and_teacher_comes_in_one_go(
-    capfd: pytest.CaptureFixture[str], workshop: Path, tmp_path: Path
+    capfd: pytest.CaptureFixture[str], workshop: Path, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
     shutil.copytree(workshop / "teacher", tmp_path / "broken")
     config = json.loads((tmp_path / "broken" / "config.json").read_text())
@@ -148,11 +154,32 @@ def test_all_that_is_wrong_with_call_spec_data_and_teacher_comes_in_one_go(
     (tmp_path / "empty.txt").write_text("\n")
     path = tmp_path / "wrong.yaml"
     path.write_text(EVERYTHING)
-    assert command_line(["plan", str(path), "--device", "h300", "--json"]) == 2
+    assert command_line([*command, str(path), "--json"]) == 2
     errors = json.loads(capfd.readouterr().out)["errors"]
-    for line, where, words in EVERYWHERE:
+    expected = {one for one in EVERYWHERE if one[:2] not in COMMANDS[command]}
+    for line, where, words in expected:
         assert any((one["line"], one["path"]) == (line, where) and words in one["message"] for one in errors), where
-    assert len(errors) == len(EVERYWHERE)
+    assert len(errors) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("importance", "distill", "wrong"),
+    [
+        ("{data: {txt: [a.txt]}}", "{data: {txt: [a.txt]}, tokens: 4096}", ["importance.data.txt", "distill.data.txt"]),
+        ("{dta: {text: [a.txt]}}", "{dta: {text: [a.txt]}, tokens: 4096}", ["importance.dta", "distill.dta"]),
+        ("{data: {text: 5}}", "{tokens: 4096}", ["importance.data.text", "distill.data"]),
+    ],
+)
+def test_data_that_is_written_wrong_is_not_missed_as_well(
+    capfd: pytest.CaptureFixture[str], workshop: Path, importance: str, distill: str, wrong: list[str]
+) -> None:
+    path = workshop / "wrong.yaml"
+    blocks = f"student: {{hidden_size: 24}}\nimportance: {importance}\ndistill: {distill}\n"
+    path.write_text(f"teacher: {{model: teacher, dtype: float32}}\n{blocks}")
+    assert command_line(["compile", str(path), "--device", "cpu", "--json"]) == 2
+    errors = json.loads(capfd.readouterr().out)["errors"]
+    assert set(wrong) <= {one["path"] for one in errors}
+    assert not any("no file" in one["message"] or "decided by scores" in one["message"] for one in errors)
 
 
 def test_all_mistakes_come_at_once_and_in_order(minitron: Command, tmp_path: Path) -> None:
