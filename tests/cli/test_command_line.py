@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import minitron.compiler
 import minitron.runtime
 from minitron.cli.main import command_line
+from minitron.compiler import Work
 from minitron.specs import load_spec
 from minitron.specs.progress import Progress
 
@@ -60,7 +62,8 @@ def calls(
         plan["spec"] = {"name": loaded.spec.name, "path": str(loaded.path), "sha256": loaded.sha256}
         return SimpleNamespace(document=plan)
 
-    def compile_spec(loaded: Any, build: Path, *, device: str, progress: Progress, plan: Any) -> Any:
+    def compile_spec(loaded: Any, build: Path, *, device: str, progress: Progress, plan: Any, work: Work) -> Any:
+        assert work.ranks.leads and replace(work, ranks=Work().ranks) == Work(), "nothing was asked for"
         if (made := plan) is None:
             made = make_plan(loaded, build=build)
             done.pop()
@@ -316,7 +319,8 @@ def test_show_gives_everything_in_both_forms(run: Run, build: Path) -> None:
     for title in ("Plan tiny", "Selection", "Verification", "Training", "Results", "Files"):
         assert f"\n{title}\n" in f"\n{out}"
     document = json.loads(run("show", build, "--json")[1])
-    assert list(document) == ["format_version", "build", "plan", "training", "verification", "results"]
+    assert list(document) == ["format_version", "build", "plan", "edited", "training", "verification", "results"]
+    assert document["edited"] == []
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "show"])

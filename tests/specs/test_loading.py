@@ -52,7 +52,7 @@ evaluate: {suite: minitron-9, held_out: {text: [corpus/valid.txt]}}
 def test_resolved_has_every_default_and_is_itself_a_spec(load: Load, tmp_path: Path) -> None:
     loaded = load(WHOLE)
     assert loaded.resolved["distill"]["optimizer"]["betas"] == [0.9, 0.95]
-    assert loaded.resolved["importance"]["depth"] == {"metric": "block_influence", "contiguous": False}
+    assert loaded.resolved["importance"]["depth"] == {"metric": "block_influence", "contiguous": False, "greedy": False}
     again = tmp_path / "resolved.yaml"
     again.write_text(json.dumps(loaded.resolved))
     assert load_spec(again).resolved == loaded.resolved
