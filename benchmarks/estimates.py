@@ -30,7 +30,7 @@ from transformers import AutoConfig
 
 from minitron.cli.libraries import quiet_libraries
 from minitron.compiler import Plan, compile_spec, read_hardware
-from minitron.compiler import compile as compile_module
+from minitron.compiler import score as score_module
 from minitron.compiler.build_documents import training_text
 from minitron.compiler.estimate.activations import Living
 from minitron.compiler.estimate.estimate import Estimate
@@ -179,12 +179,12 @@ def compare(name: str, shape: dict[str, Any], folder: Path, device: str, variant
     """Compiles and trains one shape, and sets estimate beside measurement."""
     spec, build = make_spec(folder, shape), folder / "build"
     hardware = read_hardware("cuda" if device.startswith("cuda") else "cpu", None, None)
-    with measuring(device, compile_module, "calibrate", inside=True) as calibrations:
+    with measuring(device, score_module, "calibrate", inside=True) as calibrations:
         plan = compile_spec(load_spec(spec), build, device=device, progress=Silent())
     (phase,) = (one for one in Estimate(plan).phases(hardware) if one.name == "calibrate")
     rows = [
-        Row(name, "calibrate: peak bytes", phase.memory.peak, calibrations[0].peak),
-        Row(name, "calibrate: FLOPs", phase.flops, calibrations[0].flops),
+        Row(name, "calibrate: peak bytes", phase.memory.peak - read_ahead(plan, device), calibrations[0].peak),
+        Row(name, "calibrate: FLOPs", phase.flops + hidden_from_calibration(plan), calibrations[0].flops),
     ]
     for variant in variants:
         varied = replace(plan, loaded=load_spec(spec, VARIANTS[variant]))
@@ -200,6 +200,22 @@ def compare(name: str, shape: dict[str, Any], folder: Path, device: str, variant
             Row(name, f"{variant}: FLOPs of a step", distill.flops // STEPS + spared(varied), flops),
         ]
     return rows
+
+
+def read_ahead(plan: Plan, device: str) -> int:
+    """Bytes of the layer that is read while another one computes: on a CPU the counter sees no tensors of another thread."""
+    data = plan.loaded.spec.importance.data
+    assert data is not None
+    sizes = Estimate(plan).calibration_sizes(data.samples, data.sequence_length, torch.float32)
+    return 0 if device.startswith("cuda") else sizes.layer_stored
+
+
+def hidden_from_calibration(plan: Plan) -> int:
+    """FLOPs of a calibration's attention to later positions, which a causal mask spares and the counter counts."""
+    data = plan.loaded.spec.importance.data
+    assert data is not None
+    length = data.sequence_length
+    return data.samples * length * (length - length // 2) * Estimate(plan).teacher_costs.attention_flops_per_pair
 
 
 def spared(plan: Plan) -> int:

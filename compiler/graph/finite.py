@@ -85,11 +85,19 @@ def _first(executor: Executor, segment: int, seen: _Seen) -> tuple[Node, torch.T
         if not _is_float(value) or bool(torch.isfinite(value).all()):
             continue
         floats = [one for one in sources if _is_float(one)]
-        if all(bool(torch.isfinite(one).all()) for one in floats) and op_name(node) not in _MASKING:
+        finite = all(bool(torch.isfinite(one).all()) for one in floats)
+        if finite and op_name(node) not in _MASKING and not _masks_twice(value, floats):
             return node, value
         if bool(torch.isnan(value).any()) and not any(bool(torch.isnan(one).any()) for one in floats):
             return node, value
     return None
+
+
+def _masks_twice(value: torch.Tensor, sources: list[torch.Tensor]) -> bool:
+    """Checks whether the only infinities are those of positions that a mask had hidden already: the least number of a
+    dtype, with another mask's added to it."""
+    hidden = any(bool((one <= torch.finfo(one.dtype).min / 2).any()) for one in sources)
+    return hidden and not bool((torch.isnan(value) | torch.isposinf(value)).any())
 
 
 # What puts infinity where positions are hidden.

@@ -39,8 +39,11 @@ class Floor:
 
 
 def measured(moved: torch.Tensor, still: torch.Tensor) -> Floor:
-    """The floor from logits [B, S, V] and from those of a run that only rounding tells from it."""
-    return Floor(distance(moved, still))
+    """The floor from logits [B, S, V] and from those of a run that only rounding tells from it. One such run may happen to
+    round to the same numbers, as that of a model of two channels does: a few last bits of the logits' spread are the least."""
+    spreads = torch.tensor([spread(row) for row in still.flatten(0, 1)], dtype=torch.float64)
+    least = OWN_BITS * torch.finfo(torch.float32).eps * spreads.reshape(still.shape[:2])
+    return Floor(torch.maximum(distance(moved, still), least.to(still.device)))
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,7 @@ def test_with_it_the_student_is_the_masked_teacher(build: Build) -> None:
 def test_without_it_the_student_is_off_by_per_cents(
     foundry: Foundry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    monkeypatch.setattr(compile, "changed_buffers", lambda *args: [])
+    monkeypatch.setattr(compile, "changed_buffers", lambda *args: {})
     loaded = foundry.load(foundry.teacher("gemma2", dtype, num_hidden_layers=2), {"hidden_size": 24}, dtype=dtype)
     with pytest.raises(WorkError, match="the student failed its check `masked`"):
         foundry.compile(loaded, tmp_path)
@@ -86,12 +86,14 @@ def test_nothing_is_repaired_where_nothing_changed(foundry: Foundry) -> None:
 def test_tables_that_differ_are_found_by_the_students_names(foundry: Foundry) -> None:
     plan = foundry.whole("gemma2")
     same = load_buffers(plan.teacher.captured.model)
-    assert constants.changed_buffers(plan.teacher.captured, same, same, dict(enumerate(range(3)))) == []
+    assert constants.changed_buffers(plan.teacher.captured, same, same, dict(enumerate(range(3)))) == {}
     changed = {name: value * 1.001 for name, value in same.items()}
-    assert constants.changed_buffers(plan.teacher.captured, same, changed, dict(enumerate(range(3)))) == list(same)
+    assert constants.changed_buffers(plan.teacher.captured, same, changed, dict(enumerate(range(3)))) == {
+        one: one for one in same
+    }
     (name,) = [name for name in same if "embed_scale" in name]
     gone = {key: value for key, value in same.items() if key != name}
-    assert constants.changed_buffers(plan.teacher.captured, same, gone, dict(enumerate(range(3)))) == [name]
+    assert constants.changed_buffers(plan.teacher.captured, same, gone, dict(enumerate(range(3)))) == {name: name}
 
 
 def test_a_table_that_cannot_be_repaired_refuses_the_spec(
@@ -99,7 +101,7 @@ def test_a_table_that_cannot_be_repaired_refuses_the_spec(
 ) -> None:
     """Rotary frequencies that would follow a width, say: no weight could make up for it."""
     changed = "model.rotary_emb.inv_freq"
-    monkeypatch.setattr(compile, "changed_buffers", lambda *args: [changed])
+    monkeypatch.setattr(compile, "changed_buffers", lambda *args: {changed: changed})
     loaded = foundry.load(foundry.teacher("llama", num_hidden_layers=2), {"intermediate_size": 24})
     with pytest.raises(SpecInvalid, match=f"student: {changed} is computed from a narrowed width.*no repair is known"):
         foundry.compile(loaded, tmp_path)

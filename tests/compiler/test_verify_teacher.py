@@ -101,8 +101,12 @@ def test_a_model_in_the_dtype_of_its_files_runs_in_float32(foundry: Foundry, fam
     assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
 
 
-def test_a_student_that_cannot_generate_as_its_teacher_does_is_noticed(foundry: Foundry, tmp_path: Path) -> None:
-    """RWKV's states are as wide as its residual stream, whatever its attention is: generate() fails once they differ."""
+def test_a_student_that_cannot_generate_as_its_teacher_does_is_noticed(
+    foundry: Foundry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RWKV's states are as wide as its residual stream, whatever its attention is: generate() fails once they differ. The
+    plan refuses that; here it looks away, so that the check is alone with it."""
+    monkeypatch.setattr("minitron.compiler.plan.prove.check_cached_step", lambda *arguments: None)
     config = AutoConfig.for_model(
         "rwkv", vocab_size=96, hidden_size=48, attention_hidden_size=48, intermediate_size=64, num_hidden_layers=2,
         context_length=64, bos_token_id=1, eos_token_id=2,
