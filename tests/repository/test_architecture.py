@@ -13,14 +13,18 @@ import pytest
 from .conftest import ROOT
 
 
-@pytest.fixture(scope="module")
-def packages() -> ModuleType:
-    """docs/packages.py"""
-    loader = importlib.util.spec_from_file_location("packages", ROOT / "docs" / "packages.py")
+def script(name: str) -> ModuleType:
+    """docs/NAME.py"""
+    loader = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert loader is not None and loader.loader is not None
     module = importlib.util.module_from_spec(loader)
     loader.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def packages() -> ModuleType:
+    return script("packages")
 
 
 def test_the_picture_is_current(packages: ModuleType) -> None:
@@ -53,3 +57,15 @@ def test_the_trace_is_what_the_stages_do(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     page = (ROOT / "docs" / "trace.md").read_text(encoding="utf-8")
     assert done.stdout == page, "python docs/trace_of_stages.py writes it anew"
+
+
+def test_every_kind_of_fault_is_counted() -> None:
+    """The table of docs/reliability.md; its numbers are made by running the tests, and no case stands in two kinds."""
+    faults = script("faults")
+    page = faults.PAGE.read_text(encoding="utf-8")
+    rows = dict(line.split(" | ")[:2] for line in page.splitlines() if line.startswith("| ") and line.count(" | ") > 2)
+    files = [file for _, files in faults.KINDS.values() for file in files]
+    assert len(files) == len(set(files)) and all((ROOT / file).is_file() for file in files)
+    counts = {kind: int(rows[f"| {kind}"]) for kind in [*faults.KINDS, "all"]}
+    assert min(counts.values()) > 0 and counts.pop("all") == sum(counts.values())
+    assert faults.page(page, counts) == page, "python docs/faults.py writes it anew"
