@@ -27,7 +27,10 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "students": (
         "one wrong channel, key, scale, list or file in what a compile writes",
-        ("tests/compiler/test_verify.py", "tests/compiler/test_verify_teacher.py", "tests/compiler/test_verify_configuration.py"),
+        (
+            "tests/compiler/test_verify.py", "tests/compiler/test_verify_teacher.py",
+            "tests/compiler/test_verify_configuration.py",
+        ),
     ),
     "specs": (
         "mistyped, contradictory, endless, nested without end, no text at all",

@@ -34,7 +34,18 @@ ROOMS["recovery"] = {"importance", "weights", "axes", "graph", "roles", "capture
 ROOMS["estimate"] = {"plan", "importance", "student", "roles", "axes", "capture", "graph"}
 ROOMS["search"] = {"estimate", "plan", "importance", "student", "roles", "axes"}
 ROOMS["emit"] = {"estimate", "weights", "roles", "axes", "teacher", "capture", "graph"}
-ROOMS["verify"] = {"recovery", "importance", "student", "emit", "roles", "axes", "capture", "graph", "weights"}
+ROOMS["verify"] = {
+    "teacher",
+    "recovery",
+    "importance",
+    "student",
+    "emit",
+    "roles",
+    "axes",
+    "capture",
+    "graph",
+    "weights",
+}
 ROOMS["."] = {*ROOMS}
 
 MOST_PARAMETERS = 7
