@@ -45,7 +45,6 @@ from minitron.compiler.compile import emit, rewrite
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.graph.executor import Executor, Feeding, Settings
 from minitron.compiler.graph.streams import FileStreams, MemoryStreams
-from minitron.compiler.graph.tensor_files import save_tensors
 from minitron.compiler.importance.calibrate import Run, calibrate
 from minitron.compiler.importance.progress_file import Interrupted
 from minitron.compiler.importance.room import Room, divide
@@ -53,6 +52,7 @@ from minitron.compiler.importance.scores import ScoreTable, WidthConfig
 from minitron.compiler.importance.select import select
 from minitron.compiler.importance.taps import CalibrationConfig, DepthConfig
 from minitron.compiler.score import run_dtype
+from minitron.compiler.storage.tensors import save_tensors
 from minitron.compiler.weights.source import open_weights
 from minitron.specs import load_spec
 from minitron.specs.progress import Silent

@@ -20,8 +20,8 @@ from minitron.compiler.estimate.plan_costs import plan_costs
 from minitron.compiler.plan.plan import Plan, with_weights
 from minitron.compiler.planning import SearchPlan
 from minitron.compiler.search.candidates import Candidate
+from minitron.compiler.teacher.folder_files import copy_file, copy_tokenizer
 from minitron.compiler.teacher.provenance import at_commit, observe, with_result
-from minitron.compiler.teacher.tokenizer import tokenizer_files
 from minitron.compiler.weights.source import open_weights
 from minitron.specs.atomic import atomic_folder, claim_folder, remove_leftovers, write_text
 from minitron.specs.builds import COMPILED, CONFIG, SEARCH, SEARCH_PLAN, STUDENT, TOKENIZER, TRAINING, WORK
@@ -196,10 +196,8 @@ def _write_student(target: Path, compilation: Compilation, student: RewrittenStu
 def _write_tokenizer(teacher: Path, target: Path) -> None:
     """Copies the teacher's tokenizer: the candidates' own copies go with them."""
     with atomic_folder(target) as folder:
-        for path in (*tokenizer_files(teacher), teacher / CONFIG):
-            copy = folder / path.relative_to(teacher)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, copy)
+        copy_tokenizer(teacher, folder)
+        copy_file(teacher / CONFIG, teacher, folder)
 
 
 def _judged_tokens(search: SearchPlan, length: int) -> int:

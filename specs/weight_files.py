@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,16 +41,25 @@ _BITS = {
 }  # fmt: skip
 
 
+FileMark = tuple[int, int, int]
+
+
+def file_mark(stat: os.stat_result) -> FileMark:
+    """What changes with the content of a file: size, time and inode."""
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor of a weight file, from its header: `dtype` as safetensors spells it (BF16, F32, ...), `start` the
-    offset of its first byte in the file."""
+    offset of its first byte in the file, `mark` what the file was when its header was read."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
     start: int = 0
+    mark: FileMark | None = None
 
 
 @dataclass(frozen=True)
@@ -151,9 +161,10 @@ def read_headers(files: WeightFiles | Sequence[Path]) -> dict[str, TensorInfo]:
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Returns the tensors of one safetensors file. WorkError if the file is broken or cut short."""
-    size = path.stat().st_size
     try:
         with path.open("rb") as handle:
+            stat = os.fstat(handle.fileno())
+            size = stat.st_size
             (length,) = struct.unpack("<Q", handle.read(8))
             if length > size - 8:
                 raise ValueError("its header is longer than the file")
@@ -161,7 +172,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 raise ValueError(f"its header has {length} bytes, and none of a model has more than {HEADER_LIMIT}")
             header = parse_json(handle.read(length))
         header.pop("__metadata__", None)
-        tensors = {name: _tensor(path, entry, 8 + length) for name, entry in header.items()}
+        tensors = {name: _tensor(path, entry, 8 + length, file_mark(stat)) for name, entry in header.items()}
     except OSError as error:
         raise WorkError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, struct.error) as error:
@@ -172,13 +183,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _tensor(path: Path, entry: Mapping[str, Any], data: int) -> TensorInfo:
+def _tensor(path: Path, entry: Mapping[str, Any], data: int, mark: FileMark) -> TensorInfo:
     begin, end = (int(place) for place in entry["data_offsets"])
     dtype, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
     bits = _BITS.get(dtype)
     if bits is not None and math.prod(shape) * bits != 8 * (end - begin):
         raise ValueError(f"a tensor of {list(shape)} in {dtype} does not have {end - begin} bytes")
-    return TensorInfo(path, dtype, shape, end - begin, data + begin)
+    return TensorInfo(path, dtype, shape, end - begin, data + begin, mark)
 
 
 def _named_in_config(folder: Path) -> str | None:

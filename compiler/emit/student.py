@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +13,13 @@ import torch
 
 from minitron.compiler.capture.models import quiet, stored_tensors
 from minitron.compiler.emit.older_loaders import for_older_loaders
-from minitron.compiler.graph.tensor_files import Entry, TensorWriter, in_file_order
-from minitron.compiler.teacher.tokenizer import check_inside, tokenizer_files
+from minitron.compiler.storage.shards import write_shards
+from minitron.compiler.storage.tensors import Entry
+from minitron.compiler.teacher.folder_files import copy_tokenizer_and_settings
 from minitron.compiler.weights.recipes import Recipe
 from minitron.compiler.weights.source import StreamedWeights, WeightSource
 from minitron.specs.atomic import atomic_folder
 from minitron.specs.builds import CARD, CONFIG
-from minitron.specs.generation_settings import FILE as GENERATION
-from minitron.specs.generation_settings import read_generation_settings
-from minitron.specs.weight_files import INDEX
-
-SHARD_BYTES = 2 << 30  # of one file; in memory is one tensor at a time
-
 
 Make = Callable[[str], torch.Tensor]
 
@@ -93,7 +87,9 @@ def write_student(target: Path, student: StudentFolder, tensors: Tensors, advanc
         config.dtype = student.dtype
         config.architectures = [type(model).__name__]
         if tensors.streamed:
-            _write_shards(folder, stored_tensors(model), tensors, advance)
+            shapes = {name: tuple(value.shape) for name, value in stored_tensors(model).items()}
+            entries = [Entry(name, tensors.dtype_of(name), shape) for name, shape in shapes.items()]
+            write_shards(folder, entries, tensors.make, advance)
             with quiet():
                 config.save_pretrained(folder)
         else:
@@ -109,7 +105,7 @@ def write_student(target: Path, student: StudentFolder, tensors: Tensors, advanc
                 config.save_pretrained(folder)
         document = for_older_loaders(config, json.loads((folder / CONFIG).read_text(encoding="utf-8")))
         (folder / CONFIG).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        _copy_others(student.teacher_folder, folder)
+        copy_tokenizer_and_settings(student.teacher_folder, folder)
         (folder / CARD).write_text(student.card, encoding="utf-8")
 
 
@@ -123,38 +119,3 @@ def _assign(model: torch.nn.Module, old: torch.Tensor, new: torch.Tensor) -> Non
         for key, buffer in module._buffers.items():
             if buffer is old:
                 module._buffers[key] = new
-
-
-def _write_shards(
-    folder: Path, planned: Mapping[str, torch.Tensor], tensors: Tensors, advance: Callable[[int], None]
-) -> None:
-    """Writes one shard after the other, each header first and a tensor at a time. `planned` are on the meta device and say what
-    is to be made; a shard that is there was finished before."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-
-    split = split_torch_state_dict_into_shards(dict(planned), max_shard_size=SHARD_BYTES)
-    total = 0
-    for file, names in split.filename_to_tensors.items():
-        entries = in_file_order(Entry(name, tensors.dtype_of(name), tuple(planned[name].shape)) for name in names)
-        total += sum(entry.nbytes for entry in entries)
-        with (folder / file).open("wb") as handle:
-            writer = TensorWriter(handle, entries, {"format": "pt"})
-            for entry in entries:
-                writer.write(tensors.make(entry.name))
-                advance(entry.nbytes)
-            writer.end()
-    if split.is_sharded:
-        # The size of what was made: a tensor may be kept in another dtype than the model's own.
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _copy_others(source: Path, folder: Path) -> None:
-    for path in tokenizer_files(source):
-        target = folder / path.relative_to(source)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target)
-    check_inside(source / GENERATION, source)
-    settings = read_generation_settings(source)
-    if settings is not None:  # in place of the one that transformers makes up where it writes the model
-        (folder / GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import safe_open
 
-from minitron.compiler.graph.tensor_files import save_tensors
+from minitron.compiler.storage.tensors import save_tensors
 
 Values = dict[str, Any]
 """The values of one batch that later segments read, by node name: tensors, and whatever else a node may yield."""

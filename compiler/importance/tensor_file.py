@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from minitron.compiler.graph.tensor_files import save_tensors
+from minitron.compiler.storage.tensors import save_tensors
 from minitron.specs.atomic import atomic_path
 
 _ABOUT, _KEY, _CHECKSUM = "about", "key", "crc32"

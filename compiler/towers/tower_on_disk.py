@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 from minitron.compiler.capture.models import quiet
 from minitron.compiler.teacher.checkpoint import Checkpoint, read_checkpoint
-from minitron.compiler.teacher.tokenizer import check_inside, tokenizer_files
-from minitron.compiler.towers.files import Taken, write_weights
+from minitron.compiler.teacher.folder_files import copy_file, copy_tokenizer_and_settings
+from minitron.compiler.towers.files import Taken, write_taken
 from minitron.specs.atomic import atomic_folder
 from minitron.specs.builds import CARD, CONFIG, read_document
 from minitron.specs.file_hashes import file_hash, first_difference, folder_hashes
-from minitron.specs.generation_settings import FILE as GENERATION
 from minitron.specs.progress import Progress
 
 NOTE = "made-from.json"
@@ -33,12 +31,14 @@ def tower_on_disk(checkpoint: Checkpoint, target: Path, progress: Progress) -> C
         total = sum(info.nbytes for info in checkpoint.tensors.values())
         with progress.task("write tower", total, "B") as task, atomic_folder(target) as folder:
             taken = {name: Taken(info, stored[name]) for name, info in checkpoint.tensors.items()}
-            write_weights(folder, taken, task.advance)
+            write_taken(folder, taken, task.advance)
             config = copy.deepcopy(checkpoint.config)
             config.architectures = [_causal_class(config)]
             with quiet():
                 config.save_pretrained(folder)
-            _copy_others(checkpoint.folder, folder)
+            copy_tokenizer_and_settings(checkpoint.folder, folder)
+            if (card := checkpoint.folder / CARD).is_file():  # its front matter has the licence
+                copy_file(card, checkpoint.folder, folder)
             note = {"made_from": made_from, "files": folder_hashes(folder)}
             (folder / NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
     return replace(
@@ -61,14 +61,3 @@ def _causal_class(config: object) -> str:
     from transformers import AutoModelForCausalLM
 
     return str(AutoModelForCausalLM._model_mapping[type(config)].__name__)
-
-
-def _copy_others(source: Path, folder: Path) -> None:
-    """Copies tokenizer, generation settings and card."""
-    for path in tokenizer_files(source):
-        (folder / path.relative_to(source)).parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, folder / path.relative_to(source))
-    for name in (GENERATION, CARD):
-        if (source / name).is_file():
-            check_inside(source / name, source)
-            shutil.copyfile(source / name, folder / name)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minitron.compiler.teacher.checkpoint import Checkpoint
-from minitron.compiler.teacher.tokenizer import check_inside
-from minitron.compiler.towers.files import Taken, write_weights
+from minitron.compiler.teacher.folder_files import copy_file
+from minitron.compiler.towers.files import Taken, write_taken
 from minitron.compiler.towers.whole_config import Projector
 from minitron.specs.atomic import atomic_folder
 from minitron.specs.builds import CARD, CONFIG
@@ -40,9 +36,8 @@ def write_whole(
     assert checkpoint.tower is not None
     stored, others = checkpoint.tower.stored, checkpoint.tower.others
     taken = {name: Taken(info, name) for name, info in others.items()}
-    index = torch.tensor(kept)
     for name, dimension in projector.dimension.items():
-        taken[name] = Taken(others[name], name, partial(torch.index_select, dim=dimension, index=index))
+        taken[name] = Taken(others[name], name, dimension, tuple(kept))
     for name, info in read_headers(find_weight_files(student)).items():
         if name not in stored:
             raise UsageError(
@@ -51,7 +46,7 @@ def write_whole(
         taken[stored[name]] = Taken(info, name)
     total = sum(one.info.nbytes for one in taken.values())
     with progress.task("write whole model", total, "B") as task, atomic_folder(target) as folder:
-        write_weights(folder, taken, task.advance)
+        write_taken(folder, taken, task.advance)
         document = whole_document(read_model_config(checkpoint.folder), read_model_config(student))
         (folder / CONFIG).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         _copy_others(student, folder)
@@ -77,6 +72,4 @@ def _copy_others(source: Path, folder: Path) -> None:
         if hidden or not path.is_file() or inside.name == CARD or path.name.endswith(REPLACED) or len(inside.parts) > 2:
             continue
         if not (folder / inside).exists():
-            check_inside(path, source)
-            (folder / inside).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, folder / inside)
+            copy_file(path, source, folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -14,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from minitron.compiler.axes.narrowing import Indices
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.capture.models import quiet, stored_tensors
-from minitron.compiler.graph.tensor_files import DTYPES, ShortFile, read_tensor, reading, worth_picking
+from minitron.compiler.storage.stored import read_stored
+from minitron.compiler.storage.tensors import worth_picking
 from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.compiler.teacher.model_config import OF_CODE, in_one_line, load_config
 from minitron.compiler.teacher.refusals import check_tensors_not_quantised
@@ -37,7 +37,7 @@ class StreamedWeights:
     """Reads one tensor at a time. For checkpoints whose tensors are named and shaped as the model's parameters are.
 
     `dtypes` say what each is held in. A tensor that holds NaN or infinity, or would in its dtype, is an error when it is first
-    read, and so is a file that is not the one that was opened. `names` are those of the file where a tied parameter
+    read, and so is a file that is not the one whose header was read. `names` are those of the file where a tied parameter
     stands there under its other name.
     """
 
@@ -53,8 +53,6 @@ class StreamedWeights:
         self._dtype_of = dtype_of
         self._names = names or {}
         self._seen: set[str] = set()
-        files = {info.file for info in checkpoint.tensors.values()}
-        self._files = {file: _mark(file.stat()) for file in files if file.is_file()}
 
     def get(self, name: str) -> torch.Tensor:
         return self._read(name, None)
@@ -73,32 +71,12 @@ class StreamedWeights:
     def _read(self, name: str, kept: Indices | None) -> torch.Tensor:
         stored = self._names.get(name, name)
         info = self._checkpoint.tensors[stored]
-        if info.dtype not in DTYPES:
-            raise WorkError(f"{info.file}: {stored} is in {info.dtype}, which torch cannot hold")
-        try:
-            with reading(info.file) as handle:
-                tensor = read_tensor(handle, info, kept)
-                self._check_unchanged(info.file, os.fstat(handle.fileno()))  # after: it may change while it is read
-        except ShortFile:
-            raise WorkError(f"{info.file} ends before the last byte of {stored}; copy the file again") from None
-        except OSError as error:
-            raise WorkError(f"{info.file}: cannot read {stored} ({error.strerror or error})") from None
+        tensor = read_stored(stored, info, kept)
         key = name if kept is None else f"{name}, rows"
         if name not in self._seen and key not in self._seen:
             check_finite(tensor, stored, str(info.file), None if self._dtype_of is None else self._dtype_of(name))
             self._seen.add(key)
         return tensor
-
-    def _check_unchanged(self, file: Path, stat: os.stat_result) -> None:
-        """Raises WorkError where a file is another one than when the weights were opened."""
-        mark = _mark(stat)
-        if self._files.setdefault(file, mark) != mark:
-            raise WorkError(f"{file} changed while the student was compiled; let it rest and compile again")
-
-
-def _mark(stat: os.stat_result) -> tuple[int, int, int]:
-    """What changes with the content of a file."""
-    return (stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
 def check_finite(tensor: torch.Tensor, name: str, file: str, held: torch.dtype | None) -> None:

@@ -276,8 +276,16 @@ def test_a_file_that_changes_while_it_is_read(folder: Path) -> None:
     checkpoint = opened(folder)
     source = open_weights(captured(checkpoint), checkpoint)
     cut(folder, -1000)
-    with pytest.raises(WorkError, match=r"model\.safetensors changed while the student was compiled; let it rest"):
+    with pytest.raises(WorkError, match=r"model\.safetensors changed while it was in use; let it rest"):
         source.get("lm_head.weight")
+
+
+def test_a_file_that_changes_between_its_header_and_its_opening(folder: Path) -> None:
+    """Of the same names and shapes, so that only the file itself tells."""
+    checkpoint = opened(folder)
+    save_file({name: one + 1 for name, one in load_file(folder / SINGLE).items()}, folder / SINGLE, {"format": "pt"})
+    with pytest.raises(WorkError, match=r"model\.safetensors changed while it was in use; let it rest and run"):
+        open_weights(captured(checkpoint), checkpoint).get("lm_head.weight")
 
 
 def test_what_is_wrong_with_a_teacher_is_shown_at_its_line(foundry: Foundry, folder: Path) -> None:

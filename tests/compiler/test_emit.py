@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from minitron.compiler import Plan, compile
-from minitron.compiler.emit import student as emit
 from minitron.compiler.emit.model_card import model_card
 from minitron.compiler.emit.program import build_program, save_program
 from minitron.compiler.emit.rewritten import RewrittenStudent
@@ -28,6 +27,7 @@ from minitron.compiler.emit.student import Make, StudentFolder, Tensors, student
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.importance.select import leading
 from minitron.compiler.plan_document import plan_document
+from minitron.compiler.storage import shards
 from minitron.compiler.teacher.tokenizer import tokenizer_files
 from minitron.compiler.weights.buffers import load_buffers
 from minitron.compiler.weights.source import StreamedWeights, WeightSource, open_weights
@@ -90,15 +90,15 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_a_student_larger_than_a_shard(foundry: Foundry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ready = pruned(foundry)
     whole = tensors(ready.write(tmp_path / "whole"))
-    monkeypatch.setattr(emit, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 10_000)
     folder = ready.write(tmp_path / "shards")
     index = json.loads((folder / "model.safetensors.index.json").read_text())
-    shards = sorted(set(index["weight_map"].values()))
-    count = len(shards)
+    files = sorted(set(index["weight_map"].values()))
+    count = len(files)
     assert count > 3
-    assert shards == [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    assert {name for name in names(folder) if name.endswith(".safetensors")} == set(shards)
-    held = {shard: load_file(folder / shard) for shard in shards}
+    assert files == [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    assert {name for name in names(folder) if name.endswith(".safetensors")} == set(files)
+    held = {shard: load_file(folder / shard) for shard in files}
     assert index["weight_map"] == {name: shard for shard, of in held.items() for name in of}
     sizes = [sum(tensor.nbytes for tensor in of.values()) for of in held.values()]
     assert index["metadata"]["total_size"] == sum(sizes) == Estimate(ready.plan).student_costs.weight_bytes

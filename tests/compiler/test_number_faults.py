@@ -77,11 +77,11 @@ class TestFiles:
                 assert torch.equal(source.rows(name, rows), value[rows])
 
     def test_rows_of_long_tensors_are_read_alone(self, foundry: Foundry, weights: tuple[StreamedWeights, Path]) -> None:
-        from minitron.compiler.graph import tensor_files
+        from minitron.compiler.storage import tensors as stored
 
         source, path = weights
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tensor_files, "LEAST_ROW_BYTES", 1)
+            patch.setattr(stored, "LEAST_ROW_BYTES", 1)
             read: list[int] = []
             original = os.preadv
             patch.setattr(
@@ -98,7 +98,7 @@ class TestFiles:
         source.get(DOWN)
         tensors = load_file(path)
         save_file({name: value + 1 for name, value in tensors.items()}, path, {"format": "pt"})
-        with pytest.raises(WorkError, match=r"model\.safetensors changed while the student was compiled; let it rest"):
+        with pytest.raises(WorkError, match=r"model\.safetensors changed while it was in use; let it rest"):
             source.get("model.norm.weight")
 
     def test_a_file_that_is_cut_short_under_the_compile(self, weights: tuple[StreamedWeights, Path]) -> None:

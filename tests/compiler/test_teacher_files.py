@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from minitron.compiler.capture.models import quiet
-from minitron.compiler.emit.student import _copy_others
+from minitron.compiler.teacher.folder_files import copy_tokenizer_and_settings
 from minitron.compiler.teacher.freshness import why_stale
 from minitron.compiler.teacher.lock import renew
 from minitron.compiler.teacher.tokenizer import tokenizer_files
@@ -309,7 +309,7 @@ def test_links_of_the_hub_cache_are_followed_and_templates_copied(folder: Path, 
         (snapshot / path.relative_to(folder)).symlink_to(blob)
     assert opened(snapshot).tensors
     (tmp_path / "copy").mkdir()
-    _copy_others(snapshot, tmp_path / "copy")
+    copy_tokenizer_and_settings(snapshot, tmp_path / "copy")
     assert (tmp_path / "copy" / "additional_chat_templates" / "tools.jinja").read_text() == "{{ messages }}"
     assert not any(path.is_symlink() for path in (tmp_path / "copy").rglob("*"))
 
@@ -345,7 +345,7 @@ class Replacing(Silent):
 
 def test_a_teacher_that_changes_while_it_is_compiled(foundry: Foundry, folder: Path, tmp_path: Path) -> None:
     loaded = foundry.load(folder, {"layers": {"keep": [0]}})
-    with pytest.raises(WorkError, match=r"model\.safetensors changed while the student was compiled; let it rest"):
+    with pytest.raises(WorkError, match=r"model\.safetensors changed while it was in use; let it rest"):
         foundry.compile(loaded, tmp_path / "build", Replacing(folder), program=False)
     assert not (tmp_path / "build" / "verification.json").exists()
 

@@ -18,9 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from minitron.compiler import Plan, compile_spec, export_whole, make_plan, verify_build
 from minitron.compiler.capture.models import quiet
+from minitron.compiler.storage import shards
+from minitron.compiler.towers import whole_on_disk
 from minitron.specs import load_spec
-from minitron.specs.errors import SpecInvalid, UsageError
+from minitron.specs.errors import SpecInvalid, UsageError, WorkError
 from minitron.specs.progress import Silent
+from minitron.specs.weight_files import read_headers
 from tests import models
 from tests.foundry import WITHOUT_PROGRAM
 
@@ -206,3 +209,30 @@ def test_verify_makes_a_lost_tower_again(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "build" / "tower")
     verify_build(tmp_path / "build", device="cpu", progress=Silent())
     assert (tmp_path / "build" / "tower" / "config.json").is_file()
+
+
+def test_a_tower_larger_than_a_shard_is_written_in_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    multimodal(tmp_path / "teacher", "gemma3")
+    monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
+    compiled(tmp_path, {"intermediate_size": 24})
+    index = json.loads((tmp_path / "build" / "tower" / "model.safetensors.index.json").read_text())
+    text = tensors(tmp_path / "build" / "tower")
+    assert len(set(index["weight_map"].values())) > 2 and index["weight_map"].keys() == text.keys()
+    assert index["metadata"]["total_size"] == sum(one.nbytes for one in text.values())
+    stored = tensors(tmp_path / "teacher")
+    assert all(torch.equal(text[name], stored[f"language_model.{name}"]) for name in text)
+
+
+def test_a_whole_model_whose_file_changes_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    multimodal(tmp_path / "teacher", "gemma3")
+    compiled(tmp_path, {"hidden_size": 24})
+    weights = tmp_path / "teacher" / "model.safetensors"
+
+    def another(*arguments: Any) -> dict[str, Any]:
+        weights.touch()
+        return read_headers(*arguments)
+
+    monkeypatch.setattr(whole_on_disk, "read_headers", another)
+    with pytest.raises(WorkError, match=r"model\.safetensors changed while it was in use; let it rest and run"):
+        export_whole(tmp_path / "build", None, progress=Silent())
+    assert not (tmp_path / "build" / "whole").exists()

@@ -18,22 +18,23 @@ PACKAGES = {"specs": set[str](), "compiler": {"specs"}, "runtime": {"specs"}, "c
 
 # What a room of the compiler may import beside itself. "." is the driver: planning.py, compile.py, verify_build.py, ...
 ROOMS: dict[str, set[str]] = {
-    "graph": set(),
+    "storage": set(),
+    "graph": {"storage"},
     "teacher": set(),
     "capture": {"graph"},
-    "towers": {"teacher", "capture"},
+    "towers": {"teacher", "capture", "storage"},
     "axes": {"capture", "graph"},
     "roles": {"axes", "capture", "graph"},
-    "weights": {"axes", "capture", "teacher", "graph"},
+    "weights": {"axes", "capture", "teacher", "graph", "storage"},
     "student": {"roles", "axes", "capture"},
     "rewrite": {"weights", "axes", "capture", "graph", "roles"},
-    "importance": {"student", "roles", "axes", "capture", "graph"},
+    "importance": {"student", "roles", "axes", "capture", "graph", "storage"},
 }
 ROOMS["plan"] = {*ROOMS}
 ROOMS["recovery"] = {"importance", "weights", "axes", "graph", "roles", "capture"}
 ROOMS["estimate"] = {"plan", "importance", "student", "roles", "axes", "capture", "graph"}
 ROOMS["search"] = {"estimate", "plan", "importance", "student", "roles", "axes"}
-ROOMS["emit"] = {"estimate", "weights", "roles", "axes", "teacher", "capture", "graph"}
+ROOMS["emit"] = {"estimate", "weights", "roles", "axes", "teacher", "capture", "graph", "storage"}
 ROOMS["verify"] = {
     "teacher",
     "recovery",

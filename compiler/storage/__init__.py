@@ -1,0 +1,1 @@
+"""Tensors in files: reading stored ones, writing weight files and their index."""
