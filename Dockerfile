@@ -14,6 +14,9 @@ FROM ${BASE}
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG EXTRAS=eval,tensorboard,datasets
 
+# Nobody needs to be root to compile a model. The number is that of most people's files; a base image may have it already.
+RUN useradd --create-home --non-unique --uid 1000 minitron
+
 WORKDIR /opt/minitron
 COPY . .
 RUN if [ -n "${TORCH_INDEX}" ]; then \
@@ -21,8 +24,6 @@ RUN if [ -n "${TORCH_INDEX}" ]; then \
     fi \
     && python -m pip install --no-cache-dir ".[${EXTRAS}]"
 
-# Nobody needs to be root to compile a model.
-RUN useradd --create-home --uid 1000 minitron
 USER minitron
 WORKDIR /work
 ENTRYPOINT ["minitron"]

@@ -83,16 +83,16 @@ def compile_command(
         only_process("compile --prepare")
         searching.prepare(loaded, build, chosen)
         return
-    opened = searching.opened_search(loaded, build)
-    planned = _prepare(loaded, build, fresh=True, opened=opened) if fresh else None
-    count = process_count(devices, chosen, device)
-    resolved = searching.chosen_plan(
-        opened,
-        chosen,
-        lambda of: searching.rungs(of, chosen, count, threads),
-        candidate=candidate,
-    )
-    _compile(loaded, build, chosen, threads, resolved or planned, memory=room, force=force)
+    if not (force or fresh) and searching.is_compiled(loaded, build, candidate):
+        say(f"compile: {build} is up to date with {loaded.path}, skipped; --force compiles it again")
+    else:
+        opened = searching.opened_search(loaded, build)
+        planned = _prepare(loaded, build, fresh=True, opened=opened) if fresh else None
+        count = process_count(devices, chosen, device)
+        resolved = searching.chosen_plan(
+            opened, chosen, lambda of: searching.rungs(of, chosen, count, threads), candidate=candidate
+        )
+        _compile(loaded, build, chosen, threads, resolved or planned, memory=room, force=force)
     if not first_process():
         return
     plan = read_document(build / PLAN) or {}

@@ -22,7 +22,7 @@ from minitron.cli.markdown import markdown
 from minitron.cli.plan_summary import shown_plan
 from minitron.cli.progress import progress_for
 from minitron.cli.render import stderr_console, terminal
-from minitron.cli.searching import chosen_plan, opened_search
+from minitron.cli.searching import chosen_plan, is_compiled, opened_search
 from minitron.cli.sections import Document, Section
 from minitron.specs import LoadedSpec, load_spec
 from minitron.specs.builds import MODEL, STUDENT
@@ -234,11 +234,13 @@ def compile_into(
     device: str | None,
     threads: int | None,
     locked: bool,
+    fresh: bool,
     quiet: bool,
 ) -> Build:
     """Compiles a spec; the implementation of `minitron.compile`."""
     quiet_libraries()
     from minitron.compiler import compile_spec
+    from minitron.compiler import make_plan as resolve
 
     if isinstance(spec, Plan):
         loaded, folder = spec.spec, spec.build
@@ -247,6 +249,9 @@ def compile_into(
         folder = builds.build_folder(None, loaded)
     folder = folder if build is None else builds.build_folder(Path(build), loaded)
     work = _work(device, threads, quiet)
+    if not fresh and is_compiled(loaded, folder):
+        work["progress"].message(f"compile: {folder} is up to date with {loaded.path}, skipped")
+        return Build(folder)
 
     def rungs(of: Path) -> None:
         from minitron.runtime import search
@@ -254,8 +259,12 @@ def compile_into(
         search(of, **work)
 
     found = opened_search(loaded, folder)
+    planned = None
+    if fresh:  # the build that is there is moved once the spec is known to plan
+        planned = resolve(loaded, build=folder, weights=True) if found is None else None
+        builds.move_aside(folder)
     chosen = chosen_plan(found, work["device"], rungs, progress=work["progress"])
-    compile_spec(loaded, folder, **work, plan=chosen)
+    compile_spec(loaded, folder, **work, plan=chosen or planned)
     return Build(folder)
 
 

@@ -123,6 +123,8 @@ def _data_row(one: Document) -> tuple[str, str]:
     if one.get("tokens"):
         words.append(f"about {figures.short(one['tokens'])} tokens")
         words.append(f"{figures.size(one.get('disk_bytes'))} once tokenized")
+    if one.get("process_bytes"):
+        words.append(f"tokenizing takes about {figures.size(one['process_bytes'])} a core")
     if one.get("passes") is not None:
         words.append(f"read {one['passes']:.1f} times")
     return str(one.get("source", "")).removeprefix("distill."), ", ".join(words)

@@ -15,6 +15,7 @@ from minitron.cli.ranks import first_process
 from minitron.cli.render import say, show_sections
 from minitron.cli.search_sections import candidates_section
 from minitron.specs import LoadedSpec
+from minitron.specs.builds import PLAN, read_document
 from minitron.specs.errors import UsageError
 from minitron.specs.progress import Progress
 from minitron.specs.search_files import read_ranking, read_search, search_identity, table
@@ -64,6 +65,20 @@ def opened_search(loaded: LoadedSpec, build: Path) -> SearchPlan | None:
     from minitron.compiler import make_search
 
     return make_search(loaded, build=build, weights=True)
+
+
+def is_compiled(loaded: LoadedSpec, build: Path, candidate: int | None = None) -> bool:
+    """Checks whether a build is what its spec compiles to now: of a search, the student of `candidate` or of the best one."""
+    from minitron.compiler import why_stale
+
+    if why_stale(build, loaded) is not None:
+        return False
+    if loaded.spec.search is None:
+        return candidate is None
+    ranking = read_ranking(build, search_identity(loaded))
+    wanted = candidate or (None if ranking is None else ranking.winner)
+    compiled = ((read_document(build / PLAN) or {}).get("search") or {}).get("candidate")
+    return wanted is not None and compiled == wanted
 
 
 def chosen_plan(

@@ -31,6 +31,7 @@ from minitron.specs.builds import (
     MODEL,
     PLAN,
     PROGRAM,
+    SEARCH,
     STUDENT,
     TRAINING,
     VERIFICATION,
@@ -41,6 +42,7 @@ from minitron.specs.builds import (
 from minitron.specs.errors import Problem, SpecInvalid, UsageError, WorkError, located
 from minitron.specs.hand_edits import hand_edits, in_short, with_mark
 from minitron.specs.lockfile import Inputs
+from minitron.specs.search_files import read_ranking, read_search
 from minitron.specs.training_plan import EvaluationPlan, StartPlan, TrainingPlan, deciding_settings, to_document
 
 _WAY_ON = "name another folder with -o, or add --fresh, which moves this build aside"
@@ -140,19 +142,41 @@ def write_documents(
 
 def renew_documents(plan: Plan, inputs: Inputs) -> bool:
     """Writes plan.json and training.yaml anew for a build whose student is what the plan asks for. False, with nothing
-    written, where more is needed: coordinates of hidden states that the compile did not keep, or another search."""
-    if plan.search is not None:
-        return False
+    written, where more is needed: coordinates of hidden states that the compile did not keep, or another candidate of a
+    search."""
     old = read_document(plan.build / PLAN)
     assert old is not None
+    if plan.search is not None and old["student"]["widths"] != _as_json(student_widths(plan)):
+        return False
     selection, fingerprint = old["selection"], str(old["fingerprint"])
     plan = settled(plan, Selection(tuple(selection[LAYERS][0])))
-    written = _training_plan(plan, fingerprint, HIDDEN in selection)
+    written = _training_plan(plan, fingerprint, HIDDEN in selection, search_start(plan, fingerprint))
     if getattr(written, "kept_coordinates", None) and not (plan.build / COORDINATES).is_file():
         return False
     document = plan_document(plan) | {"selection": selection, "fingerprint": fingerprint, "inputs": inputs}
     _write_both(plan.build, plan, written, document)
     return True
+
+
+def search_start(plan: Plan, fingerprint: str) -> StartPlan | None:
+    """Returns the state that the rungs of a search left of this student; None for a candidate that did not come through.
+
+    Raises WorkError where the student is another one than the rungs trained.
+    """
+    ranking, file = read_ranking(plan.build), read_search(plan.build)
+    number = None if plan.search is None else plan.search["candidate"]
+    if ranking is None or file is None or number is None or ranking.winner != number or not file.rungs:
+        return None
+    (entry,) = [one for one in file.candidates if one.number == number]
+    if entry.fingerprint != fingerprint:
+        raise WorkError(
+            f"the student that was compiled is not the one that {plan.build / SEARCH} trained; remove that folder to "
+            "search anew"
+        )
+    distill = plan.loaded.spec.distill
+    assert distill is not None, "a search distils"
+    step = -(-file.rungs[-1].tokens // (distill.batch * distill.sequence_length))
+    return StartPlan(checkpoints=f"{SEARCH}/{entry.folder}/{CHECKPOINTS}", step=step)
 
 
 def _training_plan(

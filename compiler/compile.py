@@ -19,6 +19,7 @@ from minitron.compiler.build_documents import (
     guard_training,
     renew_documents,
     require_passed,
+    search_start,
     staged,
     write_documents,
     write_verification,
@@ -65,11 +66,9 @@ from minitron.compiler.weights.recipes import recipes
 from minitron.compiler.weights.source import WeightSource, open_weights
 from minitron.specs.atomic import claim_folder, remove_leftovers
 from minitron.specs.builds import (
-    CHECKPOINTS,
     COMPILED,
     PLAN,
     PROGRAM,
-    SEARCH,
     STUDENT,
     TRAINING,
     read_document,
@@ -80,8 +79,6 @@ from minitron.specs.load import LoadedSpec
 from minitron.specs.lockfile import Inputs, changes
 from minitron.specs.locks import only_one
 from minitron.specs.progress import Progress
-from minitron.specs.search_files import read_ranking, read_search
-from minitron.specs.training_plan import StartPlan
 
 
 def _check_ranking(plan: Plan, scores: ScoreTable, selection: Selection, progress: Progress) -> None:
@@ -366,27 +363,6 @@ def kept_coordinates(plan: Plan, selection: Selection, source: WeightSource) -> 
         return None
     kept = torch.from_numpy(selection.hidden)
     return source.basis[:, kept].float() if isinstance(source, RotatedWeights) else kept
-
-
-def search_start(plan: Plan, fingerprint: str) -> StartPlan | None:
-    """Returns the state that the rungs of a search left of this student; None for a candidate that did not come through.
-
-    Raises WorkError where the student is another one than the rungs trained.
-    """
-    ranking, file = read_ranking(plan.build), read_search(plan.build)
-    number = None if plan.search is None else plan.search["candidate"]
-    if ranking is None or file is None or number is None or ranking.winner != number or not file.rungs:
-        return None
-    (entry,) = [one for one in file.candidates if one.number == number]
-    if entry.fingerprint != fingerprint:
-        raise WorkError(
-            f"the student that was compiled is not the one that {plan.build / SEARCH} trained; remove that folder to "
-            "search anew"
-        )
-    distill = plan.loaded.spec.distill
-    assert distill is not None, "a search distils"
-    step = -(-file.rungs[-1].tokens // (distill.batch * distill.sequence_length))
-    return StartPlan(checkpoints=f"{SEARCH}/{entry.folder}/{CHECKPOINTS}", step=step)
 
 
 def config_widths(teacher: AnalysedTeacher, targets: Targets, config: Any) -> dict[str, int]:

@@ -18,12 +18,11 @@ import torch
 
 from minitron.compiler.capture.models import build_meta, stored_tensors
 from minitron.compiler.teacher.checkpoint import open_checkpoint
+from minitron.specs.blocks.base import LONGEST_SEQUENCE
 from minitron.specs.errors import UsageError
 from minitron.specs.units import default_multiple
 
 HIDDEN, INTERMEDIATE, LAYERS = "hidden_size", "intermediate_size", "num_hidden_layers"
-# A sequence for a first training: longer ones cost more than they teach in it.
-LONGEST = 4096
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,11 @@ def propose(model: str, base: Path, *, parameters: int | None = None, share: Fra
     if not students:
         raise UsageError("no width of this teacher can be smaller; `minitron init` shows how a spec is written by hand")
     longest = getattr(config, "max_position_embeddings", None)
-    return Proposal(whole, students, min(LONGEST, longest) if isinstance(longest, int) and longest > 1 else LONGEST)
+    return Proposal(
+        whole,
+        students,
+        min(LONGEST_SEQUENCE, longest) if isinstance(longest, int) and longest > 1 else LONGEST_SEQUENCE,
+    )
 
 
 def _students(config: Any, shapes: list[tuple[int, ...]], budget: int) -> Iterator[dict[str, int]]:

@@ -15,6 +15,7 @@ from minitron.compiler.compile import Stages, check_unchanged, prune, require_te
 from minitron.compiler.emit.rewritten import RewrittenStudent
 from minitron.compiler.emit.student import StudentFolder, student_tensors, write_student
 from minitron.compiler.emit.training_plan import render, training_plan
+from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.estimate.model_costs import ModelCosts
 from minitron.compiler.estimate.plan_costs import plan_costs
 from minitron.compiler.plan.plan import Plan, with_weights
@@ -124,6 +125,12 @@ def _write(
             entries.append(entry)
             task.advance(1)
     assert shared is not None, "a search has candidates"
+    # One device trains all of them, and so the largest decides what is recomputed and how many sequences go through at a time.
+    largest = max(search.candidates.found, key=lambda one: (one.costs.parameters, one.number)).number
+    choice = Estimate(plans[largest]).candidate
+    shared = shared.model_copy(
+        update={"gradient_checkpointing": choice.recompute, "micro_batch_size": choice.micro_batch}
+    )
     _write_tokenizer(first.checkpoint.folder, build / SEARCH / TOKENIZER)
     write_text(build / SEARCH / TRAINING, render(shared, search.loaded.path, build))
     check_unchanged(inputs, with_result(search.loaded, observe(at_commit(search.loaded, first.checkpoint.commit))))

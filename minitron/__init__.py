@@ -91,6 +91,7 @@ def compile(
     device: str | None = None,
     threads: int | None = None,
     locked: bool = False,
+    fresh: bool = False,
     quiet: bool = False,
 ) -> Build:
     """Scores, selects, rewrites, writes the pruned student and its training plan, verifies; returns the build.
@@ -98,14 +99,16 @@ def compile(
     build     the folder; that of the plan, or builds/NAME beside the spec by default
     device    `cpu`, `cuda` or `cuda:N`; CUDA where there is one by default
     threads   CPU threads; what torch chooses by default
+    locked    refuse where the spec's lock file is missing or anything is not as it says
+    fresh     begin a new build: move the one that is there aside, to BUILD.1, BUILD.2, ...
     quiet     show no progress on stderr
 
-    SpecInvalid as for `plan`; WorkError where a check of the student fails. Scores of an earlier compile of the same teacher
-    and data are used again, and a compile that was interrupted goes on where it was.
+    SpecInvalid as for `plan`; WorkError where a check of the student fails. A build that is up to date is left as it is. Scores
+    of an earlier compile of the same teacher and data are used again, and a compile that was interrupted goes on where it was.
     """
     from minitron.cli.interface import compile_into
 
-    return compile_into(spec, build, device=device, threads=threads, locked=locked, quiet=quiet)
+    return compile_into(spec, build, device=device, threads=threads, locked=locked, fresh=fresh, quiet=quiet)
 
 
 def __getattr__(name: str) -> Any:

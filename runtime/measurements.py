@@ -11,8 +11,8 @@ from typing import Any
 from minitron.runtime.disk import writing
 from minitron.runtime.models import weight_files
 from minitron.runtime.world import World
-from minitron.specs.atomic import atomic_path, write_text
-from minitron.specs.builds import CONFIG, MEASUREMENTS
+from minitron.specs.atomic import check_writable, write_text
+from minitron.specs.builds import CONFIG, MEASUREMENTS, RESULTS
 
 _FORMAT = 1
 _PROBE_BYTES = 1 << 20
@@ -25,9 +25,8 @@ def check_room(build: Path) -> None:
     """Checks that the results can be written into `build`. WorkError, before anything is measured, where they
     cannot.
     """
-    with writing(f"{build}: results"), atomic_path(build / ".results-fit") as temporary:
-        temporary.write_bytes(bytes(_PROBE_BYTES))
-    (build / ".results-fit").unlink(missing_ok=True)
+    with writing(f"{build}: results"):
+        check_writable(build / RESULTS, _PROBE_BYTES)
 
 
 class Measurements:

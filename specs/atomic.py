@@ -84,14 +84,16 @@ def claim_folder(folder: Path, names: Iterable[str], otherwise: str) -> None:
 
 
 @contextlib.contextmanager
-def _errors_of(target: Path) -> Iterator[None]:
-    """Raises an OSError that names `target` in place of one that names no file, and of a library's error that only quotes
-    one, such as a full disk."""
+def _errors_of(target: Path, temporary: Path) -> Iterator[None]:
+    """Raises an OSError that names `target` in place of one that names no file or the hidden one, and of a library's error that
+    only quotes one, such as a full disk."""
     try:
         yield
     except OSError as error:
         if error.filename is None:
             error.filename = str(target)
+        elif isinstance(error.filename, str | os.PathLike):
+            error.filename = os.fspath(error.filename).replace(str(temporary), str(target))
         raise
     except MinitronError:
         raise
@@ -113,7 +115,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(target, os.getpid())
     try:
-        with _errors_of(target):
+        with _errors_of(target, temporary):
             yield temporary
         _usual_mode(temporary)
         with temporary.open("rb") as handle:
@@ -121,13 +123,26 @@ def atomic_path(target: Path) -> Iterator[Path]:
         temporary.replace(target)
         sync_folder(target.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(target: Path, text: str) -> None:
     """Writes `text` as UTF-8, completely or not at all."""
     with atomic_path(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def check_writable(target: Path, size: int) -> None:
+    """Writes `size` bytes beside `target` and removes them: what cannot be written is found before the work that fills
+    it."""
+    temporary = temporary_path(target, os.getpid())
+    try:
+        with _errors_of(target, temporary):
+            temporary.write_bytes(bytes(size))
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -141,9 +156,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(target, os.getpid())
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
-        with _errors_of(target):
+        with _errors_of(target, temporary):
+            temporary.mkdir()
             yield temporary
         publish_folder(temporary, target)
     finally:

@@ -5,21 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from minitron.specs.blocks.base import LONGEST_SEQUENCE
 from minitron.specs.load import LoadedSpec
 from minitron.specs.source import Mapping
 
-MOST = 4096
-"""Tokens of a sequence where the spec does not say: longer ones cost memory and attention, and few documents need them."""
-
 
 def fit_lengths(loaded: LoadedSpec, positions: int | None) -> LoadedSpec:
-    """Returns the spec with `sequence_length` of calibration and training cut to the teacher's positions and to MOST where it
+    """Returns the spec with `sequence_length` of calibration and training cut to the teacher's positions where it
     is not written, and the batch made for that length where it is not written either. The hash stays that of what is written.
     """
     spec, fitted = loaded.spec, dict(loaded.fitted)
     changes: dict[str, Any] = {}
     data, distill = spec.importance.data, spec.distill
-    positions = min(MOST, positions or MOST)
+    positions = positions or LONGEST_SEQUENCE
     if (
         data is not None
         and data.sequence_length > positions

@@ -39,12 +39,13 @@ def choose(
     layout: Callable[[int, Choice], Layout],
     peak: Callable[[Layout], int],
     least: Callable[[Layout], int],
+    machines: Sequence[int] = MACHINES,
 ) -> Choice:
     """Returns the first choice that fits: `ways` by `sizes`, both in order of preference; the last of `ways` with the first
-    of `sizes` where none does. `layout` is that of so many devices, `peak` its memory, and `least` a bound below it that
-    costs nothing."""
+    of `sizes` where none does. `layout` is that of so many devices, as many as `machines` has in turn, `peak` its memory,
+    and `least` a bound below it that costs nothing."""
     tried = [Choice(way, size) for way in ways for size in sizes]
-    for devices in MACHINES:
+    for devices in machines:
         for choice in tried:
             laid = layout(devices, choice)
             if least(laid) <= REFERENCE.memory_bytes and peak(laid) <= REFERENCE.memory_bytes:

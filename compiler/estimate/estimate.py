@@ -7,7 +7,7 @@ student's layers once more where activations are recomputed. What elementwise op
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,8 +16,8 @@ import torch
 
 from minitron.compiler.estimate import model_costs as costs
 from minitron.compiler.estimate.activations import Footprint, Work, attention_of, footprint
-from minitron.compiler.estimate.choice import WAYS, Choice, choose, micro_batches
-from minitron.compiler.estimate.devices import DEVICES, Cluster
+from minitron.compiler.estimate.choice import MACHINES, WAYS, Choice, choose, micro_batches
+from minitron.compiler.estimate.devices import DEVICES, Cluster, Device
 from minitron.compiler.estimate.hardware import DISTILL, HardwareAssumptions
 from minitron.compiler.estimate.memory import (
     EXACT_PARTS,
@@ -40,17 +40,15 @@ from minitron.compiler.importance.batches import batch_size, block_size
 from minitron.compiler.importance.room import Sizes, divide
 from minitron.compiler.plan.plan import Plan
 from minitron.specs.blocks.distill import Distill, Recomputation
-from minitron.specs.halving import BRANCH_SHARE
+from minitron.specs.halving import BRANCH_SHARE, RIDERS_SHARE
 from minitron.specs.training_plan import divisor_within
 
 CHUNK_ELEMENTS = 1 << 23  # logits that `minitron capture` holds at a time
 CONTEXT = 4096  # tokens before the one that is decoded, where no phase of the spec says how long sequences are
 MASKS = 4  # of one byte for each pair of positions, while the mask of a batch is made
 GUESSED_BYTES = 34  # a token, channel and layer, where a model cannot be run without data (arXiv 2205.05198, section 4)
-
-REFIT_RUNS = (
-    5  # times that a layer runs while it is refitted: attention and feed-forward each read and write, and once more
-)
+# How often a layer runs while it is refitted: attention and feed-forward each read and write, and once more.
+REFIT_RUNS = 5
 
 
 @dataclass(frozen=True)
@@ -152,11 +150,24 @@ class Estimate:
 
     @cached_property
     def _choice(self) -> Choice:
+        return self._choose(lambda layout: self.training("cuda", layout).peak)
+
+    @cached_property
+    def candidate(self) -> Choice:
+        """The choice for the candidates of a search, of which this student is the largest: one device holds the whole teacher,
+        and of each candidate the trunk and the branch that judges it."""
+
+        def peak(layout: Layout) -> int:
+            return (alone := self.training("cuda", layout)).peak + alone.states
+
+        return self._choose(peak, machines=(1,))
+
+    def _choose(self, peak: Callable[[Layout], int], machines: Sequence[int] = MACHINES) -> Choice:
         distill, length = self.distill, self.distill.sequence_length
         given, most = distill.gradient_checkpointing, distill.micro_batch_size
         sizes = [most] if most else list(micro_batches(distill.batch, length, micro_batch(distill.batch, length)))
         ways = WAYS if given is None else (given,)
-        return choose(ways, sizes, self._layout, lambda layout: self.training("cuda", layout).peak, self._least_memory)
+        return choose(ways, sizes, self._layout, peak, self._least_memory, machines)
 
     def _least_memory(self, layout: Layout) -> int:
         """Weights, gradients, moments and teacher, without running a model: what a training needs at least."""
@@ -274,7 +285,7 @@ class Estimate:
             disk = self._checkpoints(self.teacher)
             phases.append(Phase("teacher_correction", does, tokens, tokens * 3 * forward, memory, disk))
         if plan.search is not None and plan.search["rungs"]:
-            phases.append(self._search(kind, plan.search["rungs"]))
+            phases.append(self._search(hardware.cluster.device, plan.search["rungs"]))
         tokens = spec.distill.trained_tokens
         if not isinstance(spec.distill.teacher_logits, str):
             draws = spec.distill.teacher_logits.sampled
@@ -306,8 +317,8 @@ class Estimate:
             spec = loaded.spec.model_copy(update={"distill": distill})
             yield f"{DISTILL}_{number + 1}", replace(self, plan=replace(self.plan, loaded=replace(loaded, spec=spec)))
 
-    def _search(self, kind: str, rungs: Sequence[Mapping[str, int]]) -> Phase:
-        """The phase of a search on one device, on which all candidates of a rung fit: they share the teacher's forward, and
+    def _search(self, device: Device, rungs: Sequence[Mapping[str, int]]) -> Phase:
+        """The phase of a search on one device: candidates share the teacher's forward, as many of them as the device holds, and
         each has a branch over the end of the rung. Counted as if all were as large as this plan's student."""
         length, before, tokens, flops = self.distill.sequence_length, 0, 0, 0
         for rung in rungs:
@@ -316,9 +327,11 @@ class Estimate:
             flops += (rung["tokens"] - before) * self.teacher_costs.forward_flops_per_token(length)
             flops += rung["enter"] * more * self.student_flops()
             before = rung["tokens"]
-        alone = self.training(kind, self.layout(1))
-        states = sum(alone.parts.get(part, 0) for part in ("weights", "gradients", "optimizer"))
-        others = (2 * rungs[0]["enter"] - 1) * states
+        alone = self.training(device.kind, self._layout(1, self.candidate))
+        each, riding = 2 * alone.states, rungs[0]["enter"]
+        if device.kind == "cuda":
+            riding = max(1, min(riding, int(RIDERS_SHARE * (device.memory_bytes - alone.parts["teacher"])) // each))
+        others = riding * each - alone.states
         memory = Memory({**alone.parts, "other candidates": others}, alone.peak + others)
         does = f"trains {rungs[0]['enter']} candidates on short stretches, {len(rungs)} rungs, and keeps the best"
         return Phase("search", does, tokens, flops, memory)

@@ -29,18 +29,25 @@ def fits_json(estimate: Estimate, hardware: HardwareAssumptions) -> dict[str, An
             found["reason"] = f"{phase.name} needs {_size(phase.memory.peak)} on one device"
             found["nearest"] = f"a device with more memory for `{phase.name}`, or --device cpu for that command"
             return found
+        if phase.name == "search" and phase.memory.peak > cluster.device.memory_bytes:
+            found["reason"] = (
+                f"search needs {_size(phase.memory.peak)} on one device, which holds teacher and candidate whole"
+            )
+            found["nearest"] = "a device with more memory for `search`, or a smaller `search.budget`"
+            return found
     if estimate.plan.loaded.spec.distill is None:
         return found | {"ok": True}
     stretches = list(estimate.stretches())
     for number, (name, one) in enumerate(stretches):
         layout = one.layout(cluster.count)
-        reason = _why_not(one, cluster, layout)
+        reason = _why_not(name, one, cluster, layout)
         if reason is None:
             continue
-        found["reason"] = reason if len(stretches) == 1 else f"{name}: {reason}"
+        found["reason"] = reason
         for changes, devices, changed in _changes(one, cluster, layout):
-            if _why_not(one, Cluster(cluster.device, devices), changed) is None:
-                words = " and ".join(changes) + f" ({_size(_peak(one, cluster, changed))} per device)"
+            if _why_not(name, one, Cluster(cluster.device, devices), changed) is None:
+                peak = max(_peaks(name, one, cluster, changed).values())
+                words = " and ".join(changes) + f" ({_size(peak)} per device)"
                 own = f"distill.phases.{number}.micro_batch_size"
                 found["nearest"] = words if len(stretches) == 1 else words.replace("distill.micro_batch_size", own)
                 break
@@ -48,23 +55,26 @@ def fits_json(estimate: Estimate, hardware: HardwareAssumptions) -> dict[str, An
     return found | {"ok": True}
 
 
-def _why_not(estimate: Estimate, cluster: Cluster, layout: Layout) -> str | None:
+def _why_not(name: str, estimate: Estimate, cluster: Cluster, layout: Layout) -> str | None:
+    """Explains why a stretch of the distillation, or the correction of the teacher before it, does not fit the devices; None
+    where both do."""
     whole = estimate.distill.batch
     if whole % cluster.count:
         return f"{whole} sequences of a global batch cannot be shared equally by {cluster.count} devices"
-    peak = _peak(estimate, cluster, layout)
-    if peak > cluster.device.memory_bytes:
-        return (
-            f"training needs {_size(peak)} per device, {cluster.device.name} has {_size(cluster.device.memory_bytes)}"
-        )
+    peaks = _peaks(name, estimate, cluster, layout)
+    largest = max(peaks, key=lambda phase: peaks[phase])
+    if peaks[largest] > cluster.device.memory_bytes:
+        has = _size(cluster.device.memory_bytes)
+        return f"{largest} needs {_size(peaks[largest])} per device, {cluster.device.name} has {has}"
     return None
 
 
-def _peak(estimate: Estimate, cluster: Cluster, layout: Layout) -> int:
-    peaks = [estimate.training(cluster.device.kind, layout).peak]
+def _peaks(name: str, estimate: Estimate, cluster: Cluster, layout: Layout) -> dict[str, int]:
+    """The memory of one device by phase."""
+    peaks = {name: estimate.training(cluster.device.kind, layout).peak}
     if estimate.plan.loaded.spec.teacher_correction is not None:
-        peaks.append(estimate.training(cluster.device.kind, layout, correction=True).peak)
-    return max(peaks)
+        peaks["teacher_correction"] = estimate.training(cluster.device.kind, layout, correction=True).peak
+    return peaks
 
 
 def _changes(estimate: Estimate, cluster: Cluster, layout: Layout) -> Iterator[tuple[list[str], int, Layout]]:

@@ -107,6 +107,11 @@ class Memory:
     parts: Mapping[str, int]
     peak: int
 
+    @property
+    def states(self) -> int:
+        """The bytes of weights, gradients and moments."""
+        return sum(self.parts[part] for part in ("weights", "gradients", "optimizer"))
+
 
 @dataclass(frozen=True)
 class Running:

@@ -12,6 +12,7 @@ from minitron.specs.blocks.distill import Distill
 from minitron.specs.data import BlendPart, Source
 from minitron.specs.data_files import data_files, resolve, sources_as_read
 from minitron.specs.encoding import Encoder, recipe_of
+from minitron.specs.encoding.pool import process_memory
 from minitron.specs.encoding.survey import survey
 from minitron.specs.errors import MinitronError
 from minitron.specs.load import LoadedSpec
@@ -27,7 +28,8 @@ _WIDE, _NARROW_IDS = 4, 1 << 16  # bytes of a token id on disk, 2 for vocabulari
 @dataclass(frozen=True)
 class DataUse:
     """One source of the training: its files, their bytes, about how many tokens they hold (None where that cannot be
-    told without reading all), how many of them the training reads, and the bytes of the tokens on disk."""
+    told without reading all), how many of them the training reads, the bytes of the tokens on disk, and the memory of each
+    process that tokenizes, one a core."""
 
     source: str
     files: int
@@ -35,6 +37,7 @@ class DataUse:
     tokens: int | None
     read: int
     disk_bytes: int | None
+    process_bytes: int | None
 
     @property
     def passes(self) -> float | None:
@@ -49,6 +52,7 @@ class DataUse:
             "read_tokens": self.read,
             "passes": None if self.passes is None else round(self.passes, 2),
             "disk_bytes": self.disk_bytes,
+            "process_bytes": self.process_bytes,
         }
 
 
@@ -105,7 +109,8 @@ def _parts(
         wide = _WIDE if int(checkpoint.config.vocab_size) > _NARROW_IDS else _WIDE // 2
         size = sum(file.stat().st_size for file in files)
         read = round(wanted * _share(part) / whole)
-        yield DataUse(at, len(files), size, tokens, read, None if tokens is None else tokens * wide)
+        memory = None if encoder is None else process_memory(encoder.recipe)
+        yield DataUse(at, len(files), size, tokens, read, None if tokens is None else tokens * wide, memory)
 
 
 def _encoder(checkpoint: Checkpoint) -> Encoder | None:

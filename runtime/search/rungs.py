@@ -35,7 +35,7 @@ from minitron.specs.atomic import remove_leftovers
 from minitron.specs.builds import CHECKPOINTS, RANKING, SEARCH, STUDENT, WORK
 from minitron.specs.cache import tokens_folder
 from minitron.specs.errors import UsageError, WorkError, placing
-from minitron.specs.halving import branch_steps
+from minitron.specs.halving import RIDERS_SHARE, branch_steps
 from minitron.specs.progress import Progress, Silent, Task
 from minitron.specs.search_files import (
     CandidatePlan,
@@ -52,7 +52,6 @@ from minitron.specs.search_files import (
 from minitron.specs.training_plan import TrainingPlan, divisor_within
 
 BYTES_A_PARAMETER = 16  # weight, gradient and two moments in fp32
-MEMORY_SHARE = 0.7  # of a device's free memory that riders take; activations and logits have the rest
 ZERO_SHOT = "zero-shot.json"
 
 
@@ -298,7 +297,7 @@ class Rungs:
         if self.alone.device.type != "cuda" or not numbers:
             return [list(numbers)] if numbers else []
         torch.cuda.empty_cache()  # what the rung before has left
-        free = MEMORY_SHARE * torch.cuda.mem_get_info(self.alone.device)[0]
+        free = RIDERS_SHARE * torch.cuda.mem_get_info(self.alone.device)[0]
         groups: list[list[int]] = []
         taken = math.inf
         for number in numbers:

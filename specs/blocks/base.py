@@ -152,6 +152,9 @@ NonNegativeInt: TypeAlias = Annotated[
     int, BeforeValidator(read_whole), Field(ge=0, le=LARGEST), _whole_schema(0, LARGEST)
 ]
 SequenceLength: TypeAlias = Annotated[int, BeforeValidator(read_whole), Field(ge=2, le=2**31), _whole_schema(2, 2**31)]
+LONGEST_SEQUENCE = 4096
+"""Tokens of a sequence where the spec does not say: longer ones cost memory and attention, and few documents need them."""
+
 PositiveFloat: TypeAlias = Annotated[float, Field(gt=0)]
 NonNegativeFloat: TypeAlias = Annotated[float, Field(ge=0)]
 

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from minitron.specs.blocks.base import (
     LONGER,
+    LONGEST_SEQUENCE,
     WORD,
     Block,
     Count,
@@ -208,8 +209,8 @@ class Distill(Block):
     teacher_logits: TeacherLogits = "online"
     """`online`: the teacher runs beside the student; `{sampled: 12}`: `minitron capture` stores its samples once."""
 
-    sequence_length: SequenceLength = 8192
-    """Tokens in a sequence. Left out: what the teacher reads, at most 4096. Documents are packed into them one
+    sequence_length: SequenceLength = LONGEST_SEQUENCE
+    """Tokens in a sequence. Left out: 4096, or fewer where the teacher reads fewer. Documents are packed into them one
     after the other, BOS before and EOS after each where the tokenizer has them; attention reaches across
     documents."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from minitron.specs.blocks.base import Block, PositiveInt, SequenceLength
+from minitron.specs.blocks.base import LONGEST_SEQUENCE, Block, PositiveInt, SequenceLength
 from minitron.specs.data import DataSource
 
 Aggregation = Literal["l2", "mean", "var"]
@@ -16,8 +16,8 @@ class CalibrationData(DataSource):
     samples: PositiveInt = 1024
     """Number of sequences."""
 
-    sequence_length: SequenceLength = 8192
-    """Tokens in a sequence. Left out: what the teacher reads, at most 4096."""
+    sequence_length: SequenceLength = LONGEST_SEQUENCE
+    """Tokens in a sequence. Left out: 4096, or fewer where the teacher reads fewer."""
 
 
 class WidthScores(Block):

@@ -22,6 +22,7 @@ from threading import Lock
 import minitron
 from minitron.specs.documents.kinds import Conversation, Piece, size_of
 from minitron.specs.encoding.encoder import Encoded, Encoder
+from minitron.specs.encoding.recipe import EncodingRecipe
 from minitron.specs.encoding.worker import read_answer, request
 from minitron.specs.errors import WorkError
 
@@ -30,6 +31,20 @@ _BATCH_DOCUMENTS = 4096
 
 SMALL = 16 * _BATCH_CHARACTERS
 """Characters up to which text is encoded in this process: others take longer to start."""
+
+
+_INTERPRETER_BYTES = 56 << 20
+_TOKENIZER_BYTES, _BATCH_BYTES = 43, 90 << 20
+"""The memory of a process that encodes, as measured: of the interpreter with its libraries; and the larger of what loading
+a tokenizer takes, for each byte of its JSON (vocabularies of 128K), and what a batch takes (bytes as tokens)."""
+
+
+def process_memory(recipe: EncodingRecipe) -> int | None:
+    """Estimates the bytes of memory of each process that encodes; None for a tokenizer that is written in Python, which runs
+    in the process that asks."""
+    if recipe.tokenizer is None:
+        return None
+    return _INTERPRETER_BYTES + max(_TOKENIZER_BYTES * len(recipe.tokenizer), _BATCH_BYTES)
 
 
 def cores() -> int:

@@ -63,12 +63,14 @@ def calls(
         return SimpleNamespace(document=plan)
 
     def compile_spec(loaded: Any, build: Path, *, device: str, progress: Progress, plan: Any, work: Work) -> Any:
-        assert work.ranks.leads and replace(work, ranks=Work().ranks) == Work(), "nothing was asked for"
+        assert work.ranks.leads and replace(work, ranks=Work().ranks, fresh=False) == Work(), (
+            "nothing else was asked for"
+        )
         if (made := plan) is None:
             made = make_plan(loaded, build=build)
             done.pop()
-        done.append(f"compile on {device}")
-        (build / "student").mkdir(parents=True)
+        done.append(f"compile on {device}" + ", anew" * work.fresh)
+        (build / "student").mkdir(parents=True, exist_ok=True)
         (build / "plan.json").write_text(json.dumps(made.document))
         (build / "verification.json").write_text(json.dumps(verification | {"student": {}}))
         (build / "training.yaml").write_text("tokens: 1000000\n")
@@ -221,6 +223,15 @@ def test_compile_writes_beside_the_spec_or_where_it_is_told(run: Run, spec: Path
     code, out, _ = run("compile", spec, "-o", spec.parent / "other", "--json")
     assert code == 0 and json.loads(out)["format_version"] == 1
     assert (spec.parent / "other" / "plan.json").exists()
+
+
+def test_what_is_compiled_is_not_compiled_again(run: Run, spec: Path, calls: list[str]) -> None:
+    assert run("compile", spec, "--device", "cpu")[0] == 0
+    calls.clear()
+    code, out, err = run("compile", spec, "--device", "cpu")
+    assert code == 0 and calls == [] and "is up to date with" in err and "--force compiles it again" in err
+    assert "all checks passed" in out, "and it is shown as if it had been"
+    assert run("compile", spec, "--device", "cpu", "--force")[0] == 0 and calls == ["compile on cpu, anew"]
 
 
 @pytest.mark.parametrize("command", ["plan", "compile", "run"])

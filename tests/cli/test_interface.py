@@ -102,6 +102,17 @@ def test_the_page_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "### Results" in build._repr_markdown_() and "all checks passed" in str(build)
 
 
+def test_a_build_is_kept_or_moved_aside(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build = mt.compile(folder / "spec.yaml", folder / "kept", device="cpu", quiet=True)
+    before = (build.path / "verification.json").stat().st_mtime_ns
+    assert mt.compile(folder / "spec.yaml", folder / "kept", device="cpu") == build
+    assert (build.path / "verification.json").stat().st_mtime_ns == before
+    assert "is up to date with" in capsys.readouterr().err
+    assert mt.compile(folder / "spec.yaml", folder / "kept", device="cpu", fresh=True, quiet=True) == build
+    assert (folder / "kept.1" / "verification.json").stat().st_mtime_ns == before
+    assert build.verification is not None and build.verification["passed"]
+
+
 def test_errors_are_those_of_the_commands(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(mt.UsageError, match=r"there is no such file"):
         mt.load(tmp_path / "none.yaml")

@@ -46,6 +46,7 @@ def test_how_often_the_data_is_read(foundry: Foundry, tmp_path: Path) -> None:
     assert use["files"] == 1 and use["bytes"] == corpus.stat().st_size
     # Whole steps of 4 x 32 tokens are trained.
     assert use["read_tokens"] == 100_096 == loaded.spec.distill.trained_tokens  # type: ignore[union-attr]
+    assert use["process_bytes"] > 56 << 20
     assert use["passes"] == round(100_096 / use["tokens"], 2) and use["disk_bytes"] == 2 * use["tokens"]
     assert any(f"distill.data is read {100_096 / use['tokens']:.1f} times over" in one for one in plan.remarks)
     assert next(one for one in plan_document(plan)["phases"] if one["name"] == "distill")["tokens"] == 100_096

@@ -174,9 +174,12 @@ def planned(foundry: Foundry) -> Planned:
     return plan
 
 
+def on(device: Device, count: int = 1) -> HardwareAssumptions:
+    return HardwareAssumptions(Cluster(device, count), named=True)
+
+
 def fits(plan: Plan, memory_bytes: int, count: int = 1) -> dict[str, Any]:
-    device = Device("card", memory_bytes, 1e12)
-    return fits_json(Estimate(plan), HardwareAssumptions(Cluster(device, count), named=True))
+    return fits_json(Estimate(plan), on(Device("card", memory_bytes, 1e12), count))
 
 
 class TestFits:
@@ -189,7 +192,7 @@ class TestFits:
         enough = max(self.peak(plan), *(phase["peak_memory_bytes"] for phase in plan_document(plan)["phases"]))
         assert fits(plan, enough) == {"device": "card", "ok": True, "nearest": None, "reason": None}
         found = fits(plan, self.peak(plan) - 1)
-        assert not found["ok"] and "card has" in found["reason"]
+        assert not found["ok"] and found["reason"].startswith("distill needs") and "card has" in found["reason"]
 
     def test_the_nearest_change_is_the_first_that_fits(self, planned: Planned) -> None:
         plan = planned(micro_batch_size=4)
@@ -263,6 +266,27 @@ class TestChoice:
             assert Estimate(plan).layout(1).recompute == way
         monkeypatch.setattr(choice, "REFERENCE", Device("none", 1, 1.0))
         assert Estimate(plan).recomputation is True, "what takes least, where nothing fits"
+
+    def test_candidates_of_a_search_leave_room_for_the_branch_that_judges_them(
+        self, planned: Planned, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plan = planned(micro_batch_size=4)
+        estimate = Estimate(plan)
+        alone = estimate.training("cuda", estimate.layout(1))
+        states = alone.parts["weights"] + alone.parts["gradients"] + alone.parts["optimizer"]
+        for room, recomputes in ((0, False), (-1, True)):
+            monkeypatch.setattr(choice, "REFERENCE", Device("small", alone.peak + states + room, 1.0))
+            assert Estimate(plan).recomputation is False
+            assert (Estimate(plan).candidate.recompute is not False) is recomputes
+        monkeypatch.undo()
+        rungs = ({"number": 1, "tokens": 8_000, "enter": 5, "leave": 1},)
+        searched = replace(plan, search={"rungs": rungs})
+        need = next(one for one in plan_document(searched)["phases"] if one["name"] == "search")["peak_memory_bytes"]
+        assert need == alone.peak + 9 * states, "five trunks and their branches ride together where they fit"
+        tight = Device("card", alone.peak + 2 * states, 1e12)
+        ((grouped,),) = [[one for one in Estimate(searched).phases(on(tight)) if one.name == "search"]]
+        assert grouped.memory.peak < need
+        assert fits(searched, alone.peak + states)["reason"].startswith("search needs")
 
     def test_an_open_micro_batch_shrinks_before_anything_is_recomputed(
         self, planned: Planned, monkeypatch: pytest.MonkeyPatch

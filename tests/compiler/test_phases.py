@@ -135,5 +135,5 @@ def test_the_phase_that_does_not_fit_is_named(planned: Planned) -> None:
     small = replace(hardware.cluster.device, memory_bytes=(peaks[0] + peaks[1]) // 2)
     tight = replace(hardware, cluster=replace(hardware.cluster, device=small))
     found = plan_document(plan, hardware=tight)["fits"]
-    assert found["ok"] is False and found["reason"].startswith("distill_2: training needs")
+    assert found["ok"] is False and found["reason"].startswith("distill_2 needs")
     assert found["nearest"].startswith("distill.phases.1.micro_batch_size: ")

@@ -13,6 +13,8 @@ import pytest
 import yaml
 
 from minitron.compiler import compile_spec, make_search, why_stale, write_search
+from minitron.compiler.compilation import Compilation
+from minitron.compiler.compile import Stages
 from minitron.runtime import evaluate, search, train
 from minitron.runtime.metrics import iter_metrics
 from minitron.specs import LoadedSpec, SpecInvalid, UsageError, load_spec
@@ -62,6 +64,10 @@ def undisturbed(foundry: Foundry, origin: LoadedSpec) -> tuple[Path, Ranking]:
     folder = foundry.root / "search-undisturbed"
     shutil.copytree(foundry.root / "search-origin", folder)
     return folder, search(folder, device="cpu", progress=Silent())
+
+
+def never(_: Compilation) -> Any:
+    raise AssertionError("nothing is compiled")
 
 
 def outcome(build: Path) -> tuple[str, dict[str, bytes]]:
@@ -142,6 +148,25 @@ def test_the_winner_goes_on_from_its_last_rung(
     assert document["candidate"] == document["winner"] == ranking.winner and document["forecast"]["tokens"] == 5120
     training = yaml.safe_load((build / "training.yaml").read_text(encoding="utf-8"))
     assert training["start"] == {"checkpoints": f"search/{ranking.winner:02d}/checkpoints", "step": 40}
+    # Another measurement renews the documents; nothing is scored, written or verified again, and the start stays.
+    document = yaml.safe_load(origin.path.read_text(encoding="utf-8"))
+    document["evaluate"]["continuation_tokens"] = 7
+    measured = foundry.root / "spec-measured.yaml"
+    measured.write_text(yaml.safe_dump(document), encoding="utf-8")
+    with foundry.shortened():
+        found = make_search(load_spec(measured), build=build, weights=True)
+        write_search(found, device="cpu", progress=Silent())
+        compile_spec(
+            found.loaded,
+            build,
+            device="cpu",
+            progress=Silent(),
+            plan=found.plan(ranking.winner),
+            stages=Stages(score=never),
+        )
+    assert why_stale(build, found.loaded) is None
+    renewed = yaml.safe_load((build / "training.yaml").read_text(encoding="utf-8"))
+    assert renewed["evaluate"]["continuation_tokens"] == 7 and renewed["start"] == training["start"]
     train(build, device="cpu", progress=Silent())
     steps = list(iter_metrics(build / "train" / "metrics.jsonl"))
     assert [one["step"] for one in steps] == list(range(41, 81)), "what the rungs have learnt is not learnt again"

@@ -12,8 +12,10 @@ import pytest
 
 from minitron.compiler import make_plan
 from minitron.compiler.capture import capture as capture_module
-from minitron.compiler.estimate.devices import DEVICES
+from minitron.compiler.estimate.devices import DEVICES, read_device
 from minitron.compiler.estimate.estimate import Estimate
+from minitron.compiler.estimate.fit import fits_json
+from minitron.compiler.estimate.hardware import HardwareAssumptions
 from minitron.compiler.estimate.memory import Memory
 from minitron.compiler.estimate.model_costs import ModelCosts
 from minitron.compiler.plan import prove
@@ -59,6 +61,8 @@ class Planned:
     """Of distilling on 8 H100, activations kept and recomputed."""
     cards: tuple[Memory, ...]
     """Of distilling on one device, for each way of holding weights and moments."""
+    fits: dict[str, Any]
+    """Whether every phase fits a machine of eight H100."""
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +110,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Planned]:
                 tuple(plan.targets.statuses), plan.remarks, plan_document(plan) if loaded.spec.name == WHOLE else None,
                 distilling(plan) if loaded.spec.name == WHOLE else (),
                 on_one_card(plan) if loaded.spec.name == WHOLE else (),
+                fits_json(Estimate(plan), HardwareAssumptions(read_device("h100x8"), named=True)),
             )  # fmt: skip
     return found
 
@@ -145,6 +150,15 @@ def test_the_numbers_come_out_of_the_plan(plans: dict[str, Planned], name: str) 
     assert (plan.teacher.parameters, plan.student.parameters) == (PARAMETERS | REPOSITORY)[name]
     for status in plan.statuses:
         assert status.status != "refused" or status.teacher == status.student, status.axis
+
+
+def test_every_example_fits_eight_h100(plans: dict[str, Planned]) -> None:
+    """A micro batch and a recomputation that fit are chosen; batches are shared equally."""
+    for name, plan in plans.items():
+        whole = {"device": "h100x8", "ok": True, "nearest": None, "reason": None}
+        shared = "sequences of a global batch cannot be shared equally by 8 devices"
+        assert plan.fits == whole or shared in plan.fits["reason"], name
+        assert plan.fits == whole or name not in PARAMETERS | REPOSITORY, name
 
 
 def test_smollm2_keeps_three_fifths(plans: dict[str, Planned]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from minitron.specs.atomic import (
     MARKER,
     atomic_folder,
     atomic_path,
+    check_writable,
     claim_folder,
     remove_leftovers,
     temporary_path,
@@ -45,6 +47,21 @@ def test_a_file_that_fails_half_way_leaves_what_was_there(tmp_path: Path) -> Non
         assert target.read_text() == "old"
         raise Stopped
     assert target.read_text() == "old" and names(tmp_path) == ["a.txt"]
+
+
+def test_an_error_names_the_file_and_not_the_hidden_one_beside_it(tmp_path: Path) -> None:
+    """A folder where the hidden file would be cannot be written to, whoever asks."""
+    target = tmp_path / "a.txt"
+    temporary_path(target, os.getpid()).mkdir()
+    for write in (lambda: write_text(target, "text"), lambda: check_writable(target, 8)):
+        with pytest.raises(IsADirectoryError) as caught:
+            write()
+        assert caught.value.filename == str(target)
+
+
+def test_what_fits_leaves_nothing(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a.txt", 1 << 16)
+    assert names(tmp_path) == []
 
 
 def test_a_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def test_six_lines_are_a_spec(load: Load) -> None:
     assert (data.jsonl, data.text_field, data.sequence_length, data.samples) == (("a.jsonl",), "body", 256, 1024)
     assert load(SHORT + "importance: {data: {text: b.txt}}\n").spec.importance.data.text == ("b.txt",)  # type: ignore[union-attr]
     assert load(SHORT + "importance: {depth: {contiguous: true}}\n").spec.importance.depth.contiguous
-    assert load(SHORT.replace("  sequence_length: 256\n", "")).spec.importance.data.sequence_length == 8192  # type: ignore[union-attr]
+    assert load(SHORT.replace("  sequence_length: 256\n", "")).spec.importance.data.sequence_length == 4096  # type: ignore[union-attr]
     named = SHORT.replace("hidden_size: 64", "layers: {drop: [1]}")
     assert load(named).spec.importance.data is None, "nothing is scored"
 

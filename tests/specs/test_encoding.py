@@ -6,6 +6,8 @@ import io
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from minitron.specs.documents import Conversation, Piece, TokenIds
 from minitron.specs.encoding import Encoded, Encoder, EncodingRecipe, recipe_of
 from minitron.specs.encoding import chat as chat_module
-from minitron.specs.encoding.pool import encode_all
+from minitron.specs.encoding.pool import _Pool, encode_all, process_memory
 from minitron.specs.errors import WorkError
 
 CHAT = [
@@ -191,6 +193,23 @@ def test_several_processes_keep_the_order(recipe: EncodingRecipe, monkeypatch: p
     here = flat(iter([encoder.encode(list(documents()))]))
     assert flat(encode_all(encoder, documents(), processes=2, small=0)) == here
     assert flat(encode_all(encoder, documents(), processes=2, small=0, skip=150)) == here[150:]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read there")
+def test_the_memory_of_a_process_is_what_the_plan_says(recipe: EncodingRecipe) -> None:
+    """For a batch as large as they come, of bytes: what has the most tokens."""
+    text = "the cat sat on a mat while two " * 16_384
+    pool = _Pool(Encoder(recipe), 1)
+    try:
+        assert len(pool._ask([Piece(text[: len(text) // 2], "a"), Piece(text[len(text) // 2 :], "b")])) == 2
+        (process,) = pool.started
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
+        peak = 1024 * int(status["VmHWM"].split()[0])
+    finally:
+        pool.close()
+    estimate = process_memory(recipe)
+    assert estimate is not None and 0.5 * estimate < peak < 1.3 * estimate
+    assert process_memory(replace(recipe, tokenizer=None)) is None
 
 
 def test_a_reader_that_stops_early_leaves_no_process(recipe: EncodingRecipe, monkeypatch: pytest.MonkeyPatch) -> None:

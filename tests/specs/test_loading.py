@@ -34,15 +34,15 @@ def test_the_contract_s_own_example_is_valid_and_means_what_it_says(load: Load) 
 
 
 def test_what_the_contract_writes_out_are_the_defaults(load: Load) -> None:
-    """Everything in the example that is not asked for by name may be left out without changing what is meant."""
+    """Everything else in the example that is not asked for by name may be left out without changing what is meant."""
     short = """
 name: mistral-nemo-minitron-8b
 teacher: {model: mistralai/Mistral-Nemo-Base-2407, revision: main, dtype: bfloat16}
 student: {hidden_size: 4096, intermediate_size: 11520}
-importance: {data: {text: corpus/*.txt}}
+importance: {data: {text: corpus/*.txt, sequence_length: 8192}}
 search: {budget: {parameters: 8e9}}
 teacher_correction: {tokens: 127B}
-distill: {data: {dataset: org/name}, tokens: 0.38T}
+distill: {data: {dataset: org/name}, tokens: 0.38T, sequence_length: 8192}
 evaluate: {suite: minitron-9, held_out: {text: [corpus/valid.txt]}}
 """
     assert load(short).resolved == load(WHOLE).resolved

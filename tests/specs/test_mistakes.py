@@ -295,7 +295,7 @@ WRONG = {
         "write at most 0.0001",
     ),
     "less than a batch": Wrong(
-        SMALL.replace("1B", "1K"), "5:42", "distill.tokens", "1 x 8192 = 8192 tokens", "at least 8192"
+        SMALL.replace("1B", "1K"), "5:42", "distill.tokens", "1 x 4096 = 4096 tokens", "at least 4096"
     ),
     "a replicated student in host memory": Wrong(
         DISTILL + "  layout: {student: replicated, cpu_offload: true}\n",
@@ -438,7 +438,7 @@ WRONG = {
         "6:30",
         "teacher_correction.tokens",
         "1K tokens",
-        "at least 3325952",
+        "at least 3145728",
     ),
 }
 

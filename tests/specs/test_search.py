@@ -82,7 +82,7 @@ WRONG = {
     ),
     "a first rung of less than a batch": (
         LISTS + SEARCH.replace("}}\nev", "}, rank: {tokens: 10M}}\nev"),
-        "search.rank.tokens: the first of 3 rungs has 1574901 tokens, less than one global batch, 3325952 tokens; write at",
+        "search.rank.tokens: the first of 3 rungs has 1574901 tokens, less than one global batch, 3145728 tokens; write at",
     ),
     "hidden states": (
         LISTS.replace("1B", "1B, loss: {hidden_states: {pairs: last:last}}") + SEARCH,
