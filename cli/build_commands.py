@@ -37,8 +37,9 @@ from minitron.specs.builds import (
     result_of,
 )
 from minitron.specs.chain import chain
-from minitron.specs.errors import UsageError
+from minitron.specs.errors import SpecInvalid, UsageError, located
 from minitron.specs.progress import Silent
+from minitron.specs.spec import float8_uses
 
 if TYPE_CHECKING:
     from minitron.compiler import Plan, SearchPlan
@@ -236,12 +237,26 @@ def run(
     build = builds.build_folder(output, loaded)
     quiet_libraries()
     machine = _Machine(pick_device(device), devices, threads, count=process_count(devices, pick_device(device), device))
+    for one in (*chain(loaded), loaded):
+        _require_float8(one, machine.device)
     for upper in chain(loaded):
         _run_above(upper, machine, locked=locked)
     _make(loaded, build, machine, locked=locked, fresh=fresh)
     results = machine.evaluate(build)
     show_sections([*results_sections(results), _places(build)], results)
     _end_with_shortfalls(results)
+
+
+def _require_float8(loaded: LoadedSpec, device: str) -> None:
+    """Checks, before a compile, that the training after it can compute in float8. SpecInvalid where it cannot."""
+    uses = float8_uses(loaded.spec)
+    if any(compute == "float8" for compute, _ in uses):
+        import torch
+
+        from minitron.runtime.float8 import float8_problems
+
+        if problems := list(float8_problems(uses, torch.device(device))):
+            raise SpecInvalid(located(problems, loaded))
 
 
 @dataclass(frozen=True)

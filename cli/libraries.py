@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+
 from minitron.cli import output
+
+_LOGGERS = ("torchao", "torch.utils._pytree")
+"""Loggers of what transformers imports where it is installed: torchao says that it lacks kernels of other devices, and
+torch that torchao uses an older call."""
+
+
+def quiet_imports() -> None:
+    """Turns off what libraries log about themselves while they are imported, unless with `--verbose`. Imports none of them."""
+    if not output.verbose():
+        for name in _LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def quiet_libraries() -> None:
@@ -13,6 +26,7 @@ def quiet_libraries() -> None:
     """
     if output.verbose():
         return
+    quiet_imports()
     from transformers.utils import logging
 
     logging.set_verbosity_error()

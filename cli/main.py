@@ -26,6 +26,7 @@ from minitron.cli import (
 )
 from minitron.cli import output as voice
 from minitron.cli.failures import DONE, INTERRUPTED, failure_of
+from minitron.cli.libraries import quiet_imports
 from minitron.cli.processes import launched
 from minitron.cli.ranks import says
 from minitron.cli.render import complain, document, write
@@ -109,6 +110,7 @@ def command_line(arguments: Sequence[str]) -> int:
         warnings.simplefilter("ignore")
     try:
         arguments = voice.configure(arguments)
+        quiet_imports()
         code = app([one for one in arguments if one != "--debug"], prog_name="minitron", standalone_mode=False)
         sys.stdout.flush()
     except typer.Abort:

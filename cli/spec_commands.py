@@ -19,7 +19,9 @@ from minitron.cli.render import complain, document, say, show_sections, write
 from minitron.cli.sections import Document
 from minitron.specs import LoadedSpec, load_spec
 from minitron.specs.errors import Problem, SpecError, SpecInvalid, UsageError, located
+from minitron.specs.float8 import missing_library
 from minitron.specs.lockfile import LOCK_SUFFIX
+from minitron.specs.spec import float8_uses
 from minitron.specs.tracking import missing_trackers
 
 # What `plan --detailed-exitcode` ends with when there is something to compile.
@@ -63,9 +65,11 @@ def validate(
 
 
 def _untracked(loaded: LoadedSpec) -> list[Problem]:
-    """Returns the trackers that are not installed here: training refuses to begin without them."""
+    """Returns the trackers and the library that are not installed here: training refuses to begin without them."""
     distill = loaded.spec.distill
-    return [] if distill is None else list(missing_trackers(distill.track or (), "distill.track"))
+    if distill is None:
+        return []
+    return [*missing_trackers(distill.track or (), "distill.track"), *missing_library(*float8_uses(loaded.spec))]
 
 
 def schema() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from minitron.runtime.correction import corrected
 from minitron.runtime.data import Batch, Corpus, Data, data_hash
 from minitron.runtime.disk import writing
+from minitron.runtime.float8 import require_float8
 from minitron.runtime.folders import claim_folders, require_own_folders
 from minitron.runtime.identity import resume_identity
 from minitron.runtime.interrupt import interrupts
@@ -72,6 +73,7 @@ def record(build: Path, *, device: str | None, progress: Progress, outside: bool
     folder, work = loaded.folder / LOGITS, loaded.folder / plan.work
     with placing(loaded), interrupts() as interrupt, join_world(device) as world:
         require_own_folders(loaded, outside=outside)
+        require_float8(plan, world.device, student=plan.teacher_correction is not None)
         with locked(world, "capturing", loaded.folder, work):
             world.from_leader(lambda: _tidy_up(loaded, work))
             session = Session(

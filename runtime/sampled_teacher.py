@@ -16,7 +16,7 @@ from minitron.specs.training_plan import TrainingPlan
 
 _KEPT = (
     "data", "seed", "sequence_length", "teacher_logits.sampled", "loss.logits.temperature",
-    "teacher.dtype", "teacher.head.", "teacher_correction.",
+    "teacher.dtype", "teacher.compute", "teacher.head.", "teacher_correction.",
 )  # fmt: skip
 
 

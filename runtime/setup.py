@@ -14,6 +14,12 @@ from minitron.runtime.checkpoint import Checkpoints, TrainerState, load
 from minitron.runtime.course import Course, Stretch, corpus_seed
 from minitron.runtime.data import Corpus, Data, Windows, data_hash, open_corpus, open_held_out
 from minitron.runtime.feed import Feed
+from minitron.runtime.float8 import (
+    TEACHER,
+    compute_student_in_float8,
+    hold_teacher_in_float8,
+    student_computes_in,
+)
 from minitron.runtime.hidden_states import HiddenStates, prepare_hidden_states, read_coordinates
 from minitron.runtime.identity import require_same_start, require_same_training
 from minitron.runtime.interrupt import Interrupt
@@ -31,7 +37,7 @@ from minitron.runtime.world import World
 from minitron.specs.builds import CHECKPOINTS
 from minitron.specs.data import DataSource
 from minitron.specs.documents import content_hash
-from minitron.specs.errors import Problem, Refused
+from minitron.specs.errors import Problem, Refused, first_line
 from minitron.specs.progress import Progress
 from minitron.specs.training_plan import TrainingPlan, divisor_within, needs_teacher
 
@@ -211,20 +217,37 @@ def _check_lengths(plan: TrainingPlan, student: LanguageModel) -> None:
 
 
 def compute_dtype_of(plan: TrainingPlan, world: World) -> torch.dtype:
-    """Returns the dtype of the student's forward and backward on this device."""
-    return DTYPES[getattr(plan.compute_dtype, world.device.type)]
+    """Returns the dtype of the student's forward and backward on this device, around what is computed in float8."""
+    name = getattr(plan.compute_dtype, world.device.type)
+    around = "bfloat16" if world.device.type == "cuda" else "float32"
+    return DTYPES[around if name == "float8" else name]
 
 
 def load_teacher(loaded: LoadedPlan, world: World) -> LanguageModel:
-    """Loads the teacher, frozen, whole on this rank or sharded over all."""
+    """Loads the teacher, frozen, whole on this rank or sharded over all, in float8 where the plan says so. Refused where its
+    code cannot compute so.
+    """
     plan = loaded.training()
+    shards = world.size > 1 and plan.layout.teacher == "sharded"
 
-    def spread(model: LanguageModel) -> LanguageModel:
+    def place(model: LanguageModel) -> LanguageModel:
         model.module.requires_grad_(False)
-        return shard_teacher(model, world)
+        if plan.teacher.compute == "float8":
+            # One weight after the other is on the device in its own dtype: all of them might not fit.
+            hold_teacher_in_float8(model, world.device, torch.device("cpu") if shards else world.device)
+        if shards:
+            return shard_teacher(model, world)
+        model.module.to(world.device)
+        return model
 
-    place = spread if world.size > 1 and plan.layout.teacher == "sharded" else None
-    teacher = load_model(loaded, "teacher", plan.teacher, DTYPES[plan.teacher.dtype], world.device, place)
+    try:
+        placed = place if shards or plan.teacher.compute == "float8" else None
+        teacher = load_model(loaded, "teacher", plan.teacher, DTYPES[plan.teacher.dtype], world.device, placed)
+    except AttributeError as error:
+        if plan.teacher.compute != "float8":
+            raise
+        message = f"this model's code cannot compute in float8 ({first_line(error)})"
+        raise Refused([Problem(TEACHER, message, "write bfloat16")]) from None
     teacher.module.requires_grad_(False)
     if plan.compile:
         compile_layers(teacher)
@@ -239,12 +262,18 @@ def load_student(loaded: LoadedPlan, world: World) -> LanguageModel:
     plan = loaded.training()
     held = DTYPES[plan.weights] if world.device.type == "cuda" else torch.float32
 
+    float8 = student_computes_in(plan, world.device) == "float8"
+
     def spread(model: LanguageModel) -> LanguageModel:
         compute, offload = compute_dtype_of(plan, world), plan.layout.cpu_offload
+        if float8:
+            compute_student_in_float8(model, world.device, plan)
         return shard_student(model, world, compute, cpu_offload=offload, weights=held)
 
     spreads = plan.layout.student == "sharded" and (world.size > 1 or plan.layout.cpu_offload)
     student = load_model(loaded, "student", plan.student, torch.float32, world.device, spread if spreads else None)
+    if float8 and not spreads:
+        compute_student_in_float8(student, world.device, plan)
     for parameter in student.module.parameters():
         if plan.weights == "bfloat16":
             local(parameter.data).copy_(local(parameter.data).bfloat16())

@@ -13,6 +13,7 @@ from minitron.runtime.correction import corrected
 from minitron.runtime.data import Data
 from minitron.runtime.disk import writing
 from minitron.runtime.finished import read_finished, write_finished
+from minitron.runtime.float8 import require_float8
 from minitron.runtime.folders import claim_folders, require_own_folders
 from minitron.runtime.hidden_states import remove_projection
 from minitron.runtime.identity import (
@@ -64,6 +65,7 @@ def train(
         require_own_folders(loaded, outside=outside)
         if problems := list(missing_trackers(plan.track or (), "track")):
             raise Refused(problems)
+        require_float8(plan, world.device)
         with locked(world, "training", loaded.folder, work):
             _require_one_folder(work, world)
             world.from_leader(lambda: _tidy_up(loaded, plan))

@@ -18,6 +18,7 @@ from minitron.specs.blocks.student import Student
 from minitron.specs.blocks.teacher import Teacher
 from minitron.specs.blocks.teacher_correction import TeacherCorrection
 from minitron.specs.blocks.training import fit_warmup
+from minitron.specs.float8 import Compute
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
@@ -88,3 +89,10 @@ class Spec(Block):
         tokens = max(1, min(self.search.rank.tokens, int(RUNG_SHARE * self.distill.tokens)))
         search = self.search.model_copy(update={"rank": self.search.rank.model_copy(update={"tokens": tokens})})
         return self.model_copy(update={"search": search})
+
+
+def float8_uses(spec: Spec) -> tuple[tuple[Compute, str], ...]:
+    """Returns what student and teacher compute in while the student is trained, each with its place in the spec."""
+    if spec.distill is None:
+        return ()
+    return (spec.distill.compute, "distill.compute"), (spec.teacher.compute, "teacher.compute")

@@ -31,11 +31,13 @@ from minitron.specs.blocks.teacher_correction import TeacherCorrection
 from minitron.specs.blocks.training import Optimizer
 from minitron.specs.data import DataSource
 from minitron.specs.errors import Problem
+from minitron.specs.float8 import Compute
 from minitron.specs.tracking import TrackerName
 
 FORMAT_VERSION = 1
 
 DtypeName = Literal["float32", "bfloat16"]
+ComputeName = Literal["float32", "bfloat16", "float8"]
 WeightDtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -93,12 +95,16 @@ class TeacherPlan(ModelPlan):
     revision: Text | None = None
     """Commit of a Hugging Face id."""
 
+    compute: Compute = "bfloat16"
+    """float8: the weights of the linear layers in decoder layers are held and multiplied in it, on a CPU by emulation."""
+
 
 class ComputeDtype(Block):
-    """The dtype of the student's forward and backward, by device; updates are computed in fp32."""
+    """The dtype of the student's forward and backward, by device; updates are computed in fp32. float8: that of the linear
+    layers in decoder layers, what is around them in bf16 on CUDA; a CPU emulates it among fp32."""
 
-    cpu: DtypeName
-    cuda: DtypeName
+    cpu: ComputeName
+    cuda: ComputeName
 
 
 class CorrectionPlan(TeacherCorrection):
@@ -327,6 +333,8 @@ def deciding_settings(plan: TrainingPlan) -> dict[str, Any]:
     kept = {key: whole[key] for key in _DECIDING}
     kept["student"] = {"head": whole["student"]["head"]}
     kept["teacher"] = {key: whole["teacher"][key] for key in ("revision", "dtype", "head")}
+    if plan.teacher.compute != "bfloat16":  # as trainings were before they could choose
+        kept["teacher"]["compute"] = plan.teacher.compute
     kept["loss"].pop("chunk_tokens")
     kept["teacher_correction"] = None
     if plan.teacher_correction is not None:

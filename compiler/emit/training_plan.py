@@ -82,6 +82,7 @@ def training_plan(
             model=checkpoint.name if on_hub else _relative(checkpoint.folder, build),
             revision=checkpoint.commit if on_hub else None,
             flops_per_token=flops["teacher"],
+            compute=spec.teacher.compute,
             head=heads["teacher"],
             **shared,
         ),
@@ -110,7 +111,7 @@ def training_plan(
         loss=distill.loss,
         track=distill.track,
         seed=distill.seed,
-        compute_dtype=ComputeDtype(cpu="float32", cuda="bfloat16"),
+        compute_dtype=_compute(distill),
         gradient_checkpointing=distill.gradient_checkpointing or False,
         compile=distill.compile,
         layout=LayoutPlan(
@@ -164,6 +165,13 @@ def _phases(
             data=sources.get(f"distill.phases.{number}.data"),
             flops_per_token=step_flops(student, teacher if distill.needs_teacher else 0),
         )
+
+
+def _compute(distill: Distill) -> ComputeDtype:
+    """The dtypes that the student computes in. A CPU takes fp32 for bf16, which would be slower there, and emulates float8."""
+    if distill.compute == "float8":
+        return ComputeDtype(cpu="float8", cuda="float8")
+    return ComputeDtype(cpu="float32", cuda="bfloat16")
 
 
 def _evaluation(loaded: LoadedSpec, evaluate: Evaluate) -> EvaluatePlan:

@@ -18,6 +18,7 @@ from minitron.compiler.estimate import model_costs as costs
 from minitron.compiler.estimate.activations import Footprint, Work, attention_of, footprint
 from minitron.compiler.estimate.choice import MACHINES, WAYS, Choice, choose, micro_batches
 from minitron.compiler.estimate.devices import DEVICES, Cluster, Device
+from minitron.compiler.estimate.float8 import NO_LINEARS
 from minitron.compiler.estimate.hardware import DISTILL, HardwareAssumptions
 from minitron.compiler.estimate.memory import (
     EXACT_PARTS,
@@ -76,13 +77,14 @@ class Estimate:
 
     @cached_property
     def teacher(self) -> Shape:
-        return shape_of(
-            self.plan.teacher.captured.model, self.plan.teacher.captured.layer_path, self.plan.teacher.head.weight
-        )
+        captured = self.plan.teacher.captured
+        head, config = self.plan.teacher.head.weight, captured.config.to_dict()
+        return shape_of(captured.model, captured.layer_path, head, config)
 
     @cached_property
     def student(self) -> Shape:
-        return shape_of(self.plan.model, self.plan.teacher.captured.layer_path, self.plan.teacher.head.weight)
+        captured, head = self.plan.teacher.captured, self.plan.teacher.head.weight
+        return shape_of(self.plan.model, captured.layer_path, head, self.plan.config.to_dict())
 
     def footprint(self, side: str, work: Work) -> Footprint:
         """Returns the footprint of one sequence; a batch of n sequences takes n times as much."""
@@ -127,6 +129,9 @@ class Estimate:
             offload=distill.layout.cpu_offload,
             bf16_weights=distill.weights == "bfloat16",
             moments=distill.adamw.states,
+            float8_student=distill.compute == "float8",
+            float8_teacher=self.plan.loaded.spec.teacher.compute == "float8",
+            compiled=distill.compile,
         )
 
     @cached_property
@@ -195,12 +200,14 @@ class Estimate:
     def training(self, kind: str, layout: Layout, *, correction: bool = False) -> Memory:
         """The memory of distillation, or of the correction of the teacher, on one device of `kind` cpu or cuda."""
         distill, sampled = self.distill, self.sampled
-        spread = layout.shards_student and kind == "cuda"
+        learner = self.teacher if correction else self.student
+        # Weights in fp32 are cast for every product, and the casts live until the backward has used them; where all products
+        # are float8's, there are none.
+        narrow = layout.shards_student or layout.bf16_weights or (layout.float8_student and learner.float8.all)
         own = Work(
             1,
             distill.sequence_length,
-            # Weights in fp32 are cast for every product, and the casts live until the backward has used them.
-            torch.bfloat16 if spread or (layout.bf16_weights and kind == "cuda") else torch.float32,
+            torch.bfloat16 if narrow and kind == "cuda" else torch.float32,
             autocast=kind == "cuda",
             training=True,
             recompute=layout.recompute,
@@ -218,7 +225,7 @@ class Estimate:
             kind,
             layout,
             Running(
-                self.teacher if correction else self.student,
+                learner,
                 self.footprint("teacher" if correction else "student", own).times(layout.micro_batch),
             ),
             Running(self.teacher, self.footprint("teacher", theirs).times(layout.micro_batch)) if beside else None,
@@ -258,6 +265,16 @@ class Estimate:
             return 3 * forward + pairs + 2 * sum(one.numel() for module in modules for one in module.parameters())
         return 3 * forward
 
+    def float8_flops(self, *, correction: bool = False) -> int:
+        """The FLOPs of one token of distillation, or of the teacher's correction, that are of products in float8."""
+        learner = self.teacher if correction else self.student
+        flops, passes = 0, 4 if self.recomputation is True else 3
+        if self.distill.compute == "float8":
+            flops += 2 * passes * learner.float8.weights
+        if self.plan.loaded.spec.teacher.compute == "float8" and not (correction or self.sampled):
+            flops += 2 * self.teacher.float8.weights
+        return flops
+
     def token_flops(self) -> int:
         """The FLOPs of one token of distillation."""
         teacher = 0 if self.sampled else self.teacher_costs.forward_flops_per_token(self.distill.sequence_length)
@@ -283,7 +300,8 @@ class Estimate:
             memory = self.training(kind, layout, correction=True)
             does = f"fine-tunes the teacher on the data that it will teach with: {self._steps(tokens)}"
             disk = self._checkpoints(self.teacher)
-            phases.append(Phase("teacher_correction", does, tokens, tokens * 3 * forward, memory, disk))
+            float8 = tokens * self.float8_flops(correction=True)
+            phases.append(Phase("teacher_correction", does, tokens, tokens * 3 * forward, memory, disk, float8))
         if plan.search is not None and plan.search["rungs"]:
             phases.append(self._search(hardware.cluster.device, plan.search["rungs"]))
         tokens = spec.distill.trained_tokens
@@ -291,7 +309,8 @@ class Estimate:
             draws = spec.distill.teacher_logits.sampled
             disk = costs.sampled_logits_bytes(tokens, draws, self.teacher.vocabulary)
             does = f"stores {draws} samples of the teacher's distribution for each token"
-            phases.append(Phase("capture", does, tokens, tokens * forward, self._capturing(kind, layout), disk))
+            float8 = 2 * tokens * self.teacher.float8.weights if layout.float8_teacher else 0
+            phases.append(Phase("capture", does, tokens, tokens * forward, self._capturing(kind, layout), disk, float8))
         disk = self._checkpoints(self.student) + self.student_costs.weight_bytes
         source = "stored samples of the teacher" if self.sampled else "the teacher, which runs beside it"
         stretches = list(self.stretches())
@@ -299,8 +318,9 @@ class Estimate:
             tokens = one.distill.trained_tokens
             does = f"trains the student from {source}: {one._steps(tokens)}"
             memory = one.training(kind, one.layout(hardware.cluster.count))
-            last = name == stretches[-1][0]  # one training: its checkpoints stand once on the disk
-            phases.append(Phase(name, does, tokens, tokens * one.token_flops(), memory, disk if last else 0))
+            kept = disk if name == stretches[-1][0] else 0  # one training: its checkpoints stand once on the disk
+            flops, float8 = tokens * one.token_flops(), tokens * one.float8_flops()
+            phases.append(Phase(name, does, tokens, flops, memory, kept, float8))
         return phases
 
     def stretches(self) -> Iterator[tuple[str, Estimate]]:
@@ -342,7 +362,8 @@ class Estimate:
 
     def devices(self, hardware: HardwareAssumptions) -> list[dict[str, Any]]:
         """The totals of all phases on the same number of devices of each kind as `hardware` has."""
-        flops = sum(phase.flops for phase in self.phases(hardware))
+        phases = self.phases(hardware)
+        flops, float8 = sum(phase.flops for phase in phases), sum(phase.float8 for phase in phases)
         named = hardware.cluster.device
         kinds = [*DEVICES.values(), *([] if named.name in DEVICES else [named])]
         found = []
@@ -352,8 +373,8 @@ class Estimate:
                 {
                     "device": there.cluster.name,
                     "memory_bytes": device.memory_bytes,
-                    "device_hours": round(there.hours(flops), 6),
-                    "days": round(there.seconds(flops) / 86400, 6),
+                    "device_hours": round(there.hours(flops, float8), 6),
+                    "days": round(there.seconds(flops, float8) / 86400, 6),
                 }
             )
         return found
@@ -440,7 +461,8 @@ class Estimate:
         """The memory of storing the teacher's samples: the teacher, a micro batch in it, a chunk of logits and of
         probabilities, and these in fp64 with their sums."""
         element = self._element if kind == "cuda" else FP32
-        held, gathered = self.teacher.parameters * element, 0
+        linears = self.teacher.float8 if layout.float8_teacher else NO_LINEARS
+        held, gathered = linears.held(self.teacher.parameters, element), 0
         if layout.shards_teacher:
             held = -(-held // layout.devices)
             gathered = (self.teacher.outside + GATHERED_LAYERS * self.teacher.layer) * element
@@ -448,7 +470,8 @@ class Estimate:
         parts = {
             "teacher": held,
             "gathered": gathered,
-            "transient": self.footprint("teacher", work).times(layout.micro_batch).transient,
+            "transient": self.footprint("teacher", work).times(layout.micro_batch).transient
+            + linears.beside(layout.micro_batch * work.length, kind, training=False, compiled=layout.compiled),
             "logits": CHUNK_ELEMENTS * 2 * (FP32 + 8),
         }
         return Memory(parts, sum(parts.values()))
@@ -495,6 +518,9 @@ class Estimate:
             found.append(
                 Cost(f"{name}: disk", phase.disk, "bytes", basis, "at most" if phase.name == "capture" else "")
             )
-        found.append(Cost(f"{name}: device-hours", hardware.hours(phase.flops), "hours", "estimated", hardware.words))
-        found.append(Cost(f"{name}: days", hardware.seconds(phase.flops) / 86400, "days", "estimated", hardware.words))
+        if phase.float8:
+            found.append(Cost(f"{name}: of it in float8", phase.float8 // phase.tokens, "FLOPs", "estimated"))
+        hours, days = (of(phase.flops, phase.float8) for of in (hardware.hours, hardware.seconds))
+        found.append(Cost(f"{name}: device-hours", hours, "hours", "estimated", hardware.words))
+        found.append(Cost(f"{name}: days", days / 86400, "days", "estimated", hardware.words))
         return found

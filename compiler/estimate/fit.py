@@ -11,16 +11,19 @@ from minitron.compiler.estimate.devices import MOST_DEVICES, Cluster
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.estimate.hardware import HardwareAssumptions
 from minitron.compiler.estimate.memory import Layout
+from minitron.specs.float8 import CAPABILITY
 
 GIB = 2**30
+_CAPABILITY = ".".join(map(str, CAPABILITY))
 
 
 def fits_json(estimate: Estimate, hardware: HardwareAssumptions) -> dict[str, Any]:
     """`fits` of a plan: {device, ok, nearest}; `nearest` is null where all fits, or where no change that is tried does.
 
     Changes are tried in this order, each alone with what stands in the spec: fewer sequences at a time, recomputation,
-    both, a sharded teacher, that and both, then more devices, first as the spec is, then with all of that; where a global
-    batch cannot be shared by the devices, also fewer of them.
+    both, a sharded teacher, that and both, the teacher in float8, that and all before, then more devices, first as the spec
+    is, then with all of that; where a global batch cannot be shared by the devices, also fewer of them. On a device without
+    float8: the same in bf16.
     """
     cluster = hardware.cluster
     found: dict[str, Any] = {"device": cluster.name, "ok": False, "nearest": None, "reason": None}
@@ -61,6 +64,8 @@ def _why_not(name: str, estimate: Estimate, cluster: Cluster, layout: Layout) ->
     whole = estimate.distill.batch
     if whole % cluster.count:
         return f"{whole} sequences of a global batch cannot be shared equally by {cluster.count} devices"
+    if (layout.float8_student or layout.float8_teacher) and not cluster.device.float8:
+        return f"{cluster.device.name} has no products in float8: that needs compute capability {_CAPABILITY} or later"
     peaks = _peaks(name, estimate, cluster, layout)
     largest = max(peaks, key=lambda phase: peaks[phase])
     if peaks[largest] > cluster.device.memory_bytes:
@@ -106,7 +111,22 @@ def _changes(estimate: Estimate, cluster: Cluster, layout: Layout) -> Iterator[t
             for more, all_of_it in each(changed):
                 yield words + more, all_of_it
 
-    for words, changed in (*each(layout), *sharded(layout)):
+    def rounded(base: Layout) -> Iterator[tuple[list[str], Layout]]:
+        if cluster.device.kind == "cuda" and cluster.device.float8 and not (base.float8_teacher or estimate.sampled):
+            words, changed = ["teacher.compute: float8"], replace(base, float8_teacher=True)
+            yield words, changed
+            for more, all_of_it in (*each(changed), *sharded(changed)):
+                yield words + more, all_of_it
+
+    if not cluster.device.float8 and (layout.float8_student or layout.float8_teacher):
+        of = {"distill": layout.float8_student, "teacher": layout.float8_teacher}
+        words = [f"{block}.compute: bfloat16" for block, is_float8 in of.items() if is_float8]
+        base = replace(layout, float8_student=False, float8_teacher=False)
+        unchanged: list[str] = []
+        for more, changed in ((unchanged, base), *each(base), *sharded(base)):
+            yield words + more, cluster.count, changed
+        return
+    for words, changed in (*each(layout), *sharded(layout), *rounded(layout)):
         yield words, cluster.count, changed
     devices = 2 * cluster.count
     while devices <= min(whole, MOST_DEVICES):

@@ -34,18 +34,24 @@ class HardwareAssumptions:
     source: str = "assumed"
     named: bool = False
 
-    def hours(self, flops: float) -> float:
-        """Device-hours."""
-        return flops / (self.cluster.device.flops * self.mfu) / 3600
+    def hours(self, flops: float, float8: float = 0.0) -> float:
+        """Device-hours; `float8` of the operations are of products in float8, and reach the same share of a higher peak."""
+        return in_peak_units(flops, float8, self.cluster) / (self.cluster.device.flops * self.mfu) / 3600
 
-    def seconds(self, flops: float) -> float:
+    def seconds(self, flops: float, float8: float = 0.0) -> float:
         """The seconds with all devices at work."""
-        return 3600 * self.hours(flops) / self.cluster.count
+        return 3600 * self.hours(flops, float8) / self.cluster.count
 
     @property
     def words(self) -> str:
         """The line of text below the phases."""
         return f"{self.cluster.name} at {self.mfu:.3g} of its peak ({self.source})"
+
+
+def in_peak_units(flops: float, float8: float, cluster: Cluster) -> float:
+    """Returns the operations in bf16 that take as long as `flops`, of which `float8` are of products in float8."""
+    faster = cluster.device.float8 or 1.0
+    return flops - float8 * (1.0 - 1.0 / faster)
 
 
 def read_hardware(device: str | None, mfu: float | None, measured: str | None) -> HardwareAssumptions:
@@ -76,7 +82,8 @@ def measured_mfu(build: Path, cluster: Cluster) -> float:
     try:
         document = json.loads(plan.read_text(encoding="utf-8"))
         phases = [one for one in document["phases"] if one["name"].startswith(DISTILL)]
-        each = sum(one["flops"] for one in phases) / sum(one["tokens"] for one in phases)
+        work = sum(in_peak_units(one["flops"], one.get("float8_flops", 0), cluster) for one in phases)
+        each = work / sum(one["tokens"] for one in phases)
         lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
         rates = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
         rate = statistics.median(rates[len(rates) // 2 :])

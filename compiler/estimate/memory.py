@@ -3,7 +3,7 @@
     weights      the student's in fp32 (on CUDA in bf16 where the spec says so), or its share where it is sharded
     gradients    as the weights; they live from the first backward of a step to its end
     optimizer    two moments of AdamW, in fp32, bf16 or 8 bits
-    teacher      in the checkpoint's dtype; fp32 on a CPU, as the runtime holds it there
+    teacher      in the checkpoint's dtype; fp32 on a CPU, as the runtime holds it there; in float8 a byte a weight
     gathered     sharded models (FSDP): the unit outside the layers and two layers, whole, and a layer's whole gradient
     activations  what the student's forward keeps for the backward, for one micro batch
     transient    what lives beside that for a moment, in either model
@@ -19,10 +19,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from minitron.compiler.estimate.activations import Footprint
+from minitron.compiler.estimate.float8 import NO_LINEARS, Linears, linears_of
 from minitron.compiler.importance.room import LOGIT_COPIES, Room, Sizes
 from minitron.specs.blocks.distill import Recomputation
 from minitron.specs.loss_chunks import BLOCK_ELEMENTS, loss_chunks
@@ -47,10 +49,11 @@ class Shape:
     outside: int
     hidden: int
     vocabulary: int
+    float8: Linears = NO_LINEARS
 
 
-def shape_of(model: torch.nn.Module, layer_path: str, head: str) -> Shape:
-    """`head` names the parameter [vocabulary, hidden]."""
+def shape_of(model: torch.nn.Module, layer_path: str, head: str, config: Mapping[str, Any]) -> Shape:
+    """`head` names the parameter [vocabulary, hidden]; `config` is the model's configuration."""
     layers: dict[str, int] = {}
     outside = 0
     prefix = layer_path + "."
@@ -61,7 +64,8 @@ def shape_of(model: torch.nn.Module, layer_path: str, head: str) -> Shape:
         else:
             outside += parameter.numel()
     vocabulary, hidden = model.get_parameter(head).shape
-    return Shape(sum(layers.values()) + outside, max(layers.values()), outside, hidden, vocabulary)
+    whole = sum(layers.values()) + outside
+    return Shape(whole, max(layers.values()), outside, hidden, vocabulary, linears_of(model, layer_path, config))
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,9 @@ class Layout:
     offload: bool = False
     bf16_weights: bool = False
     moments: str = "float32"
+    float8_student: bool = False
+    float8_teacher: bool = False
+    compiled: bool = False
 
     @property
     def shards_student(self) -> bool:
@@ -143,15 +150,23 @@ def training_memory(
     element = 2 if layout.bf16_weights and kind == "cuda" else FP32  # a CPU holds the same numbers in fp32
     states, moments = mine * element, math.ceil(mine * MOMENT_BYTES[layout.moments])
     compute = 2 if kind == "cuda" else FP32
-    held = 0 if teacher is None else teacher.parameters * (teacher_bytes if kind == "cuda" else FP32)
+    tokens = layout.micro_batch * work.length
+    own_transient, their_transient = own.transient, others.transient
+    if layout.float8_student:
+        own_transient += student.float8.beside(tokens, kind, training=True, compiled=layout.compiled)
+    held, each = 0, teacher_bytes if kind == "cuda" else FP32
+    if teacher is not None:
+        linears = teacher.float8 if layout.float8_teacher else NO_LINEARS
+        held = linears.held(teacher.parameters, each)
+        their_transient += linears.beside(tokens, kind, training=False, compiled=layout.compiled)
     gathered = 0
     if layout.shards_student:
         units = student.outside + GATHERED_LAYERS * student.layer
         gathered += units * compute + student.layer * (compute + FP32)
     if teacher is not None and layout.shards_teacher:
-        each = teacher_bytes if kind == "cuda" else FP32
+        in_layers = (held - teacher.outside * each) / (teacher.parameters - teacher.outside)  # bytes a parameter
         held = -(-held // layout.devices)
-        gathered += (teacher.outside + GATHERED_LAYERS * teacher.layer) * each
+        gathered += teacher.outside * each + math.ceil(GATHERED_LAYERS * teacher.layer * in_layers)
     head_gradient = student.vocabulary * student.hidden * FP32
     logits = logits_bytes(kind, layout.micro_batch, work, student, teacher)
     if layout.shards_student or layout.steps == 1 or element != FP32:
@@ -160,8 +175,8 @@ def training_memory(
     begun = 0 if layout.steps > 1 else head_gradient
     together = max(
         before + own.kept + logits,
-        before + own.kept + own.transient + begun,
-        before + others.transient,
+        before + own.kept + own_transient + begun,
+        before + their_transient,
         states,
     )
     parts = {
@@ -171,7 +186,7 @@ def training_memory(
         "teacher": held,
         "gathered": gathered,
         "activations": own.kept,
-        "transient": max(own.transient, others.transient),
+        "transient": max(own_transient, their_transient),
         "logits": logits,
     }
     return Memory(parts, states + moments + held + gathered + together)

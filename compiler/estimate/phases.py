@@ -11,8 +11,8 @@ from minitron.compiler.estimate.memory import Memory
 
 @dataclass(frozen=True)
 class Phase:
-    """One line of the plan. `does` says what for; `flops` of the whole phase, `disk` what it leaves there; `memory` is that
-    of one device."""
+    """One line of the plan. `does` says what for; `flops` of the whole phase, `float8` those of them that are of products in
+    float8, `disk` what it leaves there; `memory` is that of one device."""
 
     name: str
     does: str
@@ -20,6 +20,7 @@ class Phase:
     flops: int
     memory: Memory
     disk: int = 0
+    float8: int = 0
 
     def to_json(self, hardware: HardwareAssumptions) -> dict[str, Any]:
         return {
@@ -27,10 +28,11 @@ class Phase:
             "does": self.does,
             "tokens": self.tokens,
             "flops": self.flops,
+            "float8_flops": self.float8,
             "peak_memory_bytes": self.memory.peak,
             "memory_bytes": dict(self.memory.parts),
-            "device_hours": round(hardware.hours(self.flops), 6),
-            "days": round(hardware.seconds(self.flops) / 86400, 6),
+            "device_hours": round(hardware.hours(self.flops, self.float8), 6),
+            "days": round(hardware.seconds(self.flops, self.float8) / 86400, 6),
             "disk_bytes": self.disk,
             "device": hardware.words,
         }

@@ -28,7 +28,7 @@ from minitron.compiler.plan.checks import (
 from minitron.compiler.plan.data_use import DataUse, data_use, repeated
 from minitron.compiler.plan.prove import prove, proved
 from minitron.compiler.plan.recovery import check_merging, recovery_remarks, rotation_of
-from minitron.compiler.plan.remarks import remarks_on
+from minitron.compiler.plan.remarks import float8_remarks, remarks_on
 from minitron.compiler.roles.analysed import AnalysedTeacher, analyse_teacher
 from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN, LAYERS
 from minitron.compiler.roles.residual_stream import first_rescaling_layer
@@ -207,7 +207,8 @@ def plan_student(loaded: LoadedSpec, build: Path, opened: Opened) -> Plan:
 def _remarks(plan: Plan) -> tuple[str, ...]:
     of_recovery = recovery_remarks(plan.loaded, plan.checkpoint, plan.targets, plan.rotation, plan.model)
     of_data = (*repeated(plan.data), *plan.missing)
-    return (*remarks_on(plan.checkpoint, plan.teacher.captured), *plan.of_tokenizer, *of_recovery, *of_data)
+    of_float8 = float8_remarks(plan.loaded.spec)
+    return (*remarks_on(plan.checkpoint, plan.teacher.captured), *plan.of_tokenizer, *of_recovery, *of_data, *of_float8)
 
 
 def _capture(loaded: LoadedSpec, checkpoint: Checkpoint) -> tuple[Captured, Checkpoint]:

@@ -7,6 +7,7 @@ from minitron.compiler.graph.names import dtype_of
 from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.compiler.teacher.tokenizer import tokenizer_files
 from minitron.specs.builds import TOWER
+from minitron.specs.spec import Spec
 
 
 def remarks_on(checkpoint: Checkpoint, captured: Captured) -> tuple[str, ...]:
@@ -37,3 +38,13 @@ def remarks_on(checkpoint: Checkpoint, captured: Captured) -> tuple[str, ...]:
                 f"{len(extra)} tensors of the checkpoint are not the model's and are ignored, such as {extra[0]}"
             )
     return tuple(remarks)
+
+
+def float8_remarks(spec: Spec) -> tuple[str, ...]:
+    """A sentence on a training in float8 that nothing makes fast."""
+    if spec.distill is None or spec.distill.compile or "float8" not in (spec.distill.compute, spec.teacher.compute):
+        return ()
+    return (
+        "float8 without `distill.compile: true`: values are rounded in passes of their own, and training may be no faster than "
+        "in bfloat16",
+    )

@@ -21,6 +21,7 @@ import torch
 from minitron.runtime.correction import corrected
 from minitron.runtime.data import Data, Windows
 from minitron.runtime.disk import writing
+from minitron.runtime.float8 import require_float8
 from minitron.runtime.folders import claim_folders
 from minitron.runtime.identity import resume_identity
 from minitron.runtime.interrupt import interrupts
@@ -79,6 +80,7 @@ def search(build: Path, *, device: str | None, progress: Progress) -> Ranking:
         join_world(device) as world,
         locked(world, "searching", build, build / SEARCH),
     ):
+        require_float8(plan, world.device)
         world.from_leader(lambda: claim_folders(loaded))
         session = Session(
             world=world,

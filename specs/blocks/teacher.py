@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from minitron.specs.blocks.base import Block, Revision, Text
+from minitron.specs.float8 import Compute
 
 
 class Teacher(Block, json_schema_extra={"oneOf": [{"required": ["model"]}, {"required": ["spec"]}]}):
@@ -24,3 +25,8 @@ class Teacher(Block, json_schema_extra={"oneOf": [{"required": ["model"]}, {"req
 
     dtype: Literal["bfloat16", "float32", "float16"] | None = None
     """The dtype that the teacher's weights are held in, and the student's are saved in; null: the checkpoint's own."""
+
+    compute: Compute = "bfloat16"
+    """How the teacher computes beside the student and in `minitron capture`. `float8`: the weights of the linear layers inside
+    of its decoder layers are held in float8, at half the memory of bfloat16, and their products are computed so; it needs
+    what `distill.compute: float8` needs. Scores, selection and evaluation are always those of the teacher as it is."""

@@ -34,7 +34,7 @@ evaluate: {held_out: {text: [corpus/b.txt], document: line}}
 # Nothing in it is a default.
 MOST = """\
 name: most
-teacher: {model: teacher, dtype: float32}
+teacher: {model: teacher, dtype: float32, compute: float8}
 student: {hidden_size: 24}
 importance: {data: {text: [corpus/a.txt]}}
 distill:
@@ -54,6 +54,7 @@ distill:
     hidden_states: {pairs: [[4, 1]], distance: mse, embedding: false, weight: 0.125}
     cross_entropy: 0.25
     chunk_tokens: 64
+  compute: float8
   gradient_checkpointing: true
   checkpoint: {every_tokens: 10K, keep_last: 5}
   seed: 11
@@ -121,9 +122,11 @@ def test_what_the_spec_says_is_what_it_says(folder: Path) -> None:
     plan, spec = content(written(folder, MOST)), load_spec(folder / "spec.yaml").spec
     assert spec.distill is not None
     said = spec.distill.model_dump(mode="json")
-    assert {key: plan[key] for key in said if key not in ("data", "layout")} == {
-        key: value for key, value in said.items() if key not in ("data", "layout")
+    decided = ("data", "layout", "compute")
+    assert {key: plan[key] for key in said if key not in decided} == {
+        key: value for key, value in said.items() if key not in decided
     }
+    assert plan["compute_dtype"] == {"cpu": "float8", "cuda": "float8"} and plan["teacher"]["compute"] == "float8"
     assert plan["tokens"] == 1_500_000 and plan["checkpoint"]["every_tokens"] == 10_000
     assert plan["layout"] == said["layout"] | {"teacher": plan["layout"]["teacher"]}, "which the compiler decides"
     assert (plan["loss"]["cross_entropy"], plan["loss"]["hidden_states"]["pairs"]) == (0.25, [[4, 1]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,10 @@ class Waits(TorchDispatchMode):
         {"loss__cross_entropy": 0.3, "micro_batch_size": 1},
         {"loss__hidden_states": {"pairs": [[1, 1], [0, 0]]}},
         {"gradient_checkpointing": True},
+        pytest.param(
+            {"compute_dtype__cpu": "float8"},
+            marks=pytest.mark.skipif(find_spec("torchao") is None, reason="no torchao"),
+        ),
     ],
 )
 def test_nothing_in_a_step_makes_the_host_wait(build: Path, monkeypatch: pytest.MonkeyPatch, changes: Any) -> None:
