@@ -88,7 +88,7 @@ def compile_command(
         say(f"compile: {build} is up to date with {loaded.path}, skipped; --force compiles it again")
     else:
         opened = searching.opened_search(loaded, build)
-        planned = _prepare(loaded, build, fresh=True, opened=opened) if fresh else None
+        planned = _prepare(loaded, build, chosen, fresh=True, opened=opened) if fresh else None
         count = process_count(devices, chosen, device)
         resolved = searching.chosen_plan(
             opened, chosen, lambda of: searching.rungs(of, chosen, count, threads), candidate=candidate
@@ -230,8 +230,7 @@ def run(
     locked: options.Locked = False,
     fresh: options.Fresh = False,
 ) -> None:
-    """Compile, capture where the spec asks for it, train and evaluate, and before that the specs that it takes its
-    teacher from; what is there already is not done again."""
+    """Compile, train and evaluate, and before that the specs of its teachers; what is there is not done again."""
     only_process("run")
     loaded = load_whole(spec, overrides or (), compiles=True)
     build = builds.build_folder(output, loaded)
@@ -319,7 +318,7 @@ def _make(loaded: LoadedSpec, build: Path, machine: _Machine, *, locked: bool, f
         say(f"compile: {build} is {found.reason}; the edited values are taken, skipped")
     else:
         opened = searching.opened_search(loaded, build)
-        plan = _prepare(loaded, build, fresh=fresh, opened=opened)
+        plan = _prepare(loaded, build, machine.device, fresh=fresh, opened=opened)
         use_threads(machine.threads)
         chosen = searching.chosen_plan(opened, machine.device, machine.search)
         _compile(loaded, build, machine.device, machine.threads, chosen or plan)
@@ -333,14 +332,16 @@ def _make(loaded: LoadedSpec, build: Path, machine: _Machine, *, locked: bool, f
     interrupts.check()
 
 
-def _prepare(loaded: LoadedSpec, build: Path, *, fresh: bool, opened: SearchPlan | None = None) -> Plan:
-    """Plans a compile and shows the plan, before the long work and not after it: a wrong width is seen while it costs
-    nothing. With `fresh` the build that is there is then moved aside. Of an opened search its first candidate is shown.
+def _prepare(loaded: LoadedSpec, build: Path, device: str, *, fresh: bool, opened: SearchPlan | None = None) -> Plan:
+    """Plans a compile and shows the plan, for the devices that will do the work, before the long work and not after it: a wrong
+    width is seen while it costs nothing. With `fresh` the build that is there is then moved aside. Of an opened search its
+    first candidate is shown.
     """
-    from minitron.compiler import make_plan, plan_document
+    from minitron.compiler import make_plan, plan_document, read_hardware
 
     plan = make_plan(loaded, build=build, weights=True) if opened is None else opened.plan(1)
-    show_sections(shown_plan(content := plan_document(plan), full=False), content)
+    hardware = read_hardware("cpu" if device == "cpu" else "this", None, None)
+    show_sections(shown_plan(content := plan_document(plan, hardware=hardware), full=False), content)
     write("")
     if fresh:
         builds.move_aside(build)

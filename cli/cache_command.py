@@ -20,7 +20,7 @@ _SECONDS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
 
 def cache(
     folder: Annotated[
-        Path, typer.Argument(metavar="[BUILDS]", help="The folder that holds the builds; builds/ by default.")
+        Path, typer.Argument(metavar="BUILDS", help="The folder that holds the builds; builds/ by default.")
     ] = Path("builds"),
     prune: Annotated[bool, typer.Option("--prune", help="Remove the entries; all of them without --unused.")] = False,
     unused: Annotated[

@@ -24,7 +24,9 @@ def load_whole(path: Path, overrides: Sequence[str], *, compiles: bool = False) 
         found = [
             one
             for one in _against_the_teacher(error.draft, compiles=compiles)
-            if not any(f"{one.path}.".startswith(f"{at}.") for at in _taken_out(error))
+            # (A default may stand where a wrong value stood, and is nobody's mistake.)
+            if one.path not in {wrong.path for wrong in error.errors}
+            and not any(f"{one.path}.".startswith(f"{at}.") for at in _taken_out(error))
         ]
         raise SpecInvalid([*error.errors, *found]) from None
 

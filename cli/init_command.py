@@ -18,6 +18,7 @@ import yaml
 from minitron.cli import figures
 from minitron.cli.render import say, write
 from minitron.specs import load_spec
+from minitron.specs.data import STDLIB_PREFIX
 from minitron.specs.errors import SpecError, SpecInvalid, UsageError
 from minitron.specs.units import COUNT_UNITS, Share, format_quantity, parse_quantity
 
@@ -38,6 +39,8 @@ _BYTES_A_TOKEN = 4
 # How often a small corpus is read: four passes are worth nearly as much as new text (arXiv 2305.16264).
 _PASSES = 4
 _MOST_TOKENS, _FIRST_TOKENS, _LEAST_STEPS, _SHORTEST = 1_000_000_000, 1_000_000, 300, 64
+# Up to as many tokens the rate is searched: it decides more than what is kept does, and three short trainings are cheap.
+_SEARCHED_TOKENS, _SEARCHED_SHARE = 100_000_000, 0.2
 # 1e-4 is the published rate at four billion parameters; smaller students take more, by the root of their size.
 _RATE, _RATE_SIZE, _HIGHEST_RATE = 1e-4, 4e9, 3e-3
 
@@ -46,7 +49,7 @@ def init(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RECIPE]",
+            metavar="RECIPE",
             help="A published recipe; a commented starting spec without it.",
             autocompletion=lambda incomplete: recipes_beginning(incomplete),
         ),
@@ -163,9 +166,10 @@ def spec_for(teacher: str, budget: Budget, data: Sequence[str], held_out: Sequen
     folder.mkdir(parents=True, exist_ok=True)  # what is relative to it is looked up
     model = _relative(teacher, folder) if Path(teacher).is_dir() else teacher
     proposal = propose(model, folder, parameters=budget.parameters, share=budget.share)
-    sources = _source(data, folder), _source(held_out, folder)
+    sources = _source("--data", data, folder), _source("--held-out", held_out, folder)
     refused: SpecInvalid | None = None
-    training = _training(sources[0], proposal.sequence_length, _corpus(data), _expected(budget, proposal))
+    judged = sources[1] is not None
+    training = _training(sources[0], proposal.sequence_length, _corpus(data), _expected(budget, proposal), judged)
     for student in proposal.students:
         text = _text(path, model, student, training, sources[1])
         trial = folder / f".{path.name}.{os.getpid()}.tmp"
@@ -201,14 +205,18 @@ def _relative(name: str, folder: Path) -> str:
     return way if way.startswith(".") else f"./{way}"
 
 
-def _source(patterns: Sequence[str], folder: Path) -> Source | None:
+def _source(option: str, patterns: Sequence[str], folder: Path) -> Source | None:
     """Makes a data source of files or patterns; UsageError where they are of several kinds."""
     kinds = {_kind(pattern) for pattern in patterns}
     if len(kinds) > 1:
         raise UsageError(
-            f"--data names files of several kinds ({', '.join(sorted(kinds))}); give one kind, or write a `blend`"
+            f"{option} names files of several kinds ({', '.join(sorted(kinds))}); give one kind, or write a `blend`"
         )
-    return {kinds.pop(): [os.path.relpath(pattern, folder) for pattern in patterns]} if kinds else None
+    for pattern in patterns:
+        if not pattern.startswith(STDLIB_PREFIX) and not glob.glob(pattern, recursive=True):  # noqa: PTH207  (absolute ones too)
+            raise UsageError(f"{option} {pattern}: matches no file; paths are relative to {Path.cwd()}")
+    written = [one if one.startswith(STDLIB_PREFIX) else os.path.relpath(one, folder) for one in patterns]
+    return {kinds.pop(): written} if kinds else None
 
 
 def _kind(pattern: str) -> str:
@@ -222,8 +230,10 @@ def _corpus(patterns: Sequence[str]) -> int:
     return sum(Path(file).stat().st_size for file in files if Path(file).is_file()) // _BYTES_A_TOKEN
 
 
-def _training(train: Source | None, longest: int, corpus: int, size: int) -> list[str]:
-    """Returns the lines of `distill`, for a student of `size` parameters and data of about `corpus` tokens."""
+def _training(train: Source | None, longest: int, corpus: int, size: int, judged: bool) -> list[str]:
+    """Returns the lines of `distill`, for a student of `size` parameters and data of about `corpus` tokens. Where the training
+    is short and there is text to be judged on, several learning rates and the `search` that tells which is best.
+    """
     tokens = min(_MOST_TOKENS, max(_PASSES * corpus, _LEAST_STEPS * _SHORTEST)) if train else _FIRST_TOKENS
     tokens = round(tokens, 2 - len(str(tokens)))
     length = longest
@@ -232,12 +242,25 @@ def _training(train: Source | None, longest: int, corpus: int, size: int) -> lis
     rate = min(_HIGHEST_RATE, _RATE * max(1.0, (_RATE_SIZE / size) ** 0.5))
     passes = f"   # about {tokens / corpus:.1f} passes over the data" if train and corpus else ""
     stand_in = "" if train else "   # stands in until you name your own: minitron init --data"
+    searched = judged and tokens <= _SEARCHED_TOKENS
+    rates = [factor * rate for factor in (0.5, 1.0, 2.0)] if searched else [rate]
+    lr = f"[{', '.join(f'{one:.1e}' for one in rates)}]" if searched else f"{rate:.1e}"
+    why = (
+        "by the student's size; the best of them is searched"
+        if searched
+        else "by the student's size; try half and twice"
+    )
+    briefly = format_quantity(round(_SEARCHED_SHARE * tokens), COUNT_UNITS)
+    search = [
+        f"search: {{rank: {{tokens: {briefly}, rungs: 2}}}}   # each rate is tried briefly, and the best one goes on"
+    ]
     return [
         "distill:",
         f"  data: {_flow(train or {'text': ['python-stdlib:train']})}{stand_in}",
         f"  tokens: {format_quantity(tokens, COUNT_UNITS)}{passes}",
         f"  sequence_length: {length}",
-        f"  optimizer: {{lr: {rate:.1e}, min_lr: {rate / 100:.1e}}}   # by the student's size; try half and twice",
+        f"  optimizer: {{lr: {lr}, min_lr: {rates[0] / 100:.1e}}}   # {why}",
+        *(search if searched else []),
     ]
 
 

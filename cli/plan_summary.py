@@ -89,6 +89,7 @@ def _training(plan: Document) -> Section | None:
     rows = [
         ("tokens", figures.count(trained) + ("" if trained == tokens else f", {figures.count(tokens)} asked for")),
         *(_data_row(one) for one in entries(plan, "data")),
+        *_tokenizing(entries(plan, "data")),
         *(
             (f"steps of phase {number}" if phases else "steps", _steps(one))
             for number, one in enumerate(phases or [distill], 1)
@@ -122,12 +123,18 @@ def _data_row(one: Document) -> tuple[str, str]:
     words = [figures.plural(int(one.get("files") or 0), "file"), figures.size(one.get("bytes"))]
     if one.get("tokens"):
         words.append(f"about {figures.short(one['tokens'])} tokens")
-        words.append(f"{figures.size(one.get('disk_bytes'))} once tokenized")
-    if one.get("process_bytes"):
-        words.append(f"tokenizing takes about {figures.size(one['process_bytes'])} a core")
     if one.get("passes") is not None:
         words.append(f"read {one['passes']:.1f} times")
     return str(one.get("source", "")).removeprefix("distill."), ", ".join(words)
+
+
+def _tokenizing(data: list[Document]) -> list[tuple[str, str]]:
+    """Returns the row of what tokenizing all sources takes, on the disk and in memory."""
+    disk = sum(int(one.get("disk_bytes") or 0) for one in data)
+    memory = max((int(one.get("process_bytes") or 0) for one in data), default=0)
+    words = [f"{figures.size(disk)} on disk"] if disk else []
+    words += [f"about {figures.size(memory)} of memory for each core that tokenizes"] if memory else []
+    return [("tokenized", ", ".join(words))] if words else []
 
 
 def _of_candidate(search: Document) -> Document:

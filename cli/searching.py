@@ -32,8 +32,7 @@ def search(
     devices: options.Devices = None,
     threads: options.Threads = None,
 ) -> None:
-    """Carry out the rungs of a search that `compile --prepare` has written; under torchrun candidates are spread over the
-    processes."""
+    """Carry out the rungs of a search that `compile --prepare` has written, under torchrun on all processes."""
     quiet_libraries()
     chosen = pick_device(device)
     rungs(build, chosen, process_count(devices, chosen, device), threads)

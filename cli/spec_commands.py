@@ -29,7 +29,7 @@ NOT_UP_TO_DATE = 3
 
 
 def validate(
-    specs: Annotated[list[Path], typer.Argument(metavar="SPEC...", help="Spec files.", show_default=False)],
+    specs: Annotated[list[Path], typer.Argument(metavar="SPEC", help="Spec files.", show_default=False)],
     overrides: options.Overrides = None,
     as_json: options.Json = False,
 ) -> None:

@@ -42,6 +42,7 @@ from minitron.specs.builds import (
 from minitron.specs.errors import Problem, SpecInvalid, UsageError, WorkError, located
 from minitron.specs.hand_edits import hand_edits, in_short, with_mark
 from minitron.specs.lockfile import Inputs
+from minitron.specs.one_line import plain
 from minitron.specs.search_files import read_ranking, read_search
 from minitron.specs.training_plan import EvaluationPlan, StartPlan, TrainingPlan, deciding_settings, to_document
 
@@ -100,8 +101,8 @@ def _guard_settings(plan: Plan, written: TrainingPlan, begun: Mapping[str, Any])
         if before == now or first in ("fingerprint", "student", "start") or key.startswith("teacher.head"):
             continue
         path = key if first in ("teacher", "teacher_correction") else f"distill.{key}"
-        message = f"was {before} when the training in {plan.build} began, and is now {now}"
-        problems.append(Problem(path, message, f"write {before} again, {_WAY_ON}"))
+        message = f"was {plain(before)} when the training in {plan.build} began, and is now {plain(now)}"
+        problems.append(Problem(path, message, f"write {plain(before)} again, {_WAY_ON}"))
     if problems:
         raise SpecInvalid(located(problems, plan.loaded))
 

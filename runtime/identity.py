@@ -14,6 +14,7 @@ from typing import Any
 from minitron.runtime.models import weight_files
 from minitron.specs.builds import CONFIG
 from minitron.specs.errors import Problem, Refused
+from minitron.specs.one_line import plain
 from minitron.specs.training_plan import TrainingPlan, deciding_settings
 
 _PIECES, _PIECE_BYTES = 256, 4096
@@ -101,5 +102,6 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], begin_again:
         if what is not None:
             message, remedy = f"{what} changed since this training began", "bring back what was there"
         else:
-            message, remedy = f"was {old} when this training began and is now {new}", f"write {old} again"
+            message = f"was {plain(old)} when this training began and is now {plain(new)}"
+            remedy = f"write {plain(old)} again"
         yield Problem(path, message, f"{remedy}, {begin_again}")

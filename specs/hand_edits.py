@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from minitron.specs.builds import TRAINING
+from minitron.specs.one_line import plain
 
 _GENERATED = "# As generated: sha256:"
 _SHOWN = 3  # edits that a sentence names one by one
@@ -66,7 +67,7 @@ def differences(before: Any, now: Any, at: str = "") -> Iterator[Edit]:
 
 
 def _value(value: Any) -> str:
-    return "nothing" if value is None else str(value)
+    return "nothing" if value is None else plain(value)
 
 
 def _digest(text: str) -> str:

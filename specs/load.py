@@ -101,6 +101,10 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> LoadedSpec:
     nowhere.
     """
     tree, errors = read_with_bases(_read(path), str(path))
+    if {"format_version", "fingerprint"} <= tree.entries.keys():
+        raise UsageError(
+            f"{path}: is the training plan of a build and not a spec; `minitron train {path.parent}` carries it out"
+        )
     for override in overrides:
         tree = apply_override(tree, override)
     tree = inherit(tree)

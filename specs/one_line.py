@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 
@@ -39,6 +40,11 @@ def _visible(one: str) -> str:
     return _NAMED.get(one) or (
         f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
     )
+
+
+def plain(value: object) -> str:
+    """Returns a value as a YAML file has it: `true` and not `True`."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def plural(number: int, noun: str) -> str:

@@ -136,7 +136,7 @@ class Loss(Block):
 
 def _check_recomputation(value: Any) -> Any:
     if not isinstance(value, bool) and value != "attention":
-        raise wrong("{given} is not possible here", "write true, attention or false")
+        raise wrong("{given} is not a valid value", "write true, attention or false")
     return value
 
 

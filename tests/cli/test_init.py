@@ -42,6 +42,9 @@ def test_a_spec_for_a_teacher_plans_at_once(
     # What it says of the student is what the plan says.
     assert command_line(["plan", "specs/own.yaml", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
+    # So short a training takes the best of three rates.
+    assert spec.search is not None and spec.search.rank.tokens == pytest.approx(spec.distill.tokens / 5, rel=0.1)
+    assert len({one["lr"] for one in plan["search"]["candidates"]}) == 3 == len(plan["search"]["candidates"])
     share = plan["student"]["parameters"] / plan["teacher"]["parameters"]
     assert f"{100 * share:.1f}%" in err and abs(share - 0.6) < 0.15
     assert (teacher / "specs" / "minitron.schema.json").is_file()
@@ -66,6 +69,8 @@ def test_what_is_there_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--teacher", "teacher", "--target", "5%", "--parameters", "4B"], "one of --parameters and --target"),
         (["--teacher", "teacher", "--data", "a.txt", "--data", "b.jsonl"], "files of several kinds (jsonl, text)"),
         (["--teacher", "teachr"], "there is no folder"),
+        (["--teacher", "teacher", "--data", "none.txt"], "--data none.txt: matches no file; paths are relative to"),
+        (["--teacher", "teacher", "--held-out", "n*.txt"], "--held-out n*.txt: matches no file"),
         (["--target", "50%"], "say more of a --teacher"),
     ],
 )

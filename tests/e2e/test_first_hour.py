@@ -59,6 +59,20 @@ def test_the_smallest_spec_has_six_lines(shell: Shell) -> None:
     assert plan["spec"]["resolved"]["importance"]["data"]["text"] == ["corpus.txt"]
 
 
+def test_a_short_training_searches_its_rate(shell: Shell) -> None:
+    data = ["--data", "corpus.txt", "--held-out", "valid.txt"]
+    assert shell("init", "--teacher", "teacher", "--target", "70%", *data, "-o", "spec.yaml") == 0
+    assert shell("run", "spec.yaml", "--device", "cpu") == 0
+    assert "search: rung 2 of 2" in shell.said
+    (build,) = (path for path in Path("builds").iterdir() if not path.name.startswith("."))
+    search = json.loads((build / "results.json").read_text())["search"]
+    rates = {one["lr"] for one in search["candidates"]}
+    assert len(rates) == 3 and search["winner"] in {one["number"] for one in search["candidates"]}
+    before = contents(build)
+    assert shell("compile", "spec.yaml", "--device", "cpu") == 0 and "is up to date with" in shell.said
+    assert contents(build) == before
+
+
 def test_from_nothing_to_a_report(shell: Shell) -> None:
     assert shell("init", "--teacher", "teacher", "--target", "70%", "--data", "corpus.txt", "-o", "spec.yaml") == 0
     assert Path("minitron.schema.json").is_file() and "builds/" in Path(".gitignore").read_text()

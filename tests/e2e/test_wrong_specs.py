@@ -182,6 +182,18 @@ def test_data_that_is_written_wrong_is_not_missed_as_well(
     assert not any("no file" in one["message"] or "decided by scores" in one["message"] for one in errors)
 
 
+def test_a_default_in_the_place_of_a_wrong_value_is_nobody_s_mistake(
+    capfd: pytest.CaptureFixture[str], workshop: Path
+) -> None:
+    """What is left out would be longer than this teacher reads."""
+    path = workshop / "wrong.yaml"
+    blocks = 'student: {hidden_size: 24}\ndistill: {data: {text: [corpus.txt]}, tokens: 100K, sequence_length: "1e2"}\n'
+    path.write_text(f"teacher: {{model: teacher, dtype: float32}}\n{blocks}")
+    assert command_line(["plan", str(path), "--json"]) == 2
+    ((error,),) = [json.loads(capfd.readouterr().out)["errors"]]
+    assert error["path"] == "distill.sequence_length" and "is text" in error["message"]
+
+
 def test_all_mistakes_come_at_once_and_in_order(minitron: Command, tmp_path: Path) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_text(SPEC.replace("name: tiny", "name: a/b").replace("size: 24", "size: off").replace("4096", "0"))

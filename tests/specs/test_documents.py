@@ -186,6 +186,11 @@ def test_messages_are_handed_on_as_they_are(tmp_path: Path) -> None:
             "has no field `text`; did you mean `txt`. there is `txt`: write one of them as `text_field`",
         ),
         ("{}", {}, "has no field `text`; there is nothing"),
+        (
+            '{"id": 1, "messages": []}',
+            {},
+            "has no field `text`, and has `messages`: write `messages_field: messages` for",
+        ),
         ('{"text": 3}', {}, "`text` is not text; name the field that holds the text as `text_field`"),
         ('{"text": "a"}', {"messages_field": "text"}, "`text` is not a list of messages such as"),
         ('{"text": [{}]}', {"messages_field": "text"}, "`text` is not a list of messages such as"),

@@ -315,7 +315,7 @@ WRONG = {
         DISTILL + "  gradient_checkpointing: layers\n",
         "8:27",
         "distill.gradient_checkpointing",
-        "`layers` is not possible here",
+        "`layers` is not a valid value",
         "write true, attention or false",
     ),
     "nothing to learn": Wrong(

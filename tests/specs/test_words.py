@@ -9,6 +9,7 @@ import pytest
 from minitron.specs import load_spec
 from minitron.specs.documents import Tally
 from minitron.specs.errors import SpecInvalid, UsageError
+from minitron.specs.one_line import plain
 
 SPEC = """\
 name: a
@@ -49,6 +50,20 @@ def test_a_build_is_no_spec(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(UsageError, match=f"is a build and not a spec; `minitron show {tmp_path}` shows it"):
         load_spec(tmp_path)
+
+
+def test_a_training_plan_is_no_spec(tmp_path: Path) -> None:
+    (tmp_path / "training.yaml").write_text("format_version: 1\nname: a\nfingerprint: b\ntokens: 5\n")
+    with pytest.raises(
+        UsageError, match=f"is the training plan of a build and not a spec; `minitron train {tmp_path}`"
+    ):
+        load_spec(tmp_path / "training.yaml")
+
+
+def test_values_are_written_as_yaml_has_them() -> None:
+    assert [plain(one) for one in (True, None, 0.001, "attention", [1, "a"])] == [
+        "true", "null", "0.001", "attention", '[1, "a"]',
+    ]  # fmt: skip
 
 
 def test_one_document_is_one() -> None:
