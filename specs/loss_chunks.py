@@ -21,6 +21,11 @@ HEAD_BLOCK = 16384
 """Rows of a head that are upcast at a time on a CPU: 16384 x 4096 fp32 are 256 MiB."""
 
 
+SHARED_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+"""The teacher's logits that candidates of a search share: a tenth of a device's memory and less, 4,096 tokens of a vocabulary
+of 131,072. The tokens beyond are multiplied for each candidate."""
+
+
 @dataclass(frozen=True)
 class LossChunks:
     """The number of tokens whose logits exist together, and the number whose gradients do: a multiple of the first."""
@@ -32,8 +37,13 @@ class LossChunks:
 def loss_chunks(kind: str, tokens: int, vocabulary: int, most: int, gradient_bytes: int) -> LossChunks:
     """Chooses the chunk sizes: `kind` is cpu or cuda, `most` is the largest chunk of logits, `gradient_bytes` is the
     size of one gradient (4 if it replaces its logit in memory)."""
-    chunk = max(1, min(most, tokens, LOGITS_BYTES[kind] // (4 * vocabulary)))
+    chunk = logits_chunk(kind, tokens, vocabulary, most)
     if gradient_bytes == 4:
         return LossChunks(chunk, chunk)
     most_chunks = max(1, GRADIENT_BYTES // (gradient_bytes * vocabulary * chunk))
     return LossChunks(chunk, chunk * min(most_chunks, max(1, -(-tokens // chunk))))
+
+
+def logits_chunk(kind: str, tokens: int, vocabulary: int, most: int) -> int:
+    """Returns the number of tokens whose logits exist together."""
+    return max(1, min(most, tokens, LOGITS_BYTES[kind] // (4 * vocabulary)))

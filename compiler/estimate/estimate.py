@@ -36,12 +36,12 @@ from minitron.compiler.estimate.memory import (
 )
 from minitron.compiler.estimate.phases import Cost, Phase
 from minitron.compiler.estimate.plan_costs import plan_costs
+from minitron.compiler.estimate.search_phase import Ride, search_phase
 from minitron.compiler.estimate.training_defaults import micro_batch, place_teacher
 from minitron.compiler.importance.batches import batch_size, block_size
 from minitron.compiler.importance.room import Sizes, divide
 from minitron.compiler.plan.plan import Plan
 from minitron.specs.blocks.distill import Distill, Recomputation
-from minitron.specs.halving import BRANCH_SHARE, RIDERS_SHARE
 from minitron.specs.training_plan import divisor_within
 
 CHUNK_ELEMENTS = 1 << 23  # logits that `minitron capture` holds at a time
@@ -338,23 +338,15 @@ class Estimate:
             yield f"{DISTILL}_{number + 1}", replace(self, plan=replace(self.plan, loaded=replace(loaded, spec=spec)))
 
     def _search(self, device: Device, rungs: Sequence[Mapping[str, int]]) -> Phase:
-        """The phase of a search on one device: candidates share the teacher's forward, as many of them as the device holds, and
-        each has a branch over the end of the rung. Counted as if all were as large as this plan's student."""
-        length, before, tokens, flops = self.distill.sequence_length, 0, 0, 0
-        for rung in rungs:
-            more = rung["tokens"] - before + int(BRANCH_SHARE * rung["tokens"])
-            tokens += rung["enter"] * more
-            flops += (rung["tokens"] - before) * self.teacher_costs.forward_flops_per_token(length)
-            flops += rung["enter"] * more * self.student_flops()
-            before = rung["tokens"]
-        alone = self.training(device.kind, self._layout(1, self.candidate))
-        each, riding = 2 * alone.states, rungs[0]["enter"]
-        if device.kind == "cuda":
-            riding = max(1, min(riding, int(RIDERS_SHARE * (device.memory_bytes - alone.parts["teacher"])) // each))
-        others = riding * each - alone.states
-        memory = Memory({**alone.parts, "other candidates": others}, alone.peak + others)
-        does = f"trains {rungs[0]['enter']} candidates on short stretches, {len(rungs)} rungs, and keeps the best"
-        return Phase("search", does, tokens, flops, memory)
+        """The phase of a search, counted as if all candidates were as large as this plan's student."""
+        length, layout = self.distill.sequence_length, self._layout(1, self.candidate)
+        ride = Ride(
+            self.training(device.kind, layout),
+            self.teacher_costs.forward_flops_per_token(length),
+            self.student_flops(),
+            layout.micro_batch * length * self.teacher.vocabulary,
+        )
+        return search_phase(device, rungs, ride)
 
     def _steps(self, tokens: int) -> str:
         batch, length = self.distill.batch, self.distill.sequence_length

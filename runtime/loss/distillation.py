@@ -62,6 +62,7 @@ def distillation_loss(
     targets: SampledTargets | None = None,
     valid_T: Tensor | None = None,
     head_gradient_VD: Tensor | None = None,
+    teacher_SV: Tensor | None = None,
 ) -> LossTerms:
     """Computes the loss of T tokens, its gradient flowing to `student_TD` and to the student's head.
 
@@ -78,6 +79,9 @@ def distillation_loss(
     `head_gradient_VD` (fp32) is a sum of gradients to which that of the head is added while the loss is computed: no
     second tensor of its size is made, and backward then leaves the head alone. Backward must be called on `total`, or on a
     sum with it; nothing may multiply it.
+
+    `teacher_SV` are the products of the first tokens with the teacher's head, where `shared_logits` made them before: they are
+    read, and not changed.
     """
     assert normaliser > 0, "a batch without a single valid token has no mean; give 1"
     assert settings.weight == 0 or targets is not None or (teacher is not None and teacher_TE is not None)
@@ -90,7 +94,10 @@ def distillation_loss(
         teacher_TE = teacher = None
     if settings.weight == 0:
         targets = None
-    work = _Work(settings, student, teacher_TE, teacher, targets, labels_T, valid_T, normaliser, compute_dtype)
+    work = _Work(
+        settings, student, teacher_TE, teacher, targets, labels_T, valid_T, normaliser, compute_dtype,
+        None if teacher is None else teacher_SV,
+    )  # fmt: skip
     total, parts, divergence_T = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         student_TD, student.weight_VD, student.bias_V, work, head_gradient_VD
     )
@@ -110,6 +117,17 @@ class _Work:
     valid_T: Tensor | None
     normaliser: float
     compute_dtype: torch.dtype
+    teacher_SV: Tensor | None = None
+
+    def teacher_logits(self, part: slice, into_CV: Tensor, *, scratch: bool) -> Tensor:
+        """Returns the products of a part of the tokens with the teacher's head, those that are kept or in `into_CV`; with
+        `scratch` the caller may change them."""
+        assert self.teacher is not None and self.teacher_TE is not None
+        kept = self.teacher_SV
+        if kept is None or part.stop > kept.shape[0]:
+            project(self.teacher_TE[part], self.teacher.weight_VD, into_CV)
+            return into_CV
+        return into_CV.copy_(kept[part]) if scratch else kept[part]
 
 
 @dataclass(frozen=True)
@@ -212,9 +230,8 @@ def _compute(work: _Work, student_TD: Tensor, found: _Results) -> None:
             z_CV = student_CV[: part.stop - part.start]
             project(student_TD[part], student.weight_VD, z_CV)
             theirs: Tensor | SampledTargets | None = None if work.targets is None else work.targets.part(part)
-            if work.teacher is not None and work.teacher_TE is not None and teacher_CV is not None:
-                theirs = teacher_CV[: part.stop - part.start]
-                project(work.teacher_TE[part], work.teacher.weight_VD, theirs)
+            if teacher_CV is not None:
+                theirs = work.teacher_logits(part, teacher_CV[: part.stop - part.start], scratch=not fused)
             rows.to_gradient(
                 z_CV,
                 theirs,

@@ -10,7 +10,7 @@ import torch
 from minitron.runtime.attention import fastest_attention
 from minitron.runtime.data import Batch, Corpus, Windows
 from minitron.runtime.held_out import autocast, evaluating
-from minitron.runtime.loss import DistillationLoss, Head, distillation_loss
+from minitron.runtime.loss import DistillationLoss, Head, distillation_loss, shared_logits
 from minitron.runtime.models import LanguageModel
 from minitron.runtime.search.rider import Rider, Shared
 from minitron.runtime.world import World
@@ -47,17 +47,23 @@ class Convoy:
                 here = [rider for rider in riders if rider.wants(start, ends[id(rider)])]
                 if not here:
                     continue
-                shared = self._shared(start)
+                shared = self._shared(start, len(here))
                 with fastest_attention(self.world.device):
                     for rider in here:
                         size = rider.plan.global_batch_size
                         rider.learn(shared, self.settings, self._count(start // size * size, size))
                 after_part(len(here))
 
-    def _shared(self, start: int) -> Shared:
+    def _shared(self, start: int, riders: int) -> Shared:
         batch = self.corpus.batch(range(start, start + self.part)).to(self.world.device)
         teacher_TE, head = self._read(batch)
-        return Shared(start, batch, teacher_TE, head)
+        return Shared(start, batch, teacher_TE, head, self._logits(teacher_TE, head, riders))
+
+    def _logits(self, teacher_TE: torch.Tensor | None, head: Head | None, students: int) -> torch.Tensor | None:
+        """The teacher's product with its head, where several students read it."""
+        if teacher_TE is None or head is None or students == 1 or self.settings.weight == 0:
+            return None
+        return shared_logits(teacher_TE, head, self.settings.chunk_tokens)
 
     def _read(self, batch: Batch) -> tuple[torch.Tensor | None, Head | None]:
         if self.teacher is None:
@@ -82,6 +88,7 @@ class Convoy:
         for start in range(0, len(windows), self.part):
             batch = windows.batch(range(start, min(start + self.part, len(windows)))).to(self.world.device)
             teacher_TE, head = self._read(batch)
+            logits = self._logits(teacher_TE, head, len(students))
             labels_T = batch.pick(batch.labels_BL)
             tokens += labels_T.shape[0]
             for index, student in enumerate(students):
@@ -92,7 +99,15 @@ class Convoy:
                     own.weight_VD.detach(), None if own.bias_V is None else own.bias_V.detach(), own.scale, own.softcap
                 )
                 terms = distillation_loss(
-                    settings, student_TD, detached, teacher_TE, head, labels_T, normaliser=1.0, compute_dtype=dtype
+                    settings,
+                    student_TD,
+                    detached,
+                    teacher_TE,
+                    head,
+                    labels_T,
+                    normaliser=1.0,
+                    compute_dtype=dtype,
+                    teacher_SV=logits,
                 )
                 sums[index] += torch.stack([terms.divergence, terms.cross_entropy]).double().cpu()
         if not tokens:

@@ -39,6 +39,7 @@ class Shared:
     batch: Batch
     teacher_TE: Tensor | None
     teacher: Head | None
+    teacher_SV: Tensor | None = None
 
 
 def trunk_rate(step: int, plan: TrainingPlan) -> float:
@@ -95,6 +96,7 @@ class Rider:
             normaliser=float(max(1, valid)),
             compute_dtype=dtype,
             head_gradient_VD=head_gradient(self.student),
+            teacher_SV=shared.teacher_SV,
         )
         terms.total.backward()  # type: ignore[no-untyped-call]
         loss = terms.total.detach()

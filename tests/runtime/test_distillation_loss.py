@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minitron.runtime.loss import DistillationLoss, Head, LossTerms, distillation_loss, products
+from minitron.runtime.loss import DistillationLoss, Head, LossTerms, distillation_loss, products, shared
 from tests.runtime import naive
 
 TOKENS, VOCABULARY, HIDDEN, TEACHER_HIDDEN = 37, 500, 12, 20
@@ -59,6 +59,27 @@ def terms(
     settings: DistillationLoss, hidden: Tensor, student: Head, *rest: Any, normaliser: float = NORMALISER, **more: Any
 ) -> LossTerms:
     return distillation_loss(settings, hidden, student, *rest, normaliser=normaliser, **more)
+
+
+@pytest.mark.parametrize("kept", [0, 16, TOKENS])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_logits_that_students_share_change_no_bit(monkeypatch: pytest.MonkeyPatch, divergence: Any, kept: int) -> None:
+    """All of them, some, or none; they are not changed by one student for the next."""
+    inputs, settings = Inputs(bias=True, softcap=5.0), DistillationLoss(divergence, 2.0, chunk_tokens=8)
+    monkeypatch.setattr(shared, "SHARED_BYTES", {"cpu": 4 * VOCABULARY * (kept + 3)})
+    found = []
+
+    def sharing(hidden: Tensor, student: Head, teacher_hidden: Tensor, teacher: Head, labels: Tensor) -> Tensor:
+        logits = shared.shared_logits(teacher_hidden, teacher, settings.chunk_tokens)
+        before = logits.clone()
+        found.append(logits.shape[0])
+        total = terms(settings, hidden, student, teacher_hidden, teacher, labels, teacher_SV=logits).total
+        assert torch.equal(logits, before)
+        return total
+
+    for one, other in zip(inputs.run(sharing, torch.float32), inputs.chunked(settings), strict=True):
+        assert all(map(torch.equal, *(([each] if isinstance(each, Tensor) else each) for each in (one, other))))
+    assert found == [kept]
 
 
 def error(got: list[Tensor], want: list[Tensor]) -> float:
