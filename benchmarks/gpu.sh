@@ -2,7 +2,8 @@
 # Everything that docs/performance.md reports from a GPU, in one go: about ten minutes on an H200. Without one it says so.
 #
 #   benchmarks/gpu.sh [PYTHON]          the interpreter of an installation with CUDA; `python` where none is named
-#   pip install liger-kernel            before it, to measure Liger's loss in the same run
+#   pip install liger-kernel 'torchao>=0.18,<0.19'
+#                                       before it: Liger's loss in the same run, and products in float8
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${1:-python}"
@@ -27,4 +28,7 @@ part benchmarks/kd_loss.py --device cuda --tokens 8192 --hidden 4096 --teacher-h
 part benchmarks/train_step.py --device cuda --shape 3b-to-1b --compile --repetitions 1
 part benchmarks/train_step.py --device cuda --shape 8b-to-4b --compile --recompute --alone
 part benchmarks/train_step.py --device cuda --shape 12b-to-8b --recompute --alone --weights bfloat16 --states bfloat16
+part benchmarks/train_step.py --device cuda --shape 8b-to-4b --compile --recompute --alone --float8 student teacher
 part benchmarks/train_step.py --device cuda --shape 12b-to-8b --recompute --alone --weights bfloat16 --states int8
+part benchmarks/train_step.py --device cuda --shape 12b-to-8b --compile --recompute --alone --weights bfloat16 \
+  --states int8 --float8 student teacher

@@ -3,6 +3,7 @@
     python benchmarks/train_step.py                                       # CPU, fp32, small shapes
     python benchmarks/train_step.py --device cuda --shape 3b-to-1b        # one GPU, bf16
     python benchmarks/train_step.py --device cuda --shape 12b-to-8b --alone --recompute --weights bfloat16 --states int8
+    python benchmarks/train_step.py --device cuda --shape 8b-to-4b --alone --compile --float8 student teacher
     torchrun --nproc-per-node 8 benchmarks/train_step.py --device cuda --shape 12b-to-8b
 
 In one process: every measurement runs in a process of its own, the two loops interleaved, and medians are compared. Both
@@ -33,6 +34,7 @@ from transformers.initialization import no_init_weights
 from minitron.runtime.checkpoint import Checkpoints
 from minitron.runtime.course import Course
 from minitron.runtime.data import Corpus, Windows
+from minitron.runtime.float8 import compute_student_in_float8, hold_teacher_in_float8
 from minitron.runtime.loss import DistillationLoss
 from minitron.runtime.models import LanguageModel
 from minitron.runtime.optimizer import make_optimizer
@@ -140,22 +142,26 @@ def ours(args: argparse.Namespace, shape: Shape, world: World) -> Callable[[int]
     compute = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     teacher = LanguageModel(empty_model(shape, shape.teacher, compute), HEAD)
     teacher.module.requires_grad_(False)
-    student = LanguageModel(empty_model(shape, shape.student, compute), HEAD)
-    if args.compile:
-        compile_layers(student)
-    if args.recompute:
-        recompute(student, True)
     if world.size > 1 and args.teacher == "sharded":
         teacher = shard_teacher(teacher, world)
     else:
         teacher.module.to(world.device)
+    draw(teacher.module, 0)
+    if "teacher" in args.float8:  # before the student takes its memory: for a moment it is held twice
+        hold_teacher_in_float8(teacher, world.device, world.device)
+    student = LanguageModel(empty_model(shape, shape.student, compute), HEAD)
+    if "student" in args.float8:
+        compute_student_in_float8(student, world.device, plan)
+    for model in (teacher, student) if args.compile else ():
+        compile_layers(model)
+    if args.recompute:
+        recompute(student, True)
     if world.size > 1:
         student = shard_student(student, world, compute, cpu_offload=False)
     else:
         bf16 = args.weights == "bfloat16" and world.device.type == "cuda"
         student.module.to(world.device, torch.bfloat16 if bf16 else torch.float32)
-    for seed, model in enumerate((teacher, student)):
-        draw(model.module, seed)
+    draw(student.module, 1)
     run = Run(
         plan=plan, world=world, work=Path("-"), student=student, teacher=teacher, hidden=None, stored=None,
         course=Course.of(plan), corpora=(corpus(shape, plan.global_batch_size),), held_out=None,
@@ -268,7 +274,7 @@ def alone(args: argparse.Namespace, world: World) -> None:
     peak = peak_flops(world.device, torch.bfloat16 if world.device.type == "cuda" else torch.float32)
     share = utilisation(work, rate, peak, world.size)
     if world.leads:
-        print(f"{describe(args)}, weights {args.weights}, moments {args.states}")
+        print(f"{describe(args)}, weights {args.weights}, moments {args.states}, float8: {args.float8 or None}")
         where = "on this device alone" if world.size == 1 else f"student sharded, teacher {args.teacher}"
         print(f"devices: {world.size}, {where}")
         used = "not measured (no CUDA device whose peak is known)" if share is None else f"{share:.1%}"
@@ -293,6 +299,9 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--weights", choices=["float32", "bfloat16"], default="float32", help="of our student")
     parser.add_argument("--states", choices=["float32", "bfloat16", "int8"], default="float32", help="our moments")
+    parser.add_argument(
+        "--float8", nargs="*", choices=["student", "teacher"], default=[], help="our products in float8"
+    )
     parser.add_argument("--alone", action="store_true", help="our step without the plain loop, which may not fit")
     parser.add_argument("--only", choices=list(METHODS), help=argparse.SUPPRESS)
     args = parser.parse_args()

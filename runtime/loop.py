@@ -46,6 +46,7 @@ def learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progres
         progress.task(name, plan.trained_tokens, "tokens", done=state.tokens) as task,
     ):
         check_memory(run)
+        pace = Pace(plan.trained_tokens)
         while state.step < plan.steps:
             start, before = time.perf_counter(), state
             try:
@@ -57,6 +58,7 @@ def learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progres
             tokens = state.tokens - before.tokens
             rate = tokens / (time.perf_counter() - start)
             line = {"step": state.step, "tokens": state.tokens, **figures, "tokens_per_second": round(rate, 1)}
+            line["seconds_left"] = pace.seconds_left(state.tokens, rate)
             line["memory_bytes"] = peak_memory(world.device)
             if (
                 mfu := utilisation(run.course.at(before.step).phase.flops_per_token, rate, peak, world.size)
@@ -82,6 +84,23 @@ def learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progres
             if stop and not last:
                 progress.message(f"interrupted after step {state.step}; train again to go on from there")
                 raise KeyboardInterrupt
+
+
+class Pace:
+    """The speed of a training since this process began, all that it does between steps included, but for the first step, which
+    compiles."""
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens, self._begun = tokens, (0.0, 0)
+
+    def seconds_left(self, done: int, rate: float) -> float:
+        """Returns the time that the rest will take after `done` tokens; `rate` is that of the last step."""
+        now, (start, first) = time.perf_counter(), self._begun
+        if not first:
+            self._begun = now, done
+        else:
+            rate = (done - first) / (now - start)
+        return round((self._tokens - done) / rate, 1)
 
 
 def _write(metrics: MetricsLog | None, line: Mapping[str, float]) -> WorkError | None:

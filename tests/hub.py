@@ -1,4 +1,5 @@
-"""A Hugging Face Hub for the tests: its cache on disk as huggingface_hub lays it out, and a small server of its API."""
+"""A Hugging Face Hub for the tests, of models and data sets: its cache on disk as huggingface_hub lays it out, and a
+small server of its API."""
 
 from __future__ import annotations
 
@@ -42,8 +43,8 @@ def put_in_cache(cache: Path, repo: str, commit: str, files: Path, *refs: str, k
 
 @dataclass
 class Hub:
-    """A server. `repositories`: id -> (revision -> commit, folder with the files); `asked` are the paths of all
-    requests, with the range of bytes that was asked for."""
+    """A server. `repositories`: id -> (revision -> commit, folder with the files), of a data set `datasets/` and its id;
+    `asked` are the paths of all requests, with the range of bytes that was asked for."""
 
     url: str = ""
     repositories: dict[str, tuple[dict[str, str], Path]] = field(default_factory=dict)
@@ -71,6 +72,9 @@ def serving(patch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
     server.server_close()
 
 
+_REPOSITORY = r"(?:datasets/)?[^/]+/[^/]+"
+
+
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -83,8 +87,11 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             path = self.path.split("?")[0]
-            info = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
-            file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+            info = re.fullmatch(rf"/api/(?:models/)?({_REPOSITORY})(?:/(revision|tree|paths-info)/([^/]+))?", path)
+            file = re.fullmatch(rf"/({_REPOSITORY})/resolve/([^/]+)/(.+)", path)
+            inside = re.fullmatch(rf"/api/({_REPOSITORY})/tree/[^/]+/.+", path)  # repositories here have no folders
+            if inside is not None and inside[1] in hub.repositories:
+                return self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
             match = info or file
             repo = match[1] if match else ""
             if repo in hub.gated and file is None and info is not None and info[2] != "tree":
@@ -96,13 +103,24 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             commit = revision if revision in refs.values() else refs.get(revision)
             if commit is None:
                 return self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-            if info is not None and info[2] != "tree":
+            if info is not None and info[2] in (None, "revision"):
                 hub.asked.append(path)
-                return self._answer(200, json.dumps({"id": repo, "sha": commit, "siblings": []}).encode())
+                files = [{"rfilename": one.name} for one in sorted(folder.iterdir())] if "datasets/" in repo else []
+                about = {"id": repo.removeprefix("datasets/"), "sha": commit, "siblings": files}
+                return self._answer(200, json.dumps(about).encode())
             if info is not None:
                 return self._answer(200, json.dumps([_entry(one) for one in sorted(folder.iterdir())]).encode())
             assert file is not None
             return self._file(folder / file[3], commit)
+
+        def do_POST(self) -> None:
+            """Of paths that are asked about, those that exist; data sets have folders that others have too, and none here."""
+            asked = self.rfile.read(int(self.headers["content-length"])).decode()
+            match = re.fullmatch(rf"/api/({_REPOSITORY})/paths-info/[^/]+", self.path)
+            if match is None or match[1] not in hub.repositories:
+                return self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+            entries = [_entry(one) for one in hub.repositories[match[1]][1].iterdir() if f'"{one.name}"' in asked]
+            return self._answer(200, json.dumps(entries).encode())
 
         def _file(self, path: Path, commit: str) -> None:
             if not path.is_file():

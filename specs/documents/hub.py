@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from minitron.specs.data import Source
 from minitron.specs.documents.opening import packages_missing
 from minitron.specs.errors import WorkError, first_line
+
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def dataset_rows(source: Source) -> Iterator[tuple[Any, str]]:
@@ -52,12 +55,47 @@ def _load(source: Source) -> Iterable[Any]:
             f"the data set {source.dataset} cannot be loaded ({first_line(error)}); check its name, `subset`, `split` and "
             "`revision`, and the network; without a network, write a folder that holds it"
         ) from None
+    if not folder.is_absolute():
+        _check_revision(loaded, source)
     # Of a folder all splits are there, or it is one by itself, whatever the split is called.
     if isinstance(loaded, dict):
         return _split(loaded, source)
     if saved and _sliced(source.split):
         return _split({source.split.partition("[")[0]: loaded}, source)
     return loaded  # type: ignore[no-any-return]
+
+
+def _check_revision(loaded: Any, source: Source) -> None:
+    """Checks that a data set of the Hub is of the revision that was asked for: without a network the library takes the newest
+    copy in its cache, whatever was asked. WorkError where it is of another."""
+    commit = _commit(source)
+    copies = {Path(file["filename"]).parent.name for file in getattr(loaded, "cache_files", ())}
+    others = sorted(name for name in copies if _COMMIT.fullmatch(name) and name != commit)
+    if source.revision is None or not others:
+        return
+    if commit is None:
+        import datasets
+
+        if not datasets.config.HF_HUB_OFFLINE:  # then the Hub itself has said which commit it is
+            return
+    raise WorkError(
+        f"the data set {source.dataset} is in the cache as of commit {others[0]}, and `revision` asks for {source.revision}; "
+        "go online, or write `revision` with what is there"
+    )
+
+
+def _commit(source: Source) -> str | None:
+    """Returns the commit of the source's revision, as far as huggingface_hub knows it here; None where it does not."""
+    if source.revision is None or _COMMIT.fullmatch(source.revision):
+        return source.revision
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=str(source.dataset), repo_type="dataset")
+    try:
+        return (folder / "refs" / source.revision).read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
 
 
 def _sliced(split: str) -> bool:

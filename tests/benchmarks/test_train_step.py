@@ -19,12 +19,21 @@ def bench() -> ModuleType:
 
 def test_both_loops_learn_the_same(bench: ModuleType) -> None:
     args, world = (
-        argparse.Namespace(compile=False, recompute=False, weights="float32", states="float32"),
+        argparse.Namespace(compile=False, recompute=False, weights="float32", states="float32", float8=[]),
         World(0, 1, torch.device("cpu")),
     )
     plain, ours = (bench.METHODS[name](args, bench.SHAPES["tiny"], world) for name in ("plain", "minitron"))
     for step in range(3):
         assert ours(step) == pytest.approx(plain(step), rel=1e-5)
+
+
+def test_products_in_float8_are_near(bench: ModuleType) -> None:
+    pytest.importorskip("torchao")
+    world, losses = World(0, 1, torch.device("cpu")), []
+    for float8 in ([], ["student", "teacher"]):
+        args = argparse.Namespace(compile=False, recompute=True, weights="float32", states="float32", float8=float8)
+        losses.append(bench.METHODS["minitron"](args, bench.SHAPES["tiny"], world)(0))
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.1)
 
 
 def test_the_large_shapes_have_the_published_sizes(bench: ModuleType) -> None:

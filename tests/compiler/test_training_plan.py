@@ -147,7 +147,7 @@ def test_what_the_spec_says_is_what_it_says(folder: Path) -> None:
 
 def test_what_the_spec_leaves_open_is_decided(folder: Path) -> None:
     plan = content(written(folder, LEAST))
-    assert plan["micro_batch_size"] == 1 and plan["sequence_length"] == 8192 and plan["global_batch_size"] == 768
+    assert plan["micro_batch_size"] == 2 and plan["sequence_length"] == 4096 and plan["global_batch_size"] == 768
     assert plan["checkpoint"]["every_tokens"] == plan["held_out"]["every_tokens"] == 3_000_000_000 // 20
     assert plan["loss"]["logits"] == {"divergence": "forward_kl", "temperature": 1.0, "weight": 1.0}
     assert plan["optimizer"]["betas"] == [0.9, 0.95] and isinstance(plan["optimizer"]["lr"], float)

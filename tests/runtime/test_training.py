@@ -56,6 +56,7 @@ def test_metrics_have_one_line_a_step(build: Path) -> None:
     raw = read_metrics(build / "train" / "metrics.jsonl")
     assert all(line["tokens_per_second"] > 0 and line["memory_bytes"] > 1 << 20 for line in raw)
     assert not any("mfu" in line for line in raw), "the peak of a CPU is not known"
+    assert raw[-1]["seconds_left"] == 0.0 and all(line["seconds_left"] >= 0 for line in raw)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
