@@ -12,6 +12,9 @@ in one process, memory is the peak of anonymous memory of a process of its own, 
                   by layer, over the same tokens through the model's own decoder (same dtype, no head)
     samples       the peak of a calibration of four times as many samples, over that of these
     slicing       a student of half the hidden channels and half the FFN written from the files, over a copy of the files
+    whole         all of a compile, every check included, where calibration may take a quarter of the checkpoint less what
+                  the graphs take: the peak beyond what a compile of a tiny model of as many layers left in memory, and
+                  whether student/ has the same bytes as without such a limit
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import shutil
 import statistics
@@ -38,12 +42,13 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from minitron.compiler import Plan, make_plan
+from minitron.compiler import Plan, compile_spec, make_plan
 from minitron.compiler.capture.models import build_meta, stored_tensors
-from minitron.compiler.compilation import Compilation, run_buffers
-from minitron.compiler.compile import emit, rewrite
+from minitron.compiler.compilation import Compilation, Work, run_buffers
+from minitron.compiler.compile import Stages, emit, rewrite
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.graph.executor import Executor, Feeding, Settings
+from minitron.compiler.graph.memory import release_heap
 from minitron.compiler.graph.streams import FileStreams, MemoryStreams
 from minitron.compiler.importance.calibrate import Run, calibrate
 from minitron.compiler.importance.progress_file import Interrupted
@@ -54,23 +59,27 @@ from minitron.compiler.importance.taps import CalibrationConfig, DepthConfig
 from minitron.compiler.score import run_dtype
 from minitron.compiler.storage.tensors import save_tensors
 from minitron.compiler.weights.source import open_weights
-from minitron.specs import load_spec
+from minitron.specs import LoadedSpec, load_spec
+from minitron.specs.file_hashes import file_hash
 from minitron.specs.progress import Silent
 from minitron.specs.units import BYTES_UNITS, parse_quantity
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tests.foundry import WITHOUT_PROGRAM
 from tests.models import save_tokenizer, text
 
 VOCABULARY = 8192
 SHARDS = 4
 # hidden, FFN, layers, query heads, key-value heads, vocabulary
 SHAPES = {"8b": (4096, 14336, 32, 32, 8, 128256), "70b-16": (8192, 28672, 16, 64, 8, 128256)}
-PARTS = ("calibration", "samples", "slicing")
+PARTS = ("calibration", "samples", "slicing", "whole")
+# Of a quarter of the checkpoint, the share that calibration is told to take; the rest is for graphs and the student.
+CALIBRATION_SHARE = 0.6
 
 
 def shape_of(gigabytes: float) -> tuple[int, int, int, int, int, int]:
     """A Llama of about so many bytes in bf16."""
-    hidden = 2048 if gigabytes >= 0.5 else 1024
+    hidden = 1536 if gigabytes >= 0.5 else 768
     ffn = hidden * 11 // 4
     layer = 2.5 * hidden * hidden + 3 * hidden * ffn
     layers = max(2, round((gigabytes * 1e9 / 2 - 2 * VOCABULARY * hidden) / layer))
@@ -121,19 +130,25 @@ class Bench:
 
     def plan(self) -> Plan:
         """The plan of a student of half the width."""
-        (self.work / "corpus.txt").write_text(text(50))
-        config = json.loads((self.teacher / "config.json").read_text())
+        return make_plan(self.spec(self.teacher, 2, 16), build=self.work / "build", weights=True)
+
+    def spec(self, teacher: Path, samples: int, length: int) -> LoadedSpec:
+        """The spec of a student of half the width of `teacher`."""
+        (self.work / "corpus.txt").write_text(text(max(50, samples * length // 4)))
+        config = json.loads((teacher / "config.json").read_text())
         spec = {
             "name": "bench",
-            "teacher": {"model": str(self.teacher)},
+            "teacher": {"model": str(teacher)},
             "student": {
                 "hidden_size": config["hidden_size"] // 2,
                 "intermediate_size": config["intermediate_size"] // 2,
             },
-            "importance": {"data": {"text": [str(self.work / "corpus.txt")], "samples": 2, "sequence_length": 16}},
+            "importance": {
+                "data": {"text": [str(self.work / "corpus.txt")], "samples": samples, "sequence_length": length}
+            },
         }
         (self.work / "spec.yaml").write_text(yaml.safe_dump(spec))
-        return make_plan(load_spec(self.work / "spec.yaml"), build=self.work / "build", weights=True)
+        return load_spec(self.work / "spec.yaml")
 
     def ids(self, samples: int) -> torch.Tensor:
         """Token ids [samples, length]."""
@@ -257,6 +272,28 @@ class Bench:
             "peak, MB": found[0] / 1e6, "2 x largest tensor + 64 MiB, MB": (2 * largest + (64 << 20)) / 1e6,
         }  # fmt: skip
 
+    def measure_whole(self) -> dict[str, float]:
+        os.environ["MINITRON_CACHE"] = "none"  # each compile makes everything itself
+        layers = json.loads((self.teacher / "config.json").read_text())["num_hidden_layers"]
+        tiny = generate(self.work / "tiny", (64, 128, layers, 2, 1, VOCABULARY))
+        size = sum(file.stat().st_size for file in self.teacher.glob("*.safetensors"))
+
+        def compiled(teacher: Path, name: str, memory: int | None) -> dict[str, str]:
+            spec, build = self.spec(teacher, self.samples, self.length), self.work / name
+            stages = WITHOUT_PROGRAM if memory is None else Stages()
+            compile_spec(spec, build, device=self.device, progress=Silent(), stages=stages, work=Work(memory=memory))
+            return {path.name: file_hash(path) for path in (build / "student").iterdir()}
+
+        compiled(tiny, "tiny-build", None)
+        release_heap()
+        with peak() as found:
+            capped = compiled(self.teacher, "capped", int(size / 4 * CALIBRATION_SHARE))
+        free = compiled(self.teacher, "free", None)
+        return {
+            "peak, MB": found[0] / 1e6, "a quarter of the checkpoint, MB": size / 4e6, "peak / quarter": found[0] / (size / 4),
+            "same bytes": float(capped == free),
+        }  # fmt: skip
+
 
 def interleaved(
     arms: dict[str, Callable[[], object]], repetitions: int, device: str
@@ -344,6 +381,7 @@ def main() -> None:
                 "calibration": bench.measure_calibration,
                 "samples": lambda: bench.measure_peak(arguments.samples),
                 "slicing": bench.measure_slicing,
+                "whole": bench.measure_whole,
             }[arguments.part]
             print(json.dumps(part()))
             return

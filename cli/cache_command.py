@@ -12,7 +12,7 @@ import typer
 from minitron.cli import figures, options
 from minitron.cli.render import say, show_sections
 from minitron.cli.sections import Column, Section
-from minitron.specs.cache import NO_CACHE, VARIABLE, Entry, cache_folder, entries, remove
+from minitron.specs.cache import NO_CACHE, VARIABLE, Entry, abandoned, cache_folder, discard, entries, remove
 from minitron.specs.errors import UsageError
 
 _SECONDS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
@@ -28,9 +28,10 @@ def cache(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """List the cache that builds share (scores, tokens, teacher logits), or remove what is not used.
+    """List the cache that builds share (scores, tokens, teacher logits, checks), or remove what is not used.
 
-    Builds stay whole without it; what is missing is made again when it is needed."""
+    Builds stay whole without it; what is missing is made again when it is needed. --prune also removes what killed
+    processes left half-written a day ago or more."""
     place = cache_folder(folder / "any")
     if place is None:
         raise UsageError(f"{VARIABLE} is {NO_CACHE}: there is no cache; unset it, or name a folder")
@@ -39,6 +40,8 @@ def cache(
     if prune:
         for one in found:
             remove(one)
+        for path in abandoned(place):
+            discard(path)
     listed = [{"kind": one.kind, "path": str(one.path), "bytes": one.bytes, "used": one.used} for one in found]
     content = {"cache": str(place), "removed": prune, "entries": listed}
     if not found and not as_json:

@@ -32,7 +32,8 @@ from minitron.compiler.emit.rewritten import RewrittenStudent
 from minitron.compiler.emit.student import StudentFolder, student_tensors, write_student
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.graph.executor import Executor
-from minitron.compiler.graph.names import Fetch, dtype_of, strip_wrapper
+from minitron.compiler.graph.memory import release_heap
+from minitron.compiler.graph.names import Fetch, strip_wrapper
 from minitron.compiler.importance.batches import batches_of
 from minitron.compiler.importance.ranking import equal_scores, unreached_experts
 from minitron.compiler.importance.scores import ScoreTable, WidthConfig
@@ -58,9 +59,10 @@ from minitron.compiler.student.config_keys import config_key
 from minitron.compiler.student.targets import Targets
 from minitron.compiler.teacher.freshness import staleness
 from minitron.compiler.teacher.provenance import at_commit, observe, with_result
+from minitron.compiler.teacher_checks import known_teacher, original_of
 from minitron.compiler.verify.checks import Check, failed
-from minitron.compiler.verify.run import STUDENT_CHECKS, StudentCheck, run_checks, run_teacher_checks
-from minitron.compiler.verify.subject import Original, Ranking, Subject
+from minitron.compiler.verify.run import STUDENT_CHECKS, StudentCheck, run_checks
+from minitron.compiler.verify.subject import Ranking, Subject
 from minitron.compiler.weights.buffers import load_buffers
 from minitron.compiler.weights.recipes import recipes
 from minitron.compiler.weights.source import WeightSource, open_weights
@@ -180,25 +182,13 @@ def emit(compilation: Compilation, student: RewrittenStudent) -> None:
     folder = StudentFolder(plan.config, plan.model, plan.dtype, plan.checkpoint.folder, card)
     with compilation.progress.task("write student", Estimate(plan).student_costs.weight_bytes, "B") as task:
         write_student(compilation.build / STUDENT, folder, tensors, task.advance)
+    release_heap()
 
 
 def write_program(compilation: Compilation, student: RewrittenStudent) -> None:
     """Writes student.pt2."""
     program = build_program(student.graph_module, load_buffers(compilation.plan.model))
     save_program(program, compilation.build / PROGRAM)
-
-
-def _original(compilation: Compilation) -> Original:
-    plan = compilation.plan
-    return Original(
-        plan.teacher, compilation.source, compilation.buffers, compilation.settings, plan.checkpoint.folder,
-        dtype_of(plan.checkpoint.dtype),
-    )  # fmt: skip
-
-
-def verify_teacher(compilation: Compilation) -> list[Check]:
-    """Runs the checks of the teacher, before anything is computed with it."""
-    return run_teacher_checks(_original(compilation), compilation.progress)
 
 
 def verify(
@@ -213,7 +203,7 @@ def verify(
     plan, importance = compilation.plan, compilation.plan.loaded.spec.importance
     subject = Subject(
         compilation.build,
-        _original(compilation),
+        original_of(compilation),
         student,
         plan.config,
         plan.model,
@@ -234,7 +224,7 @@ def verify(
 class Stages:
     """The stages of a compile after the plan. Tests and experiments replace one and keep the driver."""
 
-    verify_teacher: Callable[[Compilation], list[Check]] = verify_teacher
+    verify_teacher: Callable[[Compilation], list[Check]] = known_teacher
     score: Callable[[Compilation], tuple[ScoreTable, torch.Tensor | None]] = score
     select: Callable[[Plan, ScoreTable], Selection] = field(
         default=lambda plan, scores: select(

@@ -11,7 +11,7 @@ import torch
 from minitron.compiler.compilation import RUN_DTYPE, Compilation, run_buffers, weight_hashes
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.graph.executor import Executor, Feeding, Settings
-from minitron.compiler.graph.memory import free_memory, host_memory
+from minitron.compiler.graph.memory import free_memory, host_memory, release_heap
 from minitron.compiler.graph.streams import FileStreams, MemoryStreams, Streams
 from minitron.compiler.importance.calibrate import Run, calibrate
 from minitron.compiler.importance.layer_elimination import LayerElimination
@@ -23,6 +23,7 @@ from minitron.compiler.importance.scores import ScoreTable, WidthConfig
 from minitron.compiler.importance.taps import CalibrationConfig, DepthConfig
 from minitron.compiler.plan.checks import teacher_key
 from minitron.compiler.plan.plan import Plan
+from minitron.compiler.teacher.lock import versions
 from minitron.compiler.teacher.tokenizer import load_tokenizer
 from minitron.specs import cache
 from minitron.specs.builds import PARTIAL_SCORES, PARTIAL_STREAMS, SCORES
@@ -31,9 +32,10 @@ from minitron.specs.data_files import content_hash, resolve_data
 from minitron.specs.errors import placing
 
 
-def score(compilation: Compilation) -> tuple[ScoreTable, torch.Tensor | None]:
+def score(compilation: Compilation, *, made_anyhow: bool = False) -> tuple[ScoreTable, torch.Tensor | None]:
     """Returns the importance scores; reads them from the build folder if they were made from the same teacher, data and
-    settings."""
+    settings, on a device of the same kind in the same dtype. `made_anyhow`: on whatever device, because they are those that
+    the build was made with."""
     plan, importance = compilation.plan, compilation.plan.loaded.spec.importance
     if importance.data is None or not plan.needs_scores:
         return ScoreTable(), None
@@ -54,9 +56,10 @@ def score(compilation: Compilation) -> tuple[ScoreTable, torch.Tensor | None]:
         importance.selection == "greedy",
     )
     key = _score_key(plan, content_hash(data), samples, config)
-    path = compilation.build / SCORES
-    shared = entry_path(plan.build, cache.SCORES, f"{key}.safetensors")
-    found = ranks.from_leader(_found(compilation, path, shared, key) if ranks.leads else None)
+    path, made = compilation.build / SCORES, _made(compilation)
+    shared = entry_path(plan.build, cache.SCORES, f"{hashlib.sha256(f'{key} {made}'.encode()).hexdigest()}.safetensors")
+    own = read_scores(path, key) if ranks.leads and made_anyhow else None
+    found = ranks.from_leader((own or _found(compilation, path, shared, (key, made))) if ranks.leads else None)
     if found is not None:
         return found, samples
     scores = _calibrated(compilation, samples, config, key)
@@ -65,12 +68,17 @@ def score(compilation: Compilation) -> tuple[ScoreTable, torch.Tensor | None]:
     return scores, samples
 
 
-def _found(compilation: Compilation, path: Path, shared: Path | None, key: str) -> ScoreTable | None:
+def _made(compilation: Compilation) -> str:
+    """The kind of device and the dtype in which this compile calibrates: bits of the scores depend on both."""
+    return f"{torch.device(compilation.device).type} {run_dtype(compilation.device, compilation.plan.dtype)}"
+
+
+def _found(compilation: Compilation, path: Path, shared: Path | None, wanted: tuple[str, str]) -> ScoreTable | None:
     """The scores of the build folder, or those of another build beside it."""
     for place in (path, shared):
         if place is None or compilation.work.fresh:
             continue
-        cached = read_scores(place, key)
+        cached = read_scores(place, *wanted)
         if cached is not None and (cached.layers is not None or not compilation.plan.rank_layers):
             compilation.progress.message(f"scores: taken from {place}")
             share_file(path, shared) if place == path else share_file(place, path)
@@ -91,7 +99,7 @@ def _calibrated(compilation: Compilation, samples: torch.Tensor, config: Calibra
     dtype = run_dtype(device, plan.dtype)
     which = f"{work.ranks.rank}-of-{work.ranks.size}" if work.ranks.size > 1 else ""
     # Another dtype, or another share of the samples, is another calibration, though the scores serve the same.
-    saved = Interrupted(build / _beside(PARTIAL_SCORES, which), f"{key} {dtype} {torch.device(device).type} {which}")
+    saved = Interrupted(build / _beside(PARTIAL_SCORES, which), f"{key} {_made(compilation)} {which}")
     if work.fresh:
         saved.remove()
     metric, at_once = config.depth.metric, plan.rank_layers and not config.depth.one_by_one
@@ -118,8 +126,9 @@ def _calibrated(compilation: Compilation, samples: torch.Tensor, config: Calibra
         elimination = LayerElimination(plan.teacher, executor, samples, metric, work.ranks)
         scores = replace(scores, layers=elimination.scores(config.depth.one_by_one, compilation.progress))
     if work.ranks.leads:
-        write_scores(build / SCORES, key, scores)
+        write_scores(build / SCORES, key, scores, _made(compilation))
     saved.remove()
+    release_heap()
     return scores
 
 
@@ -149,7 +158,7 @@ def _score_key(plan: Plan, data: str, samples: torch.Tensor, config: Calibration
         data,
         repr(config),
         str(plan.dtype),
-        torch.__version__,
+        repr(sorted(versions().items())),
     ):
         digest.update(part.encode())
     digest.update(samples.numpy().tobytes())

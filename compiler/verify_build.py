@@ -14,7 +14,9 @@ from minitron.compiler.compile import Stages, kept_coordinates, merge, refit, ro
 from minitron.compiler.compile import verify as run_verification
 from minitron.compiler.plan.plan import Plan, settled, with_weights
 from minitron.compiler.planning import make_plan
+from minitron.compiler.score import score
 from minitron.compiler.teacher.provenance import at_commit, observe, with_result
+from minitron.compiler.teacher_checks import verify_teacher
 from minitron.compiler.verify.checks import Check
 from minitron.compiler.weights.source import open_weights
 from minitron.specs.builds import PLAN, PROGRAM, SCORES, STUDENT, VERIFICATION, read_document
@@ -63,8 +65,8 @@ def _checks(plan: Plan, recorded: Mapping[str, str], device: str, progress: Prog
     """Makes the student anew in memory, up to the files, and compares the build with it."""
     source, stages = open_weights(plan.teacher.captured, plan.checkpoint), Stages()
     compilation = Compilation(plan, source, run_buffers(plan, plan.teacher.captured.config), device, progress)
-    of_teacher = stages.verify_teacher(compilation)
-    scores, samples = stages.score(compilation)
+    of_teacher = verify_teacher(compilation)
+    scores, samples = score(compilation, made_anyhow=True)
     chosen = stages.select(plan, scores)
     if plan.rotates:
         compilation, chosen = rotate(compilation, chosen, scores, samples)

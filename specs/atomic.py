@@ -190,9 +190,14 @@ def publish_folder(temporary: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def leftovers(folder: Path, name: str = "*") -> list[Path]:
+    """The temporary files and folders in `folder`, of processes that were killed or are at work: those of `name`, or all."""
+    return [*folder.glob(f"{_PREFIX}{name}{_SUFFIX}" if name == "*" else f"{_PREFIX}{glob.escape(name)}.*{_SUFFIX}")]
+
+
 def remove_leftovers(folder: Path, name: str = "*") -> None:
     """Removes the temporary files and folders that killed processes left in `folder`: those of `name`, or all."""
-    for path in folder.glob(f"{_PREFIX}{name}{_SUFFIX}" if name == "*" else f"{_PREFIX}{glob.escape(name)}.*{_SUFFIX}"):
+    for path in leftovers(folder, name):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -4,6 +4,7 @@ CACHE/
     scores/KEY.safetensors      importance scores and Gram matrices of a teacher on its calibration samples
     tokens/KEY/                 the tokens of a data source
     teacher_logits/KEY/         samples of a teacher's distribution over the training data
+    checks/KEY.json             the checks that a teacher passed
 
 Builds do not need the cache: what they keep lies in them, as a second link to the same bytes where the file system has
 links. Tokens are only in the cache. An entry may be removed at any time; it is then made again.
@@ -14,19 +15,22 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minitron.specs.atomic import MARKER, atomic_path, claim_folder, temporary_path
+from minitron.specs.atomic import MARKER, atomic_path, claim_folder, leftovers, temporary_path
 from minitron.specs.builds import DATA_CACHE
 from minitron.specs.errors import UsageError
 from minitron.specs.locks import LOCK
 
 VARIABLE = "MINITRON_CACHE"
 NO_CACHE = "none"
-SCORES, TOKENS, TEACHER_LOGITS = "scores", "tokens", "teacher_logits"
-KINDS = (SCORES, TOKENS, TEACHER_LOGITS)
+SCORES, TOKENS, TEACHER_LOGITS, CHECKS = "scores", "tokens", "teacher_logits", "checks"
+KINDS = (SCORES, TOKENS, TEACHER_LOGITS, CHECKS)
+ABANDONED_SECONDS = 86_400.0
+"""A temporary file or folder that nothing was written into for this long was left by a process that is gone."""
 
 _BUILDS = "builds"
 """The name of the folder for builds, in which the cache is plainly `.cache`."""
@@ -62,6 +66,8 @@ def entry_path(build: Path, kind: str, name: str) -> Path | None:
         return None
     claim_folder(cache, KINDS, f"set {VARIABLE}")
     (cache / kind).mkdir(exist_ok=True)
+    for path in abandoned(cache, [kind]):
+        discard(path)
     return cache / kind / name
 
 
@@ -114,10 +120,31 @@ def remove(entry: Entry) -> None:
     """Removes an entry. It is renamed first: what is half removed must not look like one."""
     aside = temporary_path(entry.path, "removed")
     entry.path.replace(aside)
-    if aside.is_dir():
-        shutil.rmtree(aside)
+    discard(aside)
+
+
+def abandoned(cache: Path, kinds: Sequence[str] = KINDS) -> list[Path]:
+    """The temporary files and folders that killed processes left. By age, for the process may have run on another machine:
+    the last time that anything in them was written."""
+    before = time.time() - ABANDONED_SECONDS
+    return [path for kind in kinds for path in leftovers(cache / kind) if _last_written(path) < before]
+
+
+def discard(path: Path) -> None:
+    """Removes a temporary file or folder; another process may be doing the same."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        aside.unlink()
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _last_written(path: Path) -> float:
+    times = [0.0]
+    for one in (path, *path.rglob("*")):
+        with contextlib.suppress(OSError):
+            times.append(one.lstat().st_mtime)
+    return max(times)
 
 
 def _paths(folder: Path) -> Iterator[Path]:

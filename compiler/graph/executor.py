@@ -103,10 +103,11 @@ class Executor:
         graph = graph_module.graph
         self.settings, self.fetch = settings, fetch
         self._source = (graph_module, layer_of, fetch, buffers)
-        self._feed = WeightFeed(fetch, buffers, settings, shared_weights(graph_module, layer_of), feeding)
+        shared = () if feeding.apart else shared_weights(graph_module, layer_of)
+        self._feed = WeightFeed(fetch, buffers, settings, shared, feeding)
         apart = by_shape(graph, layer_of, buffers)
         self._by_shape = ByShape(apart, settings, self._feed.one, fast_attention=fast_attention)
-        self._segments = cut(graph_module, layer_of, set(apart))
+        self._segments = cut(graph_module, layer_of, set(apart), one_matrix=feeding.apart)
         self._output: Node = next(n for n in graph.nodes if n.op == "output").args[0]
         while isinstance(self._output, tuple | list):
             (self._output,) = self._output
@@ -154,7 +155,7 @@ class Executor:
         weights: dict[Node, torch.Tensor] = {}
         try:
             for at in range(begin.segment, len(needed)):
-                weights.clear()  # before the next are read: those of two layers are never computed with together
+                self._feed.leave(weights)  # before the next are read: two layers' are never computed with together
                 first = begin.batch if at == begin.segment else 0
                 if needed[at].nodes and first < len(batches):
                     weights.update(self._feed.take(needed[at].weights))
@@ -169,7 +170,7 @@ class Executor:
                 if at in births:
                     lanes.append(at + 1)
         finally:
-            weights.clear()
+            self._feed.leave(weights)
             self._feed.end()
 
     def _step(self, step: _Step, ids: torch.Tensor, number: int, lanes: Sequence[int]) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 # Of what is free: the rest of the process, and other ones, take memory too.
 SHARE = 0.8
+# Parameters of mallopt, from malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_USUAL_THRESHOLD = 32 << 20
 UNKNOWN = 4 << 30  # where the system says nothing
 
 
@@ -24,6 +30,33 @@ def host_memory() -> int:
     """The bytes of host memory that may be taken."""
     found = [value for value in (_available(), _container(), _limit()) if value is not None]
     return int(max(0, min(found)) * SHARE) if found else UNKNOWN
+
+
+def release_heap() -> None:
+    """Gives memory that was freed on the heap back to the system, where the C library is GNU's."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+
+
+@contextmanager
+def apart_from_heap() -> Iterator[None]:
+    """Makes every tensor of a megabyte or more that is made here a mapping of its own, which goes back to the system when the
+    tensor goes. On the heap, weights of several sizes and dtypes leave holes as large as themselves.
+
+    For weights and not for activations, whose memory is used over and over. Only where the C library is GNU's.
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
+        yield
+        return
+    library.mallopt(_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        # What the library comes to by itself once large blocks have been freed; a first call turns that off.
+        library.mallopt(_MMAP_THRESHOLD, _USUAL_THRESHOLD)
+        library.mallopt(_TRIM_THRESHOLD, 2 * _USUAL_THRESHOLD)
 
 
 def _available() -> int | None:

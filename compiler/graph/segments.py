@@ -38,19 +38,27 @@ class Segment:
         return count
 
 
-def cut(graph_module: GraphModule, layer_of: Callable[[Node], int | None], apart: Collection[Node]) -> list[Segment]:
-    """Cuts where the layer that nodes belong to changes. Weights belong to the segments that read them; the input and the
-    nodes that are `apart` are there everywhere; dead nodes are left out."""
+def cut(
+    graph_module: GraphModule,
+    layer_of: Callable[[Node], int | None],
+    apart: Collection[Node],
+    *,
+    one_matrix: bool = False,
+) -> list[Segment]:
+    """Cuts where the layer that nodes belong to changes, and with `one_matrix` before each further matrix. Weights belong to
+    the segments that read them; the input and the nodes that are `apart` are there everywhere; dead nodes are left out."""
     segments: list[Segment] = []
     last: int | None = -1
     place: dict[Node, int] = {}
+    matrices: set[Node] = set()
     for node in graph_module.graph.nodes:
         if node.op != "call_function" or node in apart:
             continue
-        layer = layer_of(node)
-        if layer != last:
+        layer, read = layer_of(node), {one for one in node.all_input_nodes if _is_matrix(one)}
+        if layer != last or (one_matrix and matrices and read - matrices):
             segments.append(Segment())
-            last = layer
+            last, matrices = layer, set()
+        matrices |= read
         segments[-1].nodes.append(node)
         place[node] = len(segments) - 1
     for node in graph_module.graph.nodes:
@@ -62,6 +70,11 @@ def cut(graph_module: GraphModule, layer_of: Callable[[Node], int | None], apart
             for index in range(place[node], max(readers, default=place[node])):
                 segments[index].live_after.add(node)
     return segments
+
+
+def _is_matrix(node: Node) -> bool:
+    """Checks whether a node is a weight of two dimensions or more."""
+    return node.op == "get_attr" and getattr(node.meta.get("val"), "ndim", 0) > 1
 
 
 def keep_until(segments: list[Segment], node: Node, last: Node) -> None:

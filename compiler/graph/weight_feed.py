@@ -11,7 +11,11 @@ import torch
 from torch.fx import Node
 
 from minitron.compiler.graph.calls import Settings
+from minitron.compiler.graph.memory import apart_from_heap, release_heap
 from minitron.compiler.graph.names import Fetch, strip_wrapper
+
+# Bytes of weights: behind a segment of fewer, giving back is not worth the few milliseconds that it takes.
+LEAST_RELEASED = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -20,10 +24,12 @@ class Feeding:
 
     resident  every weight stays on the device once it was read, for passes to come
     ahead     a thread reads the weights of the next segment, and on CUDA copies them from pinned memory, while one computes
+    apart     no two matrices are in memory together: for a few batches, which wait between two as others do between layers
     """
 
     resident: bool = False
     ahead: bool = False
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,8 @@ class WeightFeed:
 
     def take(self, nodes: Iterable[Node]) -> dict[Node, torch.Tensor]:
         """The weights that these nodes name, on the device. Errors of reading are raised here."""
-        return {node: self.one(node) for node in nodes}
+        with apart_from_heap():
+            return {node: self.one(node) for node in nodes}
 
     def one(self, node: Node) -> torch.Tensor:
         """The weight or buffer that a node names, on the device."""
@@ -78,6 +85,13 @@ class WeightFeed:
                 self._pool = self._pool or ThreadPoolExecutor(1, "weights")
                 self._asked[name] = self._pool.submit(self._read_ahead, name)
 
+    def leave(self, weights: dict[Node, torch.Tensor]) -> None:
+        """Lets the weights of a segment go, and gives back what its activations left on the heap."""
+        freed = sum(value.nbytes for value in weights.values())
+        weights.clear()
+        if freed >= LEAST_RELEASED and not self._feeding.resident and torch.device(self._settings.device).type == "cpu":
+            release_heap()
+
     def end(self) -> None:
         """Ends a pass: the thread stops, and only resident weights stay."""
         if self._pool is not None:
@@ -92,7 +106,8 @@ class WeightFeed:
 
     def _read_ahead(self, name: str) -> _Read:
         """Runs in the thread. The copy to the device is started there, on a stream of its own."""
-        value = self._fetch(name)
+        with apart_from_heap():
+            value = self._fetch(name)
         if torch.device(self._settings.device).type != "cuda":
             return _Read(value)
         pinned = value.pin_memory()

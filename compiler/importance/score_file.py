@@ -7,13 +7,18 @@ from pathlib import Path
 from minitron.compiler.importance.scores import ScoreTable
 from minitron.compiler.importance.tensor_file import read_tensors, write_tensors
 
+_MADE = "made on"
 
-def read_scores(path: Path, key: str) -> ScoreTable | None:
-    """Reads the scores in `path`; None where there are none, where they are damaged, or where their key is another one."""
+
+def read_scores(path: Path, key: str, made: str | None = None) -> ScoreTable | None:
+    """Reads the scores in `path`; None where there are none, where they are damaged, where their key is another one, or where
+    they were not `made` so."""
     found = read_tensors(path, key)
-    return None if found is None else ScoreTable.from_tensors(found[0])
+    if found is None or (made is not None and found[1].get(_MADE) != made):
+        return None
+    return ScoreTable.from_tensors(found[0])
 
 
-def write_scores(path: Path, key: str, scores: ScoreTable) -> None:
-    """Writes the scores whole or not at all."""
-    write_tensors(path, key, scores.to_tensors())
+def write_scores(path: Path, key: str, scores: ScoreTable, made: str = "") -> None:
+    """Writes the scores whole or not at all, with the device and dtype in which they were `made`."""
+    write_tensors(path, key, scores.to_tensors(), **{_MADE: made})

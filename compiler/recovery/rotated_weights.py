@@ -10,7 +10,8 @@ import torch
 from minitron.compiler.roles.rotation import Fold, Rotation
 from minitron.compiler.weights.source import WeightSource
 
-BLOCK_ROWS = 8192  # of a matrix that are turned at a time
+# Rows of a matrix that are turned at a time, in float64: fewer where they are long, and enough to fill the cores.
+BLOCK_ROWS, LEAST_ROWS, BLOCK_ELEMENTS = 8192, 256, 1 << 21
 
 
 class RotatedWeights:
@@ -66,8 +67,13 @@ class RotatedWeights:
         """Turns the axes of a parameter in float64; a matrix a block of rows at a time, for an embedding may be large."""
         axes = self._rotation.axes[name]
         if weight.dim() == 2 and len(axes) == 1:
-            blocks = torch.split(weight, BLOCK_ROWS, 1 - axes[0])
-            return torch.cat([self._turn(axes, block, fold) for block in blocks], 1 - axes[0]).contiguous()
+            along, turned = 1 - axes[0], torch.empty(weight.shape)
+            size = min(BLOCK_ROWS, max(LEAST_ROWS, BLOCK_ELEMENTS // len(self.basis)))
+            for start in range(0, weight.shape[along], size):
+                count = min(size, weight.shape[along] - start)
+                block = self._turn(axes, weight.narrow(along, start, count), fold)
+                turned.narrow(along, start, count).copy_(block)
+            return turned
         return self._turn(axes, weight, fold).contiguous()
 
     def _turn(self, axes: Sequence[int], weight: torch.Tensor, fold: Fold | None) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from minitron.compiler.capture.models import quiet
 from minitron.compiler.verify.checks import Check, exactly, skipped
 from minitron.compiler.verify.comparison import Floor, compare, distance
-from minitron.compiler.verify.hugging_face import NotRunnable, in_float32, logits_of
+from minitron.compiler.verify.hugging_face import NotRunnable, logits_of
 from minitron.compiler.verify.routes import Routes
 from minitron.specs.errors import first_line
 
@@ -26,23 +26,19 @@ class CannotGenerate(NotRunnable):
 def generation(routes: Routes) -> Check:
     """Compares a few steps with a cache with the same tokens read at once. What the teacher itself cannot do is not asked."""
     name, detail = "generation", "steps with a cache against the same tokens without one"
-    student, original = routes.subject.student, routes.subject.original
-    captured = original.teacher.captured
     trouble = ""
-    with in_float32(routes.model, captured, student.buffers):
-        try:
-            got, wanted = steps(routes.model, routes.prompt)
-        except CannotGenerate as error:
-            trouble = str(error)
+    try:
+        got, wanted = routes.in_float32(lambda _: steps(routes.model, routes.prompt))
+    except CannotGenerate as error:
+        trouble = str(error)
     if not trouble:
         check = compare(name, got, wanted, detail, routes.floor.typical(got))
         if check.passed:
             return check
-    with in_float32(routes.teacher.model, captured, original.buffers):
-        try:
-            ours, theirs = steps(routes.teacher.model, routes.prompt)
-        except NotRunnable as error:
-            return skipped(name, f"the teacher itself cannot: {error}")
+    try:
+        ours, theirs = routes.teacher.in_float32(lambda _: steps(routes.teacher.model, routes.prompt))
+    except NotRunnable as error:
+        return skipped(name, f"the teacher itself cannot: {error}")
     if trouble:
         return exactly(name, f"the teacher generates, and the student does not: {trouble}", "")
     off = float((distance(ours, theirs) / routes.teacher.floor.typical(ours).allowed).max())
@@ -62,9 +58,10 @@ def steps(model: Any, prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     )  # fmt: skip
     try:
         with quiet(), torch.no_grad():
+            prompt = prompt.to(model.device)
             found = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
     except Exception as error:  # modelling files raise anything
         raise CannotGenerate(f"generate() fails with {first_line(error)}") from None
     finally:
         model.generation_config = own
-    return torch.stack(found.logits, 1).float(), logits_of(model, found.sequences[:, :-1])[:, -STEPS:]
+    return torch.stack(found.logits, 1).float().cpu(), logits_of(model, found.sequences[:, :-1])[:, -STEPS:]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from minitron.compiler.emit.student import student_weights
 from minitron.compiler.graph.names import Fetch
 from minitron.compiler.verify.comparison import Floor, measured
-from minitron.compiler.verify.hugging_face import in_float32, load_model, logits_of
+from minitron.compiler.verify.hugging_face import load_model, logits_of
 from minitron.compiler.verify.perturbed import perturbed
 from minitron.compiler.verify.subject import Subject
 from minitron.compiler.verify.teacher_routes import TeacherRoutes
+from minitron.compiler.verify.widened import run_in_float32
 from minitron.specs.builds import STUDENT
+
+T = TypeVar("T")
 
 # Tokens at the end of the ids that a prompt leaves out: what is generated stays within the longest sequence.
 CONTINUED = 4
@@ -41,8 +45,12 @@ class Routes:
     @cached_property
     def loaded(self) -> torch.Tensor:
         """The logits of `model`, run in float32."""
-        with in_float32(self.model, self.subject.teacher.captured, self.subject.student.buffers):
-            return logits_of(self.model, self.ids)
+        return self.in_float32(lambda _: logits_of(self.model, self.ids))
+
+    def in_float32(self, work: Callable[[Fetch], T]) -> T:
+        """Does `work`, which is given the model's parameters by name, while `model` runs in float32."""
+        captured, buffers = self.subject.teacher.captured, self.subject.student.buffers
+        return run_in_float32(self.model, captured, buffers, self.subject.original.settings.device, work)
 
     @cached_property
     def rewritten(self) -> torch.Tensor:

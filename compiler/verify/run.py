@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from minitron.compiler.graph.memory import release_heap
 from minitron.compiler.verify.causality import causality
 from minitron.compiler.verify.checks import Check, broken
 from minitron.compiler.verify.configuration import configuration
@@ -74,6 +75,7 @@ def run_teacher_checks(
         found = []
         for check in wanted:
             found.append(check(routes))
+            release_heap()
             task.advance(1)
         return [one for one in found if one is not None]
 
@@ -101,4 +103,5 @@ def _each(wanted: Sequence[StudentCheck], routes: Routes, done: Callable[[], Non
             found = broken("reload", error) if check is reload else None
         if found is not None:
             yield found
+        release_heap()
         done()

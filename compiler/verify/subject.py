@@ -91,9 +91,10 @@ class Subject:
 
     def masked(self, name: str) -> torch.Tensor:
         """The teacher's parameter with everything dropped at zero; a dropped layer's is zero altogether."""
-        weight = self.original.held(name)
         recipe = self._by_source.get(name)
-        return torch.zeros_like(weight) if recipe is None else recipe.mask(weight)
+        if recipe is None:
+            return torch.zeros_like(self.original.held(name))
+        return recipe.mask(self.original.held(name))
 
     def unrounded(self, name: str) -> torch.Tensor:
         """The student's parameter in float32, from what the teacher's is in its own dtype."""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.fx import GraphModule
 
-from minitron.compiler.graph.executor import Executor
+from minitron.compiler.graph.executor import Executor, Feeding
 from minitron.compiler.graph.names import Fetch
 from minitron.compiler.verify.comparison import Floor, measured
-from minitron.compiler.verify.hugging_face import in_float32, load_model, logits_of
+from minitron.compiler.verify.hugging_face import load_model, logits_of
 from minitron.compiler.verify.perturbed import perturbed
 from minitron.compiler.verify.subject import Original
+from minitron.compiler.verify.widened import run_in_float32
 from minitron.compiler.weights.source import LoadedWeights
+
+T = TypeVar("T")
 
 
 class TeacherRoutes:
@@ -34,7 +37,7 @@ class TeacherRoutes:
         """A graph run layer by layer: its logits for the ids, and for `others` beside them."""
         found: dict[int, torch.Tensor] = {}
         captured = self.original.teacher.captured
-        Executor(graph_module, captured.layer_of, fetch, buffers, self.original.settings).run(
+        Executor(graph_module, captured.layer_of, fetch, buffers, self.original.settings, Feeding(apart=True)).run(
             [self.ids, *others],
             output=lambda logits, number: found.__setitem__(number, logits.float().cpu()),
         )
@@ -72,5 +75,9 @@ class TeacherRoutes:
     @cached_property
     def loaded(self) -> torch.Tensor:
         """The logits of `model`, run in float32 on weights in the dtype that the spec loads them in."""
-        with in_float32(self.model, self.original.teacher.captured, self.original.buffers):
-            return logits_of(self.model, self.ids)
+        return self.in_float32(lambda _: logits_of(self.model, self.ids))
+
+    def in_float32(self, work: Callable[[Fetch], T]) -> T:
+        """Does `work`, which is given the model's parameters by name, while `model` runs in float32."""
+        original = self.original
+        return run_in_float32(self.model, original.teacher.captured, original.buffers, original.settings.device, work)

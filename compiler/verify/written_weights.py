@@ -20,7 +20,7 @@ from minitron.compiler.verify.kept import Flags, WrongSelection, flags_over, kep
 from minitron.compiler.weights.recipes import Recipe
 from minitron.specs.errors import WorkError
 
-PIECE = 1 << 22
+PIECE = 1 << 20
 """Elements that are compared at a time."""
 
 Selection = Mapping[str, Sequence[Sequence[int]]]

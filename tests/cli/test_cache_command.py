@@ -38,6 +38,15 @@ def test_it_lists_and_removes(builds: Path, capsys: pytest.CaptureFixture[str]) 
     assert command_line(["cache", str(builds)]) == 0 and "there is nothing" in capsys.readouterr().err
 
 
+def test_pruning_removes_what_killed_processes_left(builds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    left = builds / ".cache" / "scores" / ".minitron-key.17.tmp"
+    left.write_text("half")
+    assert command_line(["cache", str(builds), "--prune", "--unused", "30d"]) == 0 and left.exists()
+    os.utime(left, (time.time() - 100_000,) * 2)
+    assert command_line(["cache", str(builds)]) == 0 and left.exists()
+    assert command_line(["cache", str(builds), "--prune", "--unused", "30d"]) == 0 and not left.exists()
+
+
 def test_wrong_calls(builds: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line(["cache", str(builds), "--unused", "long"]) == 2
     assert "--unused long: not a time; write 30d, 12h or 90m" in capsys.readouterr().err

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 
 import pytest
 import torch
 
 from minitron.compiler import Plan
-from minitron.compiler.graph.executor import Fork, Probes
+from minitron.compiler.graph.executor import Feeding, Fork, Probes
 from minitron.compiler.graph.streams import MemoryStreams
 from minitron.compiler.weights.source import open_weights
 from tests.foundry import Foundry, executor, logits, teacher_model, token_ids
@@ -53,6 +54,28 @@ def test_each_weight_is_fetched_once_for_all_batches(foundry: Foundry, family: s
     executor(plan, fetch).run([token_ids(seed=seed) for seed in range(4)], output=lambda value, number: None)
     assert set(fetched) == set(dict(plan.teacher.captured.model.named_parameters()))
     assert set(fetched.values()) == {1}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+def test_no_two_matrices_are_in_memory_together(foundry: Foundry, family: str) -> None:
+    """Though embedding and head are one in Gemma: logits are the same numbers as where layers stay together."""
+    plan = foundry.whole(family)
+    source, alive, most = open_weights(plan.teacher.captured, plan.checkpoint), list[weakref.ref[torch.Tensor]](), 0
+
+    def fetch(name: str) -> torch.Tensor:
+        nonlocal most
+        weight = source.get(name).clone()
+        if weight.dim() > 1:
+            alive.append(weakref.ref(weight))
+        most = max(most, sum(one() is not None for one in alive))
+        return weight
+
+    batches, found = [token_ids(seed=seed) for seed in range(2)], dict[int, torch.Tensor]()
+    apart = executor(plan, fetch, feeding=Feeding(apart=True))
+    apart.run(batches, output=lambda value, number: found.update({number: value}))
+    assert most == (1 if source.streamed else most)
+    assert all(torch.equal(found[i], one) for i, one in enumerate(run(plan, *batches)))
+    assert apart.segments > executor(plan).segments
 
 
 def test_layers_come_one_after_the_other_with_all_batches_in_each(foundry: Foundry) -> None:

@@ -304,10 +304,13 @@ def test_what_cannot_be_compared_claims_nothing() -> None:
 
 
 def test_a_student_that_loads_and_does_not_run_is_told_of_in_words() -> None:
-    def fails(**_: object) -> None:
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x8 and 6x8)\nmore")
+    class Failing:
+        device = "cpu"
+
+        def __call__(self, **_: object) -> None:
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x8 and 6x8)\nmore")
 
     with pytest.raises(
         WorkError, match=r"it loads, but does not run in transformers: mat1 and mat2 shapes .* \(4x8 and 6x8\)$"
     ):
-        logits_of(fails, torch.zeros(1, 2, dtype=torch.long))
+        logits_of(Failing(), torch.zeros(1, 2, dtype=torch.long))

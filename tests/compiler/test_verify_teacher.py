@@ -12,10 +12,12 @@ from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from minitron.compiler.compilation import Compilation, run_buffers
-from minitron.compiler.compile import Stages, verify_teacher
+from minitron.compiler.compile import Stages
+from minitron.compiler.teacher_checks import verify_teacher
 from minitron.compiler.verify.checks import Check
-from minitron.compiler.verify.hugging_face import in_float32, logits_of
 from minitron.compiler.verify.hugging_face import load_model as loaded_in
+from minitron.compiler.verify.hugging_face import logits_of
+from minitron.compiler.verify.widened import run_in_float32
 from minitron.specs.errors import SpecInvalid, WorkError
 from tests.foundry import Folder, Foundry, load_model, logits, token_ids
 from tests.models import save_teacher
@@ -94,8 +96,8 @@ def test_a_model_in_the_dtype_of_its_files_runs_in_float32(foundry: Foundry, fam
     model = loaded_in(folder, captured.attention, torch.bfloat16)
     before = logits_of(model, ids)
     assert before.dtype == torch.bfloat16
-    with in_float32(model, captured, run_buffers(plan, captured.config)):
-        widened = logits_of(model, ids)
+    buffers = run_buffers(plan, captured.config)
+    widened = run_in_float32(model, captured, buffers, "cpu", lambda _: logits_of(model, ids))
     assert torch.equal(widened, logits(load_model(folder, captured.attention), ids))
     assert torch.equal(logits_of(model, ids), before)
     assert {value.dtype for value in model.parameters()} == {torch.bfloat16}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from minitron.specs.cache import (
+    ABANDONED_SECONDS,
     SCORES,
     TOKENS,
     cache_folder,
@@ -89,3 +91,19 @@ def test_entries_are_listed_by_their_last_use_and_removed(tmp_path: Path) -> Non
     assert [(one.kind, one.bytes, one.used) for one in found] == [("tokens", 3, 999_900), ("scores", 5, 999_950)]
     remove(found[0])
     assert [one.kind for one in entries(cache)] == ["scores"] and not tokens.exists()
+
+
+def test_what_killed_processes_left_is_removed_by_the_next_writer_once_it_is_old(tmp_path: Path) -> None:
+    build = tmp_path / "builds" / "a"
+    place = entry_path(build, SCORES, "key.safetensors")
+    assert place is not None
+    names = (".minitron-old.1.tmp", ".minitron-new.2.tmp", ".minitron-at-work.3.tmp", "entry", ".own")
+    for name in names:
+        (place.parent / name).mkdir() if "work" in name else (place.parent / name).write_text("half")
+    (place.parent / ".minitron-at-work.3.tmp" / "shard").write_text("written just now")
+    long_ago = time.time() - ABANDONED_SECONDS - 60
+    for name in names:
+        if "new" not in name:
+            os.utime(place.parent / name, (long_ago, long_ago))
+    entry_path(build, SCORES, "key.safetensors")
+    assert {path.name for path in place.parent.iterdir()} == set(names) - {".minitron-old.1.tmp"}
