@@ -22,6 +22,7 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from minitron.specs.builds import SEARCH, WORK
 from minitron.specs.cache import tokens_folder
 from minitron.specs.halving import halving
 from minitron.specs.progress import Silent
-from minitron.specs.search_files import RungPlan, read_search
+from minitron.specs.search_files import RungPlan, SearchFile, read_search
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.recovery import write_texts
@@ -80,6 +81,19 @@ def random_search(finals: dict[int, float], trained: int) -> float:
     return sum(value * math.comb(count - 1 - place, trained - 1) for place, value in enumerate(values)) / whole
 
 
+@contextlib.contextmanager
+def opened_rungs(build: Path, file: SearchFile) -> Iterator[Rungs]:
+    """The rungs of a written search, on this process and its CPU."""
+    loaded = read_training_plan(build / SEARCH)
+    plan = loaded.training()
+    with join_world("cpu") as world:
+        session = Session(
+            world, TextEncoder.load(loaded.folder / plan.tokenizer), Data.read(loaded.data("data", plan.data)),
+            tokens_folder(build, build / WORK), Interrupt(), Silent(),
+        )  # fmt: skip
+        yield Rungs.prepare(loaded, file, session, build)
+
+
 def grown(build: Path, points: list[int]) -> tuple[dict[int, float], dict[int, Curve], float]:
     """Trains every candidate of a written search to the last point; returns zero-shot figures, curves, and tokens a second."""
     file = read_search(build)
@@ -89,18 +103,12 @@ def grown(build: Path, points: list[int]) -> tuple[dict[int, float], dict[int, C
         document = json.loads(done.read_text(encoding="utf-8"))
         curves = {int(n): {int(d): tuple(v) for d, v in of.items()} for n, of in document["curves"].items()}
         return {int(n): v for n, v in document["zero_shot"].items()}, curves, document["rate"]
-    loaded = read_training_plan(build / SEARCH)
-    plan = loaded.training()
+    plan = read_training_plan(build / SEARCH).training()
     count = len(file.candidates)
     along = tuple(RungPlan(number=n, tokens=at, enter=count, leave=count) for n, at in enumerate(points, start=1))
     judged = plan.held_out.max_tokens if plan.held_out else 1
     file = file.model_copy(update={"judged_tokens": judged, "rungs": along})
-    with join_world("cpu") as world:
-        session = Session(
-            world, TextEncoder.load(loaded.folder / plan.tokenizer), Data.read(loaded.data("data", plan.data)),
-            tokens_folder(build, build / WORK), Interrupt(), Silent(),
-        )  # fmt: skip
-        rungs = Rungs.prepare(loaded, file, session, build)
+    with opened_rungs(build, file) as rungs:
         numbers = [one.number for one in file.candidates]
         begun = time.monotonic()
         for rung, point in zip(along, points, strict=True):
@@ -190,16 +198,10 @@ def spec_text(arguments: Any, seed: int) -> dict[str, Any]:
 def together(arguments: Any, work: Path) -> None:
     """Prints tokens a second of candidates on one pass of the teacher, and of the same one after the other."""
     build, count = work / "seed-0", arguments.together
-    loaded = read_training_plan(build / SEARCH)
-    plan, file = loaded.training(), read_search(build)
+    plan, file = read_training_plan(build / SEARCH).training(), read_search(build)
     assert file is not None
     file = file.model_copy(update={"judged_tokens": 2 * plan.sequence_length})
-    with join_world("cpu") as world:
-        session = Session(
-            world, TextEncoder.load(loaded.folder / plan.tokenizer), Data.read(loaded.data("data", plan.data)),
-            tokens_folder(build, build / WORK), Interrupt(), Silent(),
-        )  # fmt: skip
-        rungs = Rungs.prepare(loaded, file, session, build)
+    with opened_rungs(build, file) as rungs:
         riders = [replace_state(rungs, one.number) for one in file.candidates[:count]]
         steps = arguments.steps
         sequences = {id(rider): rider.samples for rider in riders}

@@ -226,17 +226,9 @@ def token_ids(rows: int = 2, length: int = 24, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, models.VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def executor(
-    plan: Plan,
-    fetch: Fetch | None = None,
-    *,
-    dtype: torch.dtype = torch.float32,
-    feeding: Feeding = Feeding(),
-    fast: bool = False,
-) -> Executor:
-    """The teacher's graph, ready to run on the weights of its checkpoint. `fast`: as calibration runs it."""
-    captured = plan.teacher.captured
-    return executor_of(plan, captured.graph_module, fetch, dtype=dtype, feeding=feeding, fast=fast)
+def executor(plan: Plan, fetch: Fetch | None = None, **how: Any) -> Executor:
+    """The teacher's graph, ready to run on the weights of its checkpoint, as `executor_of` runs any other."""
+    return executor_of(plan, plan.teacher.captured.graph_module, fetch, **how)
 
 
 def executor_of(
@@ -248,7 +240,7 @@ def executor_of(
     feeding: Feeding = Feeding(),
     fast: bool = False,
 ) -> Executor:
-    """The same of any graph of the teacher's."""
+    """A graph made from the teacher's, ready to run. `fast`: as calibration runs it."""
     captured = plan.teacher.captured
     buffers = load_buffers(build_meta(captured.config, dtype, captured.attention))
     settings = Settings("cpu", dtype, plan.dtype)

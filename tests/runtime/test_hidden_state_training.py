@@ -66,13 +66,18 @@ def test_equal_widths_need_no_projection(tmp_path: Path) -> None:
     )
 
 
-def test_interrupted_it_goes_on_bit_for_bit(build: Path, tmp_path: Path) -> None:
-    tiny.write_plan(build, **HIDDEN)
+def goes_on_bit_for_bit(build: Path, tmp_path: Path) -> None:
+    """Checks that a training which is interrupted ends with the weights of one that is not."""
     shutil.copytree(tmp_path / "here", tmp_path / "whole")
     whole = run(tmp_path / "whole" / "build")
     interrupted(build, 5)
     assert run(build) == whole
     assert all(torch.equal(w, weights(tmp_path / "whole" / "build")[name]) for name, w in weights(build).items())
+
+
+def test_interrupted_it_goes_on_bit_for_bit(build: Path, tmp_path: Path) -> None:
+    tiny.write_plan(build, **HIDDEN)
+    goes_on_bit_for_bit(build, tmp_path)
 
 
 def test_neither_the_cut_nor_recomputing_activations_changes_anything(build: Path, tmp_path: Path) -> None:
@@ -143,24 +148,21 @@ def test_a_student_that_is_its_teacher_has_nothing_to_align(tmp_path: Path, coor
 
 def test_kept_coordinates_are_the_teachers(reduced: Path) -> None:
     """A mixing matrix gives another term than the channels, from the same models."""
-    first = run(reduced, **KEPT)[0]["hidden_states"]
-    shutil.rmtree(reduced / "train")
-    shutil.rmtree(reduced / "model")
-    save_file({"matrix": torch.eye(24)[:, :16].contiguous()}, reduced / "coordinates.safetensors")
-    assert run(reduced, **KEPT)[0]["hidden_states"] == pytest.approx(first, rel=1e-6)
-    shutil.rmtree(reduced / "train")
-    shutil.rmtree(reduced / "model")
-    save_file({"matrix": torch.eye(24)[:, 8:].contiguous()}, reduced / "coordinates.safetensors")
-    assert run(reduced, **KEPT)[0]["hidden_states"] != pytest.approx(first, rel=1e-3)
+
+    def first(kept: torch.Tensor) -> float:
+        for name in ("train", "model"):
+            shutil.rmtree(reduced / name, ignore_errors=True)
+        save_file({"matrix" if kept.dim() == 2 else "index": kept.contiguous()}, reduced / "coordinates.safetensors")
+        return float(run(reduced, **KEPT)[0]["hidden_states"])
+
+    channels = first(torch.arange(16))
+    assert first(torch.eye(24)[:, :16]) == pytest.approx(channels, rel=1e-6)
+    assert first(torch.eye(24)[:, 8:]) != pytest.approx(channels, rel=1e-3)
 
 
 def test_interrupted_with_a_falling_weight(reduced: Path, tmp_path: Path) -> None:
     tiny.write_plan(reduced, **KEPT)
-    shutil.copytree(tmp_path / "here", tmp_path / "whole")
-    whole = run(tmp_path / "whole" / "build")
-    interrupted(reduced, 5)
-    assert run(reduced) == whole
-    assert all(torch.equal(w, weights(tmp_path / "whole" / "build")[name]) for name, w in weights(reduced).items())
+    goes_on_bit_for_bit(reduced, tmp_path)
 
 
 def test_other_coordinates_are_another_training(reduced: Path) -> None:

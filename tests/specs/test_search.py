@@ -21,6 +21,21 @@ from tests.specs.specimens import SEARCH, SMALL
 LISTS = SMALL.replace("48", "[32, 48]")
 
 
+def training(more: str) -> str:
+    """A search of two widths whose training has one key more."""
+    return LISTS.replace("1B", f"1B, {more}") + SEARCH
+
+
+def width(value: str) -> str:
+    """A search of this hidden size."""
+    return SMALL.replace("48", value) + SEARCH
+
+
+def asking(search: str, widths: str = LISTS) -> str:
+    """A spec with this `search`."""
+    return widths + SEARCH.replace("{budget: {memory: 1GiB}}", search)
+
+
 def test_values_are_lists_or_ranges(load: Load, tmp_path: Path) -> None:
     text = SMALL.replace("48", '{min: "50%", max: 96, step: 16}, num_hidden_layers: {min: 4, max: 8}')
     text = text.replace("tokens: 1B", "tokens: 1B, optimizer: {lr: {min: 1e-3, max: 8e-3}}, global_batch_size: [8, 16]")
@@ -47,7 +62,7 @@ def test_a_budget_proposes_shapes_and_one_shape_finds_a_rate(load: Load) -> None
 def test_rungs_that_are_not_written_take_a_quarter_of_the_tokens(load: Load) -> None:
     search = load(LISTS + SEARCH).spec.search
     assert search is not None and search.rank.tokens == 250_000_000
-    written = load(LISTS + SEARCH.replace("}}\nev", "}, rank: {tokens: 400M}}\nev")).spec.search
+    written = load(asking("{budget: {memory: 1GiB}, rank: {tokens: 400M}}")).spec.search
     assert written is not None and written.rank.tokens == 400_000_000
 
 
@@ -65,11 +80,11 @@ WRONG = {
         "distill.global_batch_size: a range of batch sizes needs `search`",
     ),
     "nothing to choose": (
-        SMALL + SEARCH.replace("{budget: {memory: 1GiB}}", "{candidates: 4}"),
+        asking("{candidates: 4}", SMALL),
         "6:1: search: there is one shape and one learning rate, and nothing to choose among; add `budget:",
     ),
     "shapes without a budget": (
-        LISTS + SEARCH.replace("{budget: {memory: 1GiB}}", "{candidates: 4}"),
+        asking("{candidates: 4}"),
         "search: several shapes need a budget: without a limit the largest would always win; add `budget:`",
     ),
     "nothing to judge on": (
@@ -77,27 +92,27 @@ WRONG = {
         "search: candidates are judged on held-out text, and there is none; add `evaluate: {held_out:",
     ),
     "rungs longer than the training": (
-        LISTS + SEARCH.replace("}}\nev", "}, rank: {tokens: 2B}}\nev"),
+        asking("{budget: {memory: 1GiB}, rank: {tokens: 2B}}"),
         "search.rank.tokens: the rungs are 2B tokens long, and the training that goes on from them is 1B; write at most",
     ),
     "a first rung of less than a batch": (
-        LISTS + SEARCH.replace("}}\nev", "}, rank: {tokens: 10M}}\nev"),
+        asking("{budget: {memory: 1GiB}, rank: {tokens: 10M}}"),
         "search.rank.tokens: the first of 3 rungs has 1574901 tokens, less than one global batch, 3145728 tokens; write at",
     ),
     "hidden states": (
-        LISTS.replace("1B", "1B, loss: {hidden_states: {pairs: last:last}}") + SEARCH,
+        training("loss: {hidden_states: {pairs: last:last}}"),
         "distill.loss.hidden_states: candidates share the teacher's logits",
     ),
     "stored samples": (
-        LISTS.replace("1B", "1B, teacher_logits: {sampled: 4}") + SEARCH,
+        training("teacher_logits: {sampled: 4}"),
         "distill.teacher_logits: candidates are trained beside the teacher itself",
     ),
     "phases": (
-        LISTS.replace("1B", "1B, phases: [{tokens: 600M}, {tokens: 400M}]") + SEARCH,
+        training("phases: [{tokens: 600M}, {tokens: 400M}]"),
         "distill.phases: candidates are trained on sequences of one length in one batch size",
     ),
     "weights in host memory": (
-        LISTS.replace("1B", "1B, layout: {cpu_offload: true}") + SEARCH,
+        training("layout: {cpu_offload: true}"),
         "distill.layout.cpu_offload: candidates are trained whole on their device; write false",
     ),
     "two batches and a corrected teacher": (
@@ -105,26 +120,26 @@ WRONG = {
         "distill.global_batch_size: the teacher is corrected before the search, in batches of one size",
     ),
     "a range without an end": (
-        SMALL.replace("48", "{min: 32}") + SEARCH,
+        width("{min: 32}"),
         "student.hidden_size: the range has no `max`; write {min: 1024, max: 4096, step: 256}",
     ),
     "a range with a wrong key": (
-        SMALL.replace("48", "{min: 32, max: 48, stop: 8}") + SEARCH,
+        width("{min: 32, max: 48, stop: 8}"),
         "unknown key `stop` of a range; did you mean `step`? write {min",
     ),
-    "a range backwards": (SMALL.replace("48", "{min: 48, max: 32}") + SEARCH, "the range begins at 48 and ends at 32"),
-    "shares backwards": (SMALL.replace("48", "{min: 80%, max: 50%}") + SEARCH, "the range begins at 80% and ends at"),
-    "a step of nothing": (SMALL.replace("48", "{min: 8, max: 32, step: 0}") + SEARCH, "`step` is not a whole number"),
+    "a range backwards": (width("{min: 48, max: 32}"), "the range begins at 48 and ends at 32"),
+    "shares backwards": (width("{min: 80%, max: 50%}"), "the range begins at 80% and ends at"),
+    "a step of nothing": (width("{min: 8, max: 32, step: 0}"), "`step` is not a whole number"),
     "no rate": (
-        SMALL.replace("1B", "1B, optimizer: {lr: [0, 1e-3]}") + SEARCH,
+        training("optimizer: {lr: [0, 1e-3]}"),
         "distill.optimizer.lr: `0` is not a learning rate; write a number greater than 0",
     ),
     "half a sequence": (
-        SMALL.replace("1B", "1B, global_batch_size: {min: 0.5, max: 8}") + SEARCH,
+        training("global_batch_size: {min: 0.5, max: 8}"),
         "distill.global_batch_size: `0.5` is not a number of sequences; write a whole number of at least 1",
     ),
     "no batch": (
-        SMALL.replace("1B", "1B, global_batch_size: []") + SEARCH,
+        training("global_batch_size: []"),
         "distill.global_batch_size: the list is empty; write the batch sizes to try",
     ),
 }
