@@ -41,6 +41,7 @@ _EXTRAS = (
     ("mlflow", "mlflow", "distill.track: [mlflow]"),
     ("datasets", "datasets", "data sets of the Hub"),
     ("pyarrow", "datasets", "Parquet files"),
+    ("torchao", "float8", "products in float8 (distill.compute)"),
     ("gguf", "gguf", "export --gguf"),
 )
 # Folders that hold no builds, and much else.
