@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from minitron.compiler.estimate.model_costs import ModelCosts
-from minitron.compiler.estimate.training_defaults import CHECKPOINTS, micro_batch, place_teacher
+from minitron.compiler.estimate.training_defaults import CHECKPOINTS, measure_every, micro_batch, place_teacher
 from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.specs.blocks.benchmarks import benchmarks
 from minitron.specs.blocks.distill import Distill, Recomputation
@@ -18,7 +18,7 @@ from minitron.specs.blocks.evaluate import Evaluate
 from minitron.specs.blocks.teacher_correction import TeacherCorrection
 from minitron.specs.builds import CORRECTION_WORK, MODEL, STUDENT, TEACHER, WORK
 from minitron.specs.data import DataSource
-from minitron.specs.data_files import resolve_data
+from minitron.specs.data_files import data_files, resolve_data
 from minitron.specs.load import LoadedSpec
 from minitron.specs.training_plan import (
     FORMAT_VERSION,
@@ -67,11 +67,11 @@ def training_plan(
     sources = resolve_data(loaded)
     held_out = None
     if evaluate is not None and evaluate.held_out is not None:
-        held_out = HeldOutPlan(
-            data=sources["evaluate.held_out"],
-            max_tokens=evaluate.max_tokens,
-            every_tokens=evaluate.every_tokens or every,
-        )
+        source = sources["evaluate.held_out"]
+        # No file has more tokens than bytes; of a data set on the Hub nothing is known.
+        size = sum(file.stat().st_size for file in data_files(source)) or evaluate.max_tokens
+        often = None if every is None else measure_every(every, min(size, evaluate.max_tokens))
+        held_out = HeldOutPlan(data=source, max_tokens=evaluate.max_tokens, every_tokens=evaluate.every_tokens or often)
     on_hub = checkpoint.commit is not None and checkpoint.tower is None
     common: dict[str, Any] = {
         "format_version": FORMAT_VERSION,

@@ -11,6 +11,15 @@ REPLICATED_TEACHER_BYTES = 32 * 2**30  # a teacher up to this size stands whole 
 CHECKPOINTS = 20  # over the whole training, where the spec leaves it open
 
 
+MEASURED_TOKENS = 2  # held-out tokens for each one that is trained: a forward of the student beside five of both models
+
+
+def measure_every(checkpoint: int, held_out: int) -> int:
+    """Returns the tokens between two measurements of `held_out` tokens: as many whole intervals of checkpoints as it takes
+    for measuring to cost less than training."""
+    return checkpoint * max(1, -(-held_out // (MEASURED_TOKENS * checkpoint)))
+
+
 def place_teacher(weight_bytes: int) -> Literal["sharded", "replicated"]:
     """Replicates the teacher on each device while that leaves room for the student, else shards it."""
     return "replicated" if weight_bytes <= REPLICATED_TEACHER_BYTES else "sharded"

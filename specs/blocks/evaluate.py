@@ -45,8 +45,8 @@ class Evaluate(Block):
     """At most this many tokens of `held_out` are read."""
 
     every_tokens: Count | None = None
-    """During training, `held_out` is measured each time that this many tokens were trained on. Left out: at every
-    checkpoint."""
+    """During training, `held_out` is measured each time that this many tokens were trained on. Left out: at
+    checkpoints, no more often than that two held-out tokens are read for each one that is trained on."""
 
     prompt: Text | None = None
     """A text that each of the three models continues, to be read by people."""

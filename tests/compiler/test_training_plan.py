@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minitron.compiler.emit.training_plan import render, training_plan
 from minitron.compiler.estimate.model_costs import ModelCosts
-from minitron.compiler.estimate.training_defaults import micro_batch
+from minitron.compiler.estimate.training_defaults import measure_every, micro_batch
 from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.runtime.plan import read_training_plan
 from minitron.specs import load_spec
@@ -213,6 +215,13 @@ def test_a_build_folder_named_by_a_dot_has_a_name(folder: Path, monkeypatch: pyt
     assert f"minitron train {folder.name}\n" in (written(folder, LEAST, ".") / "training.yaml").read_text(
         encoding="utf-8"
     )
+
+
+@given(st.integers(1, 10**9), st.integers(1, 10**7))
+def test_measuring_costs_less_than_training(checkpoint: int, held_out: int) -> None:
+    every = measure_every(checkpoint, held_out)
+    assert every % checkpoint == 0, "a checkpoint is judged by what is measured there"
+    assert held_out <= 2 * every and (every == checkpoint or held_out > 2 * (every - checkpoint))
 
 
 def test_without_distillation_it_is_enough_to_evaluate(folder: Path) -> None:
