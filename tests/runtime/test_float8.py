@@ -221,6 +221,17 @@ class TestTraining:
         found = [line["loss"] for line in tiny.read_metrics(there / "train" / "metrics.jsonl")]
         assert found == pytest.approx(alone, rel=2e-3)
 
+    def test_a_teacher_is_corrected_in_float8_and_saved_as_it_is(self, build: Path) -> None:
+        correction = {
+            "tokens": 64 * 4, "optimizer": {"lr": 1e-3, "warmup_steps": 1}, "every_tokens": 10**6, "output": "teacher",
+            "work": "train/teacher",
+        }  # fmt: skip
+        lines = run(build, tokens=64 * 8, teacher_correction=correction, **BOTH)
+        assert lines[-1]["loss"] < lines[0]["loss"]
+        before, after = (load_file(at / "teacher" / "model.safetensors") for at in (build.parent, build))
+        assert before.keys() == after.keys() and all(after[name].dtype == before[name].dtype for name in before)
+        assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])
+
     def test_samples_are_drawn_from_the_teacher_in_float8(self, build: Path) -> None:
         """Drawn again where the teacher computes otherwise, trained from without a teacher."""
         sampled = {"teacher_logits": {"sampled": 12}, "tokens": 64 * 4}
