@@ -233,7 +233,8 @@ def fits_section(plan: Document) -> Section | None:
     fits = part(plan, "fits")
     if not fits:
         return None
-    device = fits.get("device", "the device")
+    device = str(fits.get("device", "the device"))
+    device = "this machine" if device.startswith("this") else device
     if fits.get("ok"):
         return Section("Fits", notes=(f"fits {device}",))
     reason, nearest = fits.get("reason"), fits.get("nearest")

@@ -124,7 +124,8 @@ def _data_row(one: Document) -> tuple[str, str]:
     if one.get("tokens"):
         words.append(f"about {figures.short(one['tokens'])} tokens")
     if one.get("passes") is not None:
-        words.append(f"read {one['passes']:.1f} times")
+        few = one["passes"] < 0.1
+        words.append("less than a tenth of them read" if few else f"read {one['passes']:.1f} times")
     return str(one.get("source", "")).removeprefix("distill."), ", ".join(words)
 
 

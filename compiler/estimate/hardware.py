@@ -14,7 +14,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from minitron.compiler.estimate.devices import REFERENCE, Cluster, read_device
+from minitron.compiler.estimate.devices import REFERENCE, THIS, Cluster, read_device
 from minitron.specs.builds import PLAN, metrics_file
 from minitron.specs.errors import UsageError
 
@@ -45,7 +45,8 @@ class HardwareAssumptions:
     @property
     def words(self) -> str:
         """The line of text below the phases."""
-        return f"{self.cluster.name} at {self.mfu:.3g} of its peak ({self.source})"
+        name = "this machine" if self.cluster.device.name == THIS else self.cluster.name
+        return f"{name} at {self.mfu:.3g} of its peak ({self.source})"
 
 
 def in_peak_units(flops: float, float8: float, cluster: Cluster) -> float:

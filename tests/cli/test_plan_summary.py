@@ -43,7 +43,12 @@ def test_what_drives_the_loss_and_what_it_takes(plan: dict[str, Any]) -> None:
     assert "0.0001 to 4.5e-07, after 60 steps of warm-up" in text and "5,000 tokens" in text
     assert row(text, "distill") == ["distill", "1.00M", "-", "-", "3 min"]
     assert "time on a card" in text and "8.5 device-hours in all" in text
-    del plan["spec"]["resolved"], plan["phases"]
+    for passes, words in ((0.02, "less than a tenth of them read"), (2.04, "read 2.0 times")):
+        data = {"source": "distill.data", "files": 2, "bytes": 900, "tokens": 300, "disk_bytes": 600, "passes": passes}
+        plan["data"] = [data | {"process_bytes": 2**27}]
+        text = on_terminal(summary(plan))
+        assert words in text and "about 128 MiB of memory for each core that tokenizes" in text
+    del plan["spec"]["resolved"], plan["phases"], plan["data"]
     assert [section.title for section in summary(plan)] == ["Plan tiny", "Selection"]
 
 

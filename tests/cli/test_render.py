@@ -88,6 +88,8 @@ def test_the_selection_is_shown_once_made_and_whether_it_fits_where_a_device_was
     assert plan_sections(plan)[-1].notes[-1] == "no change that was tried makes it fit"
     plan["fits"]["ok"] = True
     assert plan_sections(plan)[-1].notes == ("fits h200x8",)
+    plan["fits"]["device"] = "this"
+    assert plan_sections(plan)[-1].notes == ("fits this machine",)
 
 
 def test_results_stand_in_the_order_teacher_pruned_distilled(results: dict[str, Any]) -> None:

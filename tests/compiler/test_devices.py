@@ -39,6 +39,7 @@ class TestUtilisation:
         assert read_hardware(None, None, None).mfu == ASSUMED_MFU
         assert not read_hardware(None, None, None).named and read_hardware("h100", None, None).named
         assert read_hardware("h100", 0.4, None).mfu == 0.4
+        assert read_hardware("cpu", None, None).words.startswith("this machine at 0.17 of its peak")
 
     @pytest.fixture
     def build(self, tmp_path: Path) -> Path:
