@@ -28,6 +28,8 @@ PRINCIPAL: dict[str, Any] = {"importance.hidden_basis": "principal"}
 GREEDY: dict[str, Any] = {"importance.selection": "greedy"}
 UNTIED: dict[str, Any] = {"importance.untie": True}
 ALIGNED: dict[str, Any] = {"distill.loss.hidden_states": {"coordinates": "kept"}}
+WEAKLY: dict[str, Any] = {"distill.loss.hidden_states": {"coordinates": "kept", "weight": 0.3}}
+MUON: dict[str, Any] = {"distill.optimizer.name": "muon"}
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,13 @@ ARMS: dict[str, Arm] = {
     "principal + greedy + refit": Arm({**PRINCIPAL, **REFIT, **GREEDY}),
     "channels + aligned": Arm(ALIGNED, trained=True),
     "principal + aligned": Arm({**PRINCIPAL, **ALIGNED}, trained=True),
-    "principal + aligned 1.0": Arm(
-        {**PRINCIPAL, "distill.loss.hidden_states": {"coordinates": "kept", "weight": 1.0}}, trained=True
-    ),
+    "principal + aligned 0.3": Arm({**PRINCIPAL, **WEAKLY}, trained=True),
     "channels + projected": Arm({"distill.loss.hidden_states": {}}, trained=True),
     "all": Arm({**PRINCIPAL, **REFIT, **GREEDY, **ALIGNED}, trained=True),
+    "all, aligned 0.3": Arm({**PRINCIPAL, **REFIT, **GREEDY, **WEAKLY}, trained=True),
+    "channels + muon": Arm(MUON, trained=True),
+    "all + muon": Arm({**PRINCIPAL, **REFIT, **GREEDY, **ALIGNED, **MUON}, trained=True),
+    "all, untied + muon": Arm({**PRINCIPAL, **REFIT, **GREEDY, **ALIGNED, **UNTIED, **MUON}, trained=True),
     "all, untied": Arm({**PRINCIPAL, **REFIT, **GREEDY, **ALIGNED, **UNTIED}, trained=True),
     "principal, blocks 25%": Arm({**PRINCIPAL, **ALIGNED}, blocks=0.25, trained=True),
     "principal + aligned, blocks 25%": Arm({**PRINCIPAL, **ALIGNED}, blocks=0.25, aligned=True, trained=True),

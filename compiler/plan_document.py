@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from minitron.compiler.estimate.all_costs import all_costs
 from minitron.compiler.estimate.deployment import deployment
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.estimate.fit import fits_json
@@ -40,7 +41,7 @@ def plan_document(
         "student": _side(plan, estimate.student_costs, student),
         "axes": [asdict(status) for status in plan.targets.statuses],
         "phases": [phase.to_json(hardware) for phase in estimate.phases(hardware)],
-        "costs": [cost.to_json() for cost in estimate.all_costs(hardware)],
+        "costs": [cost.to_json() for cost in all_costs(estimate, hardware)],
         "devices": estimate.devices(hardware),
         "deployment": deployment(plan.config, plan.model, student),
         "data": [use.to_json() for use in plan.data],

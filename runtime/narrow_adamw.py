@@ -56,8 +56,20 @@ class NarrowAdamW(torch.optim.Optimizer):
                     self._update(parameter, group, number)
 
     def _update(self, parameter: torch.nn.Parameter, group: dict[str, Any], number: int) -> None:
-        state = self.state[parameter]
         assert parameter.grad is not None
+        step, moments, generator = self.begin(parameter, number)
+        weight, gradient = local(parameter.detach()), local(parameter.grad)
+        rows = max(1, _PART // max(1, weight[0].numel() if weight.ndim and len(weight) else 1))
+        for start in range(0, weight.shape[0] if weight.ndim else 1, rows):
+            part: Any = slice(start, start + rows) if weight.ndim else ...
+            pieces = {key: moment[part] for key, moment in moments.items()}
+            exact = _next(weight[part], gradient[part], pieces, group, step, generator)
+            weight[part].copy_(round_stochastically(exact, generator) if self.bf16_weights else exact)
+
+    def begin(self, parameter: torch.nn.Parameter, number: int) -> tuple[int, dict[str, Tensor], torch.Generator]:
+        """Counts a step of a parameter, the one with this `number`. Returns the count, this rank's rows of its moments, and
+        where random rounding is drawn from."""
+        state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())  # on the host: nothing waits for the device to read it
             state |= self.zeros(parameter)
@@ -65,16 +77,14 @@ class NarrowAdamW(torch.optim.Optimizer):
             state["step"] = state["step"].cpu()
         state["step"] += 1
         step = int(state["step"])
-        weight, gradient = local(parameter.detach()), local(parameter.grad)
         moments = {key: local(value) for key, value in state.items() if key != "step"}
         rank = parameter.device_mesh.get_local_rank() if isinstance(parameter, DTensor) else 0
-        generator = torch.Generator(weight.device).manual_seed(mix(self.seed, step, number, rank) >> 1)
-        rows = max(1, _PART // max(1, weight[0].numel() if weight.ndim and len(weight) else 1))
-        for start in range(0, weight.shape[0] if weight.ndim else 1, rows):
-            part: Any = slice(start, start + rows) if weight.ndim else ...
-            pieces = {key: moment[part] for key, moment in moments.items()}
-            exact = _next(weight[part], gradient[part], pieces, group, step, generator)
-            weight[part].copy_(round_stochastically(exact, generator) if self.bf16_weights else exact)
+        device = local(parameter).device
+        return step, moments, torch.Generator(device).manual_seed(mix(self.seed, step, number, rank) >> 1)
+
+    def kept(self, parameter: torch.nn.Parameter) -> tuple[tuple[str, bool], ...]:
+        """The moments of a parameter: their names, and whether they have a sign."""
+        return _MOMENTS
 
     def zeros(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
         """Returns the moments of a parameter before its first update."""
@@ -84,14 +94,14 @@ class NarrowAdamW(torch.optim.Optimizer):
         elif self.states == "int8":
             scales = blocks_of(tuple(parameter.shape))
             found = {}
-            for key, _ in _MOMENTS:
+            for key, signed in self.kept(parameter):
                 found[key] = rows_like(parameter, tuple(parameter.shape), torch.uint8)
                 found[f"{key}_scale"] = rows_like(parameter, scales, torch.float32)
                 # The code of 0 is not 0 where numbers have a sign.
-                quantize(torch.zeros_like(local(found[key]), dtype=torch.float32), key == "exp_avg",
+                quantize(torch.zeros_like(local(found[key]), dtype=torch.float32), signed,
                          local(found[key]), local(found[f"{key}_scale"]))  # fmt: skip
             return found
-        return {key: torch.zeros_like(parameter, dtype=dtype, requires_grad=False) for key, _ in _MOMENTS}
+        return {key: torch.zeros_like(parameter, dtype=dtype, requires_grad=False) for key, _ in self.kept(parameter)}
 
 
 def _next(
@@ -104,16 +114,26 @@ def _next(
 ) -> Tensor:
     """Updates the moments of some rows in place and returns their weights in fp32."""
     gradient = gradient.float()
-    moments = []
-    for (key, signed), beta, new in zip(_MOMENTS, group["betas"], (gradient, gradient.square()), strict=True):
-        stored = state[key]
-        narrow = stored.dtype == torch.uint8
-        moment = dequantize(stored, signed, state[f"{key}_scale"]) if narrow else stored.float()
-        moment = torch.lerp(moment, new, 1.0 - beta)
-        if narrow:
-            quantize(moment, signed, stored, state[f"{key}_scale"])
-        else:
-            stored.copy_(round_stochastically(moment, generator) if stored.dtype == torch.bfloat16 else moment)
-        moments.append(moment / (1.0 - beta**step))
+    moments = [
+        follow(state, key, signed, beta, value, generator) / (1.0 - beta**step)
+        for (key, signed), beta, value in zip(_MOMENTS, group["betas"], (gradient, gradient.square()), strict=True)
+    ]
     decayed: Tensor = weight.float() * (1.0 - group["lr"] * group["weight_decay"])
     return decayed.addcdiv_(moments[0], moments[1].sqrt_().add_(group["eps"]), value=-group["lr"])
+
+
+# parameters: a moment is stored in up to two tensors of the state, and its rounding is drawn
+def follow(
+    state: dict[str, Tensor], key: str, signed: bool, beta: float, new: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Moves some rows of a moment towards `new` by 1 - `beta`, in place, in the dtype that they are stored in. Returns the
+    moment in fp32, before it was rounded."""
+    stored = state[key]
+    narrow = stored.dtype == torch.uint8
+    moment = dequantize(stored, signed, state[f"{key}_scale"]) if narrow else stored.float()
+    moment = torch.lerp(moment, new, 1.0 - beta)
+    if narrow:
+        quantize(moment, signed, stored, state[f"{key}_scale"])
+    else:
+        stored.copy_(round_stochastically(moment, generator) if stored.dtype == torch.bfloat16 else moment)
+    return moment

@@ -25,6 +25,7 @@ from minitron.runtime.identity import require_same_start, require_same_training
 from minitron.runtime.interrupt import Interrupt
 from minitron.runtime.loss import DistillationLoss
 from minitron.runtime.models import DTYPES, LanguageModel, check_vocabularies, load_model
+from minitron.runtime.muon import layer_matrices
 from minitron.runtime.optimizer import make_optimizer
 from minitron.runtime.plan import LoadedPlan
 from minitron.runtime.recomputation import recompute
@@ -159,7 +160,11 @@ def prepare(session: Session, loaded: LoadedPlan, identity: dict[str, Any]) -> R
         corpora=corpora,
         held_out=windows,
         optimizer=make_optimizer(
-            student.module, plan.optimizer, bf16_weights=plan.weights == "bfloat16", seed=plan.seed
+            student.module,
+            plan.optimizer,
+            matrices=layer_matrices(student),
+            bf16_weights=plan.weights == "bfloat16",
+            seed=plan.seed,
         ),
         saver=Saver(
             Checkpoints(work / CHECKPOINTS, plan.checkpoint.keep_last, plan.checkpoint.keep_best),

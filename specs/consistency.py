@@ -233,12 +233,12 @@ def offloading_needs_sharding(spec: Spec) -> Iterator[Problem]:
         yield from training.offloading_needs_sharding(spec.distill.layout, "distill.layout")
 
 
-@constraint("distill.layout", "distill.weights", "distill.optimizer.states")
-def offloading_is_of_fp32(spec: Spec) -> Iterator[Problem]:
-    """Requires fp32 for what rests in host memory."""
-    if spec.distill is not None:
-        states = spec.distill.optimizer.states
-        yield from training.offloading_is_of_fp32(spec.distill.layout, spec.distill.weights, states, "distill.layout")
+@constraint("distill.layout", "distill.weights", "distill.optimizer.states", "distill.optimizer.name")
+def offloading_is_of_plain_adamw(spec: Spec) -> Iterator[Problem]:
+    """Requires AdamW in fp32 for what rests in host memory."""
+    if (distill := spec.distill) is not None:
+        at = "distill.layout"
+        yield from training.offloading_is_of_plain_adamw(distill.layout, distill.weights, distill.optimizer, at)
 
 
 @constraint("distill.loss.hidden_states")

@@ -98,15 +98,18 @@ def phases_make_up_the_training(phases: Sequence[Phase], tokens: int, at: str) -
             yield Problem(f"{at}.{index}.tokens", message, f"write at least {batch}, or a smaller `global_batch_size`")
 
 
-def offloading_is_of_fp32(layout: Layout, weights: str, states: str, at: str) -> Iterator[Problem]:
-    """Requires fp32 for weights and moments that rest in host memory: narrow ones exist to stay on the device, and their
-    update in host memory would take minutes a step."""
-    narrow = [key for key, value in (("weights", weights), ("optimizer.states", states)) if value != "float32"]
-    if layout.cpu_offload and narrow:
-        message = f"`cpu_offload` is for what a device cannot hold in fp32, and `{narrow[0]}` is narrow so that it can"
-        yield Problem(
-            f"{at}.cpu_offload", message, f"write `cpu_offload: false`, or float32 for {' and '.join(narrow)}"
+def offloading_is_of_plain_adamw(layout: Layout, weights: str, optimizer: Optimizer, at: str) -> Iterator[Problem]:
+    """Requires AdamW in fp32 for weights and moments that rest in host memory: narrow ones exist to stay on the device, and
+    their update in host memory would take minutes a step, as would that of `muon`."""
+    given = {"weights": weights, "optimizer.states": optimizer.states, "optimizer.name": optimizer.name}
+    plain = {"weights": "float32", "optimizer.states": "float32", "optimizer.name": "adamw"}
+    other = [key for key, value in given.items() if value != plain[key]]
+    if layout.cpu_offload and other:
+        message = (
+            f"weights that rest in host memory are updated there, where `{other[0]}: {given[other[0]]}` is too slow"
         )
+        wanted = " and ".join(f"`{key}: {plain[key]}`" for key in other)
+        yield Problem(f"{at}.cpu_offload", message, f"write `cpu_offload: false`, or {wanted}")
 
 
 def pairs_exist(hidden: HiddenStateLoss, teacher_layers: int, student_layers: int, at: str) -> Iterator[Problem]:

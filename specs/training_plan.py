@@ -383,4 +383,4 @@ def problems(plan: TrainingPlan) -> Iterator[Problem]:
     yield from training_consistency.phases_have_a_teacher(plan.phases, plan.teacher_logits, "phases")
     yield from training_consistency.phases_make_up_the_training(plan.phases, plan.tokens, "phases")
     yield from training_consistency.offloading_needs_sharding(plan.layout, "layout")
-    yield from training_consistency.offloading_is_of_fp32(plan.layout, plan.weights, plan.optimizer.states, "layout")
+    yield from training_consistency.offloading_is_of_plain_adamw(plan.layout, plan.weights, plan.optimizer, "layout")

@@ -1,4 +1,4 @@
-"""The phases of a plan: what is done, in order, with its tokens, FLOPs, memory, time and disk; and every cost in one list.
+"""The phases of a plan: what is done, in order, with its tokens, FLOPs, memory, time and disk.
 
 FLOPs count the matrix products, two for a multiplication and an addition: of a token 2 N in a forward and 4 N in a
 backward, N the weights that it meets; attention over the positions before it, on average half a sequence; and 2 N of the
@@ -7,6 +7,7 @@ student's layers once more where activations are recomputed. What elementwise op
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,7 +22,6 @@ from minitron.compiler.estimate.devices import DEVICES, Cluster, Device
 from minitron.compiler.estimate.float8 import NO_LINEARS
 from minitron.compiler.estimate.hardware import DISTILL, HardwareAssumptions
 from minitron.compiler.estimate.memory import (
-    EXACT_PARTS,
     FP32,
     GATHERED_LAYERS,
     HELD_BY_MODULES,
@@ -31,10 +31,11 @@ from minitron.compiler.estimate.memory import (
     Running,
     Shape,
     calibration_memory,
+    moment_bytes,
     shape_of,
     training_memory,
 )
-from minitron.compiler.estimate.phases import Cost, Phase
+from minitron.compiler.estimate.phases import Phase
 from minitron.compiler.estimate.plan_costs import plan_costs
 from minitron.compiler.estimate.search_phase import Ride, search_phase
 from minitron.compiler.estimate.training_defaults import micro_batch, place_teacher
@@ -42,6 +43,7 @@ from minitron.compiler.importance.batches import batch_size, block_size
 from minitron.compiler.importance.room import Sizes, divide
 from minitron.compiler.plan.plan import Plan
 from minitron.specs.blocks.distill import Distill, Recomputation
+from minitron.specs.blocks.training import Optimizer
 from minitron.specs.training_plan import divisor_within
 
 CHUNK_ELEMENTS = 1 << 23  # logits that `minitron capture` holds at a time
@@ -132,6 +134,7 @@ class Estimate:
             float8_student=distill.compute == "float8",
             float8_teacher=self.plan.loaded.spec.teacher.compute == "float8",
             compiled=distill.compile,
+            muon=distill.adamw.name == "muon",
         )
 
     @cached_property
@@ -297,9 +300,11 @@ class Estimate:
         forward = self.teacher_costs.forward_flops_per_token(length)
         if spec.teacher_correction is not None:
             tokens = spec.distill.whole_steps(spec.teacher_correction.tokens)
-            memory = self.training(kind, layout, correction=True)
+            own = spec.teacher_correction.optimizer
+            corrected = replace(layout, moments=own.states, muon=own.name == "muon")
+            memory = self.training(kind, corrected, correction=True)
             does = f"fine-tunes the teacher on the data that it will teach with: {self._steps(tokens)}"
-            disk = self._checkpoints(self.teacher)
+            disk = self._checkpoints(self.teacher, own)
             float8 = tokens * self.float8_flops(correction=True)
             phases.append(Phase("teacher_correction", does, tokens, tokens * 3 * forward, memory, disk, float8))
         if plan.search is not None and plan.search["rungs"]:
@@ -311,7 +316,7 @@ class Estimate:
             does = f"stores {draws} samples of the teacher's distribution for each token"
             float8 = 2 * tokens * self.teacher.float8.weights if layout.float8_teacher else 0
             phases.append(Phase("capture", does, tokens, tokens * forward, self._capturing(kind, layout), disk, float8))
-        disk = self._checkpoints(self.student) + self.student_costs.weight_bytes
+        disk = self._checkpoints(self.student, self.distill.adamw) + self.student_costs.weight_bytes
         source = "stored samples of the teacher" if self.sampled else "the teacher, which runs beside it"
         stretches = list(self.stretches())
         for name, one in stretches:
@@ -468,51 +473,7 @@ class Estimate:
         }
         return Memory(parts, sum(parts.values()))
 
-    def _checkpoints(self, shape: Shape) -> int:
-        """Weights and two moments in fp32, as many times as checkpoints are kept, and one that is being written."""
-        return 3 * 4 * shape.parameters * (self.kept_checkpoints + 1)
-
-    # -- the list of costs --------------------------------------------------------------------------------------------
-
-    def all_costs(self, hardware: HardwareAssumptions) -> list[Cost]:
-        """Every figure with its basis, in the order in which it is shown."""
-        spec = self.plan.loaded.spec
-        length = spec.distill.sequence_length if spec.distill is not None else CONTEXT
-        found: list[Cost] = []
-        scan = "" if self.plan.teacher.captured.length is None else ", without what its scan computes"
-        for side, model in (("teacher", self.teacher_costs), ("student", self.student_costs)):
-            decode = model.flops_per_token + length * model.attention_flops_per_pair
-            found += [
-                Cost(f"{side}: weights", model.weight_bytes, "bytes", "exact"),
-                Cost(f"{side}: KV cache per token", model.kv_cache_bytes_per_token, "bytes", "exact"),
-                Cost(f"{side}: KV cache", model.kv_cache_bytes(length), "bytes", "exact", f"of {length} tokens"),
-                Cost(
-                    f"{side}: prefill per token", model.forward_flops_per_token(length), "FLOPs", "estimated",
-                    f"of {length} tokens{scan}",
-                ),
-                Cost(f"{side}: decode per token", decode, "FLOPs", "estimated", f"after {length} tokens{scan}"),
-            ]  # fmt: skip
-        for phase in self.phases(hardware):
-            found += self._phase_costs(phase, hardware)
-        return found
-
-    def _phase_costs(self, phase: Phase, hardware: HardwareAssumptions) -> list[Cost]:
-        name = phase.name.replace("_", " ")
-        found = [Cost(f"{name}: tokens", phase.tokens, "tokens", "exact")]
-        found.append(Cost(f"{name}: work per token", phase.flops // phase.tokens, "FLOPs", "estimated"))
-        for part, size in phase.memory.parts.items():
-            if size:
-                basis = "exact" if part in EXACT_PARTS else "estimated"
-                found.append(Cost(f"{name}: {part} per device", size, "bytes", basis))
-        found.append(Cost(f"{name}: peak memory per device", phase.memory.peak, "bytes", "estimated"))
-        if phase.disk:
-            basis = "estimated" if phase.name == "capture" else "exact"
-            found.append(
-                Cost(f"{name}: disk", phase.disk, "bytes", basis, "at most" if phase.name == "capture" else "")
-            )
-        if phase.float8:
-            found.append(Cost(f"{name}: of it in float8", phase.float8 // phase.tokens, "FLOPs", "estimated"))
-        hours, days = (of(phase.flops, phase.float8) for of in (hardware.hours, hardware.seconds))
-        found.append(Cost(f"{name}: device-hours", hours, "hours", "estimated", hardware.words))
-        found.append(Cost(f"{name}: days", days / 86400, "days", "estimated", hardware.words))
-        return found
+    def _checkpoints(self, shape: Shape, optimizer: Optimizer) -> int:
+        """Weights in fp32 and moments, as many times as checkpoints are kept, and one that is being written."""
+        each = FP32 + moment_bytes(shape, optimizer.states, optimizer.name == "muon")
+        return math.ceil(each * shape.parameters) * (self.kept_checkpoints + 1)

@@ -2,7 +2,7 @@
 
     weights      the student's in fp32 (on CUDA in bf16 where the spec says so), or its share where it is sharded
     gradients    as the weights; they live from the first backward of a step to its end
-    optimizer    two moments of AdamW, in fp32, bf16 or 8 bits
+    optimizer    two moments of AdamW, one of Muon's matrices, in fp32, bf16 or 8 bits
     teacher      in the checkpoint's dtype; fp32 on a CPU, as the runtime holds it there; in float8 a byte a weight
     gathered     sharded models (FSDP): the unit outside the layers and two layers, whole, and a layer's whole gradient
     activations  what the student's forward keeps for the backward, for one micro batch
@@ -27,11 +27,12 @@ from minitron.compiler.estimate.activations import Footprint
 from minitron.compiler.estimate.float8 import NO_LINEARS, Linears, linears_of
 from minitron.compiler.importance.room import LOGIT_COPIES, Room, Sizes
 from minitron.specs.blocks.distill import Recomputation
+from minitron.specs.blocks.training import is_matrix
 from minitron.specs.loss_chunks import BLOCK_ELEMENTS, loss_chunks
 
 FP32 = 4
 MOMENT_BYTES = {"float32": 8.0, "bfloat16": 4.0, "int8": 2 + 8 / 256}
-"""Of both moments of AdamW, a parameter: 8 bits have an fp32 scale for each block of 256."""
+"""Of both moments of AdamW, a parameter: 8 bits have an fp32 scale for each block of 256. Muon's matrices have half."""
 
 # The residual stream, a layer's input and its norm's output: modules that call each other hold them through the layer; of a
 # graph the first is in its stream, and the others are let go of when they are read for the last time.
@@ -42,7 +43,7 @@ GATHERED_LAYERS = 2  # FSDP gathers the next layer while one computes
 @dataclass(frozen=True)
 class Shape:
     """The sizes of a model that decide memory, in parameters; `outside` counts those in no layer, `layer` the largest
-    layer."""
+    layer, `matrices` the matrices of all layers."""
 
     parameters: int
     layer: int
@@ -50,22 +51,25 @@ class Shape:
     hidden: int
     vocabulary: int
     float8: Linears = NO_LINEARS
+    matrices: int = 0
 
 
 def shape_of(model: torch.nn.Module, layer_path: str, head: str, config: Mapping[str, Any]) -> Shape:
     """`head` names the parameter [vocabulary, hidden]; `config` is the model's configuration."""
     layers: dict[str, int] = {}
-    outside = 0
+    outside = matrices = 0
     prefix = layer_path + "."
     for name, parameter in model.named_parameters():
         if name.startswith(prefix):
             number = name[len(prefix) :].split(".", 1)[0]
             layers[number] = layers.get(number, 0) + parameter.numel()
+            matrices += parameter.numel() if is_matrix(parameter.shape) else 0
         else:
             outside += parameter.numel()
     vocabulary, hidden = model.get_parameter(head).shape
     whole = sum(layers.values()) + outside
-    return Shape(whole, max(layers.values()), outside, hidden, vocabulary, linears_of(model, layer_path, config))
+    linears = linears_of(model, layer_path, config)
+    return Shape(whole, max(layers.values()), outside, hidden, vocabulary, linears, matrices)
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class Layout:
     float8_student: bool = False
     float8_teacher: bool = False
     compiled: bool = False
+    muon: bool = False
 
     @property
     def shards_student(self) -> bool:
@@ -148,7 +153,7 @@ def training_memory(
     if layout.offload and layout.shards_student and kind == "cuda":
         mine = 0  # they rest in host memory
     element = 2 if layout.bf16_weights and kind == "cuda" else FP32  # a CPU holds the same numbers in fp32
-    states, moments = mine * element, math.ceil(mine * MOMENT_BYTES[layout.moments])
+    states, moments = mine * element, math.ceil(mine * moment_bytes(student, layout.moments, layout.muon))
     compute = 2 if kind == "cuda" else FP32
     tokens = layout.micro_batch * work.length
     own_transient, their_transient = own.transient, others.transient
@@ -190,6 +195,12 @@ def training_memory(
         "logits": logits,
     }
     return Memory(parts, states + moments + held + gathered + together)
+
+
+def moment_bytes(shape: Shape, states: str, muon: bool) -> float:
+    """The bytes of the optimizer's moments, on the average of all parameters."""
+    single = shape.matrices / shape.parameters if muon else 0.0
+    return MOMENT_BYTES[states] * (1 - single / 2)
 
 
 def logits_bytes(kind: str, sequences: int, work: LossWork, student: Shape, teacher: Shape | None) -> int:

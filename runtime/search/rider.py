@@ -18,6 +18,7 @@ from minitron.runtime.gradients import clip, sum_gradients
 from minitron.runtime.held_out import autocast
 from minitron.runtime.loss import DistillationLoss, Head, distillation_loss
 from minitron.runtime.models import LanguageModel
+from minitron.runtime.muon import layer_matrices
 from minitron.runtime.optimizer import make_optimizer, set_learning_rate
 from minitron.runtime.order import mix
 from minitron.runtime.pieces import model_pieces, optimizer_pieces
@@ -133,7 +134,11 @@ class Stable:
         student = load_student(replace(self.loaded, plan=plan), self.world)
         student.module.train()
         optimizer = make_optimizer(
-            student.module, plan.optimizer, bf16_weights=plan.weights == "bfloat16", seed=plan.seed
+            student.module,
+            plan.optimizer,
+            matrices=layer_matrices(student),
+            bf16_weights=plan.weights == "bfloat16",
+            seed=plan.seed,
         )
         rider = Rider(number, plan, student, optimizer, self.world, rate)
         checkpoint = Checkpoints(folder / CHECKPOINTS, 1).newest(Silent(), self.world)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field
@@ -13,10 +14,11 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(Block):
-    """AdamW and its learning-rate schedule: a linear warm-up to `lr`, then a decay to `min_lr` at the last token."""
+    """The optimizer and its learning-rate schedule: a linear warm-up to `lr`, then a decay to `min_lr` at the last token."""
 
-    name: Literal["adamw"] = "adamw"
-    """The optimizer."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon`: matrices of the decoder layers are updated by their momentum made orthogonal, on the scale of AdamW's updates
+    (arXiv 2502.16982), with one moment instead of two; all else by AdamW."""
 
     lr: PositiveFloat = 1e-4
     """The highest learning rate."""
@@ -33,6 +35,9 @@ class Optimizer(Block):
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
     """Decay rates of the two moments."""
 
+    momentum: Beta = 0.95
+    """Decay rate of the momentum of `muon`'s matrices; `adamw` has none."""
+
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay."""
 
@@ -47,8 +52,14 @@ class Optimizer(Block):
     """Gradients of a larger norm are scaled down to it; null: never."""
 
 
+def is_matrix(shape: Sequence[int]) -> bool:
+    """Whether a parameter of a decoder layer is a matrix, or a stack of matrices, that `muon` makes orthogonal. The filters of
+    channels, [C, 1, K], are none."""
+    return len(shape) in (2, 3) and min(shape[-2:]) > 1
+
+
 class CorrectionOptimizer(Optimizer):
-    """AdamW as under `distill`, with the defaults of the published teacher correction (arXiv 2408.11796)."""
+    """The optimizer as under `distill`, with the defaults of the published teacher correction (arXiv 2408.11796)."""
 
     lr: PositiveFloat = 2e-5
     """The highest learning rate."""
@@ -58,7 +69,7 @@ class CorrectionOptimizer(Optimizer):
 
 
 class DistillOptimizer(Optimizer):
-    """AdamW and its learning-rate schedule: a linear warm-up to `lr`, then a decay to `min_lr` at the last token."""
+    """The optimizer and its learning-rate schedule: a linear warm-up to `lr`, then a decay to `min_lr` at the last token."""
 
     # Wider than the rate of a training that runs: `at` gives that one.
     lr: Rates = 1e-4  # type: ignore[assignment]

@@ -66,6 +66,13 @@ class TestParts:
         assert held("cuda", replace(ONE, moments="bfloat16"))["optimizer"] == 4000
         assert held("cpu", narrow)["weights"] == 4000  # a CPU holds the same numbers in fp32
 
+    def test_muons_matrices_have_one_moment(self) -> None:
+        with_matrices, work = Running(replace(STUDENT, matrices=500), Footprint(50, 5)), LOSS
+        for states, both in (("float32", 8), ("bfloat16", 4)):
+            layout = replace(ONE, muon=True, moments=states)
+            found = training_memory("cuda", layout, with_matrices, None, 2, work)
+            assert found.parts["optimizer"] == 500 * both + 500 * both / 2
+
     def test_sharded_models_are_divided_and_gathered_by_layers(self) -> None:
         parts = held("cuda", replace(ONE, devices=8))
         assert (parts["weights"], parts["optimizer"], parts["teacher"]) == (500, 1000, 750)

@@ -125,7 +125,7 @@ def reduced(build: Path) -> Path:
 def test_the_weight_falls_to_nothing(reduced: Path) -> None:
     lines = run(reduced, **KEPT)
     for line in lines:
-        weight = 0.3 * (1 - (line["step"] - 1) / len(lines))
+        weight = 10.0 * (1 - (line["step"] - 1) / len(lines))
         assert line["loss"] == pytest.approx(line["forward_kl"] + weight * line["hidden_states"], rel=1e-5)
     assert lines[0]["hidden_states"] > 0.5 and lines[-1]["hidden_states"] < lines[0]["hidden_states"]
     assert not any(PROJECTION in name for name in weights(reduced))

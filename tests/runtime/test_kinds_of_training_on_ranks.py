@@ -18,6 +18,7 @@ from tests.runtime.tiny import read_metrics
 KINDS: dict[str, dict[str, Any]] = {
     "hidden states": {"loss__hidden_states": {"pairs": [[1, 1], [0, 0]]}},
     "moments of 8 bits": {"optimizer__states": "int8"},
+    "muon": {"optimizer__name": "muon"},
     "samples": {"teacher_logits": {"sampled": 6}},
     "a corrected teacher": {
         "teacher_correction": {

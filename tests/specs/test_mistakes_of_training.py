@@ -94,8 +94,15 @@ WRONG = {
         DISTILL + "  optimizer: {states: int8}\n  layout: {cpu_offload: true}\n",
         "9:25",
         "distill.layout.cpu_offload",
-        "`optimizer.states` is narrow so that it can",
-        "write `cpu_offload: false`, or float32 for optimizer.states",
+        "where `optimizer.states: int8` is too slow",
+        "write `cpu_offload: false`, or `optimizer.states: float32`",
+    ),
+    "muon in host memory": Wrong(
+        DISTILL + "  optimizer: {name: muon}\n  layout: {cpu_offload: true}\n",
+        "9:25",
+        "distill.layout.cpu_offload",
+        "where `optimizer.name: muon` is too slow",
+        "write `cpu_offload: false`, or `optimizer.name: adamw`",
     ),
     "a word for recomputation": Wrong(
         DISTILL + "  gradient_checkpointing: layers\n",
