@@ -86,6 +86,7 @@ def compile_command(
         return
     if not (force or fresh) and searching.is_compiled(loaded, build, candidate):
         say(f"compile: {build} is up to date with {loaded.path}, skipped; --force compiles it again")
+        builds.tidy(build)
     else:
         opened = searching.opened_search(loaded, build)
         planned = _prepare(loaded, build, chosen, fresh=True, opened=opened) if fresh else None
@@ -314,6 +315,7 @@ def _make(loaded: LoadedSpec, build: Path, machine: _Machine, *, locked: bool, f
     found = staleness(build, loaded)
     if found is None and not fresh:
         say(f"compile: {build} is up to date with {loaded.path}, skipped")
+        builds.tidy(build)
     elif found is not None and not found.changed and not fresh:
         say(f"compile: {build} is {found.reason}; the edited values are taken, skipped")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import yaml
 from minitron.cli.render import say
 from minitron.cli.sections import Document
 from minitron.specs import LoadedSpec
+from minitron.specs.atomic import remove_leftovers
 from minitron.specs.builds import (
     MODEL,
     PLAN,
@@ -25,7 +27,7 @@ from minitron.specs.builds import (
     metrics_file,
     read_document,
 )
-from minitron.specs.errors import UsageError
+from minitron.specs.errors import UsageError, WorkError
 from minitron.specs.locks import only_one
 
 
@@ -71,6 +73,12 @@ def move_aside(build: Path) -> None:
         target = next(path for n in itertools.count(1) if not (path := build.with_name(f"{build.name}.{n}")).exists())
         build.rename(target)
     say(f"{build}: moved to {target}")
+
+
+def tidy(build: Path) -> None:
+    """Removes what a killed process left in a build that is whole; nothing while another process is at work there."""
+    with contextlib.suppress(UsageError, WorkError), only_one(build, "tidying"):
+        remove_leftovers(build)
 
 
 def edits_of(build: Path, plan: Document | None) -> list[Document]:

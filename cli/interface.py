@@ -251,6 +251,7 @@ def compile_into(
     work = _work(device, threads, quiet)
     if not fresh and is_compiled(loaded, folder):
         work["progress"].message(f"compile: {folder} is up to date with {loaded.path}, skipped")
+        builds.tidy(folder)
         return Build(folder)
 
     def rungs(of: Path) -> None:

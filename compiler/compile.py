@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from minitron.compiler.build_documents import (
+    STAGED,
     Trained,
     guard_build,
     guard_training,
@@ -58,10 +59,11 @@ from minitron.compiler.score import score
 from minitron.compiler.student.config_keys import config_key
 from minitron.compiler.student.targets import Targets
 from minitron.compiler.teacher.freshness import staleness
+from minitron.compiler.teacher.lock import versions
 from minitron.compiler.teacher.provenance import at_commit, observe, with_result
 from minitron.compiler.teacher_checks import known_teacher, original_of
 from minitron.compiler.verify.checks import Check, failed
-from minitron.compiler.verify.run import STUDENT_CHECKS, StudentCheck, run_checks
+from minitron.compiler.verify.run import CHECKED, STUDENT_CHECKS, StudentCheck, run_checks
 from minitron.compiler.verify.subject import Ranking, Subject
 from minitron.compiler.weights.buffers import load_buffers
 from minitron.compiler.weights.recipes import recipes
@@ -175,18 +177,22 @@ def refit(
 
 
 def emit(compilation: Compilation, student: RewrittenStudent) -> None:
-    """Writes student/."""
+    """Writes student/, unless a process that was killed has."""
     plan = compilation.plan
+    if (compilation.build / STUDENT).is_dir() and compilation.staging is not None:
+        compilation.progress.message("student: written by a compile that was interrupted")
+        return
     tensors = student_tensors(compilation.source, student.recipes, plan.teacher.captured.stored_dtype)
-    card = model_card(plan_document(plan), plan.checkpoint.folder)
-    folder = StudentFolder(plan.config, plan.model, plan.dtype, plan.checkpoint.folder, card)
+    folder = StudentFolder(plan.config, plan.model, plan.dtype, plan.checkpoint.folder, _card(compilation))
     with compilation.progress.task("write student", Estimate(plan).student_costs.weight_bytes, "B") as task:
         write_student(compilation.build / STUDENT, folder, tensors, task.advance)
     release_heap()
 
 
 def write_program(compilation: Compilation, student: RewrittenStudent) -> None:
-    """Writes student.pt2."""
+    """Writes student.pt2, unless a process that was killed has."""
+    if (compilation.build / PROGRAM).is_file() and compilation.staging is not None:
+        return
     program = build_program(student.graph_module, load_buffers(compilation.plan.model))
     save_program(program, compilation.build / PROGRAM)
 
@@ -217,7 +223,8 @@ def verify(
         any(one.axis == LAYERS and one.status != "exact" for one in plan.targets.statuses),
         plan.rotation,
     )
-    return run_checks(subject, samples, compilation.progress, wanted)
+    kept = None if compilation.staging is None else compilation.staging / CHECKED
+    return run_checks(subject, samples, compilation.progress, wanted, kept)
 
 
 @dataclass(frozen=True)
@@ -269,12 +276,13 @@ def compile_spec(
         return plan
     claim_folder(build, COMPILED, "name another with -o")
     with only_one(build, "compiling"):
-        remove_leftovers(build)
+        remove_leftovers(build, but=None if work.fresh else STAGED)
         found = staleness(build, loaded)
         guard_build(plan, found)
         renewed = not work.fresh and found is not None and not found.student and renew_documents(plan, _inputs(plan))
         ranks.from_leader(not renewed)
         if renewed:
+            remove_leftovers(build)
             progress.message(f"{build / STUDENT} is what the spec asks for; {TRAINING} and {PLAN} are renewed")
             return plan
         plan = with_weights(plan, progress)
@@ -298,7 +306,7 @@ def _compile(compilation: Compilation, stages: Stages, scratch: Path) -> Plan:
     compilation, selection, student, _ = prune(compilation, scores, samples, stages, scratch)
     plan, fingerprint = compilation.plan, student_fingerprint(compilation, selection)
     guard_training(build, fingerprint)
-    with staged(build) as folder:
+    with staged(build, _identity(compilation, fingerprint)) as folder:
         compilation = replace(compilation, staging=folder)
         stages.emit(compilation, student)
         stages.write_program(compilation, student)
@@ -309,6 +317,19 @@ def _compile(compilation: Compilation, stages: Stages, scratch: Path) -> Plan:
         write_verification(folder, checks, folder_hashes(folder / STUDENT))
     require_passed(checks)
     return plan
+
+
+def _identity(compilation: Compilation, fingerprint: str) -> str:
+    """Identifies everything that is written of a student, and what checks it."""
+    plan = compilation.plan
+    checks = [check.__name__ for check in STUDENT_CHECKS]
+    parts = (fingerprint, _card(compilation), repr(sorted(versions().items())), repr(checks), compilation.device)
+    document = json.dumps(plan_document(plan), sort_keys=True, default=str)
+    return hashlib.sha256("\n".join((*parts, document)).encode()).hexdigest()
+
+
+def _card(compilation: Compilation) -> str:
+    return model_card(plan_document(compilation.plan), compilation.plan.checkpoint.folder)
 
 
 def require_teacher(compilation: Compilation, stages: Stages) -> list[Check]:

@@ -195,9 +195,13 @@ def leftovers(folder: Path, name: str = "*") -> list[Path]:
     return [*folder.glob(f"{_PREFIX}{name}{_SUFFIX}" if name == "*" else f"{_PREFIX}{glob.escape(name)}.*{_SUFFIX}")]
 
 
-def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Removes the temporary files and folders that killed processes left in `folder`: those of `name`, or all."""
+def remove_leftovers(folder: Path, name: str = "*", *, but: str | None = None) -> None:
+    """Removes the temporary files and folders that killed processes left in `folder`: those of `name`, or all `but` those
+    of one name, with which something can still be done."""
+    kept = None if but is None else temporary_path(folder / but)
     for path in leftovers(folder, name):
+        if path == kept:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -27,7 +27,10 @@ Of the student, once it is written:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,7 +56,11 @@ from minitron.compiler.verify.teacher_routes import TeacherRoutes
 from minitron.compiler.verify.token_ids import token_ids
 from minitron.compiler.verify.weights import weights
 from minitron.compiler.verify.widths import widths
+from minitron.specs.atomic import write_text
 from minitron.specs.progress import Progress
+
+CHECKED = "checked.json"
+"""The file that keeps the checks that passed while a compile is at it."""
 
 TeacherCheck = Callable[[TeacherRoutes], Check | None]
 StudentCheck = Callable[[Routes], Check | None]
@@ -85,23 +92,48 @@ def run_checks(
     samples: torch.Tensor | None,
     progress: Progress,
     wanted: Sequence[StudentCheck] = STUDENT_CHECKS,
+    kept: Path | None = None,
 ) -> list[Check]:
-    """Runs the checks of a student in order, on tokens of the calibration samples where there are any.
+    """Runs the checks of a student in order, on tokens of the calibration samples where there are any. Those that passed
+    stand in the file `kept`, and are not run again where the process was killed.
 
     Where the student does not load or run, `reload` says so, and what would look at its logits is left out.
     """
     routes = Routes(subject, token_ids(subject.teacher, samples))
     with progress.task("verify", len(wanted), "checks") as task:
-        return list(_each(wanted, routes, lambda: task.advance(1)))
+        return list(_each(wanted, routes, _Passed(kept), lambda: task.advance(1)))
 
 
-def _each(wanted: Sequence[StudentCheck], routes: Routes, done: Callable[[], None]) -> Iterator[Check]:
+class _Passed:
+    """The checks that passed, by the names of their functions, in a file."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path, self._found = path, dict[str, Any]()
+        if path is not None and path.is_file():
+            self._found = json.loads(path.read_text(encoding="utf-8"))
+
+    def get(self, check: StudentCheck) -> Check | None:
+        found = self._found.get(check.__name__)
+        return None if found is None else Check(**found)
+
+    def add(self, check: StudentCheck, found: Check) -> None:
+        if self._path is not None and found.passed:
+            self._found[check.__name__] = found.to_json()
+            write_text(self._path, json.dumps(self._found))
+
+
+def _each(wanted: Sequence[StudentCheck], routes: Routes, passed: _Passed, done: Callable[[], None]) -> Iterator[Check]:
     for check in wanted:
+        if (known := passed.get(check)) is not None:
+            yield known
+            done()
+            continue
         try:
             found = check(routes)
         except NotRunnable as error:
             found = broken("reload", error) if check is reload else None
         if found is not None:
+            passed.add(check, found)
             yield found
         release_heap()
         done()

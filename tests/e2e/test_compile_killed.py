@@ -48,12 +48,18 @@ def writing(name: str) -> Sign:
     return lambda build, _: any(build.glob(f".minitron-{name}*.tmp"))
 
 
+def checking(build: Path, since: int) -> bool:
+    """The student is written, and its first checks have passed."""
+    return written(".minitron-compile.tmp/checked.json")(build, since)
+
+
 # What is waited for, and for how many seconds at most the process then still lives.
 MOMENTS: list[tuple[Sign, float]] = [
     (written("scores.partial.safetensors"), 0.05),
     (written("scores.partial.safetensors"), 0.05),
     (writing("compile"), 0.02),
-    (writing("compile"), 0.5),
+    (checking, 0.5),
+    (checking, 0.0),
     (written("plan.json"), 0.0),  # all of it takes its place within a moment
 ]
 
@@ -98,7 +104,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in paths}
 
 
-def test_killed_five_times_it_ends_with_the_same_bytes(
+def test_killed_six_times_it_ends_with_the_same_bytes(
     foundry: Foundry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batches, "BATCH_TOKENS", BATCH_TOKENS)
@@ -112,8 +118,10 @@ def test_killed_five_times_it_ends_with_the_same_bytes(
     said = [command.killed(sign, draw.uniform(0, most)) for sign, most in MOMENTS]
     assert "calibrate: goes on at" in said[1] and "calibrate: goes on at" in said[2]
     assert not any("goes on at" in words for words in said[3:]), "scores are made once"
-    last = command.finished()
-    assert f"scores: taken from {command.build / 'scores.safetensors'}" in last
+    for words in said[4:]:
+        assert f"scores: taken from {command.build / 'scores.safetensors'}" in words
+        assert "student: written by a compile that was interrupted" in words, "nor is the student written again"
+    command.finished()  # at the last of these moments it may have been done
 
     got, wanted = contents(command.build), contents(undisturbed)
     assert got.keys() == wanted.keys(), "and nothing is left over"
