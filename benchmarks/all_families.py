@@ -15,8 +15,10 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 from collections import Counter
@@ -52,17 +54,16 @@ def examine(family: str, plan_only: bool, seconds: float) -> Found:
 
 def _tried(family: str, folder: Path, plan_only: bool, end: float) -> Iterator[tuple[str, str, str]]:
     from benchmarks.architectures import narrower, reason
-    from minitron.compiler.capture.models import layer_count
     from minitron.specs.blocks.student import Student
     from minitron.specs.errors import UsageError
     from tests.foundry import Apprentice, Foundry
     from tests.models import save_teacher
-    from tests.zoo.anything import tiny
+    from tests.zoo.anything import layers_of, tiny
 
     foundry = Foundry(folder, Apprentice())
     try:
         config = tiny(family)
-        layers = layer_count(config)
+        layers = layers_of(config)
         teacher = save_teacher(folder / family, config)
     except Exception as error:  # the family wants other keys: nothing of ours
         yield "", LEFT_OUT, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -119,6 +120,7 @@ def render(found: Mapping[str, Found]) -> str:
             if axis and got == outcome and axis != "head_dim"
         )
 
+    notes: list[str] = []
     lines = ["| family | compiled and verified | planned | refused |", "|---|---|---|---|"]
     for family in sorted(found):
         if family in EVERY or any(outcome in (LEFT_OUT, FAILED) and not axis for axis, outcome, _ in found[family]):
@@ -129,7 +131,13 @@ def render(found: Mapping[str, Found]) -> str:
         else:
             cells = " | ".join(cell(found[family], outcome) for outcome in (RIGHT, PLANNED, REFUSED))
             lines.append(f"| {family} | {cells} |")
-    return "\n".join([*lines, "", *(f"{number}. {why}" for why, number in numbers.items())]) + "\n"
+    for why, number in numbers.items():
+        told = re.sub(r"/\S*/(?=\w+\.json)", "", why)  # the folder that the model lay in while it was tried
+        wrapped = textwrap.wrap(
+            f"{number}. {told}", 118, subsequent_indent=" " * len(f"{number}. "), break_long_words=False
+        )
+        notes += [*wrapped]
+    return "\n".join([*lines, "", *notes]) + "\n"
 
 
 def read_log(log: Path | None) -> dict[str, Found]:

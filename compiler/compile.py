@@ -6,7 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from minitron.compiler.graph.executor import Executor
 from minitron.compiler.graph.memory import release_heap
 from minitron.compiler.graph.names import Fetch, strip_wrapper
 from minitron.compiler.importance.batches import batches_of
+from minitron.compiler.importance.layer_order import choices
 from minitron.compiler.importance.ranking import equal_scores, unreached_experts
 from minitron.compiler.importance.scores import ScoreTable, WidthConfig
 from minitron.compiler.importance.select import Selection, narrowing_of, select, selection_json
@@ -96,6 +97,20 @@ def _check_ranking(plan: Plan, scores: ScoreTable, selection: Selection, progres
             raise Refused(found)
     if message := unreached_experts(scores, selection, roles):
         progress.message(message)
+    if message := _other_layers(plan, scores, selection):
+        progress.message(message)
+
+
+def _other_layers(plan: Plan, scores: ScoreTable, selection: Selection) -> str | None:
+    """A sentence on layers that scored highest and cannot be kept."""
+    if not plan.rank_layers or scores.layers is None:
+        return None
+    depth = plan.loaded.spec.importance.depth
+    highest = next(choices(scores.layers, plan.targets.layers, contiguous=depth.contiguous))
+    if highest == selection.layers or (error := plan.proofs.refusal(highest)) is None:
+        return None
+    first, stay = (", ".join(map(str, layers)) for layers in (highest, selection.layers))
+    return f"layers {first} score highest and cannot be kept ({error}); layers {stay} stay"
 
 
 def rotate(
@@ -197,6 +212,15 @@ def write_program(compilation: Compilation, student: RewrittenStudent) -> None:
     save_program(program, compilation.build / PROGRAM)
 
 
+def select_by_scores(plan: Plan, scores: ScoreTable) -> Selection:
+    """Selects the highest-scored indices of every axis, and of layers the highest-scored that can be kept."""
+    contiguous, count = plan.loaded.spec.importance.depth.contiguous, plan.teacher.captured.layer_count
+    layers = None
+    if plan.rank_layers:
+        layers = plan.proofs.highest(scores, contiguous=contiguous) or plan.layers
+    return select(plan.targets, plan.teacher.roles, scores, count, contiguous=contiguous, layers=layers)
+
+
 def verify(
     compilation: Compilation,
     student: RewrittenStudent,
@@ -215,7 +239,7 @@ def verify(
         plan.model,
         config_widths(plan.teacher, plan.targets, plan.config),
         (read_document(compilation.build / PLAN) or {})["selection"],
-        Ranking(compilation.scores, plan.targets, importance.depth.contiguous, plan.rotates)
+        Ranking(compilation.scores, plan.targets, importance.depth.contiguous, plan.rotates, plan.proofs.possible)
         if importance.selection == "scores"
         else None,
         recorded,
@@ -233,15 +257,7 @@ class Stages:
 
     verify_teacher: Callable[[Compilation], list[Check]] = known_teacher
     score: Callable[[Compilation], tuple[ScoreTable, torch.Tensor | None]] = score
-    select: Callable[[Plan, ScoreTable], Selection] = field(
-        default=lambda plan, scores: select(
-            plan.targets,
-            plan.teacher.roles,
-            scores,
-            plan.teacher.captured.layer_count,
-            contiguous=plan.loaded.spec.importance.depth.contiguous,
-        )
-    )
+    select: Callable[[Plan, ScoreTable], Selection] = select_by_scores
     rewrite: Callable[[Plan, Selection, Buffers], RewrittenStudent] = rewrite
     emit: Callable[[Compilation, RewrittenStudent], None] = emit
     write_program: Callable[[Compilation, RewrittenStudent], None] = write_program

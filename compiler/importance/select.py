@@ -54,9 +54,18 @@ def weakest_run(scores: npt.NDArray[np.float32], length: int) -> list[int]:
     return list(range(start, start + length))
 
 
-def select(targets: Targets, roles: Roles, scores: ScoreTable, layer_count: int, *, contiguous: bool) -> Selection:
-    """The highest-scored indices of every narrowed axis."""
-    layers = _layers(targets, scores, layer_count, contiguous)
+# parameters: the last is a choice that was made already
+def select(
+    targets: Targets,
+    roles: Roles,
+    scores: ScoreTable,
+    layer_count: int,
+    *,
+    contiguous: bool,
+    layers: tuple[int, ...] | None = None,
+) -> Selection:
+    """The highest-scored indices of every narrowed axis; `layers` stay where they are given."""
+    layers = layers or _layers(targets, scores, layer_count, contiguous)
     hidden = None
     if HIDDEN in targets.widths:
         assert scores.hidden is not None

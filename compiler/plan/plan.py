@@ -26,7 +26,7 @@ from minitron.compiler.plan.checks import (
     teacher_key,
 )
 from minitron.compiler.plan.data_use import DataUse, data_use, repeated
-from minitron.compiler.plan.prove import prove, proved
+from minitron.compiler.plan.layer_proofs import LayerProofs, first_provable
 from minitron.compiler.plan.recovery import check_merging, recovery_remarks, rotation_of
 from minitron.compiler.plan.remarks import float8_remarks, remarks_on
 from minitron.compiler.roles.analysed import AnalysedTeacher, analyse_teacher
@@ -56,7 +56,7 @@ class Plan:
 
     teacher        the analysed teacher
     targets        the widths asked for
-    layers         the teacher's layers that stay, or as many of the first where scores will choose
+    layers         the teacher's layers that stay, or where scores will choose the first that could
     config, model  the student's configuration, proved on the meta device, and the model that it describes
     remarks        facts for the user that no axis reports
     rotation       what a rotation of the residual stream does to the parameters, where one is possible
@@ -64,6 +64,7 @@ class Plan:
     search         the search that this student is a candidate of, as the plan's document has it
     data           what the training reads, and how often
     missing        what a compile needs and a plan does without: data that is not there
+    proofs         the students that keep other layers, as scores may choose them
     """
 
     loaded: LoadedSpec
@@ -75,6 +76,7 @@ class Plan:
     config: Any
     model: torch.nn.Module
     remarks: tuple[str, ...]
+    proofs: LayerProofs
     rotation: Rotation | None = None
     of_tokenizer: tuple[str, ...] = ()
     search: Mapping[str, Any] | None = None
@@ -192,13 +194,15 @@ def plan_student(loaded: LoadedSpec, build: Path, opened: Opened) -> Plan:
     if targets is None or problems:
         raise SpecInvalid(located(problems, loaded))
     targets = mark_depth_approximate(teacher, targets)
-    layers = leading(targets, teacher.roles).layers
+    contiguous = loaded.spec.importance.depth.contiguous
     with placing(loaded, "student"):
         rotation = rotation_of(loaded, teacher, targets)
-        targets, config, model = proved(teacher, targets, layers)
+        leads = leading(targets, teacher.roles).layers
+        layers, targets, config, model = first_provable(teacher, targets, leads, contiguous=contiguous)
         check_towers(loaded, checkpoint, config)
     plan = Plan(
-        loaded, build, checkpoint, teacher, targets, layers, config, model, (), rotation, opened.of_tokenizer,
+        loaded, build, checkpoint, teacher, targets, layers, config, model, (),
+        LayerProofs(teacher, targets, {layers: (config, model)}), rotation, opened.of_tokenizer,
         data=data_use(loaded, checkpoint), missing=opened.missing,
     )  # fmt: skip
     return replace(plan, remarks=_remarks(plan))
@@ -208,7 +212,9 @@ def _remarks(plan: Plan) -> tuple[str, ...]:
     of_recovery = recovery_remarks(plan.loaded, plan.checkpoint, plan.targets, plan.rotation, plan.model)
     of_data = (*repeated(plan.data), *plan.missing)
     of_float8 = float8_remarks(plan.loaded.spec)
-    return (*remarks_on(plan.checkpoint, plan.teacher.captured), *plan.of_tokenizer, *of_recovery, *of_data, *of_float8)
+    of_layers = plan.proofs.limits(contiguous=plan.loaded.spec.importance.depth.contiguous)
+    of_teacher = remarks_on(plan.checkpoint, plan.teacher.captured)
+    return (*of_teacher, *plan.of_tokenizer, *of_layers, *of_recovery, *of_data, *of_float8)
 
 
 def _capture(loaded: LoadedSpec, checkpoint: Checkpoint) -> tuple[Captured, Checkpoint]:
@@ -294,5 +300,5 @@ def settled(plan: Plan, selection: Selection) -> Plan:
     if selection.layers == plan.layers:
         return plan
     with placing(plan.loaded, "student"):
-        config, model = prove(plan.teacher, plan.targets, selection.layers)
+        config, model = plan.proofs.proof(selection.layers)
     return replace(plan, layers=selection.layers, config=config, model=model)

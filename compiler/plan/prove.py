@@ -41,30 +41,26 @@ def proved(
         if wrong := check_rows(followed.widths, teacher):
             raise Refused(wrong)
         return followed, config, model
-    raise UsageError(f"{first}{_other_layers(teacher, targets, layers)}")
-
-
-def _other_layers(teacher: AnalysedTeacher, targets: Targets, tried: Sequence[int]) -> str:
-    """Names the last layers as those to keep, where these can be kept and the first ones, which stood for any, cannot."""
-    count = teacher.captured.layer_count
-    last = range(count - len(tried), count)
-    if not targets.rank_layers(count) or list(tried) == list(last):
-        return ""
-    try:
-        prove(teacher, targets, last)
-    except UsageError:
-        return ""
-    return f"; layers {', '.join(map(str, last))} can be kept: name them (student.layers.keep)"
+    raise first
 
 
 def prove(teacher: AnalysedTeacher, targets: Targets, layers: Sequence[int]) -> tuple[Any, torch.nn.Module]:
     """Returns the student's configuration and its model on the meta device. Raises UsageError where no configuration
     fits."""
-    also, config, model = _described(teacher, targets, layers)
+    also, config, model = buildable(teacher, targets, layers)
     if targets.widths or len(layers) != teacher.captured.layer_count:
         compare_constants(teacher, targets, layers, also)
-        check_cached_step(teacher.captured, config)
     return config, model
+
+
+def buildable(
+    teacher: AnalysedTeacher, targets: Targets, layers: Sequence[int]
+) -> tuple[Mapping[Key, int], Any, torch.nn.Module]:
+    """As `prove`, by shapes and a step of generation, with the further keys that `fit` found."""
+    also, config, model = _described(teacher, targets, layers)
+    if targets.widths or len(layers) != teacher.captured.layer_count:
+        check_cached_step(teacher.captured, config)
+    return also, config, model
 
 
 def describe(teacher: AnalysedTeacher, targets: Targets, layers: Sequence[int]) -> tuple[Any, torch.nn.Module]:
@@ -112,20 +108,26 @@ def compare_constants(
     check_scalars(whole, narrowed, {layer: layer for layer in range(len(few))})
 
 
-def representatives(captured: Captured, kept: Sequence[int]) -> list[int]:
-    """The first two of each kind among the kept layers; the configuration's lists over layers and the parameters tell
-    kinds."""
+def kinds_of_layers(captured: Captured) -> list[str]:
+    """The kind of each layer, as the configuration's lists over layers and the parameters tell it."""
     lists = list(lists_over_layers(captured.config, captured.layer_count).values())
     parameters: dict[int | None, list[str]] = {}
     for name, value in captured.model.named_parameters():
         layer = captured.layer_in_path(name)
         own = name.removeprefix(f"{captured.layer_path}.{layer}.")
         parameters.setdefault(layer, []).append(f"{own} {tuple(value.shape)}")
+    return [
+        repr([value[layer] for value in lists]) + repr(parameters.get(layer)) for layer in range(captured.layer_count)
+    ]
+
+
+def representatives(captured: Captured, kept: Sequence[int]) -> list[int]:
+    """The first two of each kind among the kept layers."""
+    kinds = kinds_of_layers(captured)
     seen: dict[str, int] = {}
     chosen = []
     for layer in kept:
-        kind = repr([value[layer] for value in lists]) + repr(parameters[layer])
-        seen[kind] = seen.get(kind, 0) + 1
-        if seen[kind] <= 2:
+        seen[kinds[layer]] = seen.get(kinds[layer], 0) + 1
+        if seen[kinds[layer]] <= 2:
             chosen.append(layer)
     return chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from minitron.compiler.capture.capture import Captured
+from minitron.compiler.capture.load_effects import written_on_load
 from minitron.compiler.graph.names import dtype_of
 from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.compiler.teacher.tokenizer import tokenizer_files
@@ -25,6 +26,11 @@ def remarks_on(checkpoint: Checkpoint, captured: Captured) -> tuple[str, ...]:
     if checkpoint.tensors and captured.dtype != own:
         old, new = (str(one).removeprefix("torch.") for one in (own, captured.dtype))
         remarks.append(f"the teacher's weights are {old} and are held as {new}, as the student's are (teacher.dtype)")
+    if written := sorted(written_on_load(captured.model)):
+        remarks.append(
+            f"the code of {captured.config.model_type} writes to {written[0]} each time it is loaded: teacher and student have "
+            "it as it is then, and a compile holds the whole teacher in memory"
+        )
     if captured.length is not None:
         remarks.append(
             f"the code of {captured.config.model_type} depends on the number of tokens: its graph is of {captured.length}, "

@@ -73,6 +73,18 @@ def check_scalars(teacher: Captured, student: Captured, numbers: Mapping[int, in
                 )
 
 
+def constants_of_layers(captured: Captured) -> list[dict[str, list[float]]]:
+    """Operator and place within the layer -> the constants there, for each layer."""
+    result: list[dict[str, list[float]]] = [{} for _ in range(captured.layer_count)]
+    for module, found in _scalars(captured, None).items():
+        layer = captured.layer_in_path(module + ".")
+        if layer is not None:
+            place = (module + ".").removeprefix(f"{captured.layer_path}.{layer}.")
+            for op, value in found:
+                result[layer].setdefault(f"{op} in {place}", []).append(value)
+    return result
+
+
 def _scalars(captured: Captured, numbers: Mapping[int, int] | None) -> dict[str, list[tuple[str, float]]]:
     """Module -> the operators in it that have a fractional or arithmetic constant, in order."""
     result: dict[str, list[tuple[str, float]]] = {}

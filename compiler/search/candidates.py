@@ -12,8 +12,9 @@ import torch
 from minitron.compiler.estimate.model_costs import ModelCosts
 from minitron.compiler.estimate.plan_costs import student_costs
 from minitron.compiler.importance.select import leading
+from minitron.compiler.plan.layer_proofs import first_provable
 from minitron.compiler.plan.plan import Opened
-from minitron.compiler.plan.prove import describe, proved
+from minitron.compiler.plan.prove import describe
 from minitron.compiler.roles.names import CONVOLVED, FEED_FORWARD, GROUPS, HEADS, HIDDEN, LAYERS, SHARED
 from minitron.compiler.search.budget import Flags, Limit, limits, nearest
 from minitron.compiler.search.grid import Grid, Numbers, Shapes, completed, make_grid
@@ -206,9 +207,9 @@ class _Search:
         targets, problems = resolve_targets(student, teacher)
         if targets is None:
             return problems[0].message
-        layers = leading(targets, teacher.roles).layers
+        leads, contiguous = leading(targets, teacher.roles).layers, self.loaded.spec.importance.depth.contiguous
         try:
-            proven, config, model = proved(teacher, targets, layers, describe)
+            layers, proven, config, model = first_provable(teacher, targets, leads, describe, contiguous=contiguous)
         except UsageError as error:
             return str(error).splitlines()[0]
         if proven.widths != targets.widths and not self.follows:

@@ -117,16 +117,18 @@ def _has_key(config: Any, name: str, teacher_widths: Mapping[str, int]) -> bool:
 def _guesses(config: Any, widths: Mapping[str, int], teacher_widths: Mapping[str, int]) -> Iterator[dict[Key, int]]:
     """Nothing, then one, two and three keys that have in the teacher the value of a narrowed width, or of one that it
     makes."""
-    pairs = [(teacher_widths[name], width) for name, width in widths.items()]
+    keys = {name: config_key(config, name, teacher_widths[name]) for name in widths}
+    # Widths without a key of their own first: one of these keys has to say them, and there may be many others.
+    order = sorted(widths, key=lambda name: keys[name] is not None)
+    pairs = [(teacher_widths[name], widths[name]) for name in order]
     pairs += _made_of(widths, teacher_widths)
-    own = {config_key(config, name, teacher_widths[name]) for name in widths}
     found: dict[Key, int] = {}
     parts = {"": config} | {name: part for name, part in vars(config).items() if isinstance(part, PreTrainedConfig)}
-    for part, holder in parts.items():
-        for key, value in vars(holder).items():
-            if key.startswith("_") or key in own or type(value) is not int or value < 1:
-                continue
-            for old, new in pairs:
+    for old, new in pairs:
+        for part, holder in parts.items():
+            for key, value in vars(holder).items():
+                if key.startswith("_") or key in keys.values() or type(value) is not int or value < 1:
+                    continue
                 if value == old and value != new:
                     found.setdefault((part, key), new)
     for count in range(4):

@@ -32,6 +32,10 @@ class Floor:
         """The floor of the middle one of all tokens, for each of other tokens whose `logits` [B, S, V] these are."""
         return Floor(self.rows.median().expand(logits.shape[:2]))
 
+    def or_more(self, other: Floor) -> Floor:
+        """The larger of two floors, token by token: each of two routes rounds by itself."""
+        return Floor(torch.maximum(self.rows, other.rows))
+
     @property
     def allowed(self) -> torch.Tensor:
         """[B, S]"""

@@ -124,7 +124,7 @@ class Planned:
         """Checks whether a key may say `new` where the teacher says `old`."""
         name = key.rpartition(".")[2]
         layers, count = self.layers, self.captured.layer_count
-        if self.widths.get(key, MISSING) == new:
+        if self.widths.get(key, MISSING) == new or dict(_paths(self._derived)).get(key, MISSING) == new:
             return True
         if len(layers) < count and name in RULES:
             return True
@@ -148,6 +148,16 @@ class Planned:
             return shapes(build_meta(config, self.captured.dtype, self.captured.attention)) != self._shapes
         except Exception:  # a modelling file raises anything for widths that it cannot have
             return True
+
+    @cached_property
+    def _derived(self) -> Document:
+        """What the configuration's class makes of the teacher's with the widths that were asked for: it may compute keys of
+        a part from them."""
+        teacher = self.captured.config
+        try:
+            return as_read(teacher, {**_document(teacher), **self.widths})
+        except Exception:  # a configuration class raises anything for widths that it cannot have
+            return {}
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -182,6 +192,15 @@ def _leaves(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(inner, str(key))
     else:
         yield at, value
+
+
+def _paths(document: Document, at: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in a document that is no mapping."""
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            yield from _paths(value, f"{at}{key}.")
+        else:
+            yield f"{at}{key}", value
 
 
 def _document(config: Any) -> dict[str, Any]:

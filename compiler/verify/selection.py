@@ -19,6 +19,7 @@ from minitron.compiler.student.targets import Targets
 from minitron.compiler.verify.checks import Check, exactly
 from minitron.compiler.verify.kept import Kept, WrongSelection, flags_of, kept_leaves
 from minitron.compiler.verify.routes import Routes
+from minitron.compiler.verify.subject import Ranking
 
 Numbers = npt.NDArray[Any]
 Selection = Mapping[str, Sequence[Sequence[int]]]
@@ -29,27 +30,15 @@ def selection(routes: Routes) -> Check | None:
     subject, ranking = routes.subject, routes.subject.ranking
     if ranking is None:
         return None
-    found = first_mistake(
-        subject.selection, ranking.scores, ranking.targets, subject.teacher.roles, subject.teacher.captured.layer_count,
-        contiguous=ranking.contiguous, basis=ranking.basis,
-    )  # fmt: skip
+    teacher = subject.teacher
+    found = first_mistake(subject.selection, ranking, teacher.roles, teacher.captured.layer_count)
     return exactly("selection", found, "plan.json keeps what the scores rank highest")
 
 
-def first_mistake(
-    selection: Selection,
-    scores: ScoreTable,
-    targets: Targets,
-    roles: Roles,
-    count: int,
-    *,
-    contiguous: bool,
-    basis: bool,
-) -> str | None:
-    """The first list that is not what the scores ask for, in words; None where all are.
-
-    `count` is the number of the teacher's layers; `basis` says that the student keeps the leading principal components.
-    """
+def first_mistake(selection: Selection, ranking: Ranking, roles: Roles, count: int) -> str | None:
+    """The first list that is not what the scores ask for, in words; None where all are. `count` is the number of the
+    teacher's layers."""
+    scores, targets = ranking.scores, ranking.targets
     try:
         wanted = {LAYERS, *targets.widths}
         if {HEADS, GROUPS} & wanted:
@@ -58,9 +47,9 @@ def first_mistake(
             return (
                 f"plan.json selects {', '.join(sorted(selection))}, and the spec asks for {', '.join(sorted(wanted))}"
             )
-        lists = [_layers(selection[LAYERS][0], scores, targets, count, contiguous=contiguous)]
+        lists = [_layers(selection[LAYERS][0], ranking, count)]
         if HIDDEN in selection:
-            lists.append(_hidden(selection[HIDDEN][0], scores, targets.widths[HIDDEN], roles, basis=basis))
+            lists.append(_hidden(selection[HIDDEN][0], scores, targets.widths[HIDDEN], roles, basis=ranking.basis))
         return next((found for found in (*lists, *_within_layers(selection, scores, targets, roles)) if found), None)
     except WrongSelection as error:
         return f"plan.json: {error}"
@@ -84,21 +73,34 @@ def outranked(where: str, scores: Numbers, flags: npt.NDArray[np.bool_], count: 
     return f"{where} keeps {worst}, scored {float(scores[worst]):g}, and drops {best}, scored {float(scores[best]):g}"
 
 
-def _layers(kept: Sequence[int], scores: ScoreTable, targets: Targets, count: int, *, contiguous: bool) -> str | None:
+def _layers(kept: Sequence[int], ranking: Ranking, count: int) -> str | None:
+    scores, targets = ranking.scores, ranking.targets
     flags = flags_of(kept, count, LAYERS)
     if targets.named_layers is not None or targets.layers == count:
         wanted = tuple(range(count)) if targets.named_layers is None else targets.named_layers
         return None if tuple(kept) == wanted else f"{LAYERS} keeps {list(kept)}, and the spec names {list(wanted)}"
     if scores.layers is None:
         return f"{LAYERS} are ranked, and there are no scores of layers"
-    if not contiguous:
-        return outranked(LAYERS, scores.layers, flags, targets.layers)
-    length = count - targets.layers
-    sums = [float(scores.layers[i : i + length].astype(np.float64).sum()) for i in range(count - length + 1)]
-    gone = [i for i in range(count) if not flags[i]]
-    tolerance = 1e-9 * (1 + abs(min(sums)))  # sums of the same numbers in another order
-    if gone != list(range(gone[0], gone[0] + length)) or sums[gone[0]] > min(sums) + tolerance:
-        return f"{LAYERS} drops {gone}, and the neighbours with the lowest sum begin at {int(np.argmin(sums))}"
+    gone, length, exact = np.flatnonzero(~flags), count - targets.layers, scores.layers.astype(np.float64)
+    if ranking.contiguous:
+        if gone.size != length or int(gone[-1]) - int(gone[0]) != length - 1:
+            return f"{LAYERS} drops {gone.tolist()}, which are not {length} neighbours"
+        runs = [np.arange(start, start + length) for start in range(count - length + 1)]
+    else:
+        mistake = outranked(LAYERS, scores.layers, flags, targets.layers)
+        if mistake is None or gone.size != length or not np.isfinite(exact).all():
+            return mistake
+        weakest = np.sort(np.lexsort((np.arange(count), -exact))[targets.layers :])
+        if ranking.possible(tuple(i for i in range(count) if i not in weakest)):
+            return mistake
+        # All that exchange one of the highest-scored.
+        runs = [np.sort([*np.delete(weakest, at), out]) for at in range(length) for out in range(count)]
+        runs = [run for run in runs if len(set(run.tolist())) == length]
+    tolerance = 1e-9 * (1 + float(np.abs(exact).sum()))  # sums of the same numbers in another order
+    for run in runs:
+        rest = tuple(i for i in range(count) if i not in run)
+        if exact[run].sum() < exact[gone].sum() - tolerance and ranking.possible(rest):
+            return f"{LAYERS} keeps {[int(i) for i in kept]}, and {list(rest)} score higher"
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +22,14 @@ from minitron.compiler.weights.source import WeightSource
 
 @dataclass(frozen=True)
 class Ranking:
-    """The rule by which scores select: `contiguous` layers are dropped, and with `basis` the leading components stay."""
+    """The rule by which scores select: `contiguous` layers are dropped, and with `basis` the leading components stay.
+    `possible` says whether layers can be kept together."""
 
     scores: ScoreTable
     targets: Targets
     contiguous: bool
     basis: bool
+    possible: Callable[[tuple[int, ...]], bool] = lambda layers: True
 
 
 @dataclass(frozen=True)

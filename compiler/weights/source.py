@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minitron.compiler.axes.narrowing import Indices
 from minitron.compiler.capture.capture import Captured
+from minitron.compiler.capture.load_effects import written_on_load
 from minitron.compiler.capture.models import quiet, stored_tensors
 from minitron.compiler.storage.stored import read_stored
 from minitron.compiler.storage.tensors import worth_picking
@@ -152,8 +153,9 @@ def check_headers(captured: Captured, checkpoint: Checkpoint) -> bool:
 
 
 def open_weights(captured: Captured, checkpoint: Checkpoint) -> WeightSource:
-    """Opens the weights: streams where names and shapes allow that, else loads the model through transformers."""
-    streamed = check_headers(captured, checkpoint)
+    """Opens the weights: streams where names and shapes allow that, and where loading changes none of them, else loads the
+    model through transformers."""
+    streamed = check_headers(captured, checkpoint) and not written_on_load(captured.model)
     _check_tied(captured, checkpoint)
     if streamed:
         return StreamedWeights(checkpoint, captured.stored_dtype, _tied_names(captured, checkpoint))

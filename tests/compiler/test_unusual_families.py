@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from minitron.compiler.capture.capture import capture
+from minitron.compiler.capture.load_effects import written_on_load
+from minitron.compiler.capture.models import build_meta
 from minitron.compiler.roles.analysed import analyse_teacher
 from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN, LAYERS, MOE_INTERMEDIATE, NUM_EXPERTS
 from minitron.specs.errors import SpecInvalid
@@ -32,6 +36,10 @@ RIGHT: list[tuple[str, dict[str, Any]]] = [
     ("bart", {FFN: 24, LAYERS: 1}),
     ("lfm2_moe", {HIDDEN: 24, NUM_EXPERTS: 3, MOE_INTERMEDIATE: 16, "layers": {"drop": [2]}}),
     ("zaya", {HIDDEN: 24, MOE_INTERMEDIATE: 16}),
+    # Sparse attention picks the best of the earlier tokens; many are scored 0, and the cache decides which of these come first.
+    ("deepseek_v32", {MOE_INTERMEDIATE: 16}),
+    # The configuration's class computes a key of another part from hidden_size.
+    ("moshi", {HIDDEN: 24}),
 ]
 
 
@@ -67,7 +75,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "div in the model multiplies or adds a constant that depends on a narrowed width (2 in the teacher",
     ),
     ("minicpm3", {LAYERS: 2}, "or on how many layers stand before or beside it"),
-    ("gpt_neox_japanese", {LAYERS: 2}, "layers 2, 3 can be kept: name them (student.layers.keep)"),
+    (
+        "gpt_neox_japanese",
+        {"layers": {"keep": [0, 1]}},
+        "the configuration of gpt_neox_japanese cannot express these widths: gpt_neox_japanese.layers.1.attention.dense_bias",
+    ),
     (
         "modernbert-decoder",
         {LAYERS: 2},
@@ -115,3 +127,37 @@ def test_a_head_of_which_the_logits_are_a_part_is_refused(monkeypatch: pytest.Mo
     monkeypatch.setattr(LlamaForCausalLM, "forward", cut)
     with pytest.raises(UsageError, match=r"the head has 96 rows and the logits are 90 of them \(a padded vocabulary\)"):
         analyse_teacher(capture(config_of("llama")))
+
+
+def test_a_row_that_is_zero_after_every_load_is_zero_in_the_student(foundry: Foundry) -> None:
+    """The code of this family sets the padding token's row of the tied embedding to zero, whatever the file has there."""
+    folder = teacher(foundry, "youtu")
+    stored = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    assert stored[0].abs().max() > 0.1, "the file has another row"
+    build = foundry.build(folder, {HIDDEN: 24, FFN: 24}, program=False)
+    assert all(check["passed"] for check in build.checks.values())
+    assert (
+        not build.tensors["model.embed_tokens.weight"][0].any() and build.tensors["model.embed_tokens.weight"][1].any()
+    )
+    assert [one for one in build.plan.remarks if "writes to model.embed_tokens.weight each time it is loaded" in one]
+
+
+def test_what_loading_writes_to_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaPreTrainedModel
+
+    model = build_meta(config_of("llama"), torch.float32, "eager")
+    assert written_on_load(model) == set()
+
+    def initialise(self: Any, module: torch.nn.Module) -> None:
+        if isinstance(module, torch.nn.Embedding):
+            module.weight.data[3].fill_(1.0)
+
+    monkeypatch.setattr(LlamaPreTrainedModel, "_init_weights", initialise)
+    assert written_on_load(model) == {"model.embed_tokens.weight"}
+
+
+def test_widths_without_a_key_are_found_beside_many_that_have_one(foundry: Foundry) -> None:
+    """The heads of its scan have the key of the attention's heads; among all keys of the same values it has to be found."""
+    student = {HIDDEN: 24, "mamba_num_heads": 2, FFN: 24, MOE_INTERMEDIATE: 16, NUM_EXPERTS: 3}
+    plan = foundry.plan(teacher(foundry, "bailing_hybrid"), student)
+    assert {axis: plan.targets.widths[axis] for axis in student} == student

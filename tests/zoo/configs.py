@@ -59,7 +59,7 @@ DENSE: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.3,
     },
     "granite_swa": {"sliding_window": 8},
-    "helium": {"head_dim": 12},
+    "helium": {"head_dim": 8},
     "hunyuan_v1_dense": {"head_dim": 12},
     "jais2": {"head_dim": 12},
     "ministral3": {"head_dim": 12},
