@@ -1,6 +1,8 @@
-"""Tries every family of transformers' causal language models, axis by axis, and prints right, refused or failed.
+"""Tries every family of transformers' causal language models, and prints for each axis right, refused or failed.
 
     python benchmarks/all_families.py [FAMILY ...] [--plan] [--seconds 300] [--log FILE] [--document FILE]
+
+All axes are narrowed together, and one by one where that does not pass.
 
 right: a tiny random model of the family was compiled and passed all checks; planned: with `--plan`, which stops there;
 refused: with a sentence, in the plan; failed: a check did not pass, or anything else was raised: a bug. A family of which no
@@ -76,26 +78,40 @@ def _tried(family: str, folder: Path, plan_only: bool, end: float) -> Iterator[t
     except Exception as error:
         yield "", FAILED, _where(error)
         return
+    asked: dict[str, tuple[object, str]] = {}
     for status in plan.targets.statuses:
         if status.axis not in Student.model_fields or status.teacher == narrower(status.axis, status.teacher):
             continue
         if status.status == "refused":
             yield status.axis, REFUSED, status.reason
-            continue
-        if time.monotonic() > end:
-            yield status.axis, LEFT_OUT, "no time was left"
-            continue
-        student = {status.axis: narrower(status.axis, status.teacher)}
+        else:
+            asked[status.axis] = narrower(status.axis, status.teacher), status.status
+
+    def build(student: Mapping[str, object]) -> None:
+        if plan_only:
+            foundry.plan(teacher, student)
+        else:
+            foundry.build(teacher, student, program=False)
+
+    done = PLANNED if plan_only else RIGHT
+    if len(asked) > 1:
         try:
-            if plan_only:
-                foundry.plan(teacher, student)
-            else:
-                foundry.build(teacher, student, program=False)
-            yield status.axis, PLANNED if plan_only else RIGHT, status.status
+            build({axis: width for axis, (width, _) in asked.items()})
+            yield from ((axis, done, how) for axis, (_, how) in asked.items())
+            return
+        except Exception:  # which of them it is, and whether it is a refusal, one by one tells
+            pass
+    for axis, (width, how) in asked.items():
+        if time.monotonic() > end:
+            yield axis, LEFT_OUT, "no time was left"
+            continue
+        try:
+            build({axis: width})
+            yield axis, done, how
         except UsageError as error:
-            yield status.axis, REFUSED, reason(error)
+            yield axis, REFUSED, reason(error)
         except Exception as error:
-            yield status.axis, FAILED, _where(error)
+            yield axis, FAILED, _where(error)
 
 
 def _where(error: Exception) -> str:
