@@ -113,4 +113,4 @@ def test_from_nothing_to_a_report(shell: Shell) -> None:
 
     assert shell("show", str(build), "--html") == 0 and (build / "report.html").is_file()
     assert shell("cache", "--json") == 0
-    assert {one["kind"] for one in json.loads(shell.out)["entries"]} == {"scores", "tokens"}
+    assert {one["kind"] for one in json.loads(shell.out)["entries"]} == {"checks", "scores", "tokens"}

@@ -103,8 +103,8 @@ def test_every_error_comes_at_its_line(tmp_path: Path) -> None:
         ),
         (
             {"layout__cpu_offload": True, "weights": "bfloat16", "optimizer__states": "int8"},
-            "layout.cpu_offload: `cpu_offload` is for what a device cannot hold in fp32, and `weights` is narrow so that it "
-            "can; write `cpu_offload: false`, or float32 for weights and optimizer.states",
+            "layout.cpu_offload: weights that rest in host memory are updated there, where `weights: bfloat16` is too slow; "
+            "write `cpu_offload: false`, or `weights: float32` and `optimizer.states: float32`",
         ),
         ({"compile": "yes"}, "compile: "),
         ({"teacher__dtype": "float8"}, "teacher.dtype: `float8` is not a valid value; did you mean `float32`?"),
