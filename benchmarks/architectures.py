@@ -43,8 +43,9 @@ Other families go through the same analysis: `minitron plan` says of any model w
 OTHERS = """
 ## Other families of transformers' causal models
 
-Found by `python benchmarks/all_families.py`, each axis alone on a tiny random model whose configuration is the
-family's own default, made small. Planned: the student was proved on the meta device, and not compiled in this run.
+Found by `python benchmarks/all_families.py`, all axes together where that passes and each alone where it does not, on a
+tiny random model whose configuration is the family's own default, made small. Planned: the student was proved on the
+meta device, and not compiled in this run.
 
 """
 
