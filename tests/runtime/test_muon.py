@@ -9,15 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from minitron.runtime.checkpoint import Checkpoints, TrainerState, load
 from minitron.runtime.models import LanguageModel
 from minitron.runtime.muon import Muon, layer_matrices, orthogonalise
 from minitron.runtime.optimizer import make_optimizer, moments_like
-from minitron.runtime.pieces import model_pieces, optimizer_pieces
-from minitron.runtime.world import World
 from minitron.specs.blocks.training import Optimizer, is_matrix
-from minitron.specs.progress import Silent
 from minitron.specs.training_plan import HeadPlan
+from tests.runtime.learning import learn, resumes_to_the_byte
 
 HEAD = HeadPlan(backbone="layers", module="head", weight="head.weight", bias=None, scale=1.0, softcap=None)
 MUON = Optimizer(name="muon", lr=1e-2)
@@ -37,14 +34,6 @@ def matrices(module: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 def muon(module: torch.nn.Module, settings: Optimizer = MUON, **more: Any) -> torch.optim.Optimizer:
     return make_optimizer(module, settings, matrices=matrices(module), **more)
-
-
-def learn(module: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    for step in steps:
-        for number, parameter in enumerate(module.parameters()):
-            generator = torch.Generator().manual_seed(100 * step + number)
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
-        optimizer.step()
 
 
 def singular_values(matrix: Tensor) -> Tensor:
@@ -116,19 +105,5 @@ def test_a_training_that_was_interrupted_gives_the_same_bytes(states: Any, bf16:
         module = model()
         return module, muon(module, settings, bf16_weights=bf16, seed=7)
 
-    whole, optimizer = fresh()
-    assert isinstance(optimizer, Muon)
-    learn(whole, optimizer, range(5))
-    first, optimizer = fresh()
-    learn(first, optimizer, range(3))
-    checkpoints = Checkpoints(tmp_path, 1)
-    pieces = {"model": model_pieces(first), "optimizer": optimizer_pieces(first, optimizer)}
-    checkpoints.write_part(TrainerState(3, 3, 3), 0, 1, pieces)
-    checkpoints.publish(TrainerState(3, 3, 3), 1, {}, None)
-    second, optimizer = fresh()
-    found = checkpoints.newest(Silent(), World(0, 1, torch.device("cpu")))
-    assert found is not None
-    load(found, second, optimizer)
-    learn(second, optimizer, range(3, 5))
-    for one, other in zip(second.parameters(), whole.parameters(), strict=True):
-        assert torch.equal(one, other)
+    assert isinstance(fresh()[1], Muon)
+    resumes_to_the_byte(fresh, tmp_path)

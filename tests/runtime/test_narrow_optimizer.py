@@ -11,13 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minitron.runtime.checkpoint import Checkpoints, TrainerState, load
 from minitron.runtime.narrow import BLOCK, blocks_of, code_book, dequantize, quantize, round_stochastically
 from minitron.runtime.optimizer import make_optimizer, set_learning_rate
-from minitron.runtime.pieces import model_pieces, optimizer_pieces
-from minitron.runtime.world import World
 from minitron.specs.blocks.training import Optimizer
-from minitron.specs.progress import Silent
+from tests.runtime.learning import learn, resumes_to_the_byte
 
 CPU = torch.device("cpu")
 
@@ -76,13 +73,6 @@ def model(seed: int = 0) -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(70, 90), torch.nn.LayerNorm(90), torch.nn.Linear(90, 50))
 
 
-def learn(module: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    for step in steps:
-        for number, parameter in enumerate(module.parameters()):
-            parameter.grad = torch.randn(parameter.shape, generator=generator(100 * step + number))
-        optimizer.step()
-
-
 def test_in_fp32_it_is_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
     from minitron.runtime import narrow_adamw
 
@@ -136,21 +126,7 @@ def test_a_training_that_was_interrupted_gives_the_same_bytes(
         module = model()
         return module, make_optimizer(module, Optimizer(lr=1e-3, states=states), bf16_weights=bf16, seed=7)
 
-    whole, optimizer = fresh()
-    learn(whole, optimizer, range(5))
-    first, optimizer = fresh()
-    learn(first, optimizer, range(3))
-    checkpoints = Checkpoints(tmp_path, 1)
-    pieces = {"model": model_pieces(first), "optimizer": optimizer_pieces(first, optimizer)}
-    checkpoints.write_part(TrainerState(3, 3, 3), 0, 1, pieces)
-    checkpoints.publish(TrainerState(3, 3, 3), 1, {}, None)
-    second, optimizer = fresh()
-    found = checkpoints.newest(Silent(), World(0, 1, CPU))
-    assert found is not None
-    load(found, second, optimizer)
-    learn(second, optimizer, range(3, 5))
-    for one, other in zip(second.parameters(), whole.parameters(), strict=True):
-        assert torch.equal(one, other)
+    resumes_to_the_byte(fresh, tmp_path)
 
 
 def quadratic(states: Any, bf16: bool, lr: float) -> Tensor:
