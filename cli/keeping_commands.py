@@ -21,6 +21,7 @@ from minitron.specs.builds import (
     CHECKPOINTS,
     CORRECTION_WORK,
     DATA_CACHE,
+    PARTIAL_ROUNDS,
     PARTIAL_SCORES,
     PLAN,
     RESULTS,
@@ -219,7 +220,7 @@ def _needless(build: Path) -> Iterator[Path]:
         # What a search left of the student that went on from it; its ranking stays.
         paths += [one / name for one in sorted((build / SEARCH).glob("[0-9]*")) for name in (CHECKPOINTS, STUDENT)]
     if (build / VERIFICATION).is_file():
-        paths.append(build / PARTIAL_SCORES)
+        paths += [build / PARTIAL_SCORES, build / PARTIAL_ROUNDS]
     for path in paths:
         if path.exists() and not path.is_symlink() and path.resolve().is_relative_to(build.resolve()):
             yield path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,16 +18,17 @@ from minitron.compiler.importance.calibrate import Run, calibrate
 from minitron.compiler.importance.layer_elimination import LayerElimination
 from minitron.compiler.importance.progress_file import Interrupted
 from minitron.compiler.importance.room import Room, divide
+from minitron.compiler.importance.rounds_file import Rounds
 from minitron.compiler.importance.samples import SampleConfig, calibration_samples
 from minitron.compiler.importance.score_file import read_scores, write_scores
-from minitron.compiler.importance.scores import ScoreTable, WidthConfig
+from minitron.compiler.importance.scores import Scores, ScoreTable, WidthConfig
 from minitron.compiler.importance.taps import CalibrationConfig, DepthConfig
 from minitron.compiler.plan.checks import teacher_key
 from minitron.compiler.plan.plan import Plan
 from minitron.compiler.teacher.lock import versions
 from minitron.compiler.teacher.tokenizer import load_tokenizer
 from minitron.specs import cache
-from minitron.specs.builds import PARTIAL_SCORES, PARTIAL_STREAMS, SCORES
+from minitron.specs.builds import PARTIAL_ROUNDS, PARTIAL_SCORES, PARTIAL_STREAMS, SCORES
 from minitron.specs.cache import entry_path, share_file
 from minitron.specs.data_files import content_hash, resolve_data
 from minitron.specs.errors import placing
@@ -120,16 +122,39 @@ def _calibrated(compilation: Compilation, samples: torch.Tensor, config: Calibra
         at_once, saved, compilation.progress, room,
         _streams(room, device, build / _beside(PARTIAL_STREAMS, which)), work.ranks,
     )  # fmt: skip
+    rounds = Rounds(build / PARTIAL_ROUNDS, f"{key} {_made(compilation)}")
+    if work.fresh and work.ranks.leads:
+        rounds.remove()
+    begun = work.ranks.from_leader(rounds.read() if work.ranks.leads else None)
     feeding = Feeding(room.resident, room.ahead)
-    scores = calibrate(plan.teacher, executor(captured.graph_module, feeding), samples, config, run)
+    if begun is None:
+        scores = calibrate(plan.teacher, executor(captured.graph_module, feeding), samples, config, run)
+    else:
+        scores = begun[0]
     if config.depth.one_by_one and metric != "block_influence":
         elimination = LayerElimination(plan.teacher, executor, samples, metric, work.ranks)
-        scores = replace(scores, layers=elimination.scores(config.depth.one_by_one, compilation.progress))
+        layers = _layers_one_by_one(compilation, elimination, rounds, scores, () if begun is None else begun[1])
+        scores = replace(scores, layers=layers)
     if work.ranks.leads:
         write_scores(build / SCORES, key, scores, _made(compilation))
+        rounds.remove()
     saved.remove()
     release_heap()
     return scores
+
+
+def _layers_one_by_one(
+    compilation: Compilation, elimination: LayerElimination, rounds: Rounds, scores: ScoreTable, gone: Sequence[int]
+) -> Scores:
+    """Drops layer after layer, after those that are `gone`; keeps what is known between two rounds in a file."""
+
+    def keep(gone: Sequence[int]) -> None:
+        if compilation.work.ranks.leads:
+            rounds.write(scores, gone)
+
+    if not gone:
+        keep(gone)
+    return elimination.scores(compilation.plan.layers_one_by_one, compilation.progress, gone, keep)
 
 
 def _beside(name: str, which: str) -> str:

@@ -30,6 +30,7 @@ PLAN = "plan.json"
 SCORES = "scores.safetensors"
 PARTIAL_SCORES = "scores.partial.safetensors"
 PARTIAL_STREAMS = "scores.partial.streams"  # a folder
+PARTIAL_ROUNDS = "scores.rounds.safetensors"
 STUDENT = "student"
 PROGRAM = "student.pt2"
 TRAINING = "training.yaml"
@@ -39,7 +40,8 @@ TOWER = "tower"
 WHOLE = "whole"
 
 COMPILED = (
-    PLAN, SCORES, PARTIAL_SCORES, PARTIAL_STREAMS, STUDENT, PROGRAM, TRAINING, VERIFICATION, COORDINATES, TOWER,
+    PLAN, SCORES, PARTIAL_SCORES, PARTIAL_STREAMS, PARTIAL_ROUNDS, STUDENT, PROGRAM, TRAINING, VERIFICATION,
+    COORDINATES, TOWER,
 )  # fmt: skip
 
 # What training and evaluation write; training.yaml may name other folders than WORK, MODEL, TEACHER and CORRECTION_WORK.

@@ -39,20 +39,29 @@ class LayerElimination:
     metric: Literal["loss", "logit_mse"]
     ranks: Ranks = field(default_factory=Ranks)
 
-    def scores(self, count: int, progress: Progress) -> Scores:
-        """The round in which each of `count` layers is dropped, from 0, and `count` for those that stay: [layers]."""
-        layers = len(self.teacher.ends)
-        scores = np.full(layers, count, dtype=np.float32)
-        gone: list[int] = []
-        with progress.task("drop layers", sum(layers - step for step in range(count)), "layers") as task:
-            for step in range(count):
+    def scores(
+        self,
+        count: int,
+        progress: Progress,
+        gone: Sequence[int] = (),
+        ended: Callable[[Sequence[int]], None] = lambda gone: None,
+    ) -> Scores:
+        """The round in which each of `count` layers is dropped, from 0, and `count` for those that stay: [layers].
+
+        `gone` are the layers that an earlier process has dropped, in their order, and `ended` is called with all of them after
+        each round."""
+        layers, gone = len(self.teacher.ends), list(gone)[:count]
+        rounds = [layers - step for step in range(count)]
+        with progress.task("drop layers", sum(rounds), "layers", sum(rounds[: len(gone)])) as task:
+            while len(gone) < count:
                 left = [layer for layer in range(layers) if layer not in gone]
                 harms = self._harms([{*gone, layer} for layer in left])
                 # Of equal ones the last is dropped: everywhere the lower index stays.
-                place = len(left) - 1 - int(harms.flip(0).argmin())
-                gone.append(left[place])
-                scores[left[place]] = step
+                gone.append(left[len(left) - 1 - int(harms.flip(0).argmin())])
+                ended(gone)
                 task.advance(len(left))
+        scores = np.full(layers, count, dtype=np.float32)
+        scores[gone] = range(count)
         return scores
 
     def _harms(self, candidates: Sequence[set[int]]) -> torch.Tensor:
