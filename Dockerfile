@@ -1,17 +1,18 @@
-# minitron in a container, for the CPU by default:
+# minitron in a container. Where BASE brings no torch, TORCH_INDEX says where pip takes it from; with PyTorch's index of builds
+# for the CPU the image has no CUDA libraries, which are several gigabytes:
 #
-#   docker build -t minitron .
+#   docker build -t minitron --build-arg TORCH_INDEX=URL .
 #   docker run --rm -v "$PWD:/work" minitron run specs/mine.yaml
 #
-# and with CUDA, where BASE is any image with Python 3.11 or newer and a torch of 2.13 or newer for CUDA:
+# With CUDA, BASE may be any image with Python 3.11 or newer and a torch for CUDA, which is kept:
 #
-#   docker build -t minitron --build-arg BASE=pytorch/pytorch:TAG --build-arg TORCH_INDEX= .
+#   docker build -t minitron --build-arg BASE=pytorch/pytorch:TAG .
 #   docker run --rm --gpus all --shm-size 8g -v "$PWD:/work" minitron run specs/mine.yaml
 ARG BASE=python:3.12-slim
 FROM ${BASE}
 
-# Empty where the base image brings torch: then that one is kept.
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Empty: the torch of the base image, or else of the index that pip is set up with.
+ARG TORCH_INDEX=
 ARG EXTRAS=eval,tensorboard,datasets
 
 # Nobody needs to be root to compile a model. The number is that of most people's files; a base image may have it already.

@@ -16,6 +16,7 @@ import typer
 import yaml
 
 from minitron.cli import figures
+from minitron.cli.held_out_share import held_out_share
 from minitron.cli.render import say, write
 from minitron.specs import load_spec
 from minitron.specs.data import STDLIB_PREFIX
@@ -25,9 +26,11 @@ from minitron.specs.units import COUNT_UNITS, Share, format_quantity, parse_quan
 if TYPE_CHECKING:
     from minitron.compiler.propose import Proposal
 
-# Kind -> files or patterns, as `data` has it.
-Source = dict[str, list[str]]
+# Kind -> files or patterns, as `data` has it, and a document's kind; or a share that is held out.
+Source = dict[str, list[str] | str]
 
+# Held-out text beside data that the machine has.
+STAND_IN: Source = {"text": [f"{STDLIB_PREFIX}held_out"]}
 DEFAULT_SPEC = "spec.yaml"
 SCHEMA = "minitron.schema.json"
 IGNORED = "builds/"
@@ -166,12 +169,12 @@ def spec_for(teacher: str, budget: Budget, data: Sequence[str], held_out: Sequen
     folder.mkdir(parents=True, exist_ok=True)  # what is relative to it is looked up
     model = _relative(teacher, folder) if Path(teacher).is_dir() else teacher
     proposal = propose(model, folder, parameters=budget.parameters, share=budget.share)
-    sources = _source("--data", data, folder), _source("--held-out", held_out, folder)
+    train, judged = _sources(data, held_out, folder)
     refused: SpecInvalid | None = None
-    judged = sources[1] is not None
-    training = _training(sources[0], proposal.sequence_length, _corpus(data), _expected(budget, proposal), judged)
+    own = judged is not None and judged.get("text") != STAND_IN["text"]
+    training = _training(train, proposal.sequence_length, _corpus(data), _expected(budget, proposal), own)
     for student in proposal.students:
-        text = _text(path, model, student, training, sources[1])
+        text = _text(path, model, student, training, judged)
         trial = folder / f".{path.name}.{os.getpid()}.tmp"
         try:
             trial.write_text(text, encoding="utf-8")
@@ -203,6 +206,24 @@ def _relative(name: str, folder: Path) -> str:
     """Returns a path as the spec in `folder` writes it."""
     way = os.path.relpath(name, folder)
     return way if way.startswith(".") else f"./{way}"
+
+
+def _sources(data: Sequence[str], held_out: Sequence[str], folder: Path) -> tuple[Source | None, Source | None]:
+    """Makes the sources of the training and of the held-out documents: a share of the training's where no other are named."""
+    train, judged = _source("--data", data, folder), _source("--held-out", held_out, folder)
+    if judged is not None:
+        return train, judged
+    if train is None or any(one.startswith(STDLIB_PREFIX) for one in data):
+        return train, STAND_IN
+    found = held_out_share(train, folder)
+    if found is None:
+        say("no share of --data could be held out: it has too few documents; name text with --held-out")
+        return train, None
+    share, document = found
+    if document is not None:
+        say(f"each {document} is a document: of the files alone too few could be held out")
+        train = {**train, "document": document}
+    return train, {"fraction": share}
 
 
 def _source(option: str, patterns: Sequence[str], folder: Path) -> Source | None:
@@ -267,8 +288,9 @@ def _training(train: Source | None, longest: int, corpus: int, size: int, judged
 def _text(path: Path, model: str, student: dict[str, int], training: list[str], held_out: Source | None) -> str:
     """Returns the text of the spec."""
     measured = "# evaluate: {held_out: {text: [valid.txt]}}   # text that is never trained on, for loss and perplexity"
-    if held_out or "python-stdlib:" in training[1]:
-        measured = f"evaluate: {{held_out: {_flow(held_out or {'text': ['python-stdlib:held_out']})}}}"
+    if held_out:
+        share = "   # documents of `distill.data` that are never trained on" if "fraction" in held_out else ""
+        measured = f"evaluate: {{held_out: {_flow(held_out)}}}{share}"
     lines = [
         f"# yaml-language-server: $schema=./{SCHEMA}",
         f"name: {_name(path, model)}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from minitron.compiler.capture.capture import Captured
@@ -11,7 +12,7 @@ from minitron.compiler.towers.whole_config import projector_of
 from minitron.specs.blocks.distill import Distill, DistillPhase
 from minitron.specs.blocks.importance import CalibrationData
 from minitron.specs.data_files import data_sources, resolve
-from minitron.specs.documents import check_readable
+from minitron.specs.documents import check_readable, check_share
 from minitron.specs.errors import Problem, Refused, UsageError, WorkError
 from minitron.specs.load import LoadedSpec
 from minitron.specs.lockfile import source_parts
@@ -62,7 +63,22 @@ def check_documents(loaded: LoadedSpec) -> list[Problem]:
                 continue
             except WorkError as error:
                 errors.append(Problem(path, str(error)))
-    return errors
+    return errors or list(_check_held_out(loaded))
+
+
+def _check_held_out(loaded: LoadedSpec) -> Iterator[Problem]:
+    """Yields a problem where a held-out share of the training data, or what is left of it, has no document."""
+    distill, evaluate = loaded.spec.distill, loaded.spec.evaluate
+    share = evaluate.held_out.fraction if evaluate is not None and evaluate.held_out is not None else None
+    if distill is None or share is None:
+        return
+    for _, _, part in source_parts("distill.data", distill.data):
+        try:
+            check_share(resolve(part, loaded.folder), share)
+        except Refused:
+            continue
+        except WorkError as error:
+            yield Problem("evaluate.held_out.fraction", str(error))
 
 
 def check_tokenizer(loaded: LoadedSpec, checkpoint: Checkpoint) -> tuple[list[Problem], list[str]]:

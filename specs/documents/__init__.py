@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from minitron.specs.data import BlendPart, DataSource, Source
 from minitron.specs.data_files import check_data, content_hash, data_files, resolve
-from minitron.specs.documents.check import check_readable
+from minitron.specs.documents.check import check_readable, check_share
 from minitron.specs.documents.kinds import Conversation, Document, Piece, Tally, TokenIds, size_of
 from minitron.specs.documents.readers import describe, documents_of, read_source
 from minitron.specs.errors import WorkError
@@ -25,6 +25,7 @@ __all__ = [
     "TokenIds",
     "check_data",
     "check_readable",
+    "check_share",
     "content_hash",
     "data_files",
     "iter_documents",

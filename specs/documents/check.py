@@ -17,7 +17,9 @@ from minitron.specs.documents.megatron import open_megatron
 from minitron.specs.documents.opening import BLOCK, COMPRESSED, check_utf8, not_utf8, open_bytes
 from minitron.specs.documents.readers import describe, is_array, json_line, parquet_rows, read_source
 from minitron.specs.documents.rows import RowReader
+from minitron.specs.documents.shares import count_sides
 from minitron.specs.errors import WorkError
+from minitron.specs.one_line import plural
 
 WHOLE_BYTES = 8 << 20
 """A source up to this size is read whole: a few tenths of a second."""
@@ -56,6 +58,26 @@ def check_readable(source: Source) -> None:
     if small:
         for _ in pieces:
             pass
+
+
+def check_share(source: Source, share: float) -> None:
+    """Checks that a resolved source (no blend) has documents on both sides of a share. WorkError where all of them lie on
+    one side, which is told in a second for small sources, and not at all for data sets of the Hub.
+    """
+    if source.dataset is not None or (source.parquet is not None and find_spec("pyarrow") is None):
+        return
+    sides = count_sides(read_source(source, Tally()), share)
+    if sides.all and not (sides.below and sides.above):
+        side = "held out" if sides.below == 0 else "trained on"
+        more = (
+            "`document: paragraph` or `line` makes more of a text; "
+            if source.text and source.document == "file"
+            else ""
+        )
+        raise WorkError(
+            f"of {plural(sides.below + sides.above, 'document')} in {describe(source)} none would be {side}: whole documents "
+            f"are chosen, by a hash; {more}write another share, or name held-out text of its own"
+        )
 
 
 def _spread(files: list[Path]) -> list[Path]:

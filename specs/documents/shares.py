@@ -4,10 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from minitron.specs.data import Source
-from minitron.specs.documents.kinds import Conversation, Document, Piece, TokenIds
+from minitron.specs.documents.kinds import Conversation, Document, Piece, TokenIds, size_of
+
+SOUGHT = 64 << 20
+"""Characters that are read at most to find documents on both sides of a share: a second."""
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The number of documents below and above a share, and whether all documents were counted."""
+
+    below: int
+    above: int
+    all: bool
+
+
+def count_sides(pieces: Iterable[Piece], share: float, enough: int = 1) -> Sides:
+    """Counts the documents that `only: share` and `leave_out: share` let through, until both have `enough` or `SOUGHT`
+    characters are read.
+    """
+    below = above = characters = 0
+    for piece in pieces:
+        if characters > SOUGHT or min(below, above) >= enough:
+            return Sides(below, above, all=False)
+        characters += size_of(piece.content)
+        if piece.begins:
+            inside = _place(piece.content) < share
+            below, above = below + inside, above + (not inside)
+    return Sides(below, above, all=True)
 
 
 def chosen(pieces: Iterator[Piece], source: Source) -> Iterator[Piece]:

@@ -10,6 +10,8 @@ import pytest
 from minitron.cli.init_command import described
 from minitron.cli.main import command_line
 from minitron.specs import load_spec, recipe_names, recipe_text
+from minitron.specs.data_files import resolve, sources_as_read
+from minitron.specs.documents import iter_documents
 from tests import models
 
 
@@ -49,6 +51,48 @@ def test_a_spec_for_a_teacher_plans_at_once(
     assert f"{100 * share:.1f}%" in err and abs(share - 0.6) < 0.15
     assert (teacher / "specs" / "minitron.schema.json").is_file()
     assert (teacher / "specs" / ".gitignore").read_text() == "builds/\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "documents", "joined", "held", "document"),
+    [
+        ("many.jsonl", 2000, None, True, None),
+        ("few.jsonl", 200, None, True, None),
+        ("stories.txt", 1200, "\n\n", True, "paragraph"),
+        ("one.txt", 1, "\n\n", False, "file"),
+        ("one.jsonl", 3, None, False, None),
+    ],
+)
+def test_documents_are_held_out_where_no_other_are_named(
+    teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    documents: int,
+    joined: str | None,
+    held: bool,
+    document: str | None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    texts = [f"{number}: {models.text(20, seed=number)}" for number in range(documents)]
+    lines = [json.dumps({"text": one}) for one in texts]
+    Path(name).write_text("\n".join(lines) if joined is None else joined.join(texts))
+    assert command_line(["init", "--teacher", str(teacher / "teacher"), "--data", name]) == 0
+    said = capsys.readouterr().err
+    spec = load_spec(tmp_path / "spec.yaml").spec
+    assert spec.distill is not None and spec.distill.data.document == document
+    assert ("each paragraph is a document" in said) == (document == "paragraph")
+    if not held:
+        assert spec.evaluate is None and "name text with --held-out" in said and spec.search is None
+        return
+    assert spec.evaluate is not None and spec.evaluate.held_out is not None and spec.search is not None
+    share = spec.evaluate.held_out.fraction
+    assert share is not None and 0.01 <= share <= 0.1 and (share < 0.1 or documents < 1000)
+    read = dict(sources_as_read(spec))
+    sides = [len(list(iter_documents(resolve(read[at], tmp_path)))) for at in ("distill.data", "evaluate.held_out")]
+    assert sum(sides) == documents and sides[1] >= 8
+    assert command_line(["plan", "spec.yaml"]) == 0
 
 
 def test_what_is_there_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,6 +47,18 @@ def test_the_dockerfile_is_sound() -> None:
     assert set(extras) <= project["optional-dependencies"].keys()
 
 
+def test_no_file_names_a_package_index() -> None:
+    """pip takes packages from where the machine's owner lets it."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    hosts = re.compile(
+        "|".join(("pypi" + r"\.org", "pytorch" + r"\.org/whl", "python" + "hosted", "index-url " + "http"))
+    )
+    files = [ROOT / name for name in listed if (ROOT / name).is_file()]
+    assert len(files) > 100 and not [file for file in files if hosts.search(file.read_text("utf-8", "replace"))]
+
+
 def test_the_workflow_runs_on_every_python_that_the_project_names() -> None:
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
     versions = {

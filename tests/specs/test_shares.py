@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from minitron.specs import SpecInvalid, WorkError
 from minitron.specs.data import DataSource
 from minitron.specs.data_files import resolve, sources_as_read
-from minitron.specs.documents import Conversation, TokenIds, content_hash, iter_documents
+from minitron.specs.documents import Conversation, TokenIds, check_share, content_hash, iter_documents
 from minitron.specs.documents.kinds import Document, Piece
 from minitron.specs.documents.opening import BLOCK
 from minitron.specs.documents.shares import chosen
@@ -82,6 +82,18 @@ def test_a_share_without_a_document(tmp_path: Path) -> None:
         WorkError, match=r"there is no document in `text: .*a\.txt`, of which only 0 is read; name other"
     ):
         list(iter_documents(alone))
+
+
+@pytest.mark.parametrize(("share", "side"), [(0.0, "held out"), (1.0, "trained on")])
+def test_a_share_that_leaves_one_side_empty(tmp_path: Path, share: float, side: str) -> None:
+    (tmp_path / "a.txt").write_text("\n\n".join(f"document {number}" for number in range(40)))
+    source = resolve(DataSource.model_validate({"text": "a.txt", "document": "paragraph"}), tmp_path)
+    check_share(source, 0.5)
+    with pytest.raises(WorkError, match=rf"of 40 documents in .*a\.txt` none would be {side}.*; write another share"):
+        check_share(source, share)
+    whole = resolve(DataSource.model_validate({"text": "a.txt"}), tmp_path)
+    with pytest.raises(WorkError, match=r"of 1 document in .*`document: paragraph` or `line` makes more of a text"):
+        check_share(whole, share)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,35 @@
+"""Finds the share of a training's documents that `init` holds out, where no held-out text is named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from minitron.specs.data import DataSource
+from minitron.specs.data_files import resolve
+from minitron.specs.documents import iter_pieces
+from minitron.specs.documents.shares import count_sides
+from minitron.specs.errors import MinitronError
+
+SHARES = ("1%", "2%", "5%", "10%")
+ENOUGH = 8
+"""Documents whose mean loss is steady enough to tell two learning rates apart."""
+
+
+def held_out_share(source: Mapping[str, Sequence[str] | str], folder: Path) -> tuple[str, str | None] | None:
+    """Returns the smallest share that holds out enough documents, and what a document of a text then is (None as it is):
+    paragraphs where the files are too few. None where no share does, or the data cannot be read, which the plan reports.
+    """
+    for document in (None, "paragraph") if "text" in source else (None,):
+        for share in SHARES:
+            if _enough({**source, **({"document": document} if document else {})}, folder, float(share[:-1]) / 100):
+                return share, document
+    return None
+
+
+def _enough(source: Mapping[str, Sequence[str] | str], folder: Path, share: float) -> bool:
+    try:
+        sides = count_sides(iter_pieces(resolve(DataSource.model_validate(source), folder)), share, ENOUGH)
+    except MinitronError:
+        return False
+    return min(sides.below, sides.above) >= ENOUGH
