@@ -2,9 +2,9 @@
 
     python benchmarks/kills.py --kills 200
 
-A tiny teacher is compiled undisturbed, which gives the bytes and the time. Then the same command is started and killed after a
-random share of that time, --kills times; where it was faster than the kill, it begins with a new folder. At the end it runs
-through, and every file must be the undisturbed one's.
+A tiny teacher is compiled and its student refitted undisturbed, which gives the bytes and the time. Then the same command is
+started and killed after a random share of that time, --kills times; where it was faster than the kill, it begins with a new
+folder. At the end it runs through, and every file must be the undisturbed one's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests import models
-from tests.e2e.test_compile_killed import STUDENT, Command, contents
+from tests.e2e.test_compile_killed import REFIT, STUDENT, Command, contents
 
 
 def prepare(folder: Path) -> Path:
@@ -30,6 +30,7 @@ def prepare(folder: Path) -> Path:
     (folder / "corpus.txt").write_text(models.text(150), encoding="utf-8")
     data = {"text": ["corpus.txt"], "document": "line", "samples": 128, "sequence_length": 12}
     spec = {"name": "tiny", "teacher": {"model": "teacher"}, "student": STUDENT, "importance": {"data": data}}
+    spec |= {"recovery": REFIT}
     (folder / "spec.yaml").write_text(yaml.safe_dump(spec))
     return folder / "spec.yaml"
 

@@ -22,7 +22,7 @@ from minitron.compiler.plan_document import plan_document, student_widths
 from minitron.compiler.roles.names import HIDDEN, LAYERS
 from minitron.compiler.teacher.freshness import Staleness
 from minitron.compiler.verify.checks import Check, failed
-from minitron.specs.atomic import remove_leftovers, sync_folder, temporary_path, write_text
+from minitron.specs.atomic import kept_folder, remove_leftovers, sync_folder, temporary_path, write_text
 from minitron.specs.builds import (
     CHECKPOINTS,
     COORDINATES,
@@ -228,32 +228,27 @@ def require_passed(checks: Sequence[Check]) -> None:
 
 STAGED = "compile"
 """The name of the folder in a build, hidden and temporary, in which a compile writes everything first."""
-_MADE_FOR = "made-for"
+REFITTED = "refit"
+"""The name of that of the values that a refit has found."""
 
 
 @contextlib.contextmanager
 def staged(build: Path, made_for: str) -> Iterator[Path]:
     """Yields a folder inside the build, whose contents replace those of the build when all of them are there. On error
-    the build stays as it was. `made_for` identifies what is written: where a killed process has written the same, what it
-    completed is still in the folder."""
-    folder = temporary_path(build / STAGED)
-    try:
-        same = (folder / _MADE_FOR).read_text(encoding="utf-8") == made_for
-    except (OSError, ValueError):
-        same = False
-    if not same:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        write_text(folder / _MADE_FOR, made_for)
-    remove_leftovers(folder)
+    the build stays as it was. `made_for` identifies what is written: where a process that was killed or interrupted has
+    written the same, what it completed is still in the folder."""
+    folder = kept_folder(build / STAGED, made_for)
+    remove_leftovers(folder, but=(STUDENT,))
     try:
         yield folder
         (build / VERIFICATION).unlink(missing_ok=True)
         for name in _PUBLISHED:
             _replace(folder / name, build / name)
         sync_folder(build)
-    finally:
+    except Exception:
         shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _replace(new: Path, target: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from minitron.compiler.build_documents import (
+    REFITTED,
     STAGED,
     Trained,
     guard_build,
@@ -46,7 +46,8 @@ from minitron.compiler.plan_document import plan_document
 from minitron.compiler.planning import make_plan
 from minitron.compiler.recovery.basis import principal_weights, rotated_reference
 from minitron.compiler.recovery.merged_weights import MergedWeights, merged
-from minitron.compiler.recovery.refit import Refit, find_stages, skipped_values
+from minitron.compiler.recovery.refit import RIDGE, Refit, find_stages, skipped_values
+from minitron.compiler.recovery.refit_progress import RefitProgress
 from minitron.compiler.recovery.refitted_weights import RefittedWeights
 from minitron.compiler.recovery.rotated_weights import RotatedWeights
 from minitron.compiler.rewrite import run_passes
@@ -69,7 +70,7 @@ from minitron.compiler.verify.subject import Ranking, Subject
 from minitron.compiler.weights.buffers import load_buffers
 from minitron.compiler.weights.recipes import recipes
 from minitron.compiler.weights.source import WeightSource, open_weights
-from minitron.specs.atomic import claim_folder, remove_leftovers
+from minitron.specs.atomic import claim_folder, kept_folder, remove_leftovers, temporary_path
 from minitron.specs.builds import (
     COMPILED,
     PLAN,
@@ -160,10 +161,10 @@ def rewrite(plan: Plan, selection: Selection, buffers: Buffers) -> RewrittenStud
 
 
 def refit(
-    compilation: Compilation, student: RewrittenStudent, samples: torch.Tensor | None, scratch: Path
+    compilation: Compilation, student: RewrittenStudent, samples: torch.Tensor | None, folder: Path
 ) -> Compilation:
-    """Refits the student's projections to the teacher's outputs on the calibration data; `scratch` holds the fitted
-    values."""
+    """Refits the student's projections to the teacher's outputs on the calibration data; `folder` holds the fitted values, and
+    those of a process that was killed at the same."""
     teacher, source, settings = compilation.plan.teacher, compilation.source, compilation.settings
     assert samples is not None
     captured, whole = teacher.captured, teacher.captured.graph_module
@@ -173,7 +174,7 @@ def refit(
         whole, fetch = rotated_reference(whole, teacher.table, source, compilation.plan.rotation.tied)
     by_source = {recipe.source: recipe for recipe in student.recipes.values()}
     names = {name: recipe.source for name, recipe in student.recipes.items()}
-    refitted = RefittedWeights(source, by_source, scratch)
+    refitted = RefittedWeights(source, by_source, folder / "values")
     work = Refit(
         Executor(whole, captured.layer_of, fetch, compilation.buffers, settings),
         Executor(
@@ -186,8 +187,9 @@ def refit(
     )  # fmt: skip
     stages = find_stages(teacher.table, teacher.roles, student.narrowing, set(by_source))
     batches, block = batches_of(samples, teacher.roles.hidden.size)
-    with compilation.progress.task("refit", len(stages), "stages") as task:
-        work.run(stages, batches[:block], task)
+    done = sum(map(work.known, stages))
+    with compilation.progress.task("refit", len(stages), "stages", done) as task:
+        work.run(stages, batches[:block], task, RefitProgress(folder / "streams.safetensors"))
     return replace(compilation, source=refitted)
 
 
@@ -199,8 +201,13 @@ def emit(compilation: Compilation, student: RewrittenStudent) -> None:
         return
     tensors = student_tensors(compilation.source, student.recipes, plan.teacher.captured.stored_dtype)
     folder = StudentFolder(plan.config, plan.model, plan.dtype, plan.checkpoint.folder, _card(compilation))
+    target, resumed = compilation.build / STUDENT, compilation.staging is not None
+    if resumed and (files := list(temporary_path(target).glob("*.safetensors"))):
+        compilation.progress.message(
+            f"student: {len(files)} of its files were written by a compile that was interrupted"
+        )
     with compilation.progress.task("write student", Estimate(plan).student_costs.weight_bytes, "B") as task:
-        write_student(compilation.build / STUDENT, folder, tensors, task.advance)
+        write_student(target, folder, tensors, task.advance, resumed=resumed)
     release_heap()
 
 
@@ -292,7 +299,7 @@ def compile_spec(
         return plan
     claim_folder(build, COMPILED, "name another with -o")
     with only_one(build, "compiling"):
-        remove_leftovers(build, but=None if work.fresh else STAGED)
+        remove_leftovers(build, but=() if work.fresh else (STAGED, REFITTED))
         found = staleness(build, loaded)
         guard_build(plan, found)
         renewed = not work.fresh and found is not None and not found.student and renew_documents(plan, _inputs(plan))
@@ -302,8 +309,13 @@ def compile_spec(
             progress.message(f"{build / STUDENT} is what the spec asks for; {TRAINING} and {PLAN} are renewed")
             return plan
         plan = with_weights(plan, progress)
-        with tempfile.TemporaryDirectory(dir=build, prefix=".minitron-refit.", suffix=".tmp") as scratch:
-            return _compile(_open(plan, device, progress, work), stages, Path(scratch))
+        try:
+            compiled = _compile(_open(plan, device, progress, work), stages)
+        except Exception:
+            remove_leftovers(build)
+            raise
+        remove_leftovers(build)
+        return compiled
 
 
 def _open(plan: Plan, device: str, progress: Progress, work: Work) -> Compilation:
@@ -312,14 +324,14 @@ def _open(plan: Plan, device: str, progress: Progress, work: Work) -> Compilatio
     return Compilation(plan, source, run_buffers(plan, plan.teacher.captured.config), device, progress, work=work)
 
 
-def _compile(compilation: Compilation, stages: Stages, scratch: Path) -> Plan:
+def _compile(compilation: Compilation, stages: Stages) -> Plan:
     """Writes everything in the build folder while this process holds the folder's lock."""
     plan = compilation.plan
     build = plan.build
     inputs = _inputs(plan)
     of_teacher = require_teacher(compilation, stages)
     scores, samples = stages.score(compilation)
-    compilation, selection, student, _ = prune(compilation, scores, samples, stages, scratch)
+    compilation, selection, student, _ = prune(compilation, scores, samples, stages, build)
     plan, fingerprint = compilation.plan, student_fingerprint(compilation, selection)
     guard_training(build, fingerprint)
     with staged(build, _identity(compilation, fingerprint)) as folder:
@@ -361,7 +373,8 @@ def prune(
     compilation: Compilation, scores: ScoreTable, samples: torch.Tensor | None, stages: Stages, scratch: Path
 ) -> tuple[Compilation, Selection, RewrittenStudent, WeightSource]:
     """Selects what stays and rewrites the teacher's graph to the student's. The compilation that comes back has the weights
-    that the student is cut from; the source at the end those before heads were merged and projections refitted."""
+    that the student is cut from; the source at the end those before heads were merged and projections refitted. `scratch`
+    is the folder in which a refit has a folder."""
     plan = compilation.plan
     selection = stages.select(plan, scores)
     _check_ranking(plan, scores, selection, compilation.progress)
@@ -374,8 +387,27 @@ def prune(
     compilation = merge(compilation, selection, scores)
     student = stages.rewrite(plan, selection, compilation.buffers)
     if plan.refits:
-        compilation = refit(compilation, student, samples, scratch)
+        assert samples is not None
+        folder = kept_folder(scratch / REFITTED, _refit_identity(compilation, selection, samples))
+        compilation = refit(compilation, student, samples, folder)
     return compilation, selection, student, rotated
+
+
+# Part of what identifies a refit: another one where the same inputs give other values.
+REFIT_DEFINITION = "ridge of the mean diagonal"
+
+
+def _refit_identity(compilation: Compilation, selection: Selection, samples: torch.Tensor) -> str:
+    """A hash of everything that decides the fitted values."""
+    parts = (
+        student_fingerprint(compilation, selection),
+        REFIT_DEFINITION,
+        repr(RIDGE),
+        hashlib.sha256(samples.numpy().tobytes()).hexdigest(),
+        torch.device(compilation.device).type,
+        repr(sorted(versions().items())),
+    )
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _inputs(plan: Plan) -> Inputs:

@@ -108,9 +108,10 @@ def _calibrated(compilation: Compilation, samples: torch.Tensor, config: Calibra
     compared = at_once and metric != "block_influence"
     sizes = Estimate(plan).calibration_sizes(samples.shape[0], samples.shape[1], dtype)
     budget, kind = work.memory or free_memory(device), torch.device(device).type
-    room = saved.room() or divide(
+    # One that goes on takes what it took, whatever is free now; but not more than it is told to.
+    room = (saved.room() if work.memory is None else None) or divide(
         budget, sizes, kind, host=host_memory(), compared=compared, whole=config.greedy
-    )  # fmt: skip
+    )
     settings = Settings(device, dtype, plan.dtype)
     buffers = compilation.buffers if dtype == RUN_DTYPE else run_buffers(plan, captured.config, dtype)
 

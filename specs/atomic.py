@@ -8,7 +8,7 @@ import glob
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from minitron.specs.errors import MinitronError, UsageError
@@ -146,23 +146,52 @@ def check_writable(target: Path, size: int) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path, *, resumed: bool = False) -> Iterator[Path]:
     """Yields an empty temporary folder, which on success replaces the whole folder `target`.
 
     The old folder is renamed before it is removed: a killed process leaves the old folder, none or the new one, never a
     part of one. UsageError if `target` is a folder that minitron has not made.
+
+    `resumed`: the folder is that of a process that was killed or interrupted while it wrote the same, with the files that
+    it completed. They must have been written by `atomic_path`, and no two processes may be at it.
     """
     require_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(target, os.getpid())
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_path(target, "" if resumed else os.getpid())
+    if resumed:
+        remove_leftovers(temporary)
+    else:
+        shutil.rmtree(temporary, ignore_errors=True)
+    kept = False
     try:
         with _errors_of(target, temporary):
-            temporary.mkdir()
+            temporary.mkdir(exist_ok=resumed)
             yield temporary
         publish_folder(temporary, target)
+    except KeyboardInterrupt:
+        kept = resumed
+        raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+_MADE_FOR = "made-for"
+
+
+def kept_folder(target: Path, made_for: str) -> Path:
+    """Returns the temporary folder of `target` with what a process that was killed completed in it; an empty one where
+    that is not the same: `made_for` identifies it."""
+    folder = temporary_path(target)
+    try:
+        same = (folder / _MADE_FOR).read_text(encoding="utf-8") == made_for
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_text(folder / _MADE_FOR, made_for)
+    return folder
 
 
 def publish_folder(temporary: Path, target: Path) -> None:
@@ -195,12 +224,12 @@ def leftovers(folder: Path, name: str = "*") -> list[Path]:
     return [*folder.glob(f"{_PREFIX}{name}{_SUFFIX}" if name == "*" else f"{_PREFIX}{glob.escape(name)}.*{_SUFFIX}")]
 
 
-def remove_leftovers(folder: Path, name: str = "*", *, but: str | None = None) -> None:
+def remove_leftovers(folder: Path, name: str = "*", *, but: Collection[str] = ()) -> None:
     """Removes the temporary files and folders that killed processes left in `folder`: those of `name`, or all `but` those
-    of one name, with which something can still be done."""
-    kept = None if but is None else temporary_path(folder / but)
+    of some names, with which something can still be done."""
+    kept = {temporary_path(folder / one) for one in but}
     for path in leftovers(folder, name):
-        if path == kept:
+        if path in kept:
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

@@ -77,12 +77,20 @@ def student_tensors(
     return Tensors(make, lambda name: stored_dtype(recipes[name].source), source.streamed)
 
 
-def write_student(target: Path, student: StudentFolder, tensors: Tensors, advance: Callable[[int], None]) -> None:
-    """Writes `target` whole or not at all.
+def write_student(
+    target: Path,
+    student: StudentFolder,
+    tensors: Tensors,
+    advance: Callable[[int], None],
+    *,
+    resumed: bool = False,
+) -> None:
+    """Writes `target` whole or not at all. `resumed`: weight files that an earlier process has written of the same student
+    stay.
 
     Streamed tensors are in memory one at a time; others are written by transformers, which undoes its own conversions.
     """
-    with atomic_folder(target) as folder:
+    with atomic_folder(target, resumed=resumed and tensors.streamed) as folder:
         config, model = copy.deepcopy(student.config), student.model
         config.dtype = student.dtype
         config.architectures = [type(model).__name__]

@@ -23,7 +23,7 @@ from minitron.compiler.graph.calls import Settings, call, localised
 from minitron.compiler.graph.finite import Watch
 from minitron.compiler.graph.names import Fetch
 from minitron.compiler.graph.segments import Segment, cut, keep_until, shared_weights
-from minitron.compiler.graph.streams import MemoryStreams, Streams
+from minitron.compiler.graph.streams import MemoryStreams, Streams, Values, moved
 from minitron.compiler.graph.weight_feed import Feeding, WeightFeed
 
 __all__ = ["Environment", "Executor", "Feeding", "Fork", "Output", "Place", "Probes", "Settings", "Tap"]
@@ -229,6 +229,15 @@ class Executor:
     def start(self, batches: Sequence[torch.Tensor]) -> list[Environment]:
         """What is known of each batch before the first segment."""
         return [{self._input: ids.to(self.settings.device)} for ids in batches]
+
+    def values_of(self, environments: Sequence[Environment]) -> list[Values]:
+        """What is known of each batch, by names."""
+        return [{node.name: value for node, value in one.items()} for one in environments]
+
+    def resume(self, values: Sequence[Values]) -> list[Environment]:
+        """What `values_of` gave, in another process."""
+        device = self.settings.device
+        return [self._nodes_of({name: moved(value, device) for name, value in one.items()}) for one in values]
 
     def names_in(self, number: int) -> list[str]:
         """The nodes of a segment, in their order."""

@@ -56,7 +56,7 @@ class MemoryStreams:
         values = self._values.get(slot, {})
         if self._resting is None:
             return values
-        return {name: _moved(value, self._device) for name, value in values.items()}
+        return {name: moved(value, self._device) for name, value in values.items()}
 
     def put(self, slot: Slot, values: Values) -> None:
         if self._resting is not None:
@@ -86,7 +86,8 @@ class MemoryStreams:
         return True
 
 
-def _moved(value: Any, device: str) -> Any:
+def moved(value: Any, device: str) -> Any:
+    """A value on a device; what is no tensor as it is."""
     return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
 

@@ -134,7 +134,7 @@ class _Calibration:
                     if place.batch == len(part):
                         self.taps.elimination.settle(self.run.ranks)
                     task.advance(lanes[place.segment])
-                    if self.file.due():
+                    if self.file.timer.due():
                         self._save(Saved(name, first, place, state()))
                 self.run.streams.drop()
                 begin = Place()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from minitron.compiler.graph.executor import Place
 from minitron.compiler.graph.streams import Streams
 from minitron.compiler.importance.room import Room
-from minitron.compiler.importance.tensor_file import read_tensors, write_tensors
+from minitron.compiler.importance.tensor_file import read_about, read_tensors, write_tensors
 
 # Seconds of work that a killed calibration loses at most, plus what saving takes; and saving takes a tenth of the time at most.
 SAVE_SECONDS = 30.0
@@ -35,14 +36,8 @@ class Interrupted:
 
     def room(self) -> Room | None:
         """The room that was taken so far, where there is something to go on with."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self.path, framework="pt") as handle:
-                metadata = handle.metadata() or {}
-        except (SafetensorError, OSError):
-            return None
-        return _room_of(metadata) if metadata.get("key") == self.key else None
+        metadata = read_about(self.path, self.key)
+        return None if metadata is None else _room_of(metadata)
 
     def remove(self) -> None:
         """Forgets what was saved."""
@@ -60,26 +55,40 @@ class Saved:
     state: Mapping[str, torch.Tensor]
 
 
-@dataclass
-class ProgressFile:
-    """Saves at most every SAVE_SECONDS, less often where saving takes long. `clock` is monotonic; `room` is what the
-    calibration takes, which one that goes on must take as well."""
+class SaveTimer:
+    """Tells when to save: at most every SAVE_SECONDS, less often where saving takes long. `clock` is monotonic."""
 
-    saved: Interrupted
-    room: Room
-    clock: Callable[[], float] = time.monotonic
-    _due: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._due = self.clock() + SAVE_SECONDS
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._due = clock, clock() + SAVE_SECONDS
 
     def due(self) -> bool:
         """Tells whether it is time to save."""
-        return self.clock() >= self._due
+        return self._clock() >= self._due
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Measures what saving takes."""
+        began = self._clock()
+        yield
+        ended = self._clock()
+        self._due = ended + max(SAVE_SECONDS, (ended - began) / SAVE_SHARE)
+
+
+@dataclass(frozen=True)
+class ProgressFile:
+    """Saves what a calibration has done when the `timer` says so. `room` is what the calibration takes, which one that goes on
+    must take as well."""
+
+    saved: Interrupted
+    room: Room
+    timer: SaveTimer = field(default_factory=SaveTimer)
 
     def save(self, now: Saved, streams: Streams) -> None:
         """Saves what was accumulated and what is known of each batch; nothing where that cannot be saved."""
-        began = self.clock()
+        with self.timer.saving():
+            self._save(now, streams)
+
+    def _save(self, now: Saved, streams: Streams) -> None:
         found = streams.saved()
         if found is not None:
             tensors, versions = found
@@ -93,8 +102,6 @@ class ProgressFile:
                 room=json.dumps(asdict(self.room)),
             )
             streams.keep()
-        ended = self.clock()
-        self._due = ended + max(SAVE_SECONDS, (ended - began) / SAVE_SHARE)
 
     def read(self, streams: Streams) -> Saved | None:
         """What an earlier process saved, of which `streams` take their part; None where there is nothing that fits."""

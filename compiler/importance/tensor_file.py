@@ -28,18 +28,28 @@ def read_tensors(path: Path, key: str) -> tuple[dict[str, torch.Tensor], dict[st
     """Reads tensors and metadata; None where there is no file, it is damaged, or its key is another one."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
+    metadata = read_about(path, key)
+    if metadata is None:
         return None
     try:
         with safe_open(path, framework="pt") as handle:
-            metadata = json.loads((handle.metadata() or {}).get(_ABOUT, "{}"))
-            if metadata.get(_KEY) != key:
-                return None
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError):
+    except (SafetensorError, OSError):
         return None
     written = metadata.pop(_CHECKSUM, None)
     return (tensors, metadata) if written == _checksum(tensors, metadata) else None
+
+
+def read_about(path: Path, key: str) -> dict[str, str] | None:
+    """Reads the metadata alone, its checksum among them, which only `read_tensors` looks at; None as there."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata: dict[str, str] = json.loads((handle.metadata() or {}).get(_ABOUT, "{}"))
+    except (SafetensorError, OSError, ValueError):
+        return None
+    return metadata if metadata.get(_KEY) == key else None
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:

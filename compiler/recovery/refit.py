@@ -7,7 +7,8 @@ here, refitted. With one linear layer and the tokens of the calibration data it 
 
 where T is what it should yield: the kept rows of W X and, where the result is added to the residual stream, what the student's
 stream lacks there of the teacher's. The ridge pulls towards the sliced weights, so that where nothing is narrowed nothing
-changes. Both graphs run side by side, layer by layer; only the Gram matrices of one stage of one layer are in memory.
+changes. Both graphs run side by side, layer by layer; only the Gram matrices of one stage of one layer are in memory. What
+was fitted, and where both graphs are, is kept: a refit that was killed goes on there.
 
 What is refitted: projections with a matrix of their own that read or write a narrowed axis. Left as they are sliced: biases,
 stacked experts (their rows are other tokens in the student), and a matrix that is read in several places, as a tied head's is.
@@ -27,6 +28,7 @@ from minitron.compiler.axes.table import AxisTable, Contraction
 from minitron.compiler.graph.aten import MOVES, op_name
 from minitron.compiler.graph.executor import Environment, Executor
 from minitron.compiler.graph.names import Fetch
+from minitron.compiler.recovery.refit_progress import Reached, RefitProgress
 from minitron.compiler.recovery.refitted_weights import RefittedWeights
 from minitron.compiler.roles.residual_stream import LayerEnds
 from minitron.compiler.roles.roles import Roles
@@ -146,24 +148,38 @@ class Refit:
     kept: Indices | None
     skipped: Mapping[str, str] = field(default_factory=dict)
 
-    def run(self, stages: Sequence[Stage], batches: Sequence[torch.Tensor], task: Task) -> None:
-        """Refits stage by stage."""
+    def run(
+        self, stages: Sequence[Stage], batches: Sequence[torch.Tensor], task: Task, progress: RefitProgress
+    ) -> None:
+        """Refits stage by stage, but for those that are known already."""
         theirs, own = self.teacher.start(batches), self.student.start(batches)
         places = {name: i for i in range(self.teacher.segments) for name in self.teacher.names_in(i)}
-        done = 0
-        for number in range(self.student.segments):
-            names = self.student.names_in(number)
-            at = max(places[name] for name in names if name in places)
+        todo = [self._todo(stages, number) for number in range(self.student.segments)]
+        done, first, reached = 0, 0, progress.read()
+        if reached is not None and not any(todo[: reached.student]):
+            done, first = reached.teacher, reached.student
+            theirs, own = self.teacher.resume(reached.theirs), self.student.resume(reached.own)
+        for number in range(first, self.student.segments):
+            at = max(places[name] for name in self.student.names_in(number) if name in places)
             while done < at:  # layers that the student has lost
                 theirs = self.teacher.run_segment(done, theirs)
                 done += 1
-            for stage in stages:
-                if all(one.node in names for one in stage.projections):
-                    self._refit(stage, (done, number), theirs, own)
-                    task.advance(1)
+            for stage in todo[number]:
+                self._refit(stage, (done, number), theirs, own)
+                task.advance(1)
             own = self.student.run_segment(number, own)
             theirs = self.teacher.run_segment(done, theirs)
             done += 1
+            progress.save(Reached(done, number + 1, self.teacher.values_of(theirs), self.student.values_of(own)))
+
+    def known(self, stage: Stage) -> bool:
+        """Tells whether an earlier process has refitted a stage."""
+        return all(one.parameter in self.refitted for one in stage.projections)
+
+    def _todo(self, stages: Sequence[Stage], number: int) -> list[Stage]:
+        """The stages inside of a segment of the student that are not known yet."""
+        names = set(self.student.names_in(number))
+        return [one for one in stages if names.issuperset(p.node for p in one.projections) and not self.known(one)]
 
     def _refit(
         self,
@@ -189,6 +205,8 @@ class Refit:
                 lack = _plus(lack, (missing - _rows(narrow[ours[stage.stream]], -1)).T @ left)
         assert gram is not None and cross is not None
         for one in stage.projections:
+            if one.parameter in self.refitted:  # of a stage that was killed between two of them
+                continue
             sliced = self.refitted.narrowed(one.parameter).double().cpu()
             recipe = self.refitted.recipe(one.parameter)
             weight = _kept_rows(self.weights(one.parameter).double().cpu(), recipe, 1 - one.read)

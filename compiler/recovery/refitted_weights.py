@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minitron.compiler.importance.tensor_file import read_tensors, write_tensors
 from minitron.compiler.weights.recipes import Recipe
 from minitron.compiler.weights.source import WeightSource
 
@@ -16,20 +17,28 @@ from minitron.compiler.weights.source import WeightSource
 class RefittedWeights:
     """Yields a refitted parameter in the teacher's shape: narrowed by its recipe it is what was fitted.
 
-    Values rest in `folder`, a file each, so that one is in memory at a time. `recipes` are by the teacher's names.
+    Values rest in `folder`, a file each, so that one is in memory at a time; those of an earlier process that was at the
+    same refit are taken up. `recipes` are by the teacher's names.
     """
 
     def __init__(self, source: WeightSource, recipes: Mapping[str, Recipe], folder: Path) -> None:
         self.streamed = source.streamed
         self.source, self._recipes, self._folder = source, recipes, folder
-        self._names: dict[str, Path] = {}
+        folder.mkdir(exist_ok=True)
+        places = {name: self._place(name) for name in recipes}
+        self._names = {name: path for name, path in places.items() if read_tensors(path, name) is not None}
+
+    def _place(self, name: str) -> Path:
+        return self._folder / f"{name}.safetensors"
+
+    def __contains__(self, name: object) -> bool:
+        """Tells whether a parameter has its refitted value."""
+        return name in self._names
 
     def store(self, name: str, value: torch.Tensor) -> None:
         """Takes in a parameter of the student under its teacher's name."""
-        from safetensors.torch import save_file
-
-        path = self._folder / f"{len(self._names)}.safetensors"
-        save_file({"value": value}, path)
+        path = self._place(name)
+        write_tensors(path, name, {"value": value})
         self._names[name] = path
 
     def recipe(self, name: str) -> Recipe:

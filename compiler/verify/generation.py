@@ -31,7 +31,7 @@ def generation(routes: Routes) -> Check:
     name, detail = "generation", "steps with a cache against the same tokens without one"
     trouble = ""
     try:
-        got, wanted = routes.in_float32(lambda _: steps(routes.model, routes.prompt))
+        got, wanted = routes.wide.run(lambda _: steps(routes.model, routes.prompt))
     except CannotGenerate as error:
         trouble = str(error)
     if not trouble:
@@ -43,7 +43,7 @@ def generation(routes: Routes) -> Check:
         return [steps(routes.teacher.model, routes.prompt.roll(turn, 1)) for turn in TURNS]
 
     try:
-        teachers = routes.teacher.in_float32(turned)
+        teachers = routes.teacher.wide.run(turned)
     except NotRunnable as error:
         return skipped(name, f"the teacher itself cannot: {error}")
     if trouble:

@@ -16,9 +16,7 @@ from minitron.specs.training_plan import HeadPlan
 def head(routes: Routes) -> Check:
     """Compares logits that are made of the last hidden states as the loss makes them."""
     subject, wanted = routes.subject, routes.loaded
-    got = routes.in_float32(
-        lambda parameter: described_logits(routes.model, parameter, subject.teacher.head, routes.ids)
-    )
+    got = routes.wide.run(lambda parameter: described_logits(routes.model, parameter, subject.teacher.head, routes.ids))
     return compare("head", got, wanted, "the head that the loss uses against the Hugging Face model", routes.floor)
 
 

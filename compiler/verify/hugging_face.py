@@ -53,5 +53,7 @@ def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
     try:
         with torch.no_grad():
             return model(input_ids=ids.to(model.device), use_cache=False).logits.cpu()  # type: ignore[no-any-return]
+    except torch.OutOfMemoryError:  # nothing of the model
+        raise
     except (RuntimeError, ValueError, IndexError, TypeError) as error:  # what operators raise of shapes that do not fit
         raise NotRunnable(f"it loads, but does not run in transformers: {first_line(error)}") from None

@@ -9,6 +9,6 @@ from minitron.compiler.verify.routes import Routes
 
 def reload(routes: Routes) -> Check:
     """Compares the graph on weights in memory, which never saw the student's code, with that code on the files."""
-    detail = "rewritten graph against student/ loaded by transformers"
     loaded = routes.loaded  # first: what does not load needs no other side
+    detail = f"rewritten graph against student/ loaded by transformers{routes.wide.note}"
     return compare("reload", routes.rewritten, loaded, detail, routes.floor)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -15,21 +14,20 @@ from minitron.compiler.verify.hugging_face import load_model, logits_of
 from minitron.compiler.verify.perturbed import perturbed
 from minitron.compiler.verify.subject import Subject
 from minitron.compiler.verify.teacher_routes import TeacherRoutes
-from minitron.compiler.verify.widened import run_in_float32
+from minitron.compiler.verify.widened import InFloat32, Say
 from minitron.specs.builds import STUDENT
-
-T = TypeVar("T")
 
 # Tokens at the end of the ids that a prompt leaves out: what is generated stays within the longest sequence.
 CONTINUED = 4
 
 
 class Routes:
-    """Logits [B, S, V] for the same token ids, each computed when it is first asked for; `teacher` has the teacher's."""
+    """Logits [B, S, V] for the same token ids, each computed when it is first asked for; `teacher` has the teacher's. `say`
+    is told what costs memory."""
 
-    def __init__(self, subject: Subject, ids: torch.Tensor) -> None:
-        self.subject, self.ids = subject, ids
-        self.teacher = TeacherRoutes(subject.original, ids)
+    def __init__(self, subject: Subject, ids: torch.Tensor, say: Say) -> None:
+        self.subject, self.ids, self._say = subject, ids, say
+        self.teacher = TeacherRoutes(subject.original, ids, say)
 
     @property
     def prompt(self) -> torch.Tensor:
@@ -45,12 +43,13 @@ class Routes:
     @cached_property
     def loaded(self) -> torch.Tensor:
         """The logits of `model`, run in float32."""
-        return self.in_float32(lambda _: logits_of(self.model, self.ids))
+        return self.wide.run(lambda _: logits_of(self.model, self.ids))
 
-    def in_float32(self, work: Callable[[Fetch], T]) -> T:
-        """Does `work`, which is given the model's parameters by name, while `model` runs in float32."""
+    @cached_property
+    def wide(self) -> InFloat32:
+        """`model`, ready to be run in float32."""
         captured, buffers = self.subject.teacher.captured, self.subject.student.buffers
-        return run_in_float32(self.model, captured, buffers, self.subject.original.settings.device, work)
+        return InFloat32(self.model, captured, buffers, self.subject.original.settings.device, self._say)
 
     @cached_property
     def rewritten(self) -> torch.Tensor:

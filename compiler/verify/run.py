@@ -77,7 +77,7 @@ def run_teacher_checks(
     original: Original, progress: Progress, wanted: Sequence[TeacherCheck] = TEACHER_CHECKS
 ) -> list[Check]:
     """Runs the checks of a teacher, in order, on random tokens."""
-    routes = TeacherRoutes(original, token_ids(original.teacher, None))
+    routes = TeacherRoutes(original, token_ids(original.teacher, None), progress.message)
     with progress.task("verify the teacher", len(wanted), "checks") as task:
         found = []
         for check in wanted:
@@ -99,7 +99,7 @@ def run_checks(
 
     Where the student does not load or run, `reload` says so, and what would look at its logits is left out.
     """
-    routes = Routes(subject, token_ids(subject.teacher, samples))
+    routes = Routes(subject, token_ids(subject.teacher, samples), progress.message)
     with progress.task("verify", len(wanted), "checks") as task:
         return list(_each(wanted, routes, _Passed(kept), lambda: task.advance(1)))
 

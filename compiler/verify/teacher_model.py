@@ -22,5 +22,5 @@ def teacher(routes: TeacherRoutes) -> Check:
         "transformers loads from the teacher's folder: one of its kernels computes something else, or its files are read "
         "in another way"
     )
-    detail = "captured graph on the weights that were read against the model that transformers loads"
+    detail = f"captured graph on the weights that were read against the model that transformers loads{routes.wide.note}"
     return compare("teacher", routes.whole, loaded, detail, routes.floor, wrong=wrong)

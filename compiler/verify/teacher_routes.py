@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.fx import GraphModule
@@ -15,17 +15,15 @@ from minitron.compiler.verify.comparison import Floor, measured
 from minitron.compiler.verify.hugging_face import load_model, logits_of
 from minitron.compiler.verify.perturbed import perturbed
 from minitron.compiler.verify.subject import Original
-from minitron.compiler.verify.widened import run_in_float32
+from minitron.compiler.verify.widened import InFloat32, Say
 from minitron.compiler.weights.source import LoadedWeights
-
-T = TypeVar("T")
 
 
 class TeacherRoutes:
-    """Logits [B, S, V] for the same token ids, each computed when it is first asked for."""
+    """Logits [B, S, V] for the same token ids, each computed when it is first asked for. `say` is told what costs memory."""
 
-    def __init__(self, original: Original, ids: torch.Tensor) -> None:
-        self.original, self.ids = original, ids
+    def __init__(self, original: Original, ids: torch.Tensor, say: Say) -> None:
+        self.original, self.ids, self._say = original, ids, say
 
     def graph(
         self,
@@ -75,9 +73,10 @@ class TeacherRoutes:
     @cached_property
     def loaded(self) -> torch.Tensor:
         """The logits of `model`, run in float32 on weights in the dtype that the spec loads them in."""
-        return self.in_float32(lambda _: logits_of(self.model, self.ids))
+        return self.wide.run(lambda _: logits_of(self.model, self.ids))
 
-    def in_float32(self, work: Callable[[Fetch], T]) -> T:
-        """Does `work`, which is given the model's parameters by name, while `model` runs in float32."""
+    @cached_property
+    def wide(self) -> InFloat32:
+        """`model`, ready to be run in float32."""
         original = self.original
-        return run_in_float32(self.model, original.teacher.captured, original.buffers, original.settings.device, work)
+        return InFloat32(self.model, original.teacher.captured, original.buffers, original.settings.device, self._say)

@@ -4,14 +4,16 @@ The model was loaded in the dtype of its files, so that its weights are the file
 parameter is a stand-in of the right shape, dtype and device without bytes. An operation that reads one gets the parameter
 itself, made from the file for this operation, and nothing of it stays. A lookup reads the rows that it looks up.
 
-Code that does not go through torch's operations cannot read a stand-in: where a model does not run with them, it runs with all
-its parameters in float32 on the CPU.
+Code that reads memory past torch's operations cannot read a stand-in. A model with such code runs with all its parameters in
+float32 on the CPU, which takes the memory that stand-ins save: it is said, with the module and the bytes. Whatever else a
+model raises is its own error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -20,13 +22,20 @@ from torch.utils._pytree import tree_map_only
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.graph.memory import apart_from_heap
 from minitron.compiler.graph.names import Fetch
+from minitron.compiler.verify.hugging_face import NotRunnable
+from minitron.specs.errors import first_line
 
 T = TypeVar("T")
+
+Say = Callable[[str], None]
+"""Called with a sentence for the user."""
 
 # Questions that a stand-in answers itself.
 _OF_THE_OUTSIDE = {"__get__", "size", "dim", "numel", "nelement", "is_floating_point", "element_size", "__len__"}
 # What reads a tensor's bytes by itself, past torch's operations.
 _OF_THE_BYTES = {torch.Tensor.data_ptr, torch.Tensor.untyped_storage, torch.Tensor.__dlpack__}
+# Words of the errors of code that wants the bytes of a stand-in, which torch raises where StandIn does not.
+_WORDS = ("a stand-in has no bytes", "data pointer", "storage", "StandIn")
 
 
 class StandIn(torch.Tensor):
@@ -76,35 +85,78 @@ def _on_the_host(index: Any) -> Any:
     return tree_map_only(torch.Tensor, lambda one: one.cpu(), index)
 
 
-def run_in_float32(
-    model: Any,
-    captured: Captured,
-    buffers: Mapping[str, torch.Tensor],
-    device: str,
-    work: Callable[[Fetch], T],
-) -> T:
-    """Does `work` while a model runs in float32 although its files, or the weights that the spec goes by, are in another dtype.
+class InFloat32:
+    """A `model` that runs in float32 although its files, or the weights that the spec goes by, are in another dtype.
 
-    `buffers` are those of a model loaded in float32. `work` is given a function from any name of a parameter to the parameter.
+    `buffers` are those of a model loaded in float32. `say` is told, once, where stand-ins are not enough; `note` says the
+    same behind a semicolon, for what a check tells, and is empty where they are.
     """
-    names = dict(model.named_parameters(remove_duplicate=False))
-    dtypes = {value.dtype for value in names.values() if value.is_floating_point()}
-    if dtypes == {torch.float32} and captured.dtype == torch.float32 and torch.device(device).type == "cpu":
-        return work(lambda name: names[name].detach())
-    known = set(captured.canonical)
-    stored = {
-        value: captured.stored_dtype(name) if name in known else value.dtype for name, value in model.named_parameters()
-    }
-    stand_ins = {
-        one: StandIn.of(one.detach(), dtype, device) for one, dtype in stored.items() if one.is_floating_point()
-    }
-    try:
-        with _replaced(model, stand_ins, buffers, device):
-            return work(lambda name: _parameter(model, name))
-    except Exception:  # anything that code makes of a tensor without bytes
+
+    def __init__(
+        self, model: Any, captured: Captured, buffers: Mapping[str, torch.Tensor], device: str, say: Say
+    ) -> None:
+        self.model, self.note = model, ""
+        self._captured, self._buffers, self._device, self._say = captured, buffers, device, say
+
+    def run(self, work: Callable[[Fetch], T]) -> T:
+        """Does `work`, which is given a function from any name of a parameter to the parameter."""
+        model, captured = self.model, self._captured
+        names = dict(model.named_parameters(remove_duplicate=False))
+        dtypes = {value.dtype for value in names.values() if value.is_floating_point()}
+        if dtypes == {torch.float32} == {captured.dtype} and torch.device(self._device).type == "cpu":
+            return work(lambda name: names[name].detach())
+        known = set(captured.canonical)
+        stand_ins = {
+            value: StandIn.of(
+                value.detach(), captured.stored_dtype(name) if name in known else value.dtype, self._device
+            )
+            for name, value in model.named_parameters()
+            if value.is_floating_point()
+        }
+        if not self.note:
+            try:
+                with _replaced(model, stand_ins, self._buffers, self._device):
+                    return work(lambda name: _parameter(model, name))
+            except (RuntimeError, TypeError, NotRunnable) as error:
+                reason = _reading_bytes(error)
+                if reason is None:
+                    raise
+                self._tell(reason, _module_of(error, model), sum(4 * one.numel() for one in stand_ins))
         whole = {one: stand_in.whole().cpu() for one, stand_in in stand_ins.items()}
-        with _replaced(model, whole, buffers, "cpu"):
+        with _replaced(model, whole, self._buffers, "cpu"):
             return work(lambda name: _parameter(model, name))
+
+    def _tell(self, reason: str, place: str, size: int) -> None:
+        cost = f"all parameters in float32 in memory at once, {size:,} bytes"
+        self.note = f"; with {cost}, because {place} reads them past torch's operations"
+        self._say(
+            f"verify: {place} reads parameters past torch's operations ({reason}), so the model of transformers runs on "
+            f"the CPU with {cost}"
+        )
+
+
+def _reading_bytes(error: BaseException | None) -> str | None:
+    """The words of the error that code raised because a stand-in has no bytes; None where this is another error."""
+    while error is not None:
+        if isinstance(error, RuntimeError | TypeError) and any(word in str(error) for word in _WORDS):
+            return first_line(error)
+        error = error.__context__  # what was raised from None has one too
+    return None
+
+
+def _module_of(error: BaseException | None, model: Any) -> str:
+    """The module inside of which an error was raised first, by class and name."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = type(model).__name__
+    while error is not None:
+        frame: TracebackType | None = error.__traceback__
+        while frame is not None:
+            module = frame.tb_frame.f_locals.get("self")
+            if names.get(id(module)):
+                found = f"{type(module).__name__} ({names[id(module)]})"
+            frame = frame.tb_next
+        error = error.__context__
+    return found
 
 
 def _parameter(model: Any, name: str) -> torch.Tensor:

@@ -18,7 +18,7 @@ from minitron.compiler.graph.streams import FileStreams, MemoryStreams, Streams
 from minitron.compiler.importance import batches, calibrate, progress_file
 from minitron.compiler.importance.batches import batches_of
 from minitron.compiler.importance.calibrate import Run
-from minitron.compiler.importance.progress_file import Interrupted, ProgressFile, Saved
+from minitron.compiler.importance.progress_file import Interrupted, ProgressFile, Saved, SaveTimer
 from minitron.compiler.importance.room import Room
 from minitron.compiler.importance.scores import Aggregation, ScoreTable, WidthConfig
 from minitron.compiler.importance.taps import CalibrationConfig, DepthConfig
@@ -256,10 +256,11 @@ def test_what_is_left_of_another_calibration_is_not_taken_up(foundry: Foundry, t
 
 def test_progress_is_saved_by_time_and_less_often_where_saving_takes_long(tmp_path: Path) -> None:
     now = [0.0]
-    file = ProgressFile(Interrupted(tmp_path / "partial.safetensors", "k"), Room(), clock=lambda: now[0])
-    assert not file.due()
+    interrupted, room = Interrupted(tmp_path / "partial.safetensors", "k"), Room(batch=2, ahead=True, streams="files")
+    file = ProgressFile(interrupted, room, SaveTimer(lambda: now[0]))
+    assert not file.timer.due() and interrupted.room() is None
     now[0] = progress_file.SAVE_SECONDS
-    assert file.due()
+    assert file.timer.due()
 
     class Slow(MemoryStreams):
         def saved(self) -> tuple[dict[str, torch.Tensor], dict[str, int]] | None:
@@ -268,9 +269,10 @@ def test_progress_is_saved_by_time_and_less_often_where_saving_takes_long(tmp_pa
 
     file.save(Saved("calibrate", 0, Place(1, 2), {"x": torch.ones(2)}), Slow())
     now[0] += 599
-    assert not file.due()
+    assert not file.timer.due()
     now[0] += 1
-    assert file.due()
+    assert file.timer.due()
+    assert interrupted.room() == room and Interrupted(interrupted.path, "another's").room() is None
     saved = file.read(MemoryStreams())
     assert saved is not None and saved.place == Place(1, 2) and torch.equal(saved.state["x"], torch.ones(2))
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minitron.compiler import compile_spec
+from minitron.compiler import compile_spec, score
+from minitron.compiler.compilation import Work
+from minitron.compiler.importance import batches, progress_file
 from minitron.compiler.importance.select import Selection
 from minitron.specs.atomic import MARKER, temporary_path
 from minitron.specs.errors import UsageError
 from minitron.specs.locks import LOCK, only_one
 from minitron.specs.progress import Silent
-from tests.foundry import Build, Foundry, load_model, logits, teacher_model, token_ids
+from tests.foundry import WITHOUT_PROGRAM, Build, Foundry, load_model, logits, teacher_model, token_ids
 from tests.models import text
 
 FFN = {"intermediate_size": 24}
@@ -168,6 +172,51 @@ def again(foundry: Foundry, scored: Build, student: dict[str, Any] = FFN, **impo
     foundry.compile(loaded, scored.folder, words, program=False)
     assert ("calibrate" in words.tasks) != any("scores: taken from" in message for message in words.messages)
     return words.tasks
+
+
+class Interrupting(Words):
+    """Interrupts the calibration at its `at`th batch; keeps how many were done before it began."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.left, self.before = at, -1.0
+
+    @contextmanager
+    def task(self, name: str, total: float, unit: str, done: float = 0.0) -> Iterator[Any]:
+        self._in = name
+        if name == "calibrate":
+            self.before = done
+        yield self
+
+    def advance(self, amount: float = 1.0, **figures: float | str) -> None:
+        self.left -= self._in == "calibrate"
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def test_a_calibration_goes_on_where_less_memory_is_free_than_before(
+    foundry: Foundry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes what it took; one that is told to take less begins anew."""
+    monkeypatch.setattr(batches, "BATCH_TOKENS", 48)
+    monkeypatch.setattr(progress_file, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(progress_file, "SAVE_SHARE", 1e9)
+    loaded = foundry.load(foundry.teacher("llama"), FFN)
+    whole = foundry.compile(loaded, tmp_path / "whole", program=False)
+    with pytest.raises(KeyboardInterrupt):
+        foundry.compile(loaded, tmp_path / "build", Interrupting(9), program=False)
+    monkeypatch.setattr(score, "free_memory", lambda device: 1)
+    shutil.copytree(tmp_path / "build", tmp_path / "told")
+    again = Interrupting(-1)
+    foundry.compile(loaded, tmp_path / "build", again, program=False)
+    assert again.before == 8, "the last step is done again"
+    told = Interrupting(-1)
+    compile_spec(loaded, tmp_path / "told", device="cpu", progress=told, stages=WITHOUT_PROGRAM, work=Work(memory=1))
+    assert told.before == 0
+    for folder in ("build", "told"):
+        assert (tmp_path / folder / "scores.safetensors").read_bytes() == (
+            whole.folder / "scores.safetensors"
+        ).read_bytes()
 
 
 def test_scores_are_taken_over_also_by_a_spec_that_narrows_other_axes(foundry: Foundry, scored: Build) -> None:

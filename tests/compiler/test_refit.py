@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from minitron.compiler.compilation import run_buffers
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.estimate.hardware import HardwareAssumptions
 from minitron.compiler.graph.executor import Executor, Settings
+from minitron.compiler.importance import progress_file
 from minitron.compiler.importance.select import Selection
 from minitron.compiler.recovery.refit import Refit, find_stages
+from minitron.compiler.recovery.refit_progress import RefitProgress
 from minitron.compiler.recovery.refitted_weights import RefittedWeights
 from minitron.compiler.teacher.tokenizer import load_tokenizer
 from minitron.compiler.weights.recipes import recipes
@@ -103,10 +107,94 @@ def test_where_nothing_is_narrowed_nothing_changes(foundry: Foundry, tmp_path: P
     names = {one.parameter for stage in stages for one in stage.projections}
     assert len(names) == 15  # all projections of two layers, and the head
     with Silent().task("refit", 1, "stages") as task:
-        Refit(executors[0], executors[1], source.get, refitted, None).run(stages, [token_ids(4, 32)], task)
+        work = Refit(executors[0], executors[1], source.get, refitted, None)
+        work.run(stages, [token_ids(4, 32)], task, RefitProgress(tmp_path / "streams"))
     for name in names:
+        assert (tmp_path / f"{name}.safetensors").exists()
         torch.testing.assert_close(refitted.narrowed(name), source.get(name), rtol=0, atol=1e-6)
-        assert (tmp_path / "0.safetensors").exists()
+
+
+class Stopping(Silent):
+    """Interrupts the refit after `left` stages; keeps how many were done before it began."""
+
+    def __init__(self, left: int) -> None:
+        self.left, self.before = left, -1.0
+
+    @contextmanager
+    def task(self, name: str, total: float, unit: str, done: float = 0.0) -> Iterator[Any]:
+        if name == "refit":
+            self.before = done
+        yield self if name == "refit" else Ignoring()
+
+    def advance(self, amount: float = 1.0, **figures: float | str) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+class Ignoring:
+    def advance(self, amount: float = 1.0, **figures: float | str) -> None:
+        pass
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a build that do not say where it is."""
+    files = [*(folder / "student").iterdir(), folder / "verification.json", folder / "scores.safetensors"]
+    return {path.name: path.read_bytes() for path in files}
+
+
+NARROW = {"hidden_size": 24, "intermediate_size": 24}
+
+
+@pytest.mark.parametrize(
+    ("at", "half", "again"),
+    [
+        (2, None, [1, 2, 3]),  # in the first layer: two layers and the head are run
+        (6, None, [2, 3]),
+        (6, "model.layers.1.self_attn.k_proj.weight", [2, 3]),  # killed between two projections of a stage
+        (6, "model.layers.0.mlp.down_proj.weight", [0, 1, 2, 3]),  # a layer that was finished is damaged
+    ],
+)
+def test_a_refit_that_was_interrupted_goes_on_with_the_same_bytes(
+    foundry: Foundry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, half: str | None, again: list[int]
+) -> None:
+    teacher = foundry.teacher("llama", num_hidden_layers=2)
+    whole = foundry.build(teacher, NARROW, program=False, recovery=REFIT)
+    monkeypatch.setattr(progress_file, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(progress_file, "SAVE_SHARE", 1e9)
+    folder = tmp_path / "build"
+    with pytest.raises(KeyboardInterrupt):
+        foundry.compile(whole.loaded, folder, Stopping(at), program=False)
+    values = folder / ".minitron-refit.tmp" / "values"
+    assert list(values.iterdir())
+    if half is not None:
+        (values / f"{half}.safetensors").write_bytes(b"damaged")
+    ran: list[int] = []
+    run_segment = Executor.run_segment
+
+    def counted(self: Executor, number: int, known: Any) -> Any:
+        ran.append(number)
+        return run_segment(self, number, known)
+
+    monkeypatch.setattr(Executor, "run_segment", counted)
+    calm = Stopping(9)
+    foundry.compile(whole.loaded, folder, calm, program=False)
+    assert calm.before == at + 1 - (half is not None), "the stage that was interrupted had been stored"
+    assert ran == [number for number in again for _ in ("student", "teacher")]
+    assert contents(folder) == contents(whole.folder)
+    assert not list(folder.glob(".minitron-*")), "no temporary file is left"
+
+
+def test_the_values_of_another_refit_are_not_taken_up(foundry: Foundry, tmp_path: Path) -> None:
+    teacher, folder = foundry.teacher("llama", num_hidden_layers=2), tmp_path / "build"
+    whole = foundry.build(teacher, NARROW, program=False, recovery=REFIT)
+    data = foundry.calibration | {"samples": 5}
+    other = foundry.load(teacher, NARROW, recovery=REFIT, importance={"data": data})
+    with pytest.raises(KeyboardInterrupt):
+        foundry.compile(other, folder, Stopping(6), program=False)
+    calm = Stopping(9)
+    foundry.compile(whole.loaded, folder, calm, program=False)
+    assert calm.before == 0 and contents(folder) == contents(whole.folder)
 
 
 def test_the_plan_has_a_phase_for_it(foundry: Foundry) -> None:

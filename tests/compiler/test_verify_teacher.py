@@ -17,7 +17,7 @@ from minitron.compiler.teacher_checks import verify_teacher
 from minitron.compiler.verify.checks import Check
 from minitron.compiler.verify.hugging_face import load_model as loaded_in
 from minitron.compiler.verify.hugging_face import logits_of
-from minitron.compiler.verify.widened import run_in_float32
+from minitron.compiler.verify.widened import InFloat32
 from minitron.specs.errors import SpecInvalid, WorkError
 from tests.foundry import Folder, Foundry, load_model, logits, token_ids
 from tests.models import save_teacher
@@ -97,7 +97,7 @@ def test_a_model_in_the_dtype_of_its_files_runs_in_float32(foundry: Foundry, fam
     before = logits_of(model, ids)
     assert before.dtype == torch.bfloat16
     buffers = run_buffers(plan, captured.config)
-    widened = run_in_float32(model, captured, buffers, "cpu", lambda _: logits_of(model, ids))
+    widened = InFloat32(model, captured, buffers, "cpu", pytest.fail).run(lambda _: logits_of(model, ids))
     assert torch.equal(widened, logits(load_model(folder, captured.attention), ids))
     assert torch.equal(logits_of(model, ids), before)
     assert {value.dtype for value in model.parameters()} == {torch.bfloat16}

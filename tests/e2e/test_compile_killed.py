@@ -13,39 +13,39 @@ from pathlib import Path
 import pytest
 
 from minitron.compiler.importance import batches
+from minitron.compiler.storage import shards
 from minitron.specs.locks import LOCK
 from tests.foundry import Foundry
 
 from .tiny import TIMEOUT, environment
 
-# So small that a tiny calibration is many batches, after each of which it is saved, as a large one is every half a minute.
-BATCH_TOKENS = 12
+# So small that a tiny calibration is many batches, after each of which it is saved, as a large one is every half a minute, and
+# that a tiny student is many files.
+BATCH_TOKENS, SHARD_BYTES = 12, 2048
 SMALL_BATCHES = f"""\
 from minitron.compiler.importance import batches, progress_file
+from minitron.compiler.storage import shards
 
 batches.BATCH_TOKENS = {BATCH_TOKENS}
 progress_file.SAVE_SECONDS, progress_file.SAVE_SHARE = 0.0, 1e9
+shards.SHARD_BYTES = {SHARD_BYTES}
 """
 STUDENT = {"hidden_size": 24, "intermediate_size": 24}
+REFIT = {"refit": "least_squares"}
 
 Sign = Callable[[Path, int], bool]
 
 
-def written(name: str) -> Sign:
-    """The process has written that file or folder of the build."""
+def written(pattern: str) -> Sign:
+    """The process has written such a file of the build."""
 
     def sign(build: Path, since: int) -> bool:
         try:
-            return (build / name).stat().st_mtime_ns > since
-        except FileNotFoundError:
+            return any(path.stat().st_mtime_ns > since for path in build.glob(pattern))
+        except FileNotFoundError:  # it went between the two
             return False
 
     return sign
-
-
-def writing(name: str) -> Sign:
-    """The process is writing it, under its temporary name."""
-    return lambda build, _: any(build.glob(f".minitron-{name}*.tmp"))
 
 
 def checking(build: Path, since: int) -> bool:
@@ -57,7 +57,9 @@ def checking(build: Path, since: int) -> bool:
 MOMENTS: list[tuple[Sign, float]] = [
     (written("scores.partial.safetensors"), 0.05),
     (written("scores.partial.safetensors"), 0.05),
-    (writing("compile"), 0.02),
+    (written(".minitron-refit.tmp/values/*.mlp.down_proj.weight.safetensors"), 0.0),
+    (written(".minitron-refit.tmp/streams.safetensors"), 0.02),
+    (written(".minitron-compile.tmp/.minitron-student.tmp/model-00002-*.safetensors"), 0.0),
     (checking, 0.5),
     (checking, 0.0),
     (written("plan.json"), 0.0),  # all of it takes its place within a moment
@@ -104,12 +106,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in paths}
 
 
-def test_killed_six_times_it_ends_with_the_same_bytes(
+def test_killed_eight_times_it_ends_with_the_same_bytes(
     foundry: Foundry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batches, "BATCH_TOKENS", BATCH_TOKENS)
+    monkeypatch.setattr(shards, "SHARD_BYTES", SHARD_BYTES)
     data = foundry.calibration | {"samples": 128, "sequence_length": 12}
-    loaded = foundry.load(foundry.teacher("llama", num_hidden_layers=1), STUDENT, importance={"data": data})
+    loaded = foundry.load(
+        foundry.teacher("llama", num_hidden_layers=1), STUDENT, importance={"data": data}, recovery=REFIT
+    )
     undisturbed = foundry.compile(loaded, tmp_path / "undisturbed" / "build").folder
 
     (tmp_path / "home").mkdir()
@@ -117,9 +122,12 @@ def test_killed_six_times_it_ends_with_the_same_bytes(
     draw = random.Random(0)
     said = [command.killed(sign, draw.uniform(0, most)) for sign, most in MOMENTS]
     assert "calibrate: goes on at" in said[1] and "calibrate: goes on at" in said[2]
-    assert not any("goes on at" in words for words in said[3:]), "scores are made once"
-    for words in said[4:]:
+    assert not any("calibrate: goes on at" in words for words in said[3:]), "scores are made once"
+    for words in said[3:]:
         assert f"scores: taken from {command.build / 'scores.safetensors'}" in words
+    assert "refit: goes on at" in said[3] and "refit: goes on at" in said[4]
+    assert any("of its files were written by a compile that was interrupted" in words for words in said[5:])
+    for words in said[6:]:
         assert "student: written by a compile that was interrupted" in words, "nor is the student written again"
     command.finished()  # at the last of these moments it may have been done
 

@@ -17,6 +17,7 @@ from minitron.specs.atomic import (
     atomic_path,
     check_writable,
     claim_folder,
+    kept_folder,
     remove_leftovers,
     temporary_path,
     write_text,
@@ -81,6 +82,33 @@ def test_a_folder_that_fails_half_way_leaves_what_was_there(tmp_path: Path) -> N
         (temporary / "new").write_text("ne")
         raise Stopped
     assert names(tmp_path) == ["build", "build/old"]
+
+
+@pytest.mark.parametrize(("error", "left"), [(KeyboardInterrupt, ["whole"]), (OSError, [])])
+def test_a_folder_may_be_gone_on_with_where_it_was_interrupted(
+    tmp_path: Path, error: type[BaseException], left: list[str]
+) -> None:
+    target = tmp_path / "student"
+    with pytest.raises(error), atomic_folder(target, resumed=True) as temporary:
+        write_text(temporary / "whole", "1")
+        temporary_path(temporary / "half", 17).write_text("ha")
+        raise error
+    assert not target.exists()
+    with atomic_folder(target, resumed=True) as temporary:
+        assert names(temporary) == left, "what an error left is not kept: the disk may be full"
+        write_text(temporary / "half", "2")
+    assert names(tmp_path) == sorted(["student", "student/half", *(f"student/{name}" for name in left)])
+
+
+def test_what_was_kept_for_something_else_is_removed(tmp_path: Path) -> None:
+    for made_for, there in (("a", []), ("a", ["values"]), ("b", [])):
+        folder = kept_folder(tmp_path / "refit", made_for)
+        assert [name for name in names(folder) if name != "made-for"] == there
+        (folder / "values").write_text(made_for)
+    remove_leftovers(tmp_path, but=("refit", "compile"))
+    assert folder.is_dir()
+    remove_leftovers(tmp_path, but=("compile",))
+    assert names(tmp_path) == []
 
 
 def test_the_old_folder_is_never_there_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
