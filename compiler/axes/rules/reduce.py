@@ -84,11 +84,21 @@ def vanishes(t: Tracer, value: Any, dim: Dim) -> bool:
 
 @rule(
     aten.prod.dim_int, aten.prod.default, aten.logsumexp.default,
-    aten.var.correction, aten.std.correction, aten.amax.default, aten.amin.default, aten.max.default, aten.min.default,
+    aten.var.correction, aten.var.dim, aten.var.default, aten.std.correction, aten.std.dim, aten.std.default,
+    aten.amax.default, aten.amin.default, aten.max.default, aten.min.default,
     aten.any.default, aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims,
 )  # fmt: skip
 def other_reduction(t: Tracer, node: torch.fx.Node) -> Dims:
     return reduce(t, node, str(node.target).split(".")[1])
+
+
+@rule(
+    aten.var_mean.correction, aten.var_mean.dim, aten.var_mean.default,
+    aten.std_mean.correction, aten.std_mean.dim, aten.std_mean.default,
+)  # fmt: skip
+def spread_and_mean(t: Tracer, node: torch.fx.Node) -> Result:
+    left = reduce(t, node, str(node.target).split(".")[1].removesuffix("_mean"))
+    return [left, left]
 
 
 @rule(aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim)
