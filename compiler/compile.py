@@ -45,6 +45,7 @@ from minitron.compiler.plan.plan import Plan, settled, with_weights
 from minitron.compiler.plan_document import plan_document
 from minitron.compiler.planning import make_plan
 from minitron.compiler.recovery.basis import principal_weights, rotated_reference
+from minitron.compiler.recovery.merged_experts import MergedExperts, merge_experts, merged_in
 from minitron.compiler.recovery.merged_weights import MergedWeights, merged
 from minitron.compiler.recovery.refit import RIDGE, Refit, find_stages, skipped_values
 from minitron.compiler.recovery.refit_progress import RefitProgress
@@ -56,7 +57,7 @@ from minitron.compiler.rewrite.narrow_parameters import narrow_parameters
 from minitron.compiler.rewrite.scale_repair import changed_buffers, repair_scale
 from minitron.compiler.rewrite.shape_constants import shape_constants
 from minitron.compiler.roles.analysed import AnalysedTeacher
-from minitron.compiler.roles.names import HIDDEN, LAYERS
+from minitron.compiler.roles.names import HIDDEN, LAYERS, NUM_EXPERTS
 from minitron.compiler.score import score
 from minitron.compiler.student.config_keys import config_key
 from minitron.compiler.student.targets import Targets
@@ -125,11 +126,16 @@ def rotate(
 
 
 def merge(compilation: Compilation, selection: Selection, scores: ScoreTable) -> Compilation:
-    """Folds dropped heads into kept ones, where the spec asks for it."""
-    teacher = compilation.plan.teacher
-    if not compilation.plan.merges:
-        return compilation
-    return replace(compilation, source=merged(compilation.source, teacher.table, teacher.roles, scores, selection))
+    """Folds dropped heads and experts into kept ones, where the spec asks for it."""
+    plan, source = compilation.plan, compilation.source
+    teacher = plan.teacher
+    if plan.merges:
+        source = merged(source, teacher.table, teacher.roles, scores, selection)
+    if plan.merges_experts:
+        count = len(selection.widths[NUM_EXPERTS])
+        with compilation.progress.task("merge experts", count, "layers") as task:
+            source = merge_experts(source, teacher, scores, selection, task)
+    return replace(compilation, source=source)
 
 
 def rewrite(plan: Plan, selection: Selection, buffers: Buffers) -> RewrittenStudent:
@@ -168,10 +174,11 @@ def refit(
     teacher, source, settings = compilation.plan.teacher, compilation.source, compilation.settings
     assert samples is not None
     captured, whole = teacher.captured, teacher.captured.graph_module
-    fetch: Fetch = source.get
-    if isinstance(source, RotatedWeights):
+    theirs = source.source if isinstance(source, MergedExperts) else source
+    fetch: Fetch = theirs.get
+    if isinstance(theirs, RotatedWeights):
         assert compilation.plan.rotation is not None
-        whole, fetch = rotated_reference(whole, teacher.table, source, compilation.plan.rotation.tied)
+        whole, fetch = rotated_reference(whole, teacher.table, theirs, compilation.plan.rotation.tied)
     by_source = {recipe.source: recipe for recipe in student.recipes.values()}
     names = {name: recipe.source for name, recipe in student.recipes.items()}
     refitted = RefittedWeights(source, by_source, folder / "values")
@@ -451,6 +458,7 @@ def student_fingerprint(compilation: Compilation, selection: Selection) -> str:
         json.dumps(selection_json(selection, plan.teacher.roles)),
         plan.config.to_json_string(),
         str(plan.dtype),
-        source.digest() if isinstance(source, RotatedWeights | RefittedWeights | MergedWeights) else "",
+        source.digest() if isinstance(source, RotatedWeights | RefittedWeights | MergedWeights | MergedExperts) else "",
+        *((experts.digest(),) if (experts := merged_in(source)) is not None and experts is not source else ()),
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -134,8 +134,11 @@ def scores_need_data(spec: Spec) -> Iterator[Problem]:
 
 @constraint("importance.selection", "recovery")
 def elimination_counts_on_a_refit(spec: Spec) -> Iterator[Problem]:
-    """Requires a refit for elimination, which keeps the channels best after a refit, not the best without one."""
-    if spec.importance.selection == "greedy" and spec.recovery.refit == "none":
+    """Requires a refit for elimination, which keeps the neurons and heads that are best after a refit, not the best without
+    one. Experts are eliminated as they are."""
+    narrowed = {key for key, _ in spec.student.targets()}
+    alone = "num_experts" in narrowed and narrowed <= {"num_experts", "hidden_size", DEPTH}
+    if spec.importance.selection == "greedy" and spec.recovery.refit == "none" and not alone:
         message = "greedy keeps what is best once projections are refitted, and nothing is"
         yield Problem("importance.selection", message, "write scores, or `recovery: {refit: least_squares}`")
 

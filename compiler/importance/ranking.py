@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minitron.compiler.importance.scores import ScoreTable, WidthConfig
-from minitron.compiler.importance.select import Selection
+from minitron.compiler.importance.select import Selection, kept_experts
 from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN, LAYERS, NUM_EXPERTS
 from minitron.compiler.roles.roles import Roles
 from minitron.compiler.student.targets import Targets
@@ -65,7 +65,7 @@ def unreached_experts(scores: ScoreTable, selection: Selection, roles: Roles) ->
             rows = scores.widths.get(axis, {}).get(layer)
             if mixture is None or rows is None or width.parents != mixture.experts:
                 continue
-            kept = _kept_experts(selection, roles, layer, len(rows))
+            kept = kept_experts(selection, roles, layer, len(rows))
             unknown = [expert for expert in kept if rows.shape[-1] > 1 and not rows[expert].any()]
             if unknown:
                 found.setdefault(f"{axis} in layer {layer}", unknown)
@@ -77,13 +77,3 @@ def unreached_experts(scores: ScoreTable, selection: Selection, roles: Roles) ->
         f"{where}: no calibration token is sent to {len(experts)} of the kept experts (the first is {experts[0]}){more}; "
         "of their channels the first ones stay. More calibration data may reach them (importance.data)"
     )
-
-
-def _kept_experts(selection: Selection, roles: Roles, layer: int, count: int) -> list[int]:
-    chosen = selection.widths.get(NUM_EXPERTS, {}).get(layer)
-    if chosen is None:
-        return list(range(count))
-    if chosen.ndim == 1:
-        return [int(one) for one in chosen]
-    size = roles.widths[NUM_EXPERTS][layer].leaf.size.coefficient
-    return [group * size + int(one) for group, row in enumerate(chosen) for one in row]

@@ -56,6 +56,26 @@ def number(size: Size, sizes: Mapping[str, int]) -> int:
     return result
 
 
+@dataclass(frozen=True)
+class TokenRows:
+    """The rows of a value that were picked by `index`: row r is of the token that position p = index[r] is of, which is
+    (p // after_sample) % batch of the samples and (p // after_token) % sequence of its tokens."""
+
+    index: Node
+    batch: Size
+    sequence: Size
+    after_sample: Size
+    after_token: Size
+
+    def tokens(self, index: torch.Tensor, sizes: Mapping[str, int]) -> torch.Tensor:
+        """The number of each row's token."""
+        batch, sequence, after_sample, after_token = (
+            number(size, sizes) for size in (self.batch, self.sequence, self.after_sample, self.after_token)
+        )
+        sample = index.div(after_sample, rounding_mode="floor") % batch
+        return sample * sequence + index.div(after_token, rounding_mode="floor") % sequence
+
+
 class SampleRows:
     """Finds the rows of a graph's values. `sizes_of` gives symbols their numbers for one batch of token ids."""
 
@@ -63,6 +83,7 @@ class SampleRows:
         self.table, self.space = table, table.space
         placeholder = next(node for node in captured.graph.nodes if node.op == "placeholder")
         self.batch: Dim = self.space.flat(table.dims(placeholder)[0])
+        self.sequence: Dim = self.space.flat(table.dims(placeholder)[1])
         self._symbols = [Size.of(size).symbols for size in placeholder.meta["val"].shape]
         self._picks: dict[Dim, list[Node]] = {}
         for node in table.nodes:
@@ -86,6 +107,16 @@ class SampleRows:
                 return Rows(0, of.before, of.after, picked_by(pick))
         return None
 
+    def find_tokens(self, node: Node) -> TokenRows | None:
+        """The tokens of the rows of a value [rows, C] that were picked from others; None where they cannot be told."""
+        dims = self.table.dims(node)[:-1]
+        for pick in self._picks.get(self.space.flat(dims[0]), []) if len(dims) == 1 else []:
+            flat = self.space.flat(self.table.dims(pick.args[0])[0])  # type: ignore[arg-type]
+            sample, token, index = _behind(self.batch, flat), _behind(self.sequence, flat), picked_by(pick)
+            if sample is not None and token is not None and index is not None:
+                return TokenRows(index, size_of(self.batch), size_of(self.sequence), size_of(sample), size_of(token))
+        return None
+
     def _batch_in(self, axis: int, dim: Dim) -> Rows | None:
         flat = self.space.flat(dim)
         if len(self.batch) != 1 or flat.count(self.batch[0]) != 1:
@@ -94,6 +125,12 @@ class SampleRows:
         before, after = size_of(flat[:place]), size_of(flat[place + 1 :])
         known = {symbol for symbols in self._symbols for symbol in symbols}
         return Rows(axis, before, after) if {*before.symbols, *after.symbols} <= known else None
+
+
+def _behind(run: Dim, flat: Dim) -> Dim | None:
+    """The part of a dimension behind a run of neighbouring atoms; None where the run is not there once."""
+    places = [place for place in range(len(flat)) if flat[place : place + len(run)] == run]
+    return flat[places[0] + len(run) :] if run and len(places) == 1 else None
 
 
 def picked_by(node: Node) -> Node | None:

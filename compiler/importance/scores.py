@@ -63,20 +63,28 @@ class Accumulator:
 class Contributions:
     """The score of every expert (REAP, arXiv 2510.13999, its saliency score): the mean of |g f(x)| over the tokens sent to it.
 
-    f(x) is what the expert yields and g the router's weight for it; an expert that no token is sent to has 0.
+    f(x) is what the expert yields and g the router's weight for it; an expert that no token is sent to has 0. `outputs` are the
+    sums of g f(x) itself.
     """
 
     total: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
+    outputs: torch.Tensor | None = None
 
-    def add(self, norms_E: torch.Tensor, tokens_E: torch.Tensor) -> None:
-        """Takes in the sums of norms over the tokens of each expert, and how many these were."""
+    def add(self, norms_E: torch.Tensor, tokens_E: torch.Tensor, outputs_EH: torch.Tensor) -> None:
+        """Takes in sums over the tokens of each expert, of norms and of outputs, and how many these were."""
         self.total, self.tokens = _plus(self.total, norms_E.double()), _plus(self.tokens, tokens_E.double())
+        self.outputs = _plus(self.outputs, outputs_EH.double())
 
     def result(self) -> torch.Tensor:
         """The scores [E] on the CPU."""
         assert self.total is not None and self.tokens is not None, "no sample was seen"
         return (self.total / self.tokens.clamp_min(1)).float().cpu()
+
+    def mean_outputs(self) -> torch.Tensor:
+        """The mean of g f(x) over the tokens of each expert, [E, H] on the CPU."""
+        assert self.outputs is not None and self.tokens is not None, "no sample was seen"
+        return (self.outputs / self.tokens.clamp_min(1)[:, None]).float().cpu()
 
 
 def _plus(total: torch.Tensor | None, more: torch.Tensor) -> torch.Tensor:
@@ -102,6 +110,12 @@ def over_owned_tokens(
     return squares.sqrt() if how == "l2" else squares / count_B11 - (sums(rows_NC) / count_B11).square()
 
 
+def over_experts(rows_NC: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """[N, C] -> [E, C]: the sums over the rows of each expert, which stand expert by expert, up to `ends`."""
+    count = rows_NC.shape[0]
+    return over_owned_tokens(rows_NC, ends_E, rows_NC.new_ones(1, count), "mean")[0] * count
+
+
 def over_rows(rows_NC: torch.Tensor, members_BN: torch.Tensor, how: Aggregation) -> torch.Tensor:
     """[N, C] -> [B, C]: for each sample over its rows. `members` is 1 where a row is of a sample."""
     whole = torch.tensor([rows_NC.shape[0]])
@@ -118,6 +132,19 @@ def over_tokens(value_BSC: torch.Tensor, how: Aggregation) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """The experts of one layer on the calibration data: `tokens` [experts] that each was sent, and `outputs` [experts,
+    hidden_size], the mean over these of what it adds to the residual stream, weighted by the router."""
+
+    tokens: Scores
+    outputs: Scores
+
+
+# In scores.safetensors: one of each for a layer.
+_TOKENS, _OUTPUTS = "expert_tokens", "expert_outputs"
+
+
+@dataclass(frozen=True)
 class ScoreTable:
     """Scores by axis.
 
@@ -127,6 +154,7 @@ class ScoreTable:
     layers   [layers], high: important
     covariance   `hidden`: [hidden_size, hidden_size], the mean over tokens and norms of x x^T for what a norm yields before
              its weight; `head`: the same of the norm before a tied head alone
+    experts  layer -> what its experts were seen to do
     """
 
     hidden: Scores | None = None
@@ -134,6 +162,7 @@ class ScoreTable:
     widths: Mapping[str, Mapping[int, Scores]] = field(default_factory=dict)
     layers: Scores | None = None
     covariance: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    experts: Mapping[int, Seen] = field(default_factory=dict)
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
         """For scores.safetensors: `hidden_size`, `layers`, `num_attention_heads.3`, `intermediate_size.3`."""
@@ -149,6 +178,9 @@ class ScoreTable:
         for name, layers in self.widths.items():
             for layer, score in layers.items():
                 tensors[f"{name}.{layer}"] = torch.from_numpy(score)
+        for number, seen in self.experts.items():
+            tensors[f"{_TOKENS}.{number}"] = torch.from_numpy(seen.tokens)
+            tensors[f"{_OUTPUTS}.{number}"] = torch.from_numpy(seen.outputs)
         return tensors
 
     @staticmethod
@@ -157,13 +189,18 @@ class ScoreTable:
         heads: dict[int, Scores] = {}
         widths: dict[str, dict[int, Scores]] = {}
         covariance: dict[str, npt.NDArray[np.float64]] = {}
+        experts: dict[int, Seen] = {}
         for key, tensor in tensors.items():
             name, _, layer = key.partition(".")
             if name == "covariance":
                 covariance[layer] = tensor.numpy().astype(np.float64)
                 continue
             array = tensor.numpy().astype(np.float32)
-            if name == HIDDEN:
+            if name == _TOKENS:
+                experts[int(layer)] = Seen(array, tensors[f"{_OUTPUTS}.{layer}"].numpy().astype(np.float32))
+            elif name == _OUTPUTS:
+                continue
+            elif name == HIDDEN:
                 hidden = array
             elif name == LAYERS:
                 layers = array
@@ -171,4 +208,4 @@ class ScoreTable:
                 heads[int(layer)] = array
             else:
                 widths.setdefault(name, {})[int(layer)] = array
-        return ScoreTable(hidden, heads, widths, layers, covariance)
+        return ScoreTable(hidden, heads, widths, layers, covariance, experts)

@@ -147,6 +147,17 @@ def leading(targets: Targets, roles: Roles, kept_layers: Sequence[int] | None = 
     )
 
 
+def kept_experts(selection: Selection, roles: Roles, layer: int, count: int) -> list[int]:
+    """The numbers of the experts, of `count`, that stay in a layer."""
+    chosen = selection.widths.get(NUM_EXPERTS, {}).get(layer)
+    if chosen is None:
+        return list(range(count))
+    if chosen.ndim == 1:
+        return [int(one) for one in chosen]
+    size = roles.widths[NUM_EXPERTS][layer].leaf.size.coefficient
+    return [group * size + int(one) for group, row in enumerate(chosen) for one in row]
+
+
 def narrowing_of(selection: Selection, roles: Roles, table: AxisTable) -> Narrowing:
     """The index lists of every leaf."""
     kept: dict[Any, Indices] = {}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch.fx import Node
 
@@ -16,6 +17,7 @@ from minitron.compiler.graph.executor import Tap
 from minitron.compiler.graph.names import Fetch
 from minitron.compiler.importance.covariance import Gram
 from minitron.compiler.importance.elimination import Elimination
+from minitron.compiler.importance.expert_elimination import ExpertGram, eliminate_experts
 from minitron.compiler.importance.ranks import Ranks
 from minitron.compiler.importance.sample_rows import Rows, SampleRows
 from minitron.compiler.importance.scores import (
@@ -23,7 +25,9 @@ from minitron.compiler.importance.scores import (
     Contributions,
     Scores,
     ScoreTable,
+    Seen,
     WidthConfig,
+    over_experts,
     over_owned_tokens,
     over_rows,
     over_tokens,
@@ -50,7 +54,8 @@ class CalibrationConfig:
     """The settings that decide the scores, besides teacher and samples.
 
     `sites` are the norm outputs whose covariance is taken, `head_site` that of the norm before a tied head, whose
-    covariance is kept apart too. `greedy`: neurons and heads are ranked by elimination.
+    covariance is kept apart too. `greedy`: neurons, heads and experts are ranked by elimination. `experts`: what experts yield
+    is kept beside their scores.
     """
 
     width: WidthConfig
@@ -58,6 +63,7 @@ class CalibrationConfig:
     sites: tuple[Site, ...] = ()
     head_site: Site | None = None
     greedy: bool = False
+    experts: bool = False
 
 
 class Taps:
@@ -104,9 +110,12 @@ class Taps:
                         self._accumulate_by_expert(table, reader.value, mixture, f"{name}.{layer}")
                     else:
                         self._accumulate(reader.value, f"{name}.{layer}")
+        self.together: dict[int, ExpertGram] = {}
         for layer, mixture in roles.mixtures.items():
             if mixture.told_apart:
                 self._contribution(table, layer, mixture)
+                if config.greedy:
+                    self._together(table, layer, mixture)
         if config.depth.metric == "block_influence":
             for layer, end in enumerate(ends):
                 self._influence(layer, end)
@@ -208,13 +217,33 @@ class Taps:
         def tap(value: torch.Tensor, number: int) -> None:
             value = value.float()
             if mixture.ends is None:
-                norms_EN = experts_first(table, mixture.contribution, mixture, value).norm(dim=-1)
-                contributions.add(norms_EN.sum(-1), (norms_EN > 0).sum(-1))
+                added_ENH = experts_first(table, mixture.contribution, mixture, value)
+                norms_EN = added_ENH.norm(dim=-1)
+                contributions.add(norms_EN.sum(-1), (norms_EN > 0).sum(-1), added_ENH.sum(1))
             else:
-                ends, norms_N1 = self._integers[mixture.ends.name], value.norm(dim=-1, keepdim=True)
-                count = norms_N1.shape[0]
-                sums = over_owned_tokens(norms_N1, ends, norms_N1.new_ones(1, count), "mean")[0, :, 0] * count
-                contributions.add(sums, torch.diff(ends, prepend=ends.new_zeros(1)))
+                ends = self._integers[mixture.ends.name]
+                sums, outputs = (over_experts(one, ends) for one in (value.norm(dim=-1, keepdim=True), value))
+                contributions.add(sums[:, 0], torch.diff(ends, prepend=ends.new_zeros(1)), outputs)
+
+        self._add(mixture.contribution.name, tap)
+
+    def _together(self, table: AxisTable, layer: int, mixture: Mixture) -> None:
+        """The products of what each pair of experts adds to a token."""
+        rows = self._samples.find_tokens(mixture.contribution)
+        if mixture.ends is not None and rows is None:
+            return  # the plan has refused a spec that needs them
+        count = int(np.prod([atom.size.coefficient for atom in mixture.experts]))
+        gram = self.together[layer] = ExpertGram(count)
+        if mixture.ends is not None and rows is not None:
+            self._keep(rows.index)
+
+        def tap(value: torch.Tensor, number: int) -> None:
+            value = value.float()
+            if mixture.ends is None or rows is None:
+                gram.add_dense(experts_first(table, mixture.contribution, mixture, value))
+                return
+            sizes = self._samples.sizes_of(self._shapes[number])
+            gram.add_rows(value, self._integers[mixture.ends.name], rows.tokens(self._integers[rows.index.name], sizes))
 
         self._add(mixture.contribution.name, tap)
 
@@ -267,10 +296,15 @@ class Taps:
                 state[f"grammed/{key}"] = torch.tensor(gram.tokens)
         for key, order in self.elimination.orders.items():
             state[f"eliminated/{key}"] = torch.from_numpy(order)
+        for layer, together in self.together.items():
+            if together.total is not None:
+                state[f"together/{layer}"] = together.total.cpu()
         for layer, contributions in self.contributions.items():
-            if contributions.total is not None and contributions.tokens is not None:
+            if contributions.total is not None:
+                assert contributions.tokens is not None and contributions.outputs is not None
                 state[f"contributed/{layer}"] = contributions.total.cpu()
                 state[f"received/{layer}"] = contributions.tokens.cpu()
+                state[f"outputs/{layer}"] = contributions.outputs.cpu()
         return state
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
@@ -288,11 +322,14 @@ class Taps:
             kind, _, which = key.partition("/")
             if kind == "eliminated":
                 self.elimination.orders[which] = value.numpy()
+            elif kind == "together":
+                self.together[int(which)].total = value
             elif kind == "gram":
                 self.elimination.grams[which] = Gram(value, int(state[f"grammed/{which}"]))
         for layer, contributions in self.contributions.items():
             if f"contributed/{layer}" in state:
                 contributions.total, contributions.tokens = state[f"contributed/{layer}"], state[f"received/{layer}"]
+                contributions.outputs = state[f"outputs/{layer}"]
 
     def reduce(self, ranks: Ranks) -> None:
         """Sums what all processes have accumulated; each has the same afterwards."""
@@ -308,9 +345,12 @@ class Taps:
         for gram in self.covariance.values():
             if gram.total is not None:
                 gram.total, gram.tokens = ranks.sum(gram.total), int(ranks.sum(torch.tensor(gram.tokens)))
+        for together in self.together.values():
+            assert together.total is not None
+            together.total = ranks.sum(together.total)
         for one in self.contributions.values():
-            assert one.total is not None and one.tokens is not None
-            one.total, one.tokens = ranks.sum(one.total), ranks.sum(one.tokens)
+            assert one.total is not None and one.tokens is not None and one.outputs is not None
+            one.total, one.tokens, one.outputs = (ranks.sum(part) for part in (one.total, one.tokens, one.outputs))
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -336,6 +376,9 @@ class Taps:
                 layer: one.result().reshape(self.roles.mixtures[layer].groups, -1).squeeze(0).numpy()
                 for layer, one in self.contributions.items()
             }
+        for layer, together in self.together.items():
+            assert together.total is not None
+            widths[NUM_EXPERTS][layer] = eliminate_experts(together.total, self.roles.mixtures[layer].groups)
         for key, order in self.elimination.orders.items():
             name, _, number = key.partition(".")
             if name == HEADS:
@@ -347,7 +390,14 @@ class Taps:
             turned = torch.stack([one.cpu() for one in self.turned])
             layers = (turned / torch.tensor(self.turned_tokens, dtype=torch.float64)).float().numpy()
         covariance = {key: gram.mean().cpu().numpy() for key, gram in self.covariance.items() if gram.total is not None}
-        return ScoreTable(hidden, heads, widths, layers, covariance)
+        return ScoreTable(hidden, heads, widths, layers, covariance, self._seen() if self._config.experts else {})
+
+    def _seen(self) -> dict[int, Seen]:
+        return {
+            layer: Seen(one.tokens.float().cpu().numpy(), one.mean_outputs().numpy())
+            for layer, one in self.contributions.items()
+            if one.tokens is not None
+        }
 
     def _width_scores(self, name: str, layer: int, width: Width) -> Scores:
         score = self.accumulators[f"{name}.{layer}"].result()

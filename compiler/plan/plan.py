@@ -27,10 +27,16 @@ from minitron.compiler.plan.checks import (
 )
 from minitron.compiler.plan.data_use import DataUse, data_use, repeated
 from minitron.compiler.plan.layer_proofs import LayerProofs, first_provable
-from minitron.compiler.plan.recovery import check_merging, recovery_remarks, rotation_of
+from minitron.compiler.plan.recovery import (
+    check_eliminated_experts,
+    check_merged_experts,
+    check_merging,
+    recovery_remarks,
+    rotation_of,
+)
 from minitron.compiler.plan.remarks import float8_remarks, remarks_on
 from minitron.compiler.roles.analysed import AnalysedTeacher, analyse_teacher
-from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN, LAYERS
+from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN, LAYERS, NUM_EXPERTS
 from minitron.compiler.roles.residual_stream import first_rescaling_layer
 from minitron.compiler.roles.rotation import Rotation
 from minitron.compiler.student.targets import Targets, resolve_targets
@@ -105,6 +111,11 @@ class Plan:
         return self.loaded.spec.recovery.merge_heads and bool({HEADS, GROUPS} & self.targets.widths.keys())
 
     @property
+    def merges_experts(self) -> bool:
+        """Checks whether dropped experts are merged into kept ones."""
+        return self.loaded.spec.recovery.merge_experts and NUM_EXPERTS in self.targets.widths
+
+    @property
     def heads(self) -> dict[str, HeadPlan]:
         """The heads of `teacher` and `student`; that of the teacher is tied where only the student's is untied."""
         head, aliases = self.teacher.head, self.checkpoint.aliases
@@ -177,6 +188,7 @@ def open_spec(loaded: LoadedSpec, *, weights: bool) -> Opened:
     except UsageError as error:
         problems.append(Problem(at, str(error)))
     problems += [*check_lengths(loaded, teacher.captured), *check_merging(loaded, teacher)]
+    problems += [*check_merged_experts(loaded, teacher), *check_eliminated_experts(loaded, teacher)]
     lacking = tuple(f"a compile needs data: {problem}" for problem in missing)
     return Opened(checkpoint, teacher, tuple(problems), tuple(remarks), lacking)
 

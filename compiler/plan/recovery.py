@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from minitron.compiler.capture.models import stored_tensors
+from minitron.compiler.importance.sample_rows import SampleRows
 from minitron.compiler.roles.analysed import AnalysedTeacher
-from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN
+from minitron.compiler.roles.expert_weights import find_expert_weights
+from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN, NUM_EXPERTS
 from minitron.compiler.roles.rotation import Rotation, find_rotation
 from minitron.compiler.student.targets import Targets
 from minitron.compiler.teacher.checkpoint import Checkpoint
@@ -46,6 +48,41 @@ def check_merging(loaded: LoadedSpec, teacher: AnalysedTeacher) -> Iterator[Prob
     yield Problem("recovery.merge_heads", message, "write false or leave it out")
 
 
+def check_merged_experts(loaded: LoadedSpec, teacher: AnalysedTeacher) -> Iterator[Problem]:
+    """Checks that every expert has weights of its own whose neurons can be reordered, where dropped ones are to be merged."""
+    if not loaded.spec.recovery.merge_experts:
+        return
+    kind, roles = teacher.captured.config.model_type, teacher.roles
+    layers = roles.widths.get(NUM_EXPERTS, {})
+    if not layers:
+        message = f"this {kind} has no experts"
+    else:
+        try:
+            for layer in layers:
+                find_expert_weights(teacher.table, roles, layer)
+            return
+        except UsageError as error:
+            message = f"the experts of this {kind} cannot be merged: {error}"
+    yield Problem("recovery.merge_experts", message, "write false or leave it out")
+
+
+def check_eliminated_experts(loaded: LoadedSpec, teacher: AnalysedTeacher) -> Iterator[Problem]:
+    """Checks that it is known which experts meet at a token, where experts are to be eliminated."""
+    spec, roles = loaded.spec, teacher.roles
+    if spec.importance.selection != "greedy" or (spec.student.num_experts is None and spec.search is None):
+        return
+    rows = SampleRows(teacher.captured, teacher.table)
+    for layer in roles.widths.get(NUM_EXPERTS, {}):
+        mixture = roles.mixtures[layer]
+        if mixture.told_apart and mixture.ends is not None and rows.find_tokens(mixture.contribution) is None:
+            message = (
+                f"the graph of this {teacher.captured.config.model_type} does not show which tokens the experts of layer "
+                f"{layer} are sent, so it is not known what they add together"
+            )
+            yield Problem("importance.selection", message, "write scores, or leave num_experts out")
+            return
+
+
 def recovery_remarks(
     loaded: LoadedSpec, checkpoint: Checkpoint, targets: Targets, rotation: Rotation | None, student: object
 ) -> Iterator[str]:
@@ -61,6 +98,8 @@ def recovery_remarks(
         )
     if loaded.spec.recovery.merge_heads and not {HEADS, GROUPS} & targets.widths.keys():
         yield "merge_heads changes nothing here: num_attention_heads is not narrowed"
+    if loaded.spec.recovery.merge_experts and NUM_EXPERTS not in targets.widths:
+        yield "merge_experts changes nothing here: num_experts is not narrowed"
     if importance.hidden_basis == "channels":
         return
     if HIDDEN not in targets.widths:

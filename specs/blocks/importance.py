@@ -59,7 +59,8 @@ class Importance(Block):
 
     selection: Literal["scores", "greedy"] = "scores"
     """`scores`: the highest stay; `greedy`: heads, key-value groups and neurons are eliminated one by one, always the one that
-    a refit of the others makes up for best; it goes with `recovery.refit`. Channels, experts and layers stay by scores."""
+    a refit of the others makes up for best, which goes with `recovery.refit`; experts, always the one without which the outputs
+    of its layer change least. Channels and layers stay by scores."""
 
     hidden_basis: Literal["channels", "principal"] = "channels"
     """`channels`: the residual stream loses channels (Minitron); `principal`: it is rotated onto its principal

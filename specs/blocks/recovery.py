@@ -17,3 +17,8 @@ class Recovery(Block):
     merge_heads: bool = False
     """What a dropped head differs in is folded into a kept one, W + (W - W_dropped) (Minitron, arXiv 2407.14679, section 2.3).
     For attention whose heads have keys and values of their own, and without `refit`."""
+
+    merge_experts: bool = False
+    """A dropped expert is merged into the kept one whose mean output on the calibration data is nearest: neurons are aligned,
+    then both are averaged, weighted by the tokens that each is sent (M-SMoE, arXiv 2310.01334). The router keeps the rows of
+    the kept experts, as it does without."""

@@ -15,7 +15,11 @@ WRONG = {
     "a misspelled block": Wrong(SHORTEST + "importanse: {}\n", "3:1", "importanse", "unknown key", "`importance`"),
     "a key of another block": Wrong(SHORTEST + "tokens: 3B\n", "3:1", "tokens", "unknown key", "`distill`"),
     "a key of no block": Wrong(
-        SHORTEST + "recovery:\n  qqq: 1\n", "4:3", "recovery.qqq", "unknown key", "write one of refit or merge_heads"
+        SHORTEST + "recovery:\n  qqq: 1\n",
+        "4:3",
+        "recovery.qqq",
+        "unknown key",
+        "write one of refit, merge_heads or merge_experts",
     ),
     "a vocabulary": Wrong(
         SHORTEST.replace("{layers", "{vocab_size: 8, layers"),
