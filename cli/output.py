@@ -123,7 +123,7 @@ class _Tasks:
     def __init__(self, tasks: Sequence[Task]) -> None:
         self._tasks = tasks
 
-    def advance(self, amount: float = 1.0, **shown: float | str) -> None:
+    def advance(self, amount: float = 1.0, **shown: float | str | None) -> None:
         """Advances both."""
         for one in self._tasks:
             one.advance(amount, **shown)

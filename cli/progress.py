@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO
 
@@ -75,9 +75,9 @@ class _LineTask:
         self._started = self._said = clock()
         self._figures: dict[str, float | str] = {}
 
-    def advance(self, amount: float = 1.0, **shown: float | str) -> None:
+    def advance(self, amount: float = 1.0, **shown: float | str | None) -> None:
         self._done += amount
-        self._figures.update(shown)
+        self._figures = _updated(self._figures, shown)
         now = self._clock()
         since = now - self._said
         if since < LEAST_SECONDS or self._done >= self._total:
@@ -162,8 +162,8 @@ class _Bar:
         self._bars, self._identifier = bars, identifier
         self._figures: dict[str, float | str] = {}
 
-    def advance(self, amount: float = 1.0, **shown: float | str) -> None:
-        self._figures.update(shown)
+    def advance(self, amount: float = 1.0, **shown: float | str | None) -> None:
+        self._figures = _updated(self._figures, shown)
         self._bars.update(self._identifier, advance=amount, figures=dict(self._figures))
 
 
@@ -186,6 +186,11 @@ class _Words(ProgressColumn):
 def _amount(done: float, total: float, unit: str) -> str:
     share = f" ({100 * done / total:.0f}%)" if total else ""
     return f"{figures.short(done)} of {figures.short(total)} {unit}{share}"
+
+
+def _updated(figures: dict[str, float | str], shown: Mapping[str, float | str | None]) -> dict[str, float | str]:
+    """Returns the figures with those that are shown from now on; None: no longer."""
+    return {key: value for key, value in {**figures, **shown}.items() if value is not None}
 
 
 def _words(values: dict[str, float | str]) -> tuple[str, ...]:

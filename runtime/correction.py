@@ -164,7 +164,7 @@ def correction_of(loaded: LoadedPlan, data_hash: str) -> Correction | None:
         }
     )
     of_training = resume_identity(own, data_hash)
-    kept = ("tokens", "sequence_length", "global_batch_size", "seed", "data")
+    kept = ("tokens", "sequence_length", "global_batch_size", "seed", "shuffle", "data")
     identity = {key: value for key, value in of_training.items() if key in kept or key.startswith("optimizer.")}
     identity |= {"teacher": weights_digest(source), "dtype": teacher.dtype}
     return Correction(replace(loaded, plan=own, places=_PLACES), source, json.loads(json.dumps(identity)))

@@ -88,6 +88,12 @@ class Course:
                 found.append((stretch, stretch.phase.tokens))
         return found
 
+    def samples(self, corpus: int) -> int:
+        """Returns the number of sequences that are drawn from a corpus."""
+        return max(
+            one.taken + one.phase.steps * one.phase.global_batch_size for one in self.stretches if one.corpus == corpus
+        )
+
 
 def corpus_seed(seed: int, corpus: int) -> int:
     """Returns the seed of the order of a corpus: that of the plan for the first, others of its own for those after it."""

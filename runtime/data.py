@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitron.runtime.order import blend_place, blend_quotas, mix, shuffled
-from minitron.runtime.stream import NOTHING, Array, Largest, Tokens, TokenStream
+from minitron.runtime.order import blend_place, blend_quotas, mix, shuffled, shuffled_in_blocks
 from minitron.runtime.tokens import TextEncoder, stream_key, token_stream
 from minitron.specs.data import BlendPart, DataSource, Source
 from minitron.specs.documents import content_hash
 from minitron.specs.errors import WorkError
 from minitron.specs.progress import Progress
+from minitron.specs.shards.growing import GrowingStream
+from minitron.specs.shards.stream import NOTHING, Array, Largest, Tokens, TokenStream
+from minitron.specs.shards.writer import Part
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,17 @@ class Windows:
     largest: Largest = NOTHING
     """The largest token of the stream: the models must have it in their vocabulary."""
 
+    growing: GrowingStream | None = None
+    """The stream, where its end may not be known yet; then windows are those that will not change."""
+
     def __len__(self) -> int:
-        predicted = len(self.stream) - (self.bos is None)
-        return -(-predicted // self.length)
+        whole = self.growing is None or self.growing.ended  # first: what has ended does not grow
+        predicted = max(0, len(self.stream) - (self.bos is None))
+        return -(-predicted // self.length) if whole else predicted // self.length
+
+    def has(self, window: int) -> bool:
+        """Checks whether the window with this number is there, or the number of all windows is known."""
+        return self.growing is None or self.growing.ended or window < len(self)
 
     def digest(self) -> str:
         """Returns a hash of all tokens that are read and learnt."""
@@ -143,16 +153,37 @@ class Corpus:
     sources: tuple[Windows, ...]
     quotas: tuple[int, ...]
     seed: int
+    block: int | None = None
+    """The sequences of a block within which the first pass over a source is shuffled; None: all are shuffled at once."""
 
     @property
     def largest(self) -> Largest:
-        """Returns the largest token id of all sources."""
-        return max((source.largest for source in self.sources), key=lambda one: one.id)
+        """Returns the largest token id of all sources, as far as they are there."""
+        return max(
+            (one.largest if one.growing is None else one.growing.largest for one in self.sources),
+            key=lambda one: one.id,
+        )
+
+    def ready(self, samples: Sequence[int]) -> bool:
+        """Checks whether all that decides these global samples is there."""
+        if self.block is None:
+            return True
+        numbers = map(self._number, samples)
+        return all(
+            self.sources[source].has(number - number % self.block + self.block - 1) for source, number in numbers
+        )
 
     def place(self, sample: int) -> tuple[int, int]:
         """Returns source and window of the global sample with this index."""
-        source, number = (0, sample) if len(self.sources) == 1 else blend_place(sample, self.quotas, self.seed)
-        return source, shuffled(number, len(self.sources[source]), mix(self.seed, source))
+        source, number = self._number(sample)
+        size, seed = len(self.sources[source]), mix(self.seed, source)
+        if self.block is None:
+            return source, shuffled(number, size, seed)
+        return source, shuffled_in_blocks(number, size, self.block, seed)
+
+    def _number(self, sample: int) -> tuple[int, int]:
+        """Returns the source of a global sample, and the number of samples of that source before it."""
+        return (0, sample) if len(self.sources) == 1 else blend_place(sample, self.quotas, self.seed)
 
     def batch(self, samples: Sequence[int]) -> Batch:
         """Returns the global samples with these indices."""
@@ -203,17 +234,88 @@ def data_hash(data: Data, encoder: TextEncoder, tokens: int) -> str:
     return hashlib.sha256(repr((weights, keys)).encode()).hexdigest()
 
 
-def open_corpus(
-    data: Data, encoder: TextEncoder, cache: Path, *, length: int, tokens: int, seed: int, progress: Progress
-) -> Corpus:
+@dataclass(frozen=True)
+class Wanted:
+    """The sequences that a training draws from a source: their `length`, the `tokens` and the number of `samples` in all,
+    and what decides their order.
+    """
+
+    length: int
+    tokens: int
+    seed: int
+    block: int | None = None
+    """The tokens of a block within which they are shuffled; None: all of them are shuffled at once."""
+
+    samples: int = 0
+
+    @property
+    def block_samples(self) -> int | None:
+        return None if self.block is None else self.block // self.length
+
+    def until(self, quota: int, quotas: int) -> int | None:
+        """Returns the tokens of a part that has `quota` of each `quotas` samples, up to the end of the last block that is
+        drawn from; None: all of them.
+        """
+        if (block := self.block_samples) is None:
+            return None
+        drawn = self.samples if quota == quotas else -(-self.samples // quotas) * quota
+        return -(-drawn // block) * block * self.length + 1  # where there is no BOS, the last token is predicted from
+
+
+def open_corpus(data: Data, encoder: TextEncoder, cache: Path, wanted: Wanted, progress: Progress) -> Corpus:
     """Opens the samples of a source, tokenized on the first call. WorkError where there is nothing to predict."""
-    parts = _parts(data.source)
     windows = []
-    for part, content, limit in zip(parts, data.contents, _limits(data.source, tokens), strict=True):
-        stream = token_stream(part, content, encoder, cache, progress, limit=limit)
-        windows.append(_windows(stream, length, encoder))
-    weights = [part.share for part in parts if isinstance(part, BlendPart)]
-    return Corpus(tuple(windows), tuple(blend_quotas(weights)) if weights else (1,), seed)
+    for part in corpus_parts(data, encoder, cache, wanted):
+        stream = token_stream(part.source, part.content, encoder, cache, progress, limit=part.limit)
+        windows.append(_windows(stream, wanted.length, encoder))
+    return _corpus(data, windows, wanted)
+
+
+@dataclass(frozen=True)
+class CorpusPart(Part):
+    """A part of the training data, with the hash of what decides its documents."""
+
+    content: str = ""
+
+
+def corpus_parts(data: Data, encoder: TextEncoder, cache: Path, wanted: Wanted) -> list[CorpusPart]:
+    """Returns the parts of a source with the folders of their tokens in `cache`, and how much of each is wanted."""
+    quotas = _quotas(data)
+    return [
+        CorpusPart(
+            source=part,
+            folder=cache / stream_key(content, encoder, limit),
+            limit=limit,
+            until=wanted.until(quota, sum(quotas)),
+            share=quota,
+            content=content,
+        )
+        for part, content, limit, quota in zip(
+            _parts(data.source), data.contents, _limits(data.source, wanted.tokens), quotas, strict=True
+        )
+    ]
+
+
+def growing_corpus(
+    data: Data, streams: Sequence[GrowingStream | TokenStream], encoder: TextEncoder, wanted: Wanted
+) -> Corpus:
+    """Makes the corpus of streams that may still grow, one for each part of the source."""
+    windows = [
+        _windows(stream, wanted.length, encoder)
+        if isinstance(stream, TokenStream)
+        else Windows(stream.tokens, wanted.length, encoder.bos, stream.learnt, growing=stream)
+        for stream in streams
+    ]
+    return _corpus(data, windows, wanted)
+
+
+def _quotas(data: Data) -> tuple[int, ...]:
+    weights = [part.share for part in _parts(data.source) if isinstance(part, BlendPart)]
+    return tuple(blend_quotas(weights)) if weights else (1,)
+
+
+def _corpus(data: Data, windows: Sequence[Windows], wanted: Wanted) -> Corpus:
+    return Corpus(tuple(windows), _quotas(data), wanted.seed, wanted.block_samples)
 
 
 def open_held_out(
@@ -233,6 +335,11 @@ def open_held_out(
 
 def _windows(stream: TokenStream, length: int, encoder: TextEncoder) -> Windows:
     windows = Windows(stream.tokens, length, encoder.bos, stream.learnt, stream.largest)
+    require_tokens(stream)
+    return windows
+
+
+def require_tokens(stream: Sized) -> None:
+    """Checks that a whole stream has a token to predict. WorkError where it has none."""
     if len(stream) < 2:
         raise WorkError(f"the data has {len(stream)} tokens, too few to predict one from another; name more data")
-    return windows

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 
 from safetensors import SafetensorError
 
-from minitron.specs.atomic import explain
-from minitron.specs.errors import WorkError
+from minitron.specs.atomic import not_written
 
 
 @contextmanager
@@ -17,5 +16,4 @@ def writing(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason, remedy = explain(error)
-        raise WorkError(f"{what} could not be written: {reason}; {remedy} and run the command again") from None
+        raise not_written(what, error) from None

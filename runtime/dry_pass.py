@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minitron.runtime.course import Stretch
+from minitron.runtime.data import Batch
 from minitron.runtime.optimizer import moments_like
 from minitron.runtime.out_of_memory import in_a_sentence
 from minitron.runtime.recomputation import recompute
@@ -92,7 +93,7 @@ def _compute(run: Run, stretch: Stretch, size: int) -> None:
     """
     device, reserved = run.world.device, _reserve(run)
     samples = range(stretch.taken, stretch.taken + size)
-    batch = run.corpora[stretch.corpus].batch(samples).to(device)
+    batch = _batch(run, stretch, samples).to(device)
     targets = None if run.stored is None else run.stored.read(samples).to(device)
     hidden = None if run.hidden is None else run.hidden.at(0.0)
     several = stretch.phase.global_batch_size // run.world.size > size
@@ -100,6 +101,18 @@ def _compute(run: Run, stretch: Stretch, size: int) -> None:
         total, _terms = micro_batch_loss(run, batch, targets, math.prod(batch.valid_BL.shape), hidden)
         total.backward()  # type: ignore[no-untyped-call]
     del reserved
+
+
+def _batch(run: Run, stretch: Stretch, samples: range) -> Batch:
+    """Returns samples of the phase, or, where they are not tokenized yet, tokens at random: memory does not depend on them,
+    but for routers, which send tokens at random to all experts.
+    """
+    corpus = run.corpora[stretch.corpus]
+    if corpus.ready(samples) or run.stored is not None:
+        return corpus.batch(samples)
+    size, generator = (len(samples), stretch.phase.sequence_length), torch.Generator().manual_seed(0)
+    ids_BL = torch.randint(run.student.head.vocabulary, size, generator=generator)
+    return Batch.of(ids_BL, ids_BL, torch.ones_like(ids_BL, dtype=torch.bool))
 
 
 def _reserve(run: Run) -> list[Tensor]:

@@ -8,11 +8,12 @@ computes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from minitron.runtime.course import Course
+from minitron.runtime.course import Course, Stretch
 from minitron.runtime.data import Batch, Corpus
 from minitron.runtime.loss import SampledTargets
 from minitron.runtime.teacher_logits import StoredLogits
@@ -41,13 +42,22 @@ class Feed:
         self.course, self.steps = course, steps
         self._worker = ThreadPoolExecutor(1, "feed")
         self._next: tuple[int, Future[Given]] | None = None
+        self.seconds = 0.0
+        """The time that the last batch was waited for."""
+
+    def ready(self, step: int) -> bool:
+        """Tells whether the tokens of this rank's batch are there."""
+        stretch, samples = self._samples(step)
+        return self.corpora[stretch.corpus].ready(samples)
 
     def take(self, step: int) -> Given:
-        """Returns the batch of a step, on the device. Errors in reading the batch are raised here."""
+        """Returns the batch of a step that is `ready`, on the device. Errors in reading the batch are raised here."""
+        start = time.perf_counter()
         begun = self._next is not None and self._next[0] == step
         made = self._next[1].result() if self._next is not None and begun else self._make(step)
         self._next = None
-        if (following := step + 1) < self.steps:
+        self.seconds = time.perf_counter() - start
+        if (following := step + 1) < self.steps and self.ready(following):
             self._next = following, self._worker.submit(self._make, following)
         device = self.world.device
         on_device = [
@@ -55,10 +65,14 @@ class Feed:
         ]
         return Given(made.batch, made.valid, on_device)
 
-    def _make(self, step: int) -> Given:
+    def _samples(self, step: int) -> tuple[Stretch, range]:
+        """Returns the stretch of a step, and the numbers of this rank's samples in its corpus."""
         stretch = self.course.at(step)
         first = stretch.first(step)
-        samples = self.world.share(range(first, first + stretch.phase.global_batch_size))
+        return stretch, self.world.share(range(first, first + stretch.phase.global_batch_size))
+
+    def _make(self, step: int) -> Given:
+        stretch, samples = self._samples(step)
         batch = self.corpora[stretch.corpus].batch(samples)
         micro = stretch.phase.micro_batch_size
         return Given(batch, int(batch.valid_BL.sum()), list(self._micro_batches(batch, samples, micro)))

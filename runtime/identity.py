@@ -15,7 +15,7 @@ from minitron.runtime.models import weight_files
 from minitron.specs.builds import CONFIG
 from minitron.specs.errors import Problem, Refused
 from minitron.specs.one_line import plain
-from minitron.specs.training_plan import TrainingPlan, deciding_settings
+from minitron.specs.training_plan import UNSAID, TrainingPlan, deciding_settings
 
 _PIECES, _PIECE_BYTES = 256, 4096
 
@@ -95,7 +95,7 @@ def require_same_start(before: Mapping[str, Any], now: Mapping[str, Any], hint: 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], begin_again: str) -> Iterator[Problem]:
     for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
+        old, new = (one.get(key, UNSAID.get(key)) for one in (before, now))
         if old == new or (key in _WHERE_KNOWN and None in (old, new)):
             continue
         path, what = _CONTENTS.get(key, (key, None))

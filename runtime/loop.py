@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
 from minitron.runtime.checkpoint import TrainerState
+from minitron.runtime.data_wait import arriving, wait_for_data
 from minitron.runtime.disk import writing
 from minitron.runtime.dry_pass import check_memory
 from minitron.runtime.held_out import HeldOut, held_out
@@ -22,7 +23,7 @@ from minitron.runtime.step import train_step
 from minitron.runtime.trackers import TrackerSettings
 from minitron.runtime.utilisation import peak_flops, peak_memory, utilisation
 from minitron.specs.builds import METRICS
-from minitron.specs.errors import WorkError
+from minitron.specs.errors import MinitronError, WorkError
 from minitron.specs.progress import Progress
 
 _SHOWN = ("loss", "held_out_loss", "lr", "mfu", "memory_bytes")
@@ -40,15 +41,26 @@ def learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progres
     peak = peak_flops(world.device, run.compute_dtype)
     measure_every = plan.held_out.every_tokens if plan.held_out is not None else None
     with (
+        run.beside,
         told_in_a_sentence(plan),
         torch.random.fork_rng([world.device] if world.device.type == "cuda" else []),
         _metrics(run, state, progress) as metrics,
         progress.task(name, plan.trained_tokens, "tokens", done=state.tokens) as task,
     ):
         check_memory(run)
-        pace = Pace(plan.trained_tokens)
+        pace, saved = Pace(plan.trained_tokens), state.step
         while state.step < plan.steps:
             start, before = time.perf_counter(), state
+            try:
+                arrived = wait_for_data(run, state.step, interrupt, task)
+            except MinitronError:  # not of the steps that are done: what they have learnt is kept
+                with suppress(WorkError):
+                    _keep(run, state, metrics, saved)
+                raise
+            if not arrived:
+                _keep(run, state, metrics, saved)
+                raise _interrupted(state, progress)
+            waited = time.perf_counter() - start
             try:
                 figures = train_step(run, before)
             except WorkError:  # what all ranks saw together: the checkpoint that is being written is worth having
@@ -58,6 +70,7 @@ def learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progres
             tokens = state.tokens - before.tokens
             rate = tokens / (time.perf_counter() - start)
             line = {"step": state.step, "tokens": state.tokens, **figures, "tokens_per_second": round(rate, 1)}
+            line["data_seconds"] = round(waited + run.feed.seconds, 4)
             line["seconds_left"] = pace.seconds_left(state.tokens, rate)
             line["memory_bytes"] = peak_memory(world.device)
             if (
@@ -69,7 +82,7 @@ def learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progres
                 result = measure_held_out(run)
                 line |= {"held_out_loss": result.loss, "held_out_perplexity": result.perplexity}
             broken = _write(metrics, line)
-            task.advance(tokens, **{key: line[key] for key in _SHOWN if key in line})
+            task.advance(tokens, **{key: line[key] for key in _SHOWN if key in line}, **arriving(run))
             stop, writing, failed, unwritten = world.any_of(
                 interrupt.requested, *run.saver.status(), broken is not None
             )
@@ -79,11 +92,23 @@ def learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progres
             run.saver.settle(writing=writing, failed=failed)
             if last or stop or _crosses(before, state, plan.checkpoint.every_tokens):
                 _save(run, state, metrics, line.get("held_out_loss"))
+                saved = state.step
             if last or stop:
                 run.saver.finish()
             if stop and not last:
-                progress.message(f"interrupted after step {state.step}; train again to go on from there")
-                raise KeyboardInterrupt
+                raise _interrupted(state, progress)
+
+
+def _interrupted(state: TrainerState, progress: Progress) -> KeyboardInterrupt:
+    progress.message(f"interrupted after step {state.step}; train again to go on from there")
+    return KeyboardInterrupt()
+
+
+def _keep(run: Run, state: TrainerState, metrics: MetricsLog | None, saved: int) -> None:
+    """Saves a checkpoint of all steps where there are some behind `saved`, the last that has one."""
+    if state.step > saved:
+        _save(run, state, metrics, None)
+    run.saver.finish()
 
 
 class Pace:

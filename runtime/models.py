@@ -16,12 +16,12 @@ from transformers.utils import logging as transformers_logging
 
 from minitron.runtime.loss import Head
 from minitron.runtime.plan import LoadedPlan
-from minitron.runtime.stream import Largest
 from minitron.specs.builds import CONFIG
 from minitron.specs.errors import Problem, Refused, WorkError, first_line
 from minitron.specs.generation_settings import FILE as GENERATION
 from minitron.specs.generation_settings import read_generation_settings
 from minitron.specs.model_config import alone, read_model_config
+from minitron.specs.shards.stream import Largest
 from minitron.specs.training_plan import HeadPlan, ModelPlan
 from minitron.specs.weight_files import SINGLE, find_weight_files, read_headers
 

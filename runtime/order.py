@@ -49,6 +49,19 @@ def shuffled(index: int, size: int, seed: int) -> int:
     return permute(position, size, mix(seed, epoch))
 
 
+def shuffled_in_blocks(index: int, size: int, block: int, seed: int) -> int:
+    """Returns the sample at position `index` in an order whose first epoch shuffles within blocks of `block` samples, the
+    last one shorter, one block after the other: it follows from the samples up to the end of the block. By the next epoch
+    all samples are known, and their order is that of `shuffled`.
+
+    `size` is the number of samples, or, in the first epoch, of those that are known: they reach to the block's end.
+    """
+    if index >= size:
+        return shuffled(index, size, seed)
+    first = index - index % block
+    return first + permute(index - first, min(block, size - first), mix(seed, 0, first))
+
+
 def blend_quotas(weights: Sequence[float]) -> list[int]:
     """Returns the number of samples of each source in a block: proportional to the weights, at least 1, together
     BLEND_BLOCK (largest remainder).

@@ -84,7 +84,8 @@ def record(build: Path, *, device: str | None, progress: Progress, outside: bool
                 interrupt=interrupt,
                 progress=progress if world.leads else Silent(),
             )
-            return _record(loaded, plan, folder, session)
+            with session.closing:
+                return _record(loaded, plan, folder, session)
 
 
 def _tidy_up(loaded: LoadedPlan, work: Path) -> None:

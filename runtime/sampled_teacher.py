@@ -15,7 +15,7 @@ from minitron.specs.errors import Problem, Refused, UsageError
 from minitron.specs.training_plan import TrainingPlan
 
 _KEPT = (
-    "data", "seed", "sequence_length", "teacher_logits.sampled", "loss.logits.temperature",
+    "data", "seed", "shuffle", "sequence_length", "teacher_logits.sampled", "loss.logits.temperature",
     "teacher.dtype", "teacher.compute", "teacher.head.", "teacher_correction.",
 )  # fmt: skip
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from minitron.runtime.arrivals import Arrivals, begin_corpora, wanted_of
 from minitron.runtime.checkpoint import Checkpoints, TrainerState, load
-from minitron.runtime.course import Course, Stretch, corpus_seed
-from minitron.runtime.data import Corpus, Data, Windows, data_hash, open_corpus, open_held_out
+from minitron.runtime.course import Course, Stretch
+from minitron.runtime.data import Corpus, Data, Wanted, Windows, data_hash, open_corpus, open_held_out
 from minitron.runtime.feed import Feed
 from minitron.runtime.float8 import (
     TEACHER,
@@ -24,7 +26,7 @@ from minitron.runtime.hidden_states import HiddenStates, prepare_hidden_states, 
 from minitron.runtime.identity import require_same_start, require_same_training
 from minitron.runtime.interrupt import Interrupt
 from minitron.runtime.loss import DistillationLoss
-from minitron.runtime.models import DTYPES, LanguageModel, check_vocabularies, load_model
+from minitron.runtime.models import DTYPES, LanguageModel, check_read, check_vocabularies, load_model
 from minitron.runtime.muon import layer_matrices
 from minitron.runtime.optimizer import make_optimizer
 from minitron.runtime.plan import LoadedPlan
@@ -56,20 +58,35 @@ class Session:
     interrupt: Interrupt
     progress: Progress
     phases: tuple[Data, ...] = ()
+    closing: ExitStack = field(default_factory=ExitStack)
+    """The end of what works beside the trainings."""
+
+    def begin_corpora(self, plan: TrainingPlan) -> tuple[tuple[Corpus, ...], Arrivals | None]:
+        """Opens the samples that the plan trains on, as `open_corpora` does; where their order allows it, before all of them
+        are tokenized: then the arrivals tell of the rest.
+        """
+        if plan.shuffle == "all":
+            return self.open_corpora(plan), None
+        of = [
+            (self._data(plan, stretch), wanted_of(plan, number))
+            for number, (stretch, _) in enumerate(Course.of(plan).corpora())
+        ]
+        corpora, arrivals = begin_corpora(of, self.encoder, self.cache, self.world, self.progress)
+        if arrivals is not None:
+            self.closing.callback(arrivals.close)
+        return corpora, arrivals
 
     def open_corpora(self, plan: TrainingPlan) -> tuple[Corpus, ...]:
         """Opens the samples that the plan trains on, tokenized by the leader where that has not been done: a corpus for
         all phases in turn that have data and length in common.
         """
-        return tuple(self._open(plan, *corpus) for corpus in Course.of(plan).corpora())
+        return tuple(
+            self._open(self._data(plan, stretch), wanted_of(plan, number))
+            for number, (stretch, _) in enumerate(Course.of(plan).corpora())
+        )
 
-    def _open(self, plan: TrainingPlan, stretch: Stretch, tokens: int) -> Corpus:
-        return self.world.leader_first(
-            lambda: open_corpus(
-                self._data(plan, stretch), self.encoder, self.cache, length=stretch.phase.sequence_length, tokens=tokens,
-                seed=corpus_seed(plan.seed, stretch.corpus), progress=self.progress,
-            )
-        )  # fmt: skip
+    def _open(self, data: Data, wanted: Wanted) -> Corpus:
+        return self.world.leader_first(lambda: open_corpus(data, self.encoder, self.cache, wanted, self.progress))
 
     def _data(self, plan: TrainingPlan, stretch: Stretch) -> Data:
         return self.phases[stretch.number] if plan.phases else self.data
@@ -113,8 +130,16 @@ class Run:
 
     loss: DistillationLoss
     compute_dtype: torch.dtype
+    arrivals: Arrivals | None = None
+    """The tokens of the corpora that are still being made; None where all are there."""
+
     begins_from: Path | None = None
     """The folder of the checkpoint that a search left of this student; None where the training begins at its beginning."""
+
+    @property
+    def beside(self) -> AbstractContextManager[object]:
+        """Ends what works beside the steps."""
+        return nullcontext() if self.arrivals is None else closing(self.arrivals)
 
     @cached_property
     def feed(self) -> Feed:
@@ -132,7 +157,7 @@ def prepare(session: Session, loaded: LoadedPlan, identity: dict[str, Any]) -> R
     work = loaded.folder / plan.work
     sampled = plan.teacher_logits != "online" and plan.loss.logits.weight != 0
     stored = stored_logits(loaded, identity) if sampled else None
-    corpora = session.open_corpora(plan)
+    corpora, arrivals = session.begin_corpora(plan)
     windows = held_out_windows(loaded, plan.sequence_length, world, encoder, session.cache, session.progress)
     logits, hidden, teacher = plan.loss.logits, plan.loss.hidden_states, None
     if hidden is not None and hidden.weight == 0:
@@ -142,6 +167,8 @@ def prepare(session: Session, loaded: LoadedPlan, identity: dict[str, Any]) -> R
     student = load_student(loaded, world)
     read = [*(corpus.largest for corpus in corpora), *([windows.largest] if windows is not None else [])]
     check_vocabularies(loaded, teacher, student, encoder.tokenizer, read)
+    if arrivals is not None:
+        arrivals.check = lambda largest: check_read(student, encoder.tokenizer, [largest])
     _check_lengths(plan, student)
     states = None
     if hidden is not None and teacher is not None:
@@ -158,6 +185,7 @@ def prepare(session: Session, loaded: LoadedPlan, identity: dict[str, Any]) -> R
         stored=stored,
         course=Course.of(plan),
         corpora=corpora,
+        arrivals=arrivals,
         held_out=windows,
         optimizer=make_optimizer(
             student.module,

@@ -78,7 +78,8 @@ def train(
                 interrupt=interrupt,
                 progress=progress if world.leads else Silent(),
             )
-            _train(loaded, plan, session, unverified=unverified)
+            with session.closing:
+                _train(loaded, plan, session, unverified=unverified)
 
 
 def _train(loaded: LoadedPlan, plan: TrainingPlan, session: Session, *, unverified: bool) -> None:

@@ -56,6 +56,9 @@ class World:
     waiting: Any = None
     """The group of all ranks over the CPU in which they wait for each other, however long the wait takes."""
 
+    local_rank: int = 0
+    """The number of this process among those of its machine."""
+
     @property
     def leads(self) -> bool:
         """Tells whether this process writes files and prints messages."""
@@ -130,6 +133,15 @@ class World:
         self.from_leader(lambda: done.append(work()))
         return done[0] if self.leads else work()
 
+    def raise_together(self, error: MinitronError | None) -> None:
+        """Raises on all ranks the error of the first of them that has one."""
+        errors: list[MinitronError | None] = [error]
+        if self.size > 1:
+            errors = [None] * self.size
+            dist.all_gather_object(errors, error, group=self.waiting)
+        if first := next((one for one in errors if one is not None), None):
+            raise first
+
     def wait(self) -> None:
         """Waits until all ranks have called this method."""
         if self.size > 1:
@@ -180,7 +192,7 @@ def join_world(device: str | None) -> Iterator[World]:
         )
     waiting = _aside(lambda: _connect(chosen))
     try:
-        yield World(dist.get_rank(), size, chosen, waiting)
+        yield World(dist.get_rank(), size, chosen, waiting, _number("LOCAL_RANK", 0))
     except BaseException as error:
         # With a GPU, leaving in order waits for what the other ranks have not sent and may never send: the end of this
         # process, which is near, takes the connections down.

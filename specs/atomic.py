@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
-from minitron.specs.errors import MinitronError, UsageError
+from minitron.specs.errors import MinitronError, UsageError, WorkError
 
 MARKER = ".minitron"
 """The file in a folder that says that minitron made it, and may replace it."""
@@ -29,6 +29,21 @@ def explain(error: Exception) -> tuple[str, str]:
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
         return "the disk is full", "make room"
     return str(error), "see that it can be written to"
+
+
+def not_written(what: object, error: Exception) -> WorkError:
+    """Returns the error for `what` could not be written."""
+    reason, remedy = explain(error)
+    return WorkError(f"{what} could not be written: {reason}; {remedy} and run the command again")
+
+
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Raises WorkError in place of the errors that a disk raises while `what` is written."""
+    try:
+        yield
+    except OSError as error:
+        raise not_written(what, error) from None
 
 
 def sync_folder(folder: Path) -> None:

@@ -215,6 +215,14 @@ def phases_have_a_teacher(spec: Spec) -> Iterator[Problem]:
         yield from training.phases_have_a_teacher(spec.distill.phases, spec.distill.teacher_logits, "distill.phases")
 
 
+@constraint("distill.shuffle", "distill.sequence_length", "distill.phases")
+def blocks_hold_sequences(spec: Spec) -> Iterator[Problem]:
+    """Requires that the blocks of a shuffle hold the sequences of the training and of its phases."""
+    if spec.distill is not None:
+        lengths = [spec.distill.sequence_length, *(one.sequence_length or 0 for one in spec.distill.phases)]
+        yield from training.blocks_hold_sequences(spec.distill.shuffle, lengths, "distill.shuffle")
+
+
 @constraint("distill.loss")
 def loss_is_whole(spec: Spec) -> Iterator[Problem]:
     """Requires a loss term, and a logit loss to scale a dynamic weight to."""

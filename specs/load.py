@@ -145,6 +145,7 @@ STAND_INS: Mapping[str, Any] = {
     "data": {"text": "unnamed"},
     "tokens": 1,
     "sampled": 1,
+    "block": 1,
     "task": "unnamed",
     "source": "unnamed",
     "scores": {},

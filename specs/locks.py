@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from minitron.specs.atomic import explain
-from minitron.specs.errors import UsageError, WorkError
+from minitron.specs.atomic import not_written
+from minitron.specs.errors import UsageError
 
 LOCK = ".minitron.lock"
 """The file that a process holds locked while it writes into a folder. It stays there; the lock ends with the process."""
@@ -45,7 +45,7 @@ def _held(folder: Path, doing: str, waiting: Callable[[str], None] | None) -> It
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
-        raise _not_writable(folder, error) from None
+        raise not_written(folder, error) from None
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,12 +61,7 @@ def _held(folder: Path, doing: str, waiting: Callable[[str], None] | None) -> It
             os.ftruncate(lock, 0)
             os.pwrite(lock, f"{doing} (process {os.getpid()} on {socket.gethostname()})\n".encode(), 0)
         except OSError as error:
-            raise _not_writable(folder, error) from None
+            raise not_written(folder, error) from None
         yield
     finally:
         os.close(lock)
-
-
-def _not_writable(folder: Path, error: OSError) -> WorkError:
-    reason, remedy = explain(error)
-    return WorkError(f"{folder} could not be written: {reason}; {remedy} and run the command again")

@@ -10,8 +10,8 @@ from typing import Protocol
 class Task(Protocol):
     """A running piece of work with a known total."""
 
-    def advance(self, amount: float = 1.0, **figures: float | str) -> None:
-        """Adds `amount` finished units; `figures` (loss, lr, ...) replace those shown beside the bar."""
+    def advance(self, amount: float = 1.0, **figures: float | str | None) -> None:
+        """Adds `amount` finished units; `figures` (loss, lr, ...) replace those shown beside the bar, and None removes one."""
 
 
 class Progress(Protocol):
@@ -25,7 +25,7 @@ class Progress(Protocol):
 
 
 class _SilentTask:
-    def advance(self, amount: float = 1.0, **figures: float | str) -> None:
+    def advance(self, amount: float = 1.0, **figures: float | str | None) -> None:
         pass
 
 

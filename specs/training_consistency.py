@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from minitron.specs.blocks.distill import HiddenStateLoss, Layout, Loss, SampledLogits
+from minitron.specs.blocks.distill import HiddenStateLoss, Layout, Loss, SampledLogits, ShuffledBlocks
 from minitron.specs.blocks.training import Optimizer
 from minitron.specs.errors import Problem
 from minitron.specs.units import COUNT_UNITS, format_quantity
@@ -65,6 +65,15 @@ def samples_are_enough(loss: Loss, teacher_logits: str | SampledLogits, at: str)
     if loss.hidden_states is not None:
         message = "hidden states need the teacher itself, and `teacher_logits` are samples"
         yield Problem(f"{at}.hidden_states", message, "write null, or `teacher_logits: online`")
+
+
+def blocks_hold_sequences(shuffle: str | ShuffledBlocks, lengths: Sequence[int], at: str) -> Iterator[Problem]:
+    """Requires that a block has room for two sequences: one alone would not be shuffled."""
+    if isinstance(shuffle, ShuffledBlocks) and shuffle.block < (least := 2 * max(lengths)):
+        message = (
+            f"{shuffle.block} tokens hold fewer than two sequences of {max(lengths)}, and nothing would be shuffled"
+        )
+        yield Problem(f"{at}.block", message, f"write at least {least}, such as 256M, or `shuffle: all`")
 
 
 def offloading_needs_sharding(layout: Layout, at: str) -> Iterator[Problem]:

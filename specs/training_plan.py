@@ -24,7 +24,7 @@ from minitron.specs.blocks.base import (
     wrong,
 )
 from minitron.specs.blocks.benchmarks import Listing
-from minitron.specs.blocks.distill import CheckpointSettings, Layout, Loss, Recomputation, TeacherLogits
+from minitron.specs.blocks.distill import CheckpointSettings, Layout, Loss, Recomputation, Shuffle, TeacherLogits
 from minitron.specs.blocks.evaluate import Published
 from minitron.specs.blocks.requirements import BoundText
 from minitron.specs.blocks.teacher_correction import TeacherCorrection
@@ -260,6 +260,9 @@ class TrainingPlan(EvaluationPlan):
     """Where the metrics go beside metrics.jsonl; null: TensorBoard where it is installed."""
 
     seed: NonNegativeInt
+    shuffle: Shuffle = "all"
+    """The order of the sequences: all of them shuffled, or within blocks of so many tokens, one block after the other."""
+
     compute_dtype: ComputeDtype
     gradient_checkpointing: Recomputation
     """What the backward pass computes again: layers (true), their attention, or nothing (false)."""
@@ -333,7 +336,7 @@ def deciding_settings(plan: TrainingPlan) -> dict[str, Any]:
     kept = {key: whole[key] for key in _DECIDING}
     kept["student"] = {"head": whole["student"]["head"]}
     kept["teacher"] = {key: whole["teacher"][key] for key in ("revision", "dtype", "head")}
-    if plan.teacher.compute != "bfloat16":  # as trainings were before they could choose
+    if plan.teacher.compute != UNSAID["teacher.compute"]:
         kept["teacher"]["compute"] = plan.teacher.compute
     kept["loss"].pop("chunk_tokens")
     kept["teacher_correction"] = None
@@ -341,8 +344,12 @@ def deciding_settings(plan: TrainingPlan) -> dict[str, Any]:
         kept["teacher_correction"] = {key: whole["teacher_correction"][key] for key in ("tokens", "optimizer")}
     for number, phase in enumerate(whole["phases"]):  # none: as trainings were before they had any
         kept[f"phases.{number}"] = {key: phase[key] for key in ("tokens", "sequence_length", "global_batch_size")}
-    return dict(_flat("", kept))
+    order = {} if plan.shuffle == UNSAID["shuffle"] else {"shuffle": whole["shuffle"]}
+    return dict(_flat("", kept)) | order
 
+
+UNSAID = {"shuffle": "all", "teacher.compute": "bfloat16"}
+"""The settings that `deciding_settings` leaves out at these values, which all trainings had before they could choose."""
 
 _DECIDING = (
     "start",
@@ -382,5 +389,7 @@ def problems(plan: TrainingPlan) -> Iterator[Problem]:
     yield from training_consistency.samples_are_enough(plan.loss, plan.teacher_logits, "loss")
     yield from training_consistency.phases_have_a_teacher(plan.phases, plan.teacher_logits, "phases")
     yield from training_consistency.phases_make_up_the_training(plan.phases, plan.tokens, "phases")
+    lengths = [plan.sequence_length, *(phase.sequence_length for phase in plan.phases)]
+    yield from training_consistency.blocks_hold_sequences(plan.shuffle, lengths, "shuffle")
     yield from training_consistency.offloading_needs_sharding(plan.layout, "layout")
     yield from training_consistency.offloading_is_of_plain_adamw(plan.layout, plan.weights, plan.optimizer, "layout")

@@ -111,6 +111,7 @@ def training_plan(
         loss=distill.loss,
         track=distill.track,
         seed=distill.seed,
+        shuffle=distill.shuffle,
         compute_dtype=_compute(distill),
         gradient_checkpointing=distill.gradient_checkpointing or False,
         compile=distill.compile,

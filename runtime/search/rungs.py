@@ -90,7 +90,8 @@ def search(build: Path, *, device: str | None, progress: Progress) -> Ranking:
             interrupt=interrupt,
             progress=progress if world.leads else Silent(),
         )
-        return Rungs.prepare(corrected(loaded, session), file, session, build).run()
+        with session.closing:
+            return Rungs.prepare(corrected(loaded, session), file, session, build).run()
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,21 @@ TeacherLogits: TypeAlias = Annotated[
     word_or("online or {sampled: 12}", "online", also=(dict, Block)),
 ]
 
+
+class ShuffledBlocks(Block):
+    """An order of the sequences that needs only the beginning of the data. The first pass shuffles within blocks, one block
+    after the other as they lie in the data; later passes shuffle all of it."""
+
+    block: Count
+    """Tokens of a block, cut into whole sequences."""
+
+
+Shuffle: TypeAlias = Annotated[
+    Annotated[Literal["all"], Tag(WORD)] | Annotated[ShuffledBlocks, Tag(LONGER)],
+    Discriminator(is_longer),
+    word_or("all or {block: 256M}", "all", also=(dict, Block)),
+]
+
 LayerPair = Annotated[tuple[NonNegativeInt, NonNegativeInt], Field(strict=False)]
 
 LayerPairs: TypeAlias = Annotated[
@@ -259,6 +274,11 @@ class Distill(Block):
 
     seed: NonNegativeInt = 0
     """Decides the order of the data."""
+
+    shuffle: Shuffle = "all"
+    """`all`: one shuffle of all sequences; training begins when all of the data is tokenized. `{block: 256M}`: a shuffle within
+    blocks of that many tokens; training begins with the first block, while the rest is tokenized, and nothing is read that it
+    does not reach."""
 
     @property
     def trained_tokens(self) -> int:

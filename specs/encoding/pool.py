@@ -12,12 +12,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
+from typing import TypeAlias
 
 import minitron
 from minitron.specs.documents.kinds import Conversation, Piece, size_of
@@ -53,13 +54,20 @@ def cores() -> int:
 
 
 def encode_all(
-    encoder: Encoder, pieces: Iterable[Piece], *, skip: int = 0, processes: int | None = None, small: int = SMALL
+    encoder: Encoder,
+    pieces: Iterable[Piece],
+    *,
+    skip: int = 0,
+    processes: int | None = None,
+    small: int = SMALL,
+    pool: Pool | None = None,
 ) -> Iterator[list[Encoded]]:
-    """Yields the tokens of all pieces, a batch at a time, in order. WorkError as for `Encoder.encode`.
+    """Yields the tokens of all pieces, a batch at a time, in order. WorkError as for `Encoder.encode` and for reading the
+    pieces, after all that lies before the piece that it is of: how far others have read ahead decides nothing.
 
     The first `skip` pieces, counted after `Encoder.prepare`, are skipped because an earlier process encoded them. The
     first `small` characters of text are encoded in this process. `processes` defaults to the number of cores; with 0
-    all text is encoded in this process.
+    all text is encoded in this process. `pool` is one that several calls share; left out, each has its own.
     """
     batches = _batches(itertools.islice(encoder.prepare(pieces), skip, None))
     processes = cores() if processes is None else processes
@@ -68,18 +76,55 @@ def encode_all(
     for batch in batches:
         chat = any(isinstance(piece.content, Conversation) for piece in batch)
         if (chat and library) or (done >= small and library and processes > 0):
-            with _pool(encoder, max(1, processes)) as pool:
-                yield from pool.encode(batch, batches)
+            with Pool(encoder, max(1, processes)) if pool is None else nullcontext(pool) as used:
+                yield from used.encode(batch, batches)
             return
-        yield encoder.encode(batch)
+        encoded, error = _up_to_error(encoder.encode, batch)
+        yield encoded
+        if error is not None:
+            raise error
         done += sum(size_of(piece.content) for piece in batch)
 
 
+Encode: TypeAlias = Callable[[list[Piece]], list[Encoded]]
+
+
+def _up_to_error(encode: Encode, batch: list[Piece]) -> tuple[list[Encoded], WorkError | None]:
+    """Encodes a batch, up to the first piece that cannot be encoded."""
+    try:
+        return encode(batch), None
+    except _ProcessEnded as error:
+        return [], error
+    except WorkError:
+        done: list[Encoded] = []
+        for piece in batch:
+            try:
+                done += encode([piece])
+            except WorkError as error:
+                return done, error
+        return done, None
+
+
+class _ProcessEnded(WorkError):
+    """The end of a process that encodes; the documents of its batch are not tried again."""
+
+
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Groups pieces into batches: large enough to be worth a message, never larger than fits in memory."""
+    """Groups pieces into batches: large enough to be worth a message, never larger than fits in memory. An error in
+    reading a piece comes after the batch of those before it.
+    """
     batch: list[Piece] = []
     size = 0
-    for piece in pieces:
+    pieces = iter(pieces)
+    while True:
+        try:
+            piece = next(pieces, None)
+        except WorkError:
+            if batch:
+                yield batch
+            raise
+        if piece is None:
+            break
         batch.append(piece)
         size += size_of(piece.content)
         if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
@@ -89,7 +134,9 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-class _Pool:
+class Pool:
+    """Processes that encode; each is started when there is work for it."""
+
     def __init__(self, encoder: Encoder, processes: int) -> None:
         self.encoder, self.processes = encoder, processes
         self.idle: SimpleQueue[subprocess.Popen[bytes] | None] = SimpleQueue()
@@ -97,16 +144,27 @@ class _Pool:
         self.threads = ThreadPoolExecutor(processes)
         self.lock, self.closed = Lock(), False
         for _ in range(processes):
-            self.idle.put(None)  # each is started when there is work for it
+            self.idle.put(None)
 
     def encode(self, first: list[Piece], rest: Iterator[list[Piece]]) -> Iterator[list[Encoded]]:
-        waiting: collections.deque[Future[list[Encoded]]] = collections.deque([self.threads.submit(self._ask, first)])
-        for batch in rest:
-            waiting.append(self.threads.submit(self._ask, batch))
+        """Yields the tokens of `first` and of `rest`, in order; errors as for `encode_all`."""
+        waiting = collections.deque([self.threads.submit(_up_to_error, self._ask, first)])
+        unread: WorkError | None = None
+        while True:
+            try:
+                batch = next(rest, None)
+            except WorkError as error:
+                unread = error
+                break
+            if batch is None:
+                break
+            waiting.append(self.threads.submit(_up_to_error, self._ask, batch))
             while len(waiting) > 2 * self.processes or (waiting and waiting[0].done()):
-                yield waiting.popleft().result()
+                yield from _result(waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
+            yield from _result(waiting.popleft())
+        if unread is not None:
+            raise unread
 
     def _ask(self, batch: list[Piece]) -> list[Encoded]:
         process = self.idle.get() or self._start()
@@ -117,7 +175,7 @@ class _Pool:
             return read_answer(process.stdout)
         except (EOFError, OSError):
             code = process.wait()
-            raise WorkError(
+            raise _ProcessEnded(
                 f"{batch[0].where}: the process that encodes this document and the {len(batch) - 1} behind it ended with "
                 f"code {code}; where it is the chat template that takes endless time or memory, mend it, else make more "
                 "memory free"
@@ -142,6 +200,12 @@ class _Pool:
         process.stdin.write(json.dumps(self.encoder.recipe.to_json()).encode() + b"\n")
         return process
 
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         self.threads.shutdown(wait=False, cancel_futures=True)
         with self.lock:
@@ -156,18 +220,16 @@ class _Pool:
                     stream.close()
 
 
+def _result(future: Future[tuple[list[Encoded], WorkError | None]]) -> Iterator[list[Encoded]]:
+    encoded, error = future.result()
+    yield encoded
+    if error is not None:
+        raise error
+
+
 def _environment() -> dict[str, str]:
     """Returns the environment of the encoding processes: that of this process, one thread each, the same `minitron`."""
     here = str(Path(minitron.__file__).resolve().parent.parent)
     path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
     one = dict.fromkeys(("RAYON_NUM_THREADS", "OMP_NUM_THREADS"), "1")
     return os.environ | one | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
-
-
-@contextmanager
-def _pool(encoder: Encoder, processes: int) -> Iterator[_Pool]:
-    pool = _Pool(encoder, processes)
-    try:
-        yield pool
-    finally:
-        pool.close()

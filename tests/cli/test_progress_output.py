@@ -41,6 +41,14 @@ def test_a_line_has_amount_rate_time_left_and_figures() -> None:
     assert first == "train: 100 of 1.00k tokens (10%), 10 tokens/s, 1m30s left, loss 1.91, lr 1e-4"
 
 
+def test_a_figure_that_is_none_is_no_longer_shown() -> None:
+    stream = io.StringIO()
+    with LineProgress(stream, Clock()).task("train", 10, "tokens") as task:
+        task.advance(5, loss=2.0, tokenized="7 documents")
+        task.advance(5, tokenized=None)
+    assert stream.getvalue().splitlines() == ["train: 10 of 10 tokens (100%), done in 0s, loss 2"]
+
+
 @pytest.mark.parametrize("seconds", [5, 60, 600])
 def test_lines_are_few(seconds: float) -> None:
     said = lines(steps=2000, seconds=seconds)

@@ -24,9 +24,9 @@ class AtStep(Silent):
     def __init__(self, step: int, act: Callable[[], None], task: str = "train") -> None:
         self.step, self.act, self.heard, self.seen = step, act, task, 0
 
-    def advance(self, amount: float = 1.0, **figures: float | str) -> None:
-        self.seen += 1
-        if self.seen == self.step:
+    def advance(self, amount: float = 1.0, **figures: float | str | None) -> None:
+        self.seen += amount > 0
+        if amount and self.seen == self.step:
             self.act()
 
     @contextlib.contextmanager

@@ -38,8 +38,9 @@ class Told(Silent):
     def __init__(self, pipe: Connection) -> None:
         self.pipe = pipe
 
-    def advance(self, amount: float = 1.0, **figures: float | str) -> None:
-        self.pipe.send("step")
+    def advance(self, amount: float = 1.0, **figures: float | str | None) -> None:
+        if amount:  # else it waits
+            self.pipe.send("step")
 
     def task(self, name: str, total: float, unit: str, done: float = 0.0) -> Any:
         return contextlib.nullcontext(self) if name == "train" else super().task(name, total, unit, done)
@@ -227,14 +228,30 @@ def full_disk_for_metrics() -> None:
     MetricsLog.write = write  # type: ignore[method-assign]
 
 
+def tokenize_early(gate: Path, cache: Path | None = None) -> None:
+    """Makes shards of this process small, and has what tokenizes beside it wait at a gate; with `cache`, on a machine whose
+    cache is its own.
+    """
+    from minitron.runtime import arrivals
+    from minitron.specs.shards import writer
+    from tests.runtime import gated_tokenizer
+
+    writer.SHARD_TOKENS = 300
+    arrivals.COMMAND = gated_tokenizer.COMMAND
+    os.environ[gated_tokenizer.VARIABLE] = str(gate)
+    if cache is not None:
+        os.environ |= {"MINITRON_CACHE": str(cache), "LOCAL_RANK": "0"}
+
+
 def without_data() -> None:
     """Keeps this process from looking at data files."""
-    from minitron.runtime import data, setup, tokens
+    from minitron.runtime import data, setup
+    from minitron.specs.shards import writer
 
     def fail(*_args: Any, **_more: Any) -> Any:
         raise AssertionError("this process should not look at the data")
 
-    data.content_hash = setup.content_hash = tokens.iter_documents = fail
+    data.content_hash = setup.content_hash = writer.iter_pieces = fail
 
 
 def _rank(rank: int, size: int, port: int, build: Path, pipe: Connection, work: Any, before: Before) -> None:

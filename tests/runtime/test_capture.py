@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from minitron.runtime import record, train
-from minitron.runtime.data import Data, data_hash, open_corpus
+from minitron.runtime.data import Data, Wanted, data_hash, open_corpus
 from minitron.runtime.models import load_model
 from minitron.runtime.plan import read_training_plan
 from minitron.runtime.teacher_logits import StoredLogits, read_index, read_shard, shard_path
@@ -75,9 +75,12 @@ def test_samples_are_those_of_the_teacher(captured: Path) -> None:
     plan = loaded.training()
     encoder = TextEncoder.load(captured / plan.tokenizer)
     corpus = open_corpus(
-        Data.read(loaded.data("data", plan.data)), encoder, captured / "train" / "data",
-        length=16, tokens=plan.tokens, seed=0, progress=Silent(),
-    )  # fmt: skip
+        Data.read(loaded.data("data", plan.data)),
+        encoder,
+        captured / "train" / "data",
+        Wanted(length=16, tokens=plan.tokens, seed=0),
+        Silent(),
+    )
     index = read_index(captured / "teacher_logits")
     assert index is not None and index.samples == SAMPLES
     targets = StoredLogits(captured / "teacher_logits", index, 6).read(range(SAMPLES))

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from minitron.runtime import dry_pass, loop, train
+from minitron.runtime import arrivals, dry_pass, loop, train
 from minitron.specs.errors import WorkError
 from minitron.specs.progress import Silent
-from tests.runtime import tiny
+from tests.runtime import gated_tokenizer, tiny
 
 Refuses = Callable[[Any, Any], bool]
 
@@ -105,3 +105,26 @@ def test_on_a_cpu_nothing_is_tried(build: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(dry_pass, "dry_pass", tried)
     train(build, device="cpu", progress=Silent())
+
+
+def test_phases_whose_data_is_not_there_yet_are_tried_with_random_tokens(
+    build: Path, device: Callable[[Refuses], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is tokenized before both lengths have been tried."""
+    gate, seen = build.parent / "gate", dict[int, int]()
+    gate.mkdir()
+    (gate / "closed").write_text("0")
+    monkeypatch.setattr(arrivals, "COMMAND", gated_tokenizer.COMMAND)
+    monkeypatch.setenv(gated_tokenizer.VARIABLE, str(gate))
+
+    def look(run: Any, batch: Any) -> bool:
+        seen[batch.input_ids_BL.shape[1]] = len(batch.input_ids_BL.unique())
+        if set(seen) == {16, 32}:
+            (gate / "closed").unlink(missing_ok=True)
+        return False
+
+    device(look)
+    tiny.write_plan(build, tokens=768, phases=[SHORT, LONG], shuffle={"block": 256})
+    train(build, device="cpu", progress=Silent())
+    assert seen[32] > 90, "no text of 128 tokens has so many different ones"
+    assert len(tiny.read_metrics(build / "train" / "metrics.jsonl")) == 9

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minitron.runtime.data import Corpus, Windows
-from minitron.runtime.order import BLEND_BLOCK, blend_place, blend_quotas, permute, shuffled
+from minitron.runtime.order import BLEND_BLOCK, blend_place, blend_quotas, permute, shuffled, shuffled_in_blocks
+from minitron.specs.shards.growing import GrowingStream
+from minitron.specs.shards.stream import INDEX, Largest, write_shard
 
 BOS, EOS = 0, 1
 
@@ -38,6 +42,42 @@ def test_every_epoch_has_every_sample_in_an_order_of_its_own() -> None:
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert epochs[0] != [shuffled(index, 50, seed=1) for index in range(50)]
+
+
+@given(size=st.integers(1, 200), block=st.integers(1, 70), seed=st.integers(0, 2**40))
+@settings(deadline=None)
+def test_blocks_are_shuffled_one_after_the_other(size: int, block: int, seed: int) -> None:
+    """The first pass takes every sample once, each block of it before the next, whatever is known of what follows."""
+    whole = [shuffled_in_blocks(index, size, block, seed) for index in range(3 * size)]
+    for start in range(0, size, block):
+        end = min(start + block, size)
+        assert sorted(whole[start:end]) == list(range(start, end))
+        if end - start == block:
+            assert whole[start:end] == [shuffled_in_blocks(index, end, block, seed) for index in range(start, end)]
+    assert whole[size:] == [shuffled(index, size, seed) for index in range(size, 3 * size)]
+
+
+def test_a_corpus_is_ready_block_by_block(tmp_path: Path) -> None:
+    """10 tokens a shard, sequences of 4 in blocks of 3 (12 tokens and the one that is predicted last)."""
+    folder = tmp_path / "stream"
+    growing = GrowingStream(folder)
+    corpus = Corpus((Windows(growing.tokens, 4, None, growing.learnt, growing=growing),), (1,), 5, block=3)
+    about = {"pieces": 1, "documents": 1, "refused": [], "largest": Largest(9, "here")}
+    ready = []
+    for number in range(3):
+        write_shard(folder, number, np.arange(10 * number, 10 * number + 10, dtype=np.uint16), None, **about)
+        growing.poll()
+        ready.append([corpus.ready([sample]) for sample in (0, 2, 3, 5, 6, 99)])
+    assert ready[0] == [False] * 6
+    assert ready[1] == [True, True, False, False, False, False]
+    assert ready[2] == [True, True, True, True, False, False]
+    before = corpus.batch(range(6))
+    (folder / INDEX).write_text('{"shards": 3}')
+    growing.poll()
+    assert corpus.ready(range(99)) and len(corpus.sources[0]) == 8
+    whole = Corpus((Windows(np.arange(30, dtype=np.uint16), 4, None),), (1,), 5, block=3)
+    assert torch.equal(before.input_ids_BL, whole.batch(range(6)).input_ids_BL)
+    assert torch.equal(corpus.batch(range(40)).labels_BL, whole.batch(range(40)).labels_BL)
 
 
 @given(weights=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6))

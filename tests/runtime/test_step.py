@@ -124,7 +124,7 @@ def test_what_goes_wrong_in_the_background_is_raised_where_it_is_needed(monkeypa
 
     feed.take(0)
     feed._worker.submit(lambda: None).result()
-    object.__setattr__(feed, "corpora", [type("Broken", (), {"batch": staticmethod(broken)})()])
+    object.__setattr__(feed, "corpora", [type("Broken", (Corpus,), {"batch": staticmethod(broken)})((), (1,), 0)])
     feed.take(1)
     with pytest.raises(WorkError, match="cut short"):
         feed.take(2)

@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minitron.runtime import stream as stream_module
 from minitron.runtime import tokens as tokens_module
-from minitron.runtime.data import Data, Windows, open_corpus, open_held_out
-from minitron.runtime.stream import TokenStream, shard_file
+from minitron.runtime.data import Data, Wanted, Windows, open_corpus, open_held_out
 from minitron.runtime.tokens import TextEncoder, token_stream
 from minitron.specs.data import DataSource
 from minitron.specs.documents import content_hash
 from minitron.specs.errors import WorkError
 from minitron.specs.progress import Silent
+from minitron.specs.shards import stream as stream_module
+from minitron.specs.shards import writer as writer_module
+from minitron.specs.shards.stream import TokenStream, shard_file
 from tests.runtime import tiny
 from tests.runtime.listening import Messages
 from tests.specs.test_data_forms import megatron
@@ -42,7 +43,7 @@ def read(data: DataSource, encoder: TextEncoder, folder: Path, progress: Any = N
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens_module, "_SHARD_TOKENS", 100)
+    monkeypatch.setattr(writer_module, "SHARD_TOKENS", 100)
     monkeypatch.setattr(stream_module, "BLOCK_TOKENS", 32)
 
 
@@ -107,7 +108,7 @@ def test_a_killed_call_is_gone_on_with_by_shard(
     encoder: TextEncoder, data: DataSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = read(data, encoder, tmp_path / "other").tolist()
-    real, encoded = tokens_module.encode_all, []
+    real, encoded = writer_module.encode_all, []
 
     def killed(*args: Any, **options: Any) -> Iterator[Any]:
         for batch in real(*args, **options):
@@ -115,7 +116,7 @@ def test_a_killed_call_is_gone_on_with_by_shard(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokens_module, "encode_all", killed)
+        patch.setattr(writer_module, "encode_all", killed)
         with pytest.raises(KeyboardInterrupt):
             read(data, encoder, tmp_path)
 
@@ -124,7 +125,7 @@ def test_a_killed_call_is_gone_on_with_by_shard(
             encoded.extend(batch)
             yield batch
 
-    monkeypatch.setattr(tokens_module, "encode_all", counted)
+    monkeypatch.setattr(writer_module, "encode_all", counted)
     progress = Messages()
     assert read(data, encoder, tmp_path, progress).tolist() == whole
     assert 0 < len(encoded) < 45, "what was written is not tokenized again"
@@ -164,7 +165,7 @@ def chat(tmp_path: Path) -> tuple[TextEncoder, DataSource]:
 @pytest.mark.usefixtures("small_shards")
 def test_only_the_assistant_s_tokens_are_learnt(chat: tuple[TextEncoder, DataSource], tmp_path: Path) -> None:
     encoder, data = chat
-    corpus = open_corpus(Data.read(data), encoder, tmp_path / "c", length=7, tokens=100, seed=0, progress=Silent())
+    corpus = open_corpus(Data.read(data), encoder, tmp_path / "c", Wanted(length=7, tokens=100, seed=0), Silent())
     (windows,) = corpus.sources
     batch = windows.batch(range(len(windows)))
     answers = encoder.tokenizer.decode(batch.labels_BL[batch.valid_BL].tolist())

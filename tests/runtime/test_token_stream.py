@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minitron.runtime.data import Data, data_hash, open_corpus
+from minitron.runtime.data import Data, Wanted, data_hash, open_corpus
 from minitron.runtime.models import load_tokenizer
 from minitron.runtime.tokens import TextEncoder, token_stream
 from minitron.specs.data import DataSource
@@ -105,7 +105,7 @@ def test_too_little_text(tokenizer: Path, tmp_path: Path) -> None:
     plain = load_tokenizer(tokenizer)
     encoder = TextEncoder(plain, "", Encoder(replace(recipe_of(plain), bos=None, eos=None)))
     with pytest.raises(WorkError, match="has 1 tokens, too few to predict one from another; name more data"):
-        open_corpus(read(tmp_path, "a"), encoder, tmp_path / "c", length=8, tokens=8, seed=0, progress=Silent())
+        open_corpus(read(tmp_path, "a"), encoder, tmp_path / "c", Wanted(length=8, tokens=8, seed=0), Silent())
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return list(iter_metrics(path))
 
 
-CLOCKED = ("tokens_per_second", "seconds_left", "memory_bytes", "mfu")
+CLOCKED = ("tokens_per_second", "data_seconds", "seconds_left", "memory_bytes", "mfu")
 
 
 def without_speed(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

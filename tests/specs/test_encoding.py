@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from minitron.specs.documents import Conversation, Piece, TokenIds
 from minitron.specs.encoding import Encoded, Encoder, EncodingRecipe, recipe_of
 from minitron.specs.encoding import chat as chat_module
-from minitron.specs.encoding.pool import _Pool, encode_all, process_memory
+from minitron.specs.encoding.pool import Pool, encode_all, process_memory
 from minitron.specs.errors import WorkError
 
 CHAT = [
@@ -195,11 +195,35 @@ def test_several_processes_keep_the_order(recipe: EncodingRecipe, monkeypatch: p
     assert flat(encode_all(encoder, documents(), processes=2, small=0, skip=150)) == here[150:]
 
 
+@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize("wrong", ["reading", "encoding"])
+def test_all_that_lies_before_an_error_comes_first(
+    recipe: EncodingRecipe, monkeypatch: pytest.MonkeyPatch, processes: int, wrong: str
+) -> None:
+    """However far others have read ahead, and wherever batches begin: what is read before an error is always the same."""
+    monkeypatch.setattr("minitron.specs.encoding.pool._BATCH_CHARACTERS", 300)
+
+    def documents() -> Iterator[Piece]:
+        for number in range(100):
+            if number == 57 and wrong == "reading":
+                raise WorkError("a:57: is not text")
+            content: Any = f"the cat {number} sat on a mat"
+            yield Piece(Conversation([{"role": 5}]) if number in (57, 58) else content, f"a:{number}")  # type: ignore[dict-item]
+
+    found: list[str] = []
+    with pytest.raises(WorkError, match="a:57"):
+        for batch in encode_all(
+            changed(recipe, template="{{ messages[0].role.x.y }}"), documents(), processes=processes, small=0, skip=3
+        ):
+            found += [encoded.where for encoded in batch]
+    assert found == [f"a:{number}" for number in range(3, 57)]
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read there")
 def test_the_memory_of_a_process_is_what_the_plan_says(recipe: EncodingRecipe) -> None:
     """For a batch as large as they come, of bytes: what has the most tokens."""
     text = "the cat sat on a mat while two " * 16_384
-    pool = _Pool(Encoder(recipe), 1)
+    pool = Pool(Encoder(recipe), 1)
     try:
         assert len(pool._ask([Piece(text[: len(text) // 2], "a"), Piece(text[len(text) // 2 :], "b")])) == 2
         (process,) = pool.started

@@ -83,6 +83,14 @@ WRONG = {
     "less than a batch": Wrong(
         SMALL.replace("1B", "1K"), "5:42", "distill.tokens", "1 x 4096 = 4096 tokens", "at least 4096"
     ),
+    "a block of less than two sequences": Wrong(
+        DISTILL + "  shuffle: {block: 5000}\n",
+        "8:20",
+        "distill.shuffle.block",
+        "5000 tokens hold fewer than two sequences of 4096",
+        "write at least 8192",
+    ),
+    "no order": Wrong(DISTILL + "  shuffle: al\n", "8:12", "distill.shuffle", "`al` is not", "did you mean `all`?"),
     "a replicated student in host memory": Wrong(
         DISTILL + "  layout: {student: replicated, cpu_offload: true}\n",
         "8:46",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,13 +115,29 @@ def read_shard_index(folder: Path, number: int) -> ShardIndex:
     return index
 
 
+def is_whole(folder: Path, number: int, index: ShardIndex) -> bool:
+    """Checks whether a shard holds what was written. OSError where its files cannot be read."""
+    if _checksums(_mapped(shard_file(folder, number, "tokens"), index.dtype, index.tokens)) != index.checksums:
+        return False
+    return index.learnt is None or index.learnt == _checksums(
+        _mapped(shard_file(folder, number, "learnt"), "bool", index.tokens)
+    )
+
+
 class Shards:
     """The shards of one kind as one sequence."""
 
-    def __init__(self, arrays: Sequence[Array], checksums: Sequence[Sequence[int]], folder: Path, kind: str) -> None:
-        self.arrays, self.checksums, self.folder, self.kind = arrays, checksums, folder, kind
-        self.ends = np.cumsum([len(array) for array in arrays], dtype=np.int64)
-        self.checked = [np.zeros(len(sums), bool) for sums in checksums]
+    def __init__(self, arrays: Iterable[Array], checksums: Iterable[Sequence[int]], folder: Path, kind: str) -> None:
+        self.arrays, self.checksums, self.folder, self.kind = list(arrays), list(checksums), folder, kind
+        self.ends = np.cumsum([len(array) for array in self.arrays], dtype=np.int64)
+        self.checked = [np.zeros(len(sums), bool) for sums in self.checksums]
+
+    def append(self, array: Array, checksums: Sequence[int]) -> None:
+        """Adds a shard at the end. Another thread may be reading: the new end is told last."""
+        self.checked.append(np.zeros(len(checksums), bool))
+        self.checksums.append(checksums)
+        self.arrays.append(array)
+        self.ends = np.append(self.ends, len(self) + len(array))
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -196,18 +212,24 @@ class TokenStream:
     def of(cls, folder: Path, indices: Sequence[ShardIndex]) -> TokenStream:
         """Opens the shards with these indices."""
         marked = any(index.learnt is not None for index in indices)
-        tokens, learnt = [], []
+        tokens, learnt = Shards([], [], folder, "tokens"), Shards([], [], folder, "learnt")
         for number, index in enumerate(indices):
-            tokens.append(_mapped(shard_file(folder, number, "tokens"), index.dtype, index.tokens))
-            if index.learnt is not None:
-                learnt.append(_mapped(shard_file(folder, number, "learnt"), "bool", index.tokens))
-            elif marked:
-                learnt.append(np.broadcast_to(np.True_, index.tokens))
+            append_shard(tokens, learnt, number, index)
         return cls(
-            Shards(tokens, [index.checksums for index in indices], folder, "tokens"),
-            Shards(learnt, [index.learnt or [] for index in indices], folder, "learnt") if marked else None,
+            tokens,
+            learnt if marked else None,
             max((index.largest for index in indices), key=lambda one: one.id, default=Largest()),
         )
+
+
+def append_shard(tokens: Shards, learnt: Shards, number: int, index: ShardIndex) -> None:
+    """Adds a shard of the folder to its tokens and its marks; those of a shard that is learnt whole take no memory."""
+    folder = tokens.folder
+    if index.learnt is None:
+        learnt.append(np.broadcast_to(np.True_, index.tokens), [])
+    else:
+        learnt.append(_mapped(shard_file(folder, number, "learnt"), "bool", index.tokens), index.learnt)
+    tokens.append(_mapped(shard_file(folder, number, "tokens"), index.dtype, index.tokens), index.checksums)
 
 
 def _mapped(file: Path, dtype: str, count: int) -> Array:
