@@ -181,8 +181,31 @@ def prove(captured: Captured, config: Any, shapes: Mapping[str, tuple[int, ...]]
 
 
 def _impossible(captured: Captured, config: Any, error: BaseException) -> UsageError:
-    reason = f"transformers cannot build {config.model_type} with these widths: {first_line(error)}"
-    return UsageError(reason + _proportion(captured.config, config))
+    reason = f"transformers cannot build {config.model_type} with these widths: {first_line(error).rstrip('.')}"
+    return UsageError(reason + (_proportion(captured.config, config) or _divisors(captured.config, config)))
+
+
+def _divisors(teacher: Any, student: Any) -> str:
+    """Tells which widths would do where a configuration wants a number of heads that divides hidden_size: other heads where
+    they were narrowed, another hidden_size where it alone was.
+    """
+    hidden, heads, most = (
+        getattr(one, key, None) for one, key in ((student, HIDDEN), (student, HEADS), (teacher, HEADS))
+    )
+    if not (hidden and heads and most) or hidden % heads == 0:
+        return ""
+    if heads == most:
+        whole = [
+            size for size in (hidden // heads * heads, (hidden // heads + 1) * heads) if 0 < size <= teacher.hidden_size
+        ]
+        return f"; write {HIDDEN}: {' or '.join(map(str, whole))}"
+    each = most // (getattr(teacher, GROUPS, None) or most)
+    fits = [count for count in range(each, most + 1, each) if hidden % count == 0]
+    near = [*[count for count in fits if count < heads][-1:], *[count for count in fits if count > heads][:1]]
+    if not near:
+        return ""
+    groups = "" if each == 1 else f" ({GROUPS}: {' or '.join(str(count // each) for count in near)})"
+    return f"; write {HEADS}: {' or '.join(map(str, near))}{groups}"
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

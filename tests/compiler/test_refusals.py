@@ -84,10 +84,15 @@ def test_widths_that_a_configuration_refuses_when_it_is_loaded(foundry: Foundry)
     """Such a model can be built, and its weights saved; only the configuration's own check stands in the way."""
     teacher = foundry.teacher("llama", num_hidden_layers=1)
     with pytest.raises(
-        SpecInvalid, match=r"with these widths: The hidden size \(26\) is not a multiple of .* heads \(4\)"
+        SpecInvalid,
+        match=r"The hidden size \(26\) is not a multiple of .* heads \(4\); write hidden_size: 24 or 28$",
     ):
         foundry.plan(teacher, {"hidden_size": 26})
     foundry.plan(teacher, {"hidden_size": 26, "num_attention_heads": 2})
+    wide = foundry.teacher("llama", num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=4)
+    with pytest.raises(SpecInvalid, match=r"\(6\); write num_attention_heads: 4 or 8 \(num_key_value_heads: 2 or 4\)$"):
+        foundry.plan(wide, {"num_key_value_heads": 3})
+    foundry.plan(wide, {"num_key_value_heads": 2})
 
 
 def test_sequences_that_are_longer_than_the_teacher_knows(foundry: Foundry) -> None:
