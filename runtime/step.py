@@ -13,6 +13,7 @@ from minitron.runtime.attention import fastest_attention
 from minitron.runtime.checkpoint import TrainerState
 from minitron.runtime.data import Batch
 from minitron.runtime.disk import writing
+from minitron.runtime.feed import Given
 from minitron.runtime.gradients import clip, sum_gradients
 from minitron.runtime.held_out import autocast
 from minitron.runtime.hidden_states import HiddenStates, States
@@ -31,11 +32,15 @@ def train_step(run: Run, state: TrainerState) -> dict[str, float]:
     """Learns the global batch that follows `state`. Returns the step's figures: the loss and its terms as means
     over all valid tokens of the batch, the learning rate, and the norm of the gradient before clipping.
 
-    WorkError where loss or gradient are not finite; the weights are then as they were, and the batch is saved.
+    WorkError where loss or gradient are not finite; the weights are then as they were, and the batch is saved. WorkError
+    on all ranks where one of them cannot read its batch.
     """
     plan, world = run.plan, run.world
-    given = run.feed.take(state.step)
-    (valid,) = world.total(given.valid)
+    given, unread = _take(run, state.step)
+    valid, failed = world.total(0 if given is None else given.valid, unread is not None)
+    if failed:
+        world.raise_together(unread)
+    assert given is not None
     normaliser = float(max(1, valid))  # a batch that is masked throughout has loss 0 and gradient 0
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
     hidden = None if run.hidden is None else run.hidden.at(state.step / plan.steps)
@@ -69,6 +74,14 @@ def train_step(run: Run, state: TrainerState) -> dict[str, float]:
     if run.hidden is not None:
         figures["hidden_states"] = hidden_states
     return figures | {"lr": lr, "grad_norm": grad_norm}
+
+
+def _take(run: Run, step: int) -> tuple[Given | None, WorkError | None]:
+    """Returns the batch of a step, or why it cannot be read: the others would wait for a rank that stopped alone."""
+    try:
+        return run.feed.take(step), None
+    except WorkError as error:
+        return None, error
 
 
 def micro_batch_loss(

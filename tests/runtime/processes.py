@@ -243,6 +243,14 @@ def tokenize_early(gate: Path, cache: Path | None = None) -> None:
         os.environ |= {"MINITRON_CACHE": str(cache), "LOCAL_RANK": "0"}
 
 
+def small_blocks_checked_late() -> None:
+    """Makes this process write checksums of 32 tokens, and check each when it is first read."""
+    from minitron.runtime import tokens
+    from minitron.specs.shards import stream
+
+    stream.BLOCK_TOKENS, tokens._CHECKED_BYTES = 32, 0
+
+
 def without_data() -> None:
     """Keeps this process from looking at data files."""
     from minitron.runtime import data, setup

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from minitron.runtime.order import mix, shuffled
 from tests.runtime import processes, tiny
 from tests.runtime.processes import last_word, start, train_in_process, train_on_ranks
 from tests.runtime.tiny import read_metrics
@@ -145,3 +146,19 @@ def test_ranks_that_do_not_share_the_build(build: Path, tmp_path: Path) -> None:
     words = train_on_ranks([build, tmp_path / "there" / "build"], 2)
     assert all("train is not the same folder on all machines; put the build on a file system" in str(w) for w in words)
     assert not (build / "train" / "checkpoints").exists()
+
+
+def test_a_block_that_one_rank_finds_damaged_ends_all_with_its_sentence(build: Path) -> None:
+    hook = processes.small_blocks_checked_late
+    assert train_in_process(build, hook) == "done"
+    shutil.rmtree(build / "train" / "checkpoints")
+    (build / "train" / "finished.json").unlink()
+    (file,) = (one for one in build.glob("train/data/*/shard-000000.tokens") if one.stat().st_size > 1000)
+    content = bytearray(file.read_bytes())
+    # Two bytes a token: sample 6 is one of the second rank's in the second step.
+    content[2 * 16 * shuffled(6, -(-len(content) // 2 // 16), mix(0, 0))] ^= 1
+    file.write_bytes(content)
+    words = train_on_ranks(build, 2, hook)
+    damaged = f"WorkError: {file}: the tokenized data is damaged; run the command again, which makes it anew"
+    assert words == [damaged, damaged]
+    assert train_on_ranks(build, 2, hook) == ["done", "done"]
