@@ -56,6 +56,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "hidden": ("hidden_size",),
     "ffn": ("intermediate_size",),
     "heads": ("num_attention_heads",),
+    "experts": ("num_experts",),
     "all": ("hidden_size", "intermediate_size", "num_attention_heads"),
 }
 
@@ -290,7 +291,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", type=Path)
     parser.add_argument(
-        "--case", action="append", help="such as hidden-75, ffn-50, heads-75, all-75; left out: all of them"
+        "--case",
+        action="append",
+        help="such as hidden-75, ffn-50, heads-75, all-75, experts-50; left out: all but experts",
     )
     parser.add_argument(
         "--arms", help="names of arms, with semicolons between; the first is what others are compared with"
@@ -306,7 +309,7 @@ def main() -> None:
     work = args.work / args.teacher.resolve().name
     write_texts(args.teacher, work, args.documents)
     bench = Bench(args.teacher, work, args.batch)
-    cases = args.case or [f"{axes}-{percent}" for percent in (75, 50) for axes in CASES]
+    cases = args.case or [f"{axes}-{percent}" for percent in (75, 50) for axes in CASES if axes != "experts"]
     names = args.arms.split(";") if args.arms else list(ARMS)
     if not args.tokens:
         report_pruned(bench, cases, names)

@@ -26,6 +26,7 @@ from minitron.compiler.importance.scores import Scores, ScoreTable
 REFIT: dict[str, Any] = {"recovery.refit": "least_squares"}
 PRINCIPAL: dict[str, Any] = {"importance.hidden_basis": "principal"}
 GREEDY: dict[str, Any] = {"importance.selection": "greedy"}
+MERGED: dict[str, Any] = {"recovery.merge_experts": True}
 UNTIED: dict[str, Any] = {"importance.untie": True}
 ALIGNED: dict[str, Any] = {"distill.loss.hidden_states": {"coordinates": "kept"}}
 WEAKLY: dict[str, Any] = {"distill.loss.hidden_states": {"coordinates": "kept", "weight": 0.3}}
@@ -62,6 +63,9 @@ ARMS: dict[str, Arm] = {
     "principal, untied": Arm({**PRINCIPAL, **UNTIED}),
     "principal + refit": Arm({**PRINCIPAL, **REFIT}),
     "principal + greedy + refit": Arm({**PRINCIPAL, **REFIT, **GREEDY}),
+    "experts merged": Arm(MERGED),
+    "experts greedy": Arm(GREEDY),
+    "experts greedy, merged": Arm({**GREEDY, **MERGED}),
     "channels + aligned": Arm(ALIGNED, trained=True),
     "principal + aligned": Arm({**PRINCIPAL, **ALIGNED}, trained=True),
     "principal + aligned 0.3": Arm({**PRINCIPAL, **WEAKLY}, trained=True),

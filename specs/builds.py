@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # What a compile writes.
 PLAN = "plan.json"
 SCORES = "scores.safetensors"
+# What lies in it beside scores, by the first part of a tensor's name.
+COVARIANCE, EXPERT_TOKENS, EXPERT_OUTPUTS = "covariance", "expert_tokens", "expert_outputs"
 PARTIAL_SCORES = "scores.partial.safetensors"
 PARTIAL_STREAMS = "scores.partial.streams"  # a folder
 PARTIAL_ROUNDS = "scores.rounds.safetensors"

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minitron.cli.sections import Document, part
-from minitron.specs.builds import SCORES
+from minitron.specs.builds import COVARIANCE, EXPERT_OUTPUTS, EXPERT_TOKENS, SCORES
 from minitron.specs.errors import WorkError
 
 LAYERS, HEADS, GROUPS = "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
@@ -52,6 +52,8 @@ def read_scores(build: Path, plan: Document) -> list[ScoredAxis]:
     found: dict[str, dict[int | None, Values]] = {}
     for key, tensor in _tensors(path):
         name, _, layer = key.partition(".")
+        if name in (COVARIANCE, EXPERT_TOKENS, EXPERT_OUTPUTS):
+            continue
         number = int(layer) if layer.isdecimal() else None
         found.setdefault(name, {})[number] = tensor.reshape(-1).astype(np.float64)
         if name == HEADS and tensor.ndim == 2:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from minitron.compiler.roles.names import HEADS, HIDDEN, LAYERS
+from minitron.specs.builds import COVARIANCE, EXPERT_OUTPUTS, EXPERT_TOKENS
 
 Aggregation = Literal["l2", "mean", "var"]
 Scores = npt.NDArray[np.float32]
@@ -140,10 +141,6 @@ class Seen:
     outputs: Scores
 
 
-# In scores.safetensors: one of each for a layer.
-_TOKENS, _OUTPUTS = "expert_tokens", "expert_outputs"
-
-
 @dataclass(frozen=True)
 class ScoreTable:
     """Scores by axis.
@@ -172,15 +169,15 @@ class ScoreTable:
         if self.layers is not None:
             tensors[LAYERS] = torch.from_numpy(self.layers)
         for key, matrix in self.covariance.items():
-            tensors[f"covariance.{key}"] = torch.from_numpy(matrix)
+            tensors[f"{COVARIANCE}.{key}"] = torch.from_numpy(matrix)
         for layer, score in self.heads.items():
             tensors[f"{HEADS}.{layer}"] = torch.from_numpy(score)
         for name, layers in self.widths.items():
             for layer, score in layers.items():
                 tensors[f"{name}.{layer}"] = torch.from_numpy(score)
         for number, seen in self.experts.items():
-            tensors[f"{_TOKENS}.{number}"] = torch.from_numpy(seen.tokens)
-            tensors[f"{_OUTPUTS}.{number}"] = torch.from_numpy(seen.outputs)
+            tensors[f"{EXPERT_TOKENS}.{number}"] = torch.from_numpy(seen.tokens)
+            tensors[f"{EXPERT_OUTPUTS}.{number}"] = torch.from_numpy(seen.outputs)
         return tensors
 
     @staticmethod
@@ -192,13 +189,13 @@ class ScoreTable:
         experts: dict[int, Seen] = {}
         for key, tensor in tensors.items():
             name, _, layer = key.partition(".")
-            if name == "covariance":
+            if name == COVARIANCE:
                 covariance[layer] = tensor.numpy().astype(np.float64)
                 continue
             array = tensor.numpy().astype(np.float32)
-            if name == _TOKENS:
-                experts[int(layer)] = Seen(array, tensors[f"{_OUTPUTS}.{layer}"].numpy().astype(np.float32))
-            elif name == _OUTPUTS:
+            if name == EXPERT_TOKENS:
+                experts[int(layer)] = Seen(array, tensors[f"{EXPERT_OUTPUTS}.{layer}"].numpy().astype(np.float32))
+            elif name == EXPERT_OUTPUTS:
                 continue
             elif name == HIDDEN:
                 hidden = array

@@ -25,6 +25,7 @@ from minitron.cli.report.charts import Spot, front
 from minitron.cli.report.curves import read_curves
 from minitron.cli.report.markup import Markup, element
 from minitron.cli.report.scores import read_scores
+from minitron.specs.builds import COVARIANCE, EXPERT_OUTPUTS, EXPERT_TOKENS
 from minitron.specs.errors import WorkError
 
 from .browser import Browser
@@ -200,6 +201,13 @@ def test_an_axis_that_was_not_narrowed_is_kept_whole(whole: Path, plan: dict[str
     assert [bool(one.kept.all()) for one in neurons.lists] == [True, True, False, True, True]
     (whole / "plan.json").write_text(json.dumps(plan))
     assert "Not narrowed: everything of a kept layer stays." in Page(write_report(whole)).words
+
+
+def test_what_lies_beside_the_scores_is_no_axis(whole: Path, plan: dict[str, Any]) -> None:
+    beside = {f"{COVARIANCE}.hidden": (4, 4), f"{EXPERT_TOKENS}.1": (4,), f"{EXPERT_OUTPUTS}.1": (4, 8)}
+    scores = {name: np.ones(shape, dtype=np.float32) for name, shape in {"num_experts.1": (4,), **beside}.items()}
+    save_file(scores, whole / "scores.safetensors")
+    assert [one.axis for one in read_scores(whole, plan)] == ["num_experts"]
 
 
 def test_scores_that_cannot_be_read_are_named(whole: Path) -> None:
