@@ -185,7 +185,9 @@ class Bench:
         train(running, device="cpu", progress=Silent(), unverified=True, outside=True)
         figures = measure(running / "model", self.teacher, self.ids) | {"seconds": time.monotonic() - start}
         write_text(file, json.dumps(figures))
-        if not cached.is_dir():
+        if (
+            not cached.is_dir() and (running / "train" / "data").is_dir()
+        ):  # else they lie in the cache beside the builds
             (running / "train" / "data").rename(cached)
         shutil.rmtree(running)
         print(f"{file.stem}: {figures['excess']:.4f} ({figures['seconds']:.0f} s)", file=sys.stderr, flush=True)

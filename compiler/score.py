@@ -56,7 +56,7 @@ def score(compilation: Compilation, *, made_anyhow: bool = False) -> tuple[Score
         () if plan.rotation is None else plan.rotation.sites,
         None if plan.rotation is None else plan.rotation.head_site,
         importance.selection == "greedy",
-        plan.merges_experts,
+        plan.loaded.spec.recovery.merge_experts,
     )
     key = _score_key(plan, content_hash(data), samples, config)
     path, made = compilation.build / SCORES, _made(compilation)

@@ -95,8 +95,9 @@ def _write(
     }
     source = open_weights(first.teacher.captured, first.checkpoint)
     buffers = run_buffers(first, first.teacher.captured.config)
-    # Layers are ranked in the same pass where any candidate drops some.
-    scored = next((plan for plan in plans.values() if plan.rank_layers), None)
+    # Layers are ranked in the same pass where any candidate drops some; one after the other as many as any of them drops.
+    ranked = [plan for plan in plans.values() if plan.rank_layers]
+    scored = max(ranked, key=lambda plan: plan.layers_one_by_one, default=None)
     scored = scored or next((plan for plan in plans.values() if plan.needs_scores), first)
     compilation = Compilation(scored, source, buffers, device, progress)
     require_teacher(compilation, stages)
