@@ -115,7 +115,10 @@ class TokenizingProcess:
     def _listen(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            said = json.loads(line)
+            try:
+                said = json.loads(line)
+            except ValueError:  # a library, or a start-up file of the user's Python, has printed something
+                continue
             if "error" in said:
                 self._error = said["error"]
             else:
@@ -269,5 +272,5 @@ def _stream(
     if part.folder in streams:
         return streams[part.folder]
     return world.leader_first(
-        lambda: token_stream(part.source, part.content, encoder, cache, progress, limit=part.limit)
+        lambda: token_stream(part.source, part.content, encoder, cache, progress, limit=part.limit, marks=part.marks)
     )

@@ -23,6 +23,7 @@ from minitron.runtime.order import blend_place, blend_quotas, mix, shuffled, shu
 from minitron.runtime.tokens import TextEncoder, stream_key, token_stream
 from minitron.specs.data import BlendPart, DataSource, Source
 from minitron.specs.documents import content_hash
+from minitron.specs.documents.changes import marks_of
 from minitron.specs.errors import WorkError
 from minitron.specs.progress import Progress
 from minitron.specs.shards.growing import GrowingStream
@@ -266,7 +267,7 @@ def open_corpus(data: Data, encoder: TextEncoder, cache: Path, wanted: Wanted, p
     """Opens the samples of a source, tokenized on the first call. WorkError where there is nothing to predict."""
     windows = []
     for part in corpus_parts(data, encoder, cache, wanted):
-        stream = token_stream(part.source, part.content, encoder, cache, progress, limit=part.limit)
+        stream = token_stream(part.source, part.content, encoder, cache, progress, limit=part.limit, marks=part.marks)
         windows.append(_windows(stream, wanted.length, encoder))
     return _corpus(data, windows, wanted)
 
@@ -288,6 +289,7 @@ def corpus_parts(data: Data, encoder: TextEncoder, cache: Path, wanted: Wanted) 
             limit=limit,
             until=wanted.until(quota, sum(quotas)),
             share=quota,
+            marks=marks_of(part),
             content=content,
         )
         for part, content, limit, quota in zip(

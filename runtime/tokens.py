@@ -15,6 +15,7 @@ from minitron.specs.atomic import write_text, writing
 from minitron.specs.cache import mark_used
 from minitron.specs.data import Source
 from minitron.specs.data_files import files_hash
+from minitron.specs.documents.changes import Marks
 from minitron.specs.documents.megatron import open_megatron
 from minitron.specs.encoding import Encoder, recipe_of
 from minitron.specs.errors import WorkError
@@ -83,10 +84,17 @@ def stream_key(content: str, encoder: TextEncoder, limit: int | None) -> str:
 
 
 def token_stream(
-    source: Source, content: str, encoder: TextEncoder, cache: Path, progress: Progress, *, limit: int | None = None
+    source: Source,
+    content: str,
+    encoder: TextEncoder,
+    cache: Path,
+    progress: Progress,
+    *,
+    limit: int | None = None,
+    marks: Marks | None = None,
 ) -> TokenStream:
     """Returns all tokens of a resolved source (at most `limit`), one after the other, read-only and memory-mapped.
-    `content` is the source's hash.
+    `content` is the source's hash, and `marks` what its files looked like then.
 
     The first call writes the tokens to `cache`, every later one finds them there without opening the source. A call
     that was killed is resumed, and damaged shards are made again. Tokens of Megatron-LM are read in place.
@@ -101,7 +109,7 @@ def token_stream(
     with in_turn(folder, TOKENIZING, progress.message):
         stream = finished(folder, progress)
         if stream is None:
-            for _ in write_stream(Part(source, folder, limit), encoder.tokenizing(), progress):
+            for _ in write_stream(Part(source, folder, limit, marks=marks), encoder.tokenizing(), progress):
                 pass
             stream = finished(folder, progress)
     if stream is None:

@@ -67,14 +67,17 @@ def check_documents(loaded: LoadedSpec) -> list[Problem]:
 
 
 def _check_held_out(loaded: LoadedSpec) -> Iterator[Problem]:
-    """Yields a problem where a held-out share of the training data, or what is left of it, has no document."""
+    """Yields a problem where a held-out share of the training data, or what is left of it, has no document. The data of
+    phases is left out of in the same way, and nothing of it alone is held out.
+    """
     distill, evaluate = loaded.spec.distill, loaded.spec.evaluate
     share = evaluate.held_out.fraction if evaluate is not None and evaluate.held_out is not None else None
     if distill is None or share is None:
         return
-    for _, _, part in source_parts("distill.data", distill.data):
+    read = [(distill.data, True), *((phase.data, False) for phase in distill.phases if phase.data is not None)]
+    for part, held_out in ((part, own) for data, own in read for _, _, part in source_parts("distill", data)):
         try:
-            check_share(resolve(part, loaded.folder), share)
+            check_share(resolve(part, loaded.folder), share, held_out=held_out)
         except Refused:
             continue
         except WorkError as error:

@@ -60,15 +60,16 @@ def check_readable(source: Source) -> None:
             pass
 
 
-def check_share(source: Source, share: float) -> None:
-    """Checks that a resolved source (no blend) has documents on both sides of a share. WorkError where all of them lie on
-    one side, which is told in a second for small sources, and not at all for data sets of the Hub.
+def check_share(source: Source, share: float, *, held_out: bool = True) -> None:
+    """Checks that a resolved source (no blend) has documents above a share, to be trained on, and below it, where it is one
+    that documents are `held_out` of. WorkError where it has none, which is told in a second for small sources, and not at
+    all for data sets of the Hub.
     """
     if source.dataset is not None or (source.parquet is not None and find_spec("pyarrow") is None):
         return
     sides = count_sides(read_source(source, Tally()), share)
-    if sides.all and not (sides.below and sides.above):
-        side = "held out" if sides.below == 0 else "trained on"
+    if sides.all and not (sides.above and (sides.below or not held_out)):
+        side = "trained on" if sides.above == 0 else "held out"
         more = (
             "`document: paragraph` or `line` makes more of a text; "
             if source.text and source.document == "file"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from minitron.specs.one_line import plural
@@ -68,6 +70,22 @@ class Tally:
 
     reasons: list[str] = field(default_factory=list)
     """Why the first few were skipped."""
+
+    open: list[Path] = field(default_factory=list)
+    """Files that are being read."""
+
+    closed: list[Path] = field(default_factory=list)
+    """Files that were read, to their end or as far as was wanted."""
+
+    @contextmanager
+    def reading(self, file: Path) -> Iterator[None]:
+        """Notes that a file is being read."""
+        self.open.append(file)
+        try:
+            yield
+        finally:
+            self.open.remove(file)
+            self.closed.append(file)
 
     def skip(self, reason: str) -> None:
         self.skipped += 1

@@ -77,7 +77,7 @@ def _text(source: Source, tally: Tally) -> Iterator[Piece]:
                 except WorkError as error:
                     tally.skip(str(error))
                     continue
-            with open_text(file) as handle:
+            with tally.reading(file), open_text(file) as handle:
                 if source.document == "line":
                     yield from _lines(handle, str(file), tally)
                 elif source.document == "paragraph":
@@ -143,7 +143,7 @@ def _json_rows(source: Source, tally: Tally) -> Iterator[tuple[Any, str]]:
     for entry in source.jsonl:
         file = Path(entry)
         try:
-            with open_bytes(file) as handle:
+            with tally.reading(file), open_bytes(file) as handle:
                 if is_array(handle):
                     yield from elements(handle, entry)
                 else:
@@ -192,7 +192,8 @@ def _parquet_rows(source: Source, tally: Tally) -> Iterator[tuple[Any, str]]:
     reader = RowReader(source, tally)
     for entry in source.parquet:
         try:
-            yield from parquet_rows(Path(entry), reader)
+            with tally.reading(file := Path(entry)):
+                yield from parquet_rows(file, reader)
         except WorkError as error:
             if source.on_error != "skip":
                 raise

@@ -105,6 +105,9 @@ class _Stream:
 
 # --- the request ---
 
+_PLAIN = ("limit", "until", "share", "marks")
+"""What a part has that is JSON as it is."""
+
 
 def request(rounds: Sequence[Sequence[Part]], how: Tokenizing) -> bytes:
     """Builds the line that asks for streams. The tokenizer must be one of the library."""
@@ -119,13 +122,13 @@ def request(rounds: Sequence[Sequence[Part]], how: Tokenizing) -> bytes:
 
 
 def _plain(part: Part) -> dict[str, Any]:
-    own = {"folder": str(part.folder), "limit": part.limit, "until": part.until, "share": part.share}
+    own = {key: getattr(part, key) for key in _PLAIN} | {"folder": str(part.folder)}
     return own | {"source": part.source.model_dump(mode="json"), "blended": isinstance(part.source, BlendPart)}
 
 
 def _part(values: dict[str, Any]) -> Part:
     kind: type[Source] = BlendPart if values["blended"] else DataSource
-    own = {key: values[key] for key in ("limit", "until", "share")}
+    own = {key: values[key] for key in _PLAIN}
     return Part(kind.model_validate(values["source"]), Path(values["folder"]), **own)
 
 

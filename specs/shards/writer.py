@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 from minitron.specs.atomic import remove_leftovers, write_text, writing
 from minitron.specs.data import Source
 from minitron.specs.documents import Piece, Tally, data_files, iter_pieces, size_of
+from minitron.specs.documents.changes import Marks, marks_of, require_unchanged
 from minitron.specs.documents.opening import COMPRESSED
 from minitron.specs.encoding import Encoded, Encoder
 from minitron.specs.encoding.pool import Pool, encode_all
@@ -54,6 +55,9 @@ class Part:
     share: float = 1.0
     """The part's share in a blend: its shards are written in proportion to it."""
 
+    marks: Marks | None = None
+    """What its files looked like when their hash was taken; None: as they look when the first document is read."""
+
 
 @dataclass(frozen=True)
 class Tokenizing:
@@ -72,11 +76,14 @@ def write_stream(part: Part, how: Tokenizing, progress: Progress, pool: Pool | N
     """
     with writing(str(part.folder)):
         remove_leftovers(part.folder)
-        writer, tally = _Writer(part.folder, how), Tally()
+        tally = Tally()
+        marks = marks_of(part.source) if part.marks is None else part.marks
+        writer = _Writer(part.folder, how, lambda: require_unchanged(marks, tally))
         if writer.number:
             progress.message(f"going on with the tokenized data after {writer.tokens} tokens")
             yield writer.tokens
         yield from _shards(part, how.encoder, writer, _heard(part.source, tally, progress), pool)
+        require_unchanged(marks, tally)
         for reason in writer.refused:
             tally.skip(reason)
         about = {
@@ -114,8 +121,9 @@ class _Writer:
     earlier process.
     """
 
-    def __init__(self, folder: Path, how: Tokenizing) -> None:
-        self.folder, self.shard_tokens = folder, how.shard_tokens
+    def __init__(self, folder: Path, how: Tokenizing, check: Callable[[], None]) -> None:
+        """Begins behind the shards of a folder; `check` raises where what was read may not be written."""
+        self.folder, self.shard_tokens, self.check = folder, how.shard_tokens, check
         self.dtype = np.dtype(np.uint32 if how.vocabulary > 1 << 16 else np.uint16)
         self.number = self.tokens = self.pieces = self.documents = 0
         self.refused: list[str] = []
@@ -141,6 +149,7 @@ class _Writer:
         """Writes the collected tokens; does nothing, and returns False, where there are none and a shard exists already."""
         if not self._waiting and self.number:
             return False
+        self.check()
         waiting, self._waiting, self._count = self._waiting, [], 0
         ids = np.concatenate([np.zeros(0, np.uint32), *(one.ids for one in waiting)])
         largest = _largest(ids, waiting)

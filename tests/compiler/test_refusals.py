@@ -21,6 +21,7 @@ from minitron.compiler.weights.source import LoadedWeights, open_weights
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError
 from tests.foundry import Foundry
 from tests.models import save_teacher, tiny_config
+from tests.specs.test_shares import side
 from tests.zoo.anything import tiny
 
 
@@ -160,3 +161,26 @@ def test_a_mixture_of_experts_that_lacks_one(tmp_path: Path) -> None:
     teacher = open_checkpoint(str(folder), None, tmp_path, weights=True)
     with pytest.raises(WorkError, match=r"experts\.\S+ \[3, .*\], and config\.json says \[4, .*tensors are missing"):
         open_weights(captured, teacher)
+
+
+def test_a_held_out_share_that_leaves_a_phase_nothing(foundry: Foundry) -> None:
+    """The data of each phase lacks the held-out documents too; documents are held out of the training's alone."""
+    places = {number: side([str(number)], only=0.5) for number in range(20)}
+    trained, held_out = (next(n for n, found in places.items() if bool(found) == below) for below in (False, True))
+    for number in (trained, held_out):
+        (foundry.root / f"phase-{number}.txt").write_text(str(number))
+    data = {"text": [str(foundry.root / "corpus.txt")], "document": "line"}
+
+    def plan(*numbers: int) -> None:
+        phases = [{"tokens": 512, "data": {"text": [f"phase-{number}.txt"]}} for number in numbers]
+        distill = {"data": data, "tokens": 1024, "sequence_length": 32, "global_batch_size": 4}
+        blocks: dict[str, Any] = {"distill": {**distill, "phases": phases}, "evaluate": {"held_out": {"fraction": 0.5}}}
+        foundry.plan(foundry.teacher("llama"), {"intermediate_size": 24}, **blocks)
+
+    plan(trained, trained)
+    with pytest.raises(SpecInvalid) as caught:
+        plan(trained, held_out)
+    (error,) = caught.value.errors
+    assert error.path == "evaluate.held_out.fraction"
+    assert error.message.startswith("of 1 document in `text: ") and f"phase-{held_out}.txt" in error.message
+    assert "none would be trained on: whole documents are chosen, by a hash; `document: paragraph`" in error.message

@@ -118,3 +118,12 @@ def test_fractions_that_are_none(load: Load, distill: str, held_out: str, messag
     spec = SMALL.replace("distill: {data: {text: [a.txt]}, tokens: 1B}", f"distill: {distill}")
     with pytest.raises(SpecInvalid, match=message):
         load(spec + f"evaluate: {{held_out: {held_out}}}\n")
+
+
+def test_what_is_only_trained_on_needs_no_held_out_document(tmp_path: Path) -> None:
+    """The data of a phase: documents are left out of it that are held out of the training's."""
+    (tmp_path / "a.txt").write_text("one document")
+    alone = resolve(DataSource.model_validate({"text": "a.txt"}), tmp_path)
+    check_share(alone, 0.0, held_out=False)
+    with pytest.raises(WorkError, match=r"of 1 document in .*a\.txt` none would be trained on"):
+        check_share(alone, 1.0, held_out=False)
