@@ -10,11 +10,13 @@ in one process, memory is the peak of anonymous memory of a process of its own, 
 
     calibration   the width scores of all samples, with weights that stay in memory and with weights that are read layer
                   by layer, over the same tokens through the model's own decoder (same dtype, no head)
-    samples       the peak of a calibration of four times as many samples, over that of these
+    samples       the peak of a calibration of four times as many samples, over that of these, with --memory or a quarter of the
+                  checkpoint; "in files": the streams of all samples did not fit, and waited in files
     slicing       a student of half the hidden channels and half the FFN written from the files, over a copy of the files
     whole         all of a compile, every check included, where calibration may take a quarter of the checkpoint less what
                   the graphs take: the peak beyond what a compile of a tiny model of as many layers left in memory, and
-                  whether student/ has the same bytes as without such a limit
+                  whether student/ has the same bytes as without such a limit. With --limit the kernel refuses this process
+                  more private memory than so many bytes beyond that (RLIMIT_DATA)
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import json
 import math
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -31,7 +34,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -127,6 +130,12 @@ class Bench:
     length: int
     repetitions: int
     memory: int | None
+    limit: int | None = None
+
+    @property
+    def size(self) -> int:
+        """The bytes of the checkpoint's weights."""
+        return sum(file.stat().st_size for file in self.teacher.glob("*.safetensors"))
 
     def plan(self) -> Plan:
         """The plan of a student of half the width."""
@@ -209,21 +218,21 @@ class Bench:
             arms = {"chosen": self.calibration(plan, self.samples, Feeding(room.resident, room.ahead), room)}
         else:
             arms["resident"]()  # its weights are in memory from here on
-        times, spent = interleaved(arms, self.repetitions, self.device)
+        times = interleaved(arms, self.repetitions, self.device)
         tokens = self.samples * self.length
         layers = Estimate(plan).teacher_costs.forward_flops_per_token(self.length)
         head = 2 * plan.teacher.captured.config.hidden_size * plan.teacher.captured.config.vocab_size
-        found = {f"{name}, s": value for name, value in times.items()}
-        found |= {f"{name}, TFLOP/s": tokens * (layers - head) / value / 1e12 for name, value in times.items()}
-        if "bare" in times:
-            found |= {f"{name} / bare": times[name] / times["bare"] for name in ("resident", "streamed")}
+        found = {f"{name}, s": times.wall(name) for name in arms}
+        found |= {f"{name}, TFLOP/s": tokens * (layers - head) / times.wall(name) / 1e12 for name in arms}
+        if "bare" in arms:
+            others = ("resident", "streamed")
+            found |= {f"{name} / bare": times.ratio(name, "bare") for name in others}
             if self.device == "cpu":
-                others = ("resident", "streamed")
-                found |= {f"{name} / bare, CPU time": spent[name] / spent["bare"] for name in others}
+                found |= {f"{name} / bare, CPU time": times.ratio(name, "bare", cpu=True) for name in others}
         return found
 
     def measure_peak(self, samples: int) -> dict[str, float]:
-        plan, memory = self.plan(), self.memory or 1 << 30
+        plan, memory = self.plan(), self.memory or self.size // 4
         dtype = run_dtype(self.device, plan.dtype)
         room = divide(memory, Estimate(plan).calibration_sizes(samples, self.length, dtype), "cpu")
         run = self.calibration(plan, samples, Feeding(room.resident, room.ahead), room)
@@ -262,13 +271,14 @@ class Bench:
             emit(compilation, student)
 
         slice_student()  # numbers that are none are looked for once a process
-        times, _ = interleaved({"cp": copy, "slicing": slice_student}, self.repetitions, "cpu")
+        times = interleaved({"cp": copy, "slicing": slice_student}, self.repetitions, "cpu")
         shutil.rmtree(copied)
         with peak() as found:
             slice_student()
         largest = max(info.nbytes for info in plan.checkpoint.tensors.values())
         return {
-            "cp and sync, s": times["cp"], "slicing, s": times["slicing"], "slicing / cp": times["slicing"] / times["cp"],
+            "cp and sync, s": times.wall("cp"), "slicing, s": times.wall("slicing"),
+            "slicing / cp": times.ratio("slicing", "cp"),
             "peak, MB": found[0] / 1e6, "2 x largest tensor + 64 MiB, MB": (2 * largest + (64 << 20)) / 1e6,
         }  # fmt: skip
 
@@ -276,7 +286,7 @@ class Bench:
         os.environ["MINITRON_CACHE"] = "none"  # each compile makes everything itself
         layers = json.loads((self.teacher / "config.json").read_text())["num_hidden_layers"]
         tiny = generate(self.work / "tiny", (64, 128, layers, 2, 1, VOCABULARY))
-        size = sum(file.stat().st_size for file in self.teacher.glob("*.safetensors"))
+        size = self.size
 
         def compiled(teacher: Path, name: str, memory: int | None) -> dict[str, str]:
             spec, build = self.spec(teacher, self.samples, self.length), self.work / name
@@ -286,7 +296,7 @@ class Bench:
 
         compiled(tiny, "tiny-build", None)
         release_heap()
-        with peak() as found:
+        with peak() as found, limited(self.limit):
             capped = compiled(self.teacher, "capped", int(size / 4 * CALIBRATION_SHARE))
         free = compiled(self.teacher, "free", None)
         return {
@@ -295,23 +305,36 @@ class Bench:
         }  # fmt: skip
 
 
-def interleaved(
-    arms: dict[str, Callable[[], object]], repetitions: int, device: str
-) -> tuple[dict[str, float], dict[str, float]]:
-    """The median time of each arm, all of them run in turn, and the median of the CPU time of this process: where others take
-    the cores too, the second is the one to compare."""
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+@dataclass(frozen=True)
+class Times:
+    """Wall times and CPU times of this process, by arm, a repetition after the other; all arms run in turn."""
+
+    walls: Mapping[str, list[float]]
+    spent: Mapping[str, list[float]]
+
+    def wall(self, arm: str) -> float:
+        """The median time of an arm."""
+        return statistics.median(self.walls[arm])
+
+    def ratio(self, arm: str, over: str, *, cpu: bool = False) -> float:
+        """The median, over repetitions, of an arm's time over that of another one in the same repetition: what others take of
+        the machine changes from minute to minute. Where they take the cores too, CPU times are the ones to compare."""
+        times = self.spent if cpu else self.walls
+        return statistics.median(one / other for one, other in zip(times[arm], times[over], strict=True))
+
+
+def interleaved(arms: dict[str, Callable[[], object]], repetitions: int, device: str) -> Times:
+    """Runs all arms in turn, so many times."""
+    walls, spent = ({name: list[float]() for name in arms} for _ in range(2))
     for _ in range(repetitions):
         for name, run in arms.items():
             synchronise(device)
-            began, spent = time.perf_counter(), time.process_time()
+            began, cpu = time.perf_counter(), time.process_time()
             run()
             synchronise(device)
-            found[name].append((time.perf_counter() - began, time.process_time() - spent))
-    walls, spents = (
-        {name: statistics.median(one[which] for one in times) for name, times in found.items()} for which in (0, 1)
-    )
-    return walls, spents
+            walls[name].append(time.perf_counter() - began)
+            spent[name].append(time.process_time() - cpu)
+    return Times(walls, spent)
 
 
 def synchronise(device: str) -> None:
@@ -338,9 +361,27 @@ def peak() -> Iterator[list[int]]:
         found[0] = max(0, max(most[0], anonymous()) - before)
 
 
+@contextmanager
+def limited(beyond: int | None) -> Iterator[None]:
+    """Limits the private memory of this process, used or not, to so many bytes beyond what it has; None: no limit."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    if beyond is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + beyond, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
 def anonymous() -> int:
+    """The bytes of anonymous memory that this process has."""
+    return status("RssAnon")
+
+
+def status(name: str) -> int:
+    """An entry of the kernel's status of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def apart(arguments: argparse.Namespace, part: str, samples: int) -> dict[str, float]:
@@ -362,6 +403,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--memory")
+    parser.add_argument("--limit")
     parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "minitron-compile-benchmark")
     parser.add_argument("--part", help=argparse.SUPPRESS)
@@ -371,11 +413,13 @@ def main() -> None:
         return
     shape = SHAPES[arguments.shape] if arguments.shape else shape_of(arguments.gigabytes)
     teacher = generate(arguments.work / ("-".join(map(str, shape))), shape)
-    memory = None if arguments.memory is None else parse_quantity(arguments.memory, BYTES_UNITS)
+    memory, limit = (
+        None if given is None else parse_quantity(given, BYTES_UNITS) for given in (arguments.memory, arguments.limit)
+    )
     with tempfile.TemporaryDirectory(dir=arguments.work) as work:
         bench = Bench(
-            teacher, Path(work), arguments.device, arguments.samples, arguments.length, arguments.repetitions, memory
-        )
+            teacher, Path(work), arguments.device, arguments.samples, arguments.length, arguments.repetitions, memory, limit,
+        )  # fmt: skip
         if arguments.part is not None:
             part = {
                 "calibration": bench.measure_calibration,
@@ -400,6 +444,7 @@ def main() -> None:
                 {
                     **few,
                     "peak of four times as many, MB": many["peak, MB"],
+                    "in files, four times as many": many["in files"],
                     "ratio": many["peak, MB"] / few["peak, MB"],
                 },
             )

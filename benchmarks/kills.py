@@ -2,26 +2,32 @@
 
     python benchmarks/kills.py --kills 200
 
-A tiny teacher is compiled and its student refitted undisturbed, which gives the bytes and the time. Then the same command is
-started and killed after a random share of that time, --kills times; where it was faster than the kill, it begins with a new
-folder. At the end it runs through, and every file must be the undisturbed one's.
+A tiny teacher is compiled and its student refitted undisturbed, which gives the bytes and the CPU time. Then the same command
+is started and killed after a random share of that time, --kills times; where it was faster than the kill, it begins with a
+new folder. At the end it runs through, and every file must be the undisturbed one's. Each compile is a process of its own,
+forked from one that has imported everything: its time is that of the work, and so are the moments.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
 import random
-import subprocess
+import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from minitron.cli.main import command_line
 from tests import models
-from tests.e2e.test_compile_killed import REFIT, STUDENT, Command, contents
+from tests.e2e.test_compile_killed import REFIT, SMALL_BATCHES, STUDENT, contents
 
 
 def prepare(folder: Path) -> Path:
@@ -35,18 +41,72 @@ def prepare(folder: Path) -> Path:
     return folder / "spec.yaml"
 
 
-def killed(command: Command, seconds: float) -> bool:
-    """Starts the command and kills it after a while; False where it had ended."""
-    process = command.start()
-    try:
-        words = process.communicate(timeout=seconds)[1]
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        return True
-    if process.returncode != 0:
-        raise SystemExit(words)
-    return False
+class Compile:
+    """`minitron compile SPEC -o BUILD` in a process of its own, whose words go to a file."""
+
+    def __init__(self, spec: Path, build: Path) -> None:
+        self.build, self.words = build, build.parent / "words"
+        build.parent.mkdir(exist_ok=True)
+        self.line = ["compile", str(spec), "-o", str(build), "--device", "cpu", "--threads", "1"]
+
+    def killed(self, seconds: float) -> str | None:
+        """Starts it and kills it once it has taken so much CPU time: the stage that it was in; None where it had ended.
+        SystemExit where it failed."""
+        pid = self._start()
+        while self.cpu_seconds(pid) < seconds:
+            if self._ended(pid, os.WNOHANG):
+                return None
+            time.sleep(0.002)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        return self._stage()
+
+    def finished(self) -> float:
+        """Runs it to its end: the CPU time that it took."""
+        pid, most = self._start(), 0.0
+        while not self._ended(pid, os.WNOHANG):
+            most = max(most, self.cpu_seconds(pid))
+            time.sleep(0.002)
+        return most
+
+    @staticmethod
+    def cpu_seconds(pid: int) -> float:
+        """The CPU time of a process and of those that it has started."""
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        except (FileNotFoundError, ProcessLookupError):
+            return 0.0
+        own = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+        return own + sum(Compile.cpu_seconds(int(child)) for child in children)
+
+    def _stage(self) -> str:
+        """What was begun last: lines are a day, a time, and a stage before a colon."""
+        said = [line.split(maxsplit=2)[2:] for line in self.words.read_text().splitlines()]
+        return next((words[0].partition(":")[0] for words in reversed(said) if words), "start")
+
+    def _start(self) -> int:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid:
+            return pid
+        code = 1
+        try:
+            words = os.open(self.words, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for stream in (1, 2):
+                os.dup2(words, stream)
+            code = command_line(self.line)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+
+    def _ended(self, pid: int, how: int) -> bool:
+        found, status = os.waitpid(pid, how)
+        if found and status:
+            raise SystemExit(self.words.read_text())
+        return bool(found)
 
 
 def main() -> None:
@@ -55,29 +115,36 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "MINITRON_CACHE": "none"}
+    exec(SMALL_BATCHES)
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         spec = prepare(root)
-        (root / "home").mkdir()
-        undisturbed = Command(spec, root / "undisturbed" / "build", root / "home")
-        began = time.monotonic()
-        undisturbed.finished()
-        whole = time.monotonic() - began
-        wanted, kills, ends = contents(undisturbed.build), 0, 0
-        command = Command(spec, root / "0" / "build", root / "home")
-        while kills < arguments.kills:
-            if killed(command, draw.uniform(0.3, 1.0) * whole):
-                kills += 1
-                print(f"{kills} kills, {ends} compiles that came through", flush=True)
+        first = Compile(spec, root / "first" / "build")
+        with contextlib.redirect_stdout(io.StringIO()):
+            if command_line(first.line):  # in this process, which has imported everything then
+                raise SystemExit(1)
+        wanted = contents(first.build)
+        undisturbed = Compile(spec, root / "undisturbed" / "build")
+        whole = undisturbed.finished()
+        check(undisturbed, wanted)
+        stages, ends = Counter[str](), 0
+        command = Compile(spec, root / "0" / "build")
+        while stages.total() < arguments.kills:
+            stage = command.killed(draw.uniform(0.02, 1.0) * whole)
+            if stage is not None:
+                stages[stage] += 1
+                print(f"{stages.total()} kills, {ends} compiles that came through", flush=True)
                 continue
             ends += check(command, wanted)
-            command = Command(spec, root / str(ends) / "build", root / "home")
+            command = Compile(spec, root / str(ends) / "build")
         command.finished()
         ends += check(command, wanted)
-        print(f"{kills} kills; {ends} compiles came through, each with the bytes of the undisturbed one")
+        print(f"{stages.total()} kills; {ends} compiles came through, each with the bytes of the undisturbed one")
+        print("killed in: " + ", ".join(f"{stage} {count}" for stage, count in stages.most_common()))
 
 
-def check(command: Command, wanted: dict[str, bytes]) -> int:
+def check(command: Compile, wanted: dict[str, bytes]) -> int:
     """Compares every file; SystemExit where one differs."""
     got = contents(command.build)
     wrong = [name for name in sorted({*got, *wanted}) if got.get(name) != wanted.get(name)]

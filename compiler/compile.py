@@ -339,6 +339,7 @@ def _compile(compilation: Compilation, stages: Stages) -> Plan:
     of_teacher = require_teacher(compilation, stages)
     scores, samples = stages.score(compilation)
     compilation, selection, student, _ = prune(compilation, scores, samples, stages, build)
+    del scores  # with their covariance, which is as large as the largest matrices
     plan, fingerprint = compilation.plan, student_fingerprint(compilation, selection)
     guard_training(build, fingerprint)
     with staged(build, _identity(compilation, fingerprint)) as folder:

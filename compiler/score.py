@@ -65,7 +65,8 @@ def score(compilation: Compilation, *, made_anyhow: bool = False) -> tuple[Score
     found = ranks.from_leader((own or _found(compilation, path, shared, (key, made))) if ranks.leads else None)
     if found is not None:
         return found, samples
-    scores = _calibrated(compilation, samples, config, key)
+    taken = config if plan.covers else replace(config, sites=(), head_site=None)
+    scores = _calibrated(compilation, samples, taken, key)
     if ranks.leads:
         share_file(path, shared)
     return scores, samples
@@ -81,8 +82,12 @@ def _found(compilation: Compilation, path: Path, shared: Path | None, wanted: tu
     for place in (path, shared):
         if place is None or compilation.work.fresh:
             continue
-        cached = read_scores(place, *wanted)
-        if cached is not None and (cached.layers is not None or not compilation.plan.rank_layers):
+        cached, plan = read_scores(place, *wanted), compilation.plan
+        if (
+            cached is not None
+            and (cached.layers is not None or not plan.rank_layers)
+            and (cached.covariance or not plan.covers)
+        ):
             compilation.progress.message(f"scores: taken from {place}")
             share_file(path, shared) if place == path else share_file(place, path)
             return cached
@@ -101,8 +106,10 @@ def _calibrated(compilation: Compilation, samples: torch.Tensor, config: Calibra
     captured, device = plan.teacher.captured, compilation.device
     dtype = run_dtype(device, plan.dtype)
     which = f"{work.ranks.rank}-of-{work.ranks.size}" if work.ranks.size > 1 else ""
-    # Another dtype, or another share of the samples, is another calibration, though the scores serve the same.
-    saved = Interrupted(build / _beside(PARTIAL_SCORES, which), f"{key} {_made(compilation)} {which}")
+    # Another dtype, or another share of the samples, is another calibration, though the scores serve the same; and so is one
+    # that takes the covariance.
+    begun = f"{key} {_made(compilation)}{' covariance' if config.sites else ''}"
+    saved = Interrupted(build / _beside(PARTIAL_SCORES, which), f"{begun} {which}")
     if work.fresh:
         saved.remove()
     metric, at_once = config.depth.metric, plan.rank_layers and not config.depth.one_by_one
@@ -124,7 +131,7 @@ def _calibrated(compilation: Compilation, samples: torch.Tensor, config: Calibra
         at_once, saved, compilation.progress, room,
         _streams(room, device, build / _beside(PARTIAL_STREAMS, which)), work.ranks,
     )  # fmt: skip
-    rounds = Rounds(build / PARTIAL_ROUNDS, f"{key} {_made(compilation)}")
+    rounds = Rounds(build / PARTIAL_ROUNDS, begun)
     if work.fresh and work.ranks.leads:
         rounds.remove()
     begun = work.ranks.from_leader(rounds.read() if work.ranks.leads else None)

@@ -386,7 +386,7 @@ class Estimate:
         tokens, device = data.samples * length, hardware.cluster.device
         whole = teacher.forward_flops_per_token(length)
         each = whole - 2 * self.teacher.hidden * self.teacher.vocabulary
-        if plan.rotation is not None:  # the covariance of what norms yield
+        if plan.rotation is not None and plan.covers:  # the covariance of what norms yield
             each += 2 * self.teacher.hidden**2 * len(plan.rotation.sites)
         compared = self._compares_logits
         if compared:  # each layer that is left out shares what lies before it

@@ -6,6 +6,7 @@ import ctypes
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -33,10 +34,23 @@ def host_memory() -> int:
 
 
 def release_heap() -> None:
-    """Gives memory that was freed on the heap back to the system, where the C library is GNU's."""
-    library = ctypes.CDLL(None)
+    """Gives memory that was freed on the heap back to the system, where the C library is GNU's, and the buffers that MKL keeps
+    from one matrix product to the next (13 MB for matrices of 1,536 by 8,192)."""
+    library, products = ctypes.CDLL(None), _products()
+    if products is not None and hasattr(products, "mkl_serv_free_buffers"):
+        products.mkl_serv_free_buffers()
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
+
+
+@cache
+def _products() -> ctypes.CDLL | None:
+    """The library of torch's matrix products, which is in this process already."""
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        return ctypes.CDLL(str(path)) if path.is_file() else None
+    except OSError:
+        return None
 
 
 @contextmanager

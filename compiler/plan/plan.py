@@ -101,6 +101,12 @@ class Plan:
         return principal and HIDDEN in self.targets.widths
 
     @property
+    def covers(self) -> bool:
+        """Checks whether a calibration takes the covariance of the residual stream: twice the square of hidden_size operations
+        for each token and norm, a sixth of a forward pass. Other scores do not depend on it."""
+        return self.rotation is not None and self.loaded.spec.importance.hidden_basis == "principal"
+
+    @property
     def refits(self) -> bool:
         """Checks whether projections of the student are refitted."""
         return self.loaded.spec.recovery.refit == "least_squares" and bool(self.targets.widths)

@@ -94,15 +94,19 @@ def test_dimensions_that_the_stream_does_not_use_cost_nothing(foundry: Foundry, 
     torch.testing.assert_close(logits(student, ids), logits(teacher_model(build.plan), ids), rtol=1e-3, atol=1e-3)
 
 
-def test_scores_serve_every_basis(foundry: Foundry, tmp_path: Path) -> None:
+def test_scores_with_a_covariance_serve_every_basis(foundry: Foundry, tmp_path: Path) -> None:
+    """It is taken once it is asked for."""
     from tests.compiler.test_compile import Words
 
     teacher = foundry.teacher("qwen3", num_hidden_layers=2)
     words = Words()
-    for importance in ({}, {"hidden_basis": "principal"}, {"hidden_basis": "principal", "untie": True}):
+    rotated = {"hidden_basis": "principal"}
+    for importance, calibrated in (({}, 1), (rotated, 2), (rotated | {"untie": True}, 2), ({}, 2)):
         loaded = foundry.load(teacher, NARROW, importance={"data": foundry.calibration, **importance})
         foundry.compile(loaded, tmp_path, words, program=False)
-    assert words.tasks.count("calibrate") == 1
+        assert words.tasks.count("calibrate") == calibrated
+        found = load_file(tmp_path / "scores.safetensors")
+        assert ("covariance.hidden" in found) == (calibrated == 2)
 
 
 # -- tied heads ----------------------------------------------------------------------------------------------------------
