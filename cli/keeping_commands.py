@@ -17,15 +17,19 @@ from minitron import __version__
 from minitron.cli import builds, figures, options
 from minitron.cli.render import document, say, show_sections, write
 from minitron.cli.sections import Column, Document, Section, part
+from minitron.specs.atomic import temporary_path
 from minitron.specs.builds import (
     CHECKPOINTS,
     CORRECTION_WORK,
     DATA_CACHE,
     PARTIAL_ROUNDS,
     PARTIAL_SCORES,
+    PARTIAL_STREAMS,
     PLAN,
+    REFITTED,
     RESULTS,
     SEARCH,
+    STAGED,
     STUDENT,
     VERIFICATION,
     WORK,
@@ -189,7 +193,8 @@ def clean(
     yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, what would go is listed.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Remove what a build no longer needs: token caches, and the checkpoints of a training that is complete.
+    """Remove what a build no longer needs: token caches, what an interrupted compile left beside a whole one, and the
+    checkpoints of a training that is complete.
 
     Models, plans, scores, figures and curves stay, and so do the checkpoints of a training that can go on."""
     builds.require_build(build)
@@ -220,7 +225,9 @@ def _needless(build: Path) -> Iterator[Path]:
         # What a search left of the student that went on from it; its ranking stays.
         paths += [one / name for one in sorted((build / SEARCH).glob("[0-9]*")) for name in (CHECKPOINTS, STUDENT)]
     if (build / VERIFICATION).is_file():
-        paths += [build / PARTIAL_SCORES, build / PARTIAL_ROUNDS]
+        # What a later compile left that was interrupted: the one before it is whole.
+        paths += [build / name for name in (PARTIAL_SCORES, PARTIAL_STREAMS, PARTIAL_ROUNDS)]
+        paths += [temporary_path(build / name) for name in (STAGED, REFITTED)]
     for path in paths:
         if path.exists() and not path.is_symlink() and path.resolve().is_relative_to(build.resolve()):
             yield path

@@ -32,6 +32,7 @@ from minitron.specs.builds import (
     PLAN,
     PROGRAM,
     SEARCH,
+    STAGED,
     STUDENT,
     TRAINING,
     VERIFICATION,
@@ -224,12 +225,6 @@ def require_passed(checks: Sequence[Check]) -> None:
             f"the student failed its check {failed(checks)[0]}; verification.json has all of them. "
             "Please report this: the student must not be used"
         )
-
-
-STAGED = "compile"
-"""The name of the folder in a build, hidden and temporary, in which a compile writes everything first."""
-REFITTED = "refit"
-"""The name of that of the values that a refit has found."""
 
 
 @contextlib.contextmanager

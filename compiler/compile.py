@@ -13,8 +13,6 @@ import numpy as np
 import torch
 
 from minitron.compiler.build_documents import (
-    REFITTED,
-    STAGED,
     Trained,
     guard_build,
     guard_training,
@@ -76,6 +74,8 @@ from minitron.specs.builds import (
     COMPILED,
     PLAN,
     PROGRAM,
+    REFITTED,
+    STAGED,
     STUDENT,
     TRAINING,
     read_document,

@@ -41,6 +41,10 @@ COORDINATES = "coordinates.safetensors"
 TOWER = "tower"
 WHOLE = "whole"
 
+# The hidden, temporary folders (`specs.atomic.temporary_path`) in which a compile writes everything first, and the values
+# that a refit has found; a compile that is interrupted leaves them to the next.
+STAGED, REFITTED = "compile", "refit"
+
 COMPILED = (
     PLAN, SCORES, PARTIAL_SCORES, PARTIAL_STREAMS, PARTIAL_ROUNDS, STUDENT, PROGRAM, TRAINING, VERIFICATION,
     COORDINATES, TOWER,

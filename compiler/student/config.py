@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -181,8 +182,11 @@ def prove(captured: Captured, config: Any, shapes: Mapping[str, tuple[int, ...]]
 
 
 def _impossible(captured: Captured, config: Any, error: BaseException) -> UsageError:
-    reason = f"transformers cannot build {config.model_type} with these widths: {first_line(error).rstrip('.')}"
-    return UsageError(reason + (_proportion(captured.config, config) or _divisors(captured.config, config)))
+    said = first_line(error).rstrip(".")
+    remedy = _proportion(captured.config, config)
+    if not remedy and re.search("divi|multiple", said):
+        remedy = _divisors(captured.config, config)
+    return UsageError(f"transformers cannot build {config.model_type} with these widths: {said}{remedy}")
 
 
 def _divisors(teacher: Any, student: Any) -> str:

@@ -69,6 +69,20 @@ def test_clean_removes_what_a_search_left_once_its_winner_is_trained(trained: Pa
     assert not list((trained / "search" / "07").iterdir()) and (trained / "search" / "ranking.json").is_file()
 
 
+def test_clean_removes_what_an_interrupted_compile_left_beside_a_whole_one(trained: Path) -> None:
+    left = [trained / f".minitron-{name}.tmp" for name in ("compile", "refit")] + [trained / "scores.partial.streams"]
+    others = trained / ".minitron-model.123.tmp"
+    for folder in (*left, others):
+        folder.mkdir()
+        (folder / "file").write_text("x")
+    kept = (trained / "verification.json").rename(trained / "aside")
+    assert command_line(["clean", str(trained), "--yes"]) == 0
+    assert all(folder.is_dir() for folder in left), "the next compile goes on with them"
+    kept.rename(trained / "verification.json")
+    assert command_line(["clean", str(trained), "--yes"]) == 0
+    assert not any(folder.exists() for folder in left) and others.is_dir(), "a training may be writing there"
+
+
 def test_clean_keeps_a_training_that_can_go_on_and_follows_no_links(trained: Path, tmp_path: Path) -> None:
     (trained / "train" / "finished.json").unlink()
     (trained / "train" / "data" / "tokens.bin").unlink()
