@@ -5,9 +5,10 @@
     python benchmarks/data.py memory                                   # `document: file` of 1, 16, 128 and 1024 MB
 
 Speed: both read the same JSON Lines on the same cores. The library alone encodes batches of documents that are in memory
-already, in its own threads, and its tokens are thrown away; ours reads, encodes, frames, checks and writes. They take turns,
-medians are compared. Memory: the peak of a process that reads 8 calibration samples of the file, and of one that tokenizes all
-of it for training, in this process and in its workers.
+already, in its own threads, and its tokens are thrown away; ours reads, encodes, frames, checks and writes, before a
+training or, as a process at low priority, beside one. They take turns, medians are compared. Memory: the peak of a process
+that reads 8 calibration samples of the file, and of one that tokenizes all of it for training, in this process and in its
+workers.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minitron.compiler.importance.samples import SampleConfig, calibration_samples
+from minitron.runtime.arrivals import TokenizingProcess
 from minitron.runtime.tokens import TextEncoder, token_stream
 from minitron.specs.data import DataSource
 from minitron.specs.documents import content_hash
 from minitron.specs.encoding.pool import cores
 from minitron.specs.progress import Silent
+from minitron.specs.shards.growing import GrowingStream
+from minitron.specs.shards.writer import Part
 from minitron.specs.stdlib_corpus import stdlib_files
 
 BATCH_CHARACTERS = 1 << 20
@@ -96,7 +100,7 @@ def speed(folder: Path, tokenizer: Path, text: Path | None, wanted: int, rounds:
     encoder, source = TextEncoder.load(tokenizer), DataSource(jsonl=(str(corpus),))
     content = content_hash(source)
     batches = in_memory(text, wanted)
-    alone, ours, tokens = [], [], 0
+    alone, ours, aside, tokens = [], [], [], 0
     for number in range(rounds):
         start = clocks()
         tokens = library_alone(tokenizer, batches)
@@ -104,12 +108,27 @@ def speed(folder: Path, tokenizer: Path, text: Path | None, wanted: int, rounds:
         start = clocks()
         stream = token_stream(source, content, encoder, folder / f"cache-{number}", Silent())
         ours.append([len(stream) / seconds for seconds in since(start)])
+        start = clocks()
+        count = beside(source, encoder, folder / f"beside-{number}")
+        aside.append([count / seconds for seconds in since(start)])
     print(f"{tokens} tokens of {corpus.stat().st_size / 1e6:.0f} MB, {cores()} cores, median of {rounds}")
     for place, clock in enumerate(("second", "second of CPU time")):
-        rates = [statistics.median(one[place] for one in measured) for measured in (alone, ours)]
+        rates = [statistics.median(one[place] for one in measured) for measured in (alone, ours, aside)]
         print(
-            f"tokens a {clock}: library alone {rates[0]:.0f}, minitron {rates[1]:.0f}, ratio {rates[1] / rates[0]:.2f}"
+            f"tokens a {clock}: library alone {rates[0]:.0f}, minitron {rates[1]:.0f}, ratio {rates[1] / rates[0]:.2f}; "
+            f"beside a training {rates[2]:.0f}, ratio {rates[2] / rates[0]:.2f}"
         )
+
+
+def beside(source: DataSource, encoder: TextEncoder, folder: Path) -> int:
+    """Tokenizes as a training does that begins with the first shards, without the training."""
+    process, stream = TokenizingProcess([[Part(source, folder)]], encoder), GrowingStream(folder)
+    while not process.ended():
+        time.sleep(0.05)
+    process.close()
+    stream.poll()
+    assert stream.ended, process.failure()
+    return len(stream)
 
 
 def clocks() -> list[float]:

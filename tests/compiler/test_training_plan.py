@@ -60,6 +60,7 @@ distill:
   gradient_checkpointing: true
   checkpoint: {every_tokens: 10K, keep_last: 5}
   seed: 11
+  shuffle: {block: 8K}
 teacher_correction: {tokens: 2M, optimizer: {lr: 3e-5, warmup_steps: 9}}
 evaluate:
   suite: minitron-9
