@@ -78,6 +78,7 @@ ARMS: dict[str, Arm] = {
     "all, untied": Arm({**PRINCIPAL, **REFIT, **GREEDY, **ALIGNED, **UNTIED}, trained=True),
     "principal, blocks 25%": Arm({**PRINCIPAL, **ALIGNED}, blocks=0.25, trained=True),
     "principal + aligned, blocks 25%": Arm({**PRINCIPAL, **ALIGNED}, blocks=0.25, aligned=True, trained=True),
+    "all, blocks 25%": Arm({**PRINCIPAL, **REFIT, **GREEDY, **ALIGNED}, blocks=0.25, aligned=True, trained=True),
     "random init": Arm(fresh=True, trained=True),
     "cross-entropy": Arm(cross_entropy=True, trained=True),
     "rotated, no KD": Arm(PRINCIPAL, cross_entropy=True, trained=True),
