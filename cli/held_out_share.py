@@ -7,9 +7,9 @@ from pathlib import Path
 
 from minitron.specs.data import DataSource
 from minitron.specs.data_files import resolve
-from minitron.specs.documents import iter_pieces
+from minitron.specs.documents import Tally
+from minitron.specs.documents.readers import read_source
 from minitron.specs.documents.shares import count_sides
-from minitron.specs.errors import MinitronError
 
 SHARES = ("1%", "2%", "5%", "10%")
 ENOUGH = 8
@@ -18,7 +18,7 @@ ENOUGH = 8
 
 def held_out_share(source: Mapping[str, Sequence[str] | str], folder: Path) -> tuple[str, str | None] | None:
     """Returns the smallest share that holds out enough documents, and what a document of a text then is (None as it is):
-    paragraphs where the files are too few. None where no share does, or the data cannot be read, which the plan reports.
+    paragraphs where the files are too few. None where no share does. WorkError and Refused where the data cannot be read.
     """
     for document in (None, "paragraph") if "text" in source else (None,):
         for share in SHARES:
@@ -28,8 +28,5 @@ def held_out_share(source: Mapping[str, Sequence[str] | str], folder: Path) -> t
 
 
 def _enough(source: Mapping[str, Sequence[str] | str], folder: Path, share: float) -> bool:
-    try:
-        sides = count_sides(iter_pieces(resolve(DataSource.model_validate(source), folder)), share, ENOUGH)
-    except MinitronError:
-        return False
+    sides = count_sides(read_source(resolve(DataSource.model_validate(source), folder), Tally()), share, ENOUGH)
     return min(sides.below, sides.above) >= ENOUGH

@@ -20,7 +20,7 @@ from minitron.cli.held_out_share import held_out_share
 from minitron.cli.render import say, write
 from minitron.specs import load_spec
 from minitron.specs.data import STDLIB_PREFIX
-from minitron.specs.errors import SpecError, SpecInvalid, UsageError
+from minitron.specs.errors import MinitronError, SpecError, SpecInvalid, UsageError
 from minitron.specs.units import COUNT_UNITS, Share, format_quantity, parse_quantity
 
 if TYPE_CHECKING:
@@ -215,7 +215,10 @@ def _sources(data: Sequence[str], held_out: Sequence[str], folder: Path) -> tupl
         return train, judged
     if train is None or any(one.startswith(STDLIB_PREFIX) for one in data):
         return train, STAND_IN
-    found = held_out_share(train, folder)
+    try:
+        found = held_out_share(train, folder)
+    except MinitronError:  # the plan of the spec reports it
+        return train, None
     if found is None:
         say("no share of --data could be held out: it has too few documents; name text with --held-out")
         return train, None

@@ -95,6 +95,29 @@ def test_documents_are_held_out_where_no_other_are_named(
     assert command_line(["plan", "spec.yaml"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"messages": []}\n', ":1: has no field `text`, and has `messages`"),
+        ('{"text": "a"}\n{"text"\n', ":2: is not JSON; each line must hold one JSON object"),
+        ("\n", "it has too few documents; name text with --held-out"),
+    ],
+)
+def test_data_that_cannot_be_read_is_not_said_to_be_too_little(
+    teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    content: str,
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data.jsonl").write_text(content)
+    command_line(["init", "--teacher", str(teacher / "teacher"), "--data", "data.jsonl"])
+    said = capsys.readouterr().err
+    assert words in said and ("too few documents" in said) == ("too few" in words)
+
+
 def test_what_is_there_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / ".gitignore").write_text("*.tmp\n")
     assert command_line(["init", "-o", str(tmp_path / "spec.yaml")]) == 0
