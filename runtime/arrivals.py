@@ -27,6 +27,7 @@ from minitron.runtime.tokens import TextEncoder, finished, token_stream
 from minitron.runtime.world import World
 from minitron.specs.atomic import temporary_path, writing
 from minitron.specs.blocks.distill import ShuffledBlocks
+from minitron.specs.cache import mark_used
 from minitron.specs.errors import MinitronError, WorkError
 from minitron.specs.progress import Progress
 from minitron.specs.shards.growing import GrowingStream
@@ -178,12 +179,13 @@ def begin_corpora(
     corpora = [corpus_parts(data, encoder, cache, wanted) for data, wanted in of]
     parts = _merged(corpora)
     streams = {folder: GrowingStream(folder) for folder in parts}
-    seen = _sees_leader(cache, world)
-    writes = world.leads or (world.local_rank == 0 and not seen)
     world.from_leader(lambda: _settle(parts, progress))
-    if writes and not world.leads:
+    if world.local_rank == 0 and not world.leads:  # on another machine, whose cache may be its own
         _settle(parts, progress)
+    world.wait()
     arrivals = Arrivals(list(parts.values()), list(streams.values()), progress)
+    arrivals.poll()
+    writes = world.any(not arrivals.complete) and _writes(cache, world)
     rounds = [[parts[one.folder] for one in corpus if one.folder in parts] for corpus in corpora]
     if encoder.encoder.recipe.tokenizer is None:
         _write_first(rounds, arrivals, encoder, world, writes=writes)
@@ -214,9 +216,20 @@ def _merged(corpora: Sequence[Sequence[CorpusPart]]) -> dict[Path, CorpusPart]:
 
 
 def _settle(parts: Iterable[Path], progress: Progress) -> None:
-    """Checks the streams that are said to be whole, before anybody reads them: those that are damaged are made anew."""
+    """Checks the streams that are said to be whole, before anybody reads them: those that are damaged are made anew. A
+    stream that is written as far as trainings have read it is used like a whole one.
+    """
     for folder in parts:
-        finished(folder, progress)
+        if finished(folder, progress) is None:
+            mark_used(folder)
+
+
+def _writes(cache: Path, world: World) -> bool:
+    """Tells whether this rank is the one of its machine that tokenizes. Only where tokens are missing: a cache that holds
+    them all need not be one that can be written to.
+    """
+    seen = _sees_leader(cache, world)
+    return world.leads or (world.local_rank == 0 and not seen)
 
 
 def _sees_leader(cache: Path, world: World) -> bool:

@@ -200,6 +200,18 @@ def test_machines_with_a_cache_of_their_own_tokenize_each(gate: Gate, whole: Res
     assert losses == pytest.approx([line["loss"] for line in whole[0]], rel=1e-5)
 
 
+def test_a_cache_that_has_what_is_read_is_not_written_to(build: Path) -> None:
+    """It may be one that cannot be written to; and what is read of a stream counts as used, whole or not."""
+    cache = tokenized_before(build, held_out=None, tokens=64 * 4) / "train" / "data"
+    (stream,) = cache.iterdir()
+    (stream / "stream.json").unlink()
+    os.utime(stream, (1e9, 1e9))
+    before = cache.stat().st_mtime_ns
+    assert train_on_ranks(build, 2) == ["done", "done"]
+    assert cache.stat().st_mtime_ns == before
+    assert stream.stat().st_mtime > 1e9
+
+
 def first_or(first: Callable[[], None], other: Callable[[], None]) -> None:
     (first if os.environ["RANK"] == "0" else other)()
 
