@@ -44,6 +44,19 @@ def test_one_two_and_four_processes_make_the_same_student(foundry: Foundry, tmp_
             np.testing.assert_allclose(table[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+def test_two_processes_see_the_same_experts(foundry: Foundry, tmp_path: Path) -> None:
+    importance = {"data": foundry.calibration | {"samples": 7, "sequence_length": 12}, "selection": "greedy"}
+    teacher = foundry.teacher("mixtral", num_hidden_layers=2)
+    spec = foundry.load(teacher, {"num_experts": 2}, importance=importance, recovery={"merge_experts": True})
+    tables = []
+    for size in (1, 2):
+        assert compile_in(size, spec.path, tmp_path / str(size)) == [0] * size
+        tables.append(load_file(tmp_path / str(size) / SCORES))
+    assert {"num_experts.0", "expert_tokens.1", "expert_outputs.1"} <= tables[0].keys()
+    for name, value in tables[0].items():
+        np.testing.assert_allclose(tables[1][name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
 def test_more_processes_than_batches_are_refused(foundry: Foundry, tmp_path: Path) -> None:
     run = replace(a_run(tmp_path, batch=4), ranks=Ranks(1, 3))
     message = "makes 2 batches, and torchrun started 3 processes; start fewer, or name more data"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from minitron.compiler.importance import expert_elimination
 from minitron.compiler.importance.expert_elimination import ExpertGram, eliminate_experts
 from minitron.compiler.importance.sample_rows import SampleRows
 from minitron.specs.errors import SpecInvalid
@@ -63,7 +64,10 @@ def test_of_equal_experts_the_lower_ones_stay() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_rows_by_expert_and_all_experts_over_all_tokens_are_one_matrix(seed: int) -> None:
+def test_rows_by_expert_and_all_experts_over_all_tokens_are_one_matrix(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_elimination, "TOKENS_AT_ONCE", 7)
     added = drawn(seed)
     rows, tokens = added.abs().sum(-1).nonzero().unbind(1)
     ends = torch.bincount(rows, minlength=6).cumsum(0)
