@@ -74,14 +74,18 @@ def _check_held_out(loaded: LoadedSpec) -> Iterator[Problem]:
     share = evaluate.held_out.fraction if evaluate is not None and evaluate.held_out is not None else None
     if distill is None or share is None:
         return
-    read = [(distill.data, True), *((phase.data, False) for phase in distill.phases if phase.data is not None)]
-    for part, held_out in ((part, own) for data, own in read for _, _, part in source_parts("distill", data)):
-        try:
-            check_share(resolve(part, loaded.folder), share, held_out=held_out)
-        except Refused:
+    for at, data in data_sources(loaded.spec):
+        if not at.startswith("distill."):
             continue
-        except WorkError as error:
-            yield Problem("evaluate.held_out.fraction", str(error))
+        for path, _, part in source_parts(at, data):
+            try:
+                check_share(resolve(part, loaded.folder), share, held_out=data is distill.data)
+            except Refused:
+                continue
+            except UsageError as error:
+                yield Problem("evaluate.held_out.fraction", str(error))
+            except WorkError as error:  # a record that a sample of them did not show
+                yield Problem(path, str(error))
 
 
 def check_tokenizer(loaded: LoadedSpec, checkpoint: Checkpoint) -> tuple[list[Problem], list[str]]:

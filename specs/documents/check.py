@@ -18,7 +18,7 @@ from minitron.specs.documents.opening import BLOCK, COMPRESSED, check_utf8, not_
 from minitron.specs.documents.readers import describe, is_array, json_line, parquet_rows, read_source
 from minitron.specs.documents.rows import RowReader
 from minitron.specs.documents.shares import count_sides
-from minitron.specs.errors import WorkError
+from minitron.specs.errors import UsageError, WorkError
 from minitron.specs.one_line import plural
 
 WHOLE_BYTES = 8 << 20
@@ -62,8 +62,8 @@ def check_readable(source: Source) -> None:
 
 def check_share(source: Source, share: float, *, held_out: bool = True) -> None:
     """Checks that a resolved source (no blend) has documents above a share, to be trained on, and below it, where it is one
-    that documents are `held_out` of. WorkError where it has none, which is told in a second for small sources, and not at
-    all for data sets of the Hub.
+    that documents are `held_out` of. UsageError where it has none, which is told in a second for small sources, and not at
+    all for data sets of the Hub. WorkError where a document cannot be read.
     """
     if source.dataset is not None or (source.parquet is not None and find_spec("pyarrow") is None):
         return
@@ -75,7 +75,7 @@ def check_share(source: Source, share: float, *, held_out: bool = True) -> None:
             if source.text and source.document == "file"
             else ""
         )
-        raise WorkError(
+        raise UsageError(
             f"of {plural(sides.below + sides.above, 'document')} in {describe(source)} none would be {side}: whole documents "
             f"are chosen, by a hash; {more}write another share, or name held-out text of its own"
         )

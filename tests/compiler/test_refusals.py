@@ -18,6 +18,7 @@ from minitron.compiler.student.config import prove
 from minitron.compiler.teacher.checkpoint import open_checkpoint
 from minitron.compiler.verify.hugging_face import load_model as load_student
 from minitron.compiler.weights.source import LoadedWeights, open_weights
+from minitron.specs.documents import check as documents_check
 from minitron.specs.errors import SpecInvalid, UsageError, WorkError
 from tests.foundry import Foundry
 from tests.models import save_teacher, tiny_config
@@ -165,21 +166,29 @@ def test_a_mixture_of_experts_that_lacks_one(tmp_path: Path) -> None:
         open_weights(captured, teacher)
 
 
-def test_a_held_out_share_that_leaves_a_phase_nothing(foundry: Foundry) -> None:
+def test_a_held_out_share_that_leaves_a_phase_nothing(foundry: Foundry, monkeypatch: pytest.MonkeyPatch) -> None:
     """The data of each phase lacks the held-out documents too; documents are held out of the training's alone."""
+    monkeypatch.setattr(documents_check, "WHOLE_BYTES", 1 << 10)
     places = {number: side([str(number)], only=0.5) for number in range(20)}
     trained, held_out = (next(n for n, found in places.items() if bool(found) == below) for below in (False, True))
     for number in (trained, held_out):
         (foundry.root / f"phase-{number}.txt").write_text(str(number))
     data = {"text": [str(foundry.root / "corpus.txt")], "document": "line"}
 
-    def plan(*numbers: int) -> None:
-        phases = [{"tokens": 512, "data": {"text": [f"phase-{number}.txt"]}} for number in numbers]
+    def plan(*names: int | str) -> None:
+        files = [{"text": [f"phase-{one}.txt"]} if isinstance(one, int) else {"jsonl": [one]} for one in names]
+        phases = [{"tokens": 512, "data": data} for data in files]
         distill = {"data": data, "tokens": 1024, "sequence_length": 32, "global_batch_size": 4}
         blocks: dict[str, Any] = {"distill": {**distill, "phases": phases}, "evaluate": {"held_out": {"fraction": 0.5}}}
         foundry.plan(foundry.teacher("llama"), {"intermediate_size": 24}, **blocks)
 
     plan(trained, trained)
+    rows = ['{"text": "same"}'] * 2000
+    (foundry.root / "phase-0.jsonl").write_text("\n".join([*rows[:70], "{", *rows]))
+    with pytest.raises(SpecInvalid) as caught:
+        plan(trained, "phase-0.jsonl")
+    (error,) = caught.value.errors  # a record that is read on the way to the second side, and was not sampled
+    assert error.path == "distill.phases.1.data" and "phase-0.jsonl:71: is not JSON" in error.message
     with pytest.raises(SpecInvalid) as caught:
         plan(trained, held_out)
     (error,) = caught.value.errors

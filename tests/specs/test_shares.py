@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minitron.specs import SpecInvalid, WorkError
+from minitron.specs import SpecInvalid, UsageError, WorkError
 from minitron.specs.data import DataSource
 from minitron.specs.data_files import resolve, sources_as_read
 from minitron.specs.documents import Conversation, TokenIds, check_share, content_hash, iter_documents
@@ -89,10 +89,10 @@ def test_a_share_that_leaves_one_side_empty(tmp_path: Path, share: float, side: 
     (tmp_path / "a.txt").write_text("\n\n".join(f"document {number}" for number in range(40)))
     source = resolve(DataSource.model_validate({"text": "a.txt", "document": "paragraph"}), tmp_path)
     check_share(source, 0.5)
-    with pytest.raises(WorkError, match=rf"of 40 documents in .*a\.txt` none would be {side}.*; write another share"):
+    with pytest.raises(UsageError, match=rf"of 40 documents in .*a\.txt` none would be {side}.*; write another share"):
         check_share(source, share)
     whole = resolve(DataSource.model_validate({"text": "a.txt"}), tmp_path)
-    with pytest.raises(WorkError, match=r"of 1 document in .*`document: paragraph` or `line` makes more of a text"):
+    with pytest.raises(UsageError, match=r"of 1 document in .*`document: paragraph` or `line` makes more of a text"):
         check_share(whole, share)
 
 
@@ -125,5 +125,5 @@ def test_what_is_only_trained_on_needs_no_held_out_document(tmp_path: Path) -> N
     (tmp_path / "a.txt").write_text("one document")
     alone = resolve(DataSource.model_validate({"text": "a.txt"}), tmp_path)
     check_share(alone, 0.0, held_out=False)
-    with pytest.raises(WorkError, match=r"of 1 document in .*a\.txt` none would be trained on"):
+    with pytest.raises(UsageError, match=r"of 1 document in .*a\.txt` none would be trained on"):
         check_share(alone, 1.0, held_out=False)
