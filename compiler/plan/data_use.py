@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from minitron.compiler.teacher.checkpoint import Checkpoint
@@ -20,6 +20,8 @@ from minitron.specs.lockfile import source_parts
 
 MOST_PASSES = 4
 """Passes over the data that are worth nearly as much as new text (arXiv 2305.16264)."""
+
+_MOST = 0.9  # of a source: the number of its tokens is an estimate
 
 _SURVEYED = 100_000  # characters of each source that are tokenized for a plan: a tenth of a second
 _WIDE, _NARROW_IDS = 4, 1 << 16  # bytes of a token id on disk, 2 for vocabularies up to the second
@@ -42,6 +44,10 @@ class DataUse:
     @property
     def passes(self) -> float | None:
         return None if not self.tokens else self.read / self.tokens
+
+    def written(self, tokens: int) -> DataUse:
+        """Returns the use where only so many tokens are written to disk."""
+        return replace(self, disk_bytes=round((self.disk_bytes or 0) * tokens / (self.tokens or 1)))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -73,6 +79,16 @@ def repeated(uses: tuple[DataUse, ...]) -> Iterator[str]:
             )
 
 
+def unread(uses: tuple[DataUse, ...], distill: Distill | None) -> Iterator[str]:
+    """Yields a remark for each source of which training in blocks reads the beginning alone."""
+    for one in uses if distill is not None and distill.shuffle != "all" else ():
+        if one.passes is not None and one.passes < _MOST:
+            yield (
+                f"{one.source}: training reads about {one.passes:.0%} of its tokens, those at its beginning, as "
+                "`distill.shuffle` goes block by block; `shuffle: all` draws from all of it"
+            )
+
+
 def _uses(loaded: LoadedSpec, checkpoint: Checkpoint) -> Iterator[DataUse]:
     distill, sources = loaded.spec.distill, dict(sources_as_read(loaded.spec))
     if distill is None:
@@ -83,7 +99,8 @@ def _uses(loaded: LoadedSpec, checkpoint: Checkpoint) -> Iterator[DataUse]:
             encoder = _encoder(checkpoint)
         except MinitronError:
             continue  # reported with what is wrong
-        yield from _parts(parts, wanted, encoder, checkpoint, distill.sequence_length)
+        for one in _parts(parts, wanted, encoder, checkpoint, distill.sequence_length):
+            yield one if distill.shuffle == "all" or not one.tokens else one.written(min(one.tokens, one.read))
 
 
 def _wanted(distill: Distill) -> dict[str, int]:

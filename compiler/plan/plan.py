@@ -25,7 +25,7 @@ from minitron.compiler.plan.checks import (
     positions_of,
     teacher_key,
 )
-from minitron.compiler.plan.data_use import DataUse, data_use, repeated
+from minitron.compiler.plan.data_use import DataUse, data_use, repeated, unread
 from minitron.compiler.plan.layer_proofs import LayerProofs, first_provable
 from minitron.compiler.plan.recovery import (
     check_eliminated_experts,
@@ -228,7 +228,7 @@ def plan_student(loaded: LoadedSpec, build: Path, opened: Opened) -> Plan:
 
 def _remarks(plan: Plan) -> tuple[str, ...]:
     of_recovery = recovery_remarks(plan.loaded, plan.checkpoint, plan.targets, plan.rotation, plan.model)
-    of_data = (*repeated(plan.data), *plan.missing)
+    of_data = (*repeated(plan.data), *unread(plan.data, plan.loaded.spec.distill), *plan.missing)
     of_float8 = float8_remarks(plan.loaded.spec)
     of_layers = plan.proofs.limits(contiguous=plan.loaded.spec.importance.depth.contiguous)
     of_teacher = remarks_on(plan.checkpoint, plan.teacher.captured)

@@ -54,6 +54,25 @@ def test_how_often_the_data_is_read(foundry: Foundry, tmp_path: Path) -> None:
     assert not any("times over" in one for one in once.remarks)
 
 
+def test_blocks_leave_the_end_of_the_data_unread(foundry: Foundry, tmp_path: Path) -> None:
+    teacher = foundry.teacher("llama", num_hidden_layers=2)
+    (tmp_path / "corpus.txt").write_text(text(400), encoding="utf-8")
+    source = {"text": [str(tmp_path / "corpus.txt")], "document": "line"}
+    uses, said = [], []
+    for shuffle in ("all", {"block": "1K"}):
+        loaded = foundry.load(teacher, STUDENT, distill=distill(source, 2048) | {"shuffle": shuffle})
+        plan = make_plan(loaded, build=tmp_path)
+        uses.append(plan_document(plan)["data"][0])
+        said.append([one for one in plan.remarks if "block by block" in one])
+    everything, beginning = uses
+    assert beginning["tokens"] == everything["tokens"] > 2 * 2048
+    assert everything["disk_bytes"] == 2 * everything["tokens"] and beginning["disk_bytes"] == 2 * 2048
+    share = f"{2048 / beginning['tokens']:.0%}"
+    assert not said[0] and said[1][0].startswith(
+        f"distill.data: training reads about {share} of its tokens, those at its"
+    )
+
+
 def test_each_part_of_a_blend_has_its_own(foundry: Foundry, tmp_path: Path) -> None:
     teacher = foundry.teacher("llama", num_hidden_layers=2)
     for name, lines in (("small", 10), ("large", 100)):
