@@ -20,7 +20,7 @@ from minitron.specs.data import DataSource
 from minitron.specs.errors import Problem
 from minitron.specs.spec import Spec
 from minitron.specs.suggest import closest
-from minitron.specs.units import COUNT_UNITS, format_quantity
+from minitron.specs.units import COUNT_UNITS, Span, format_quantity
 
 Check: TypeAlias = Callable[[Spec], Iterator[Problem]]
 
@@ -132,12 +132,16 @@ def scores_need_data(spec: Spec) -> Iterator[Problem]:
         )
 
 
-@constraint("importance.selection", "recovery")
+@constraint("importance.selection", "recovery", "student", "search")
 def elimination_counts_on_a_refit(spec: Spec) -> Iterator[Problem]:
     """Requires a refit for elimination, which keeps the neurons and heads that are best after a refit, not the best without
     one. Experts are eliminated as they are."""
-    narrowed = {key for key, _ in spec.student.targets()}
-    alone = "num_experts" in narrowed and narrowed <= {"num_experts", "hidden_size", DEPTH}
+    narrowed = dict(spec.student.targets())
+    several = any(isinstance(width, tuple | Span) for width in narrowed.values())
+    proposed = (
+        spec.search is not None and spec.search.budget is not None and not several
+    )  # and so any width is narrowed
+    alone = "num_experts" in narrowed and narrowed.keys() <= {"num_experts", "hidden_size", DEPTH} and not proposed
     if spec.importance.selection == "greedy" and spec.recovery.refit == "none" and not alone:
         message = "greedy keeps what is best once projections are refitted, and nothing is"
         yield Problem("importance.selection", message, "write scores, or `recovery: {refit: least_squares}`")

@@ -143,10 +143,26 @@ def test_experts_alone_need_no_refit(foundry: Foundry) -> None:
     assert all(check["passed"] for check in build.checks.values())
 
 
+WORDS = "greedy keeps what is best once projections are refitted, and nothing is"
+
+
 @pytest.mark.parametrize("student", [{"num_experts": 4, "moe_intermediate_size": 16}, {"hidden_size": 24}])
 def test_the_rest_does(foundry: Foundry, student: dict[str, Any]) -> None:
-    with pytest.raises(SpecInvalid, match="greedy keeps what is best once projections are refitted, and nothing is"):
+    with pytest.raises(SpecInvalid, match=WORDS):
         foundry.load(foundry.teacher("qwen3_moe"), student, importance={"data": foundry.calibration, **GREEDY})
+
+
+def test_proposed_shapes_narrow_the_rest_too(foundry: Foundry) -> None:
+    """Beside the one number of experts; in a list of them there is nothing else."""
+    blocks: dict[str, Any] = {
+        "importance": {"data": foundry.calibration, **GREEDY},
+        "distill": {"data": {"text": ["corpus.txt"], "document": "line"}, "tokens": "1M", "sequence_length": 32},
+        "evaluate": {"held_out": {"fraction": "5%"}},
+        "search": {"budget": {"parameters": "20K"}},
+    }
+    foundry.load(foundry.teacher("qwen3_moe"), {"num_experts": [4, 5]}, **blocks)
+    with pytest.raises(SpecInvalid, match=WORDS):
+        foundry.load(foundry.teacher("qwen3_moe"), {"num_experts": 4}, **blocks)
 
 
 def test_tokens_that_the_graph_does_not_show(foundry: Foundry, monkeypatch: pytest.MonkeyPatch) -> None:
