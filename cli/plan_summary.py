@@ -60,15 +60,28 @@ def _changes(plan: Document) -> Section:
 
 def _exactness(plan: Document) -> str:
     """Returns one line on the narrowed axes: those that are the same as zeroing the dropped part, and those that are
-    not.
+    not; and what is repaired afterwards, which zeroing is not.
     """
     narrowed = [one for one in entries(plan, "axes") if one.get("teacher") != one.get("student")]
     if not narrowed:
         return "no axis changes"
     others = [str(one.get("axis")) for one in narrowed if one.get("status") != "exact"]
+    repairs = _repairs(plan, {str(one.get("axis")) for one in narrowed})
+    then = f"; then recovery changes what is kept: {', '.join(repairs)}" if repairs else ""
     if not others:
-        return "exact on every axis: the same as zeroing what is dropped"
-    return f"approximate: {', '.join(others)}; `--full` says why"
+        return f"exact on every axis: the same as zeroing what is dropped{then}"
+    return f"approximate: {', '.join(others)}; `--full` says why{then}"
+
+
+def _repairs(plan: Document, narrowed: set[str]) -> list[str]:
+    """Returns the keys of `recovery` that change weights where these axes are narrowed."""
+    recovery = part(part(part(plan, "spec"), "resolved"), "recovery")
+    of = {
+        "refit": narrowed - {"num_hidden_layers"},
+        "merge_heads": narrowed & {"num_attention_heads", "num_key_value_heads"},
+        "merge_experts": narrowed & {"num_experts"},
+    }
+    return [key for key, axes in of.items() if axes and recovery.get(key) not in (None, False, "none")]
 
 
 def _training(plan: Document) -> Section | None:

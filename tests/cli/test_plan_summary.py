@@ -33,6 +33,33 @@ def test_what_is_not_exact_is_named(plan: dict[str, Any]) -> None:
     assert "no axis changes" in summary(plan)[0].notes
 
 
+@pytest.mark.parametrize(
+    ("axes", "recovery", "repairs"),
+    [
+        (
+            ["num_experts", "hidden_size"],
+            {"refit": "none", "merge_heads": False, "merge_experts": True},
+            "merge_experts",
+        ),
+        (
+            ["num_experts"],
+            {"refit": "least_squares", "merge_heads": True, "merge_experts": True},
+            "refit, merge_experts",
+        ),
+        (["num_key_value_heads"], {"merge_heads": True, "merge_experts": True}, "merge_heads"),
+        (["num_hidden_layers"], {"refit": "least_squares", "merge_heads": True, "merge_experts": True}, None),
+    ],
+)
+def test_a_student_that_is_repaired_is_not_called_the_same_as_zeroing(
+    plan: dict[str, Any], axes: list[str], recovery: dict[str, Any], repairs: str | None
+) -> None:
+    plan["axes"] = [{"axis": one, "teacher": 4, "student": 2, "status": "exact"} for one in axes]
+    plan["spec"]["resolved"] = {"recovery": recovery}
+    exact = "exact on every axis: the same as zeroing what is dropped"
+    then = "" if repairs is None else f"; then recovery changes what is kept: {repairs}"
+    assert exact + then in summary(plan)[0].notes
+
+
 def test_what_drives_the_loss_and_what_it_takes(plan: dict[str, Any]) -> None:
     optimizer = {"lr": 1e-4, "min_lr": 4.5e-7, "warmup_steps": 60}
     distill = {"tokens": 1_000_000, "sequence_length": 1024, "global_batch_size": 8, "optimizer": optimizer}
