@@ -16,7 +16,7 @@ in one process, memory is the peak of anonymous memory of a process of its own, 
     whole         all of a compile, every check included, where calibration may take a quarter of the checkpoint less what
                   the graphs take: the peak beyond what a compile of a tiny model of as many layers left in memory, and
                   whether student/ has the same bytes as without such a limit. With --limit the kernel refuses this process
-                  more private memory than so many bytes beyond that (RLIMIT_DATA)
+                  more private memory than so many bytes beyond that, files that transformers maps included (RLIMIT_DATA)
 """
 
 from __future__ import annotations
