@@ -217,7 +217,8 @@ def _sources(data: Sequence[str], held_out: Sequence[str], folder: Path) -> tupl
         return train, STAND_IN
     try:
         found = held_out_share(train, folder)
-    except MinitronError:  # the plan of the spec reports it
+    except MinitronError as error:
+        say(f"no share of --data could be held out: {error}")
         return train, None
     if found is None:
         say("no share of --data could be held out: it has too few documents; name text with --held-out")

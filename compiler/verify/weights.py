@@ -22,7 +22,9 @@ def weights(routes: Routes) -> Check:
         raise
     except WorkError as error:
         return broken("weights", error)
-    return exactly("weights", found, "every element of student/ is the teacher's that plan.json keeps")
+    # Weights that are changed before they are cut have a hash of how.
+    changed = ", as basis and recovery have changed it" if hasattr(subject.original.source, "digest") else ""
+    return exactly("weights", found, f"every element of student/ is the teacher's that plan.json keeps{changed}")
 
 
 def _converted(routes: Routes) -> Written:

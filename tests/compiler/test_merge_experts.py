@@ -200,6 +200,8 @@ def test_verified_again_and_another_student(foundry: Foundry, tmp_path: Path) ->
     with foundry.shortened():
         verify_build(build.folder, device="cpu", progress=Silent())
     assert {"weights", "selection", "rotation"} <= Build(build.folder, loaded, build.plan).checks.keys()
+    detail = Build(build.folder, loaded, build.plan).checks["weights"]["detail"]
+    assert detail.endswith("the teacher's that plan.json keeps, as basis and recovery have changed it")
     plain = foundry.build(teacher, student, program=False, **blocks)
     assert plain.document("plan.json")["fingerprint"] != build.document("plan.json")["fingerprint"]
     assert plain.document("plan.json")["selection"] == build.document("plan.json")["selection"]
