@@ -105,7 +105,8 @@ class MeasuredModel:
         model = open_model(self.folder, dtype, by.world.device, self.plan, key)
         check_read(model, by.encoder.tokenizer, [by.windows.largest] if by.windows is not None else [])
         for one in measurements:
-            figures: dict[str, float | str] = {"model": self.name, "measured": one.name}
+            # A loss goes with the line of its own measurement: what follows may be of another model.
+            figures: dict[str, float | str | None] = {"model": self.name, "measured": one.name, "held_out_loss": None}
             try:
                 value = one.make(model)
             except WorkError as error:

@@ -33,3 +33,19 @@ class AtStep(Silent):
     def task(self, name: str, total: float, unit: str, done: float = 0.0) -> Iterator[Task]:
         with super().task(name, total, unit, done) as silent:
             yield self if name == self.heard else silent
+
+
+class Figures(Silent):
+    """Keeps the figures of every advance of one task."""
+
+    def __init__(self, task: str) -> None:
+        self.heard = task
+        self.seen: list[dict[str, float | str | None]] = []
+
+    def advance(self, amount: float = 1.0, **figures: float | str | None) -> None:
+        self.seen.append(figures)
+
+    @contextlib.contextmanager
+    def task(self, name: str, total: float, unit: str, done: float = 0.0) -> Iterator[Task]:
+        with super().task(name, total, unit, done) as silent:
+            yield self if name == self.heard else silent

@@ -22,6 +22,7 @@ from minitron.specs.errors import UsageError, WorkError
 from minitron.specs.progress import Silent
 from minitron.specs.training_plan import EvaluationPlan
 from tests.runtime import tiny
+from tests.runtime.listening import Figures
 
 
 def run(build: Path, **changes: Any) -> dict[str, Any]:
@@ -46,6 +47,14 @@ def test_three_models_side_by_side(build: Path) -> None:
 def test_before_training_there_are_two(build: Path) -> None:
     results = run(build)
     assert list(results["models"]) == ["teacher", "pruned"] and results["recovered"] is None
+
+
+def test_a_loss_is_shown_beside_its_own_measurement_only(build: Path) -> None:
+    heard = Figures("evaluate")
+    results = evaluate(build, device="cpu", progress=heard)
+    shown = [(one["model"], one["held_out_loss"]) for one in heard.seen if one["held_out_loss"] is not None]
+    assert shown == [(name, model["held_out"]["loss"]) for name, model in results["models"].items()]
+    assert all("held_out_loss" in one for one in heard.seen), "a figure stays until it is replaced or removed"
 
 
 def test_a_build_that_does_not_train(build: Path) -> None:

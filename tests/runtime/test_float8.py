@@ -257,7 +257,9 @@ class TestRefusals:
     def test_a_training_under_way_keeps_its_teacher(self, build: Path) -> None:
         run(build, tokens=64 * 4)
         tiny.write_plan(build, tokens=64 * 4, teacher__compute="float8")
-        with pytest.raises(SpecInvalid, match=r"teacher\.compute: was bfloat16 when this training began and is now float8"):
+        with pytest.raises(
+            SpecInvalid, match=r"teacher\.compute: was bfloat16 when this training began and is now float8"
+        ):
             train(build, device="cpu", progress=Silent())
         # The student's may change, as a training that moves to other devices asks for.
         assert "compute_dtype.cpu" not in deciding_settings(plan(compute_dtype__cpu="float8"))
