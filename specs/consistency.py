@@ -132,16 +132,21 @@ def scores_need_data(spec: Spec) -> Iterator[Problem]:
         )
 
 
+def proposes_shapes(spec: Spec) -> bool:
+    """Checks whether the compiler proposes values for all widths that the spec leaves open: a search has a budget, and no
+    list or range of widths to choose from.
+    """
+    several = any(isinstance(width, tuple | Span) for _, width in spec.student.targets())
+    return spec.search is not None and spec.search.budget is not None and not several
+
+
 @constraint("importance.selection", "recovery", "student", "search")
 def elimination_counts_on_a_refit(spec: Spec) -> Iterator[Problem]:
     """Requires a refit for elimination, which keeps the neurons and heads that are best after a refit, not the best without
     one. Experts are eliminated as they are."""
-    narrowed = dict(spec.student.targets())
-    several = any(isinstance(width, tuple | Span) for width in narrowed.values())
-    proposed = (
-        spec.search is not None and spec.search.budget is not None and not several
-    )  # and so any width is narrowed
-    alone = "num_experts" in narrowed and narrowed.keys() <= {"num_experts", "hidden_size", DEPTH} and not proposed
+    narrowed = {key for key, _ in spec.student.targets()}
+    alone = "num_experts" in narrowed and narrowed <= {"num_experts", "hidden_size", DEPTH}
+    alone = alone and not proposes_shapes(spec)
     if spec.importance.selection == "greedy" and spec.recovery.refit == "none" and not alone:
         message = "greedy keeps what is best once projections are refitted, and nothing is"
         yield Problem("importance.selection", message, "write scores, or `recovery: {refit: least_squares}`")

@@ -12,6 +12,7 @@ from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN, NUM_EXPERTS
 from minitron.compiler.roles.rotation import Rotation, find_rotation
 from minitron.compiler.student.targets import Targets
 from minitron.compiler.teacher.checkpoint import Checkpoint
+from minitron.specs.consistency import proposes_shapes
 from minitron.specs.errors import Problem, Refused, UsageError
 from minitron.specs.load import LoadedSpec
 
@@ -69,7 +70,7 @@ def check_merged_experts(loaded: LoadedSpec, teacher: AnalysedTeacher) -> Iterat
 def check_eliminated_experts(loaded: LoadedSpec, teacher: AnalysedTeacher) -> Iterator[Problem]:
     """Checks that it is known which experts meet at a token, where experts are to be eliminated."""
     spec, roles = loaded.spec, teacher.roles
-    if spec.importance.selection != "greedy" or (spec.student.num_experts is None and spec.search is None):
+    if spec.importance.selection != "greedy" or (spec.student.num_experts is None and not proposes_shapes(spec)):
         return
     rows = SampleRows(teacher.captured, teacher.table)
     for layer in roles.widths.get(NUM_EXPERTS, {}):

@@ -16,7 +16,8 @@ from minitron.specs.documents.kinds import Tally
 from minitron.specs.errors import WorkError
 
 Marks: TypeAlias = Mapping[str, Sequence[int]]
-"""File -> its size and the time of its last change."""
+"""File -> its size and the second of its last change: some file systems forget fractions of it when a file leaves their
+cache."""
 
 
 def marks_of(source: Source) -> Marks:
@@ -43,4 +44,4 @@ def _mark(file: Path) -> list[int] | None:
         found = file.stat()
     except OSError:
         return None
-    return [found.st_size, found.st_mtime_ns]
+    return [found.st_size, int(found.st_mtime)]

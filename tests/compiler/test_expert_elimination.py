@@ -12,6 +12,7 @@ import torch
 from minitron.compiler.importance import expert_elimination
 from minitron.compiler.importance.expert_elimination import ExpertGram, eliminate_experts
 from minitron.compiler.importance.sample_rows import SampleRows
+from minitron.compiler.plan.recovery import check_eliminated_experts
 from minitron.specs.errors import SpecInvalid
 from tests.compiler.test_calibrate import Killed, Mortal, a_run, flat, scores
 from tests.foundry import Foundry, load_model, token_ids
@@ -143,6 +144,12 @@ def test_experts_alone_need_no_refit(foundry: Foundry) -> None:
     assert all(check["passed"] for check in build.checks.values())
 
 
+SEARCH: dict[str, Any] = {
+    "importance": {"data": {"text": ["corpus.txt"]}, **GREEDY},
+    "distill": {"data": {"text": ["corpus.txt"], "document": "line"}, "tokens": "1M", "sequence_length": 32},
+    "evaluate": {"held_out": {"fraction": "5%"}},
+    "search": {"budget": {"parameters": "20K"}},
+}
 WORDS = "greedy keeps what is best once projections are refitted, and nothing is"
 
 
@@ -154,15 +161,24 @@ def test_the_rest_does(foundry: Foundry, student: dict[str, Any]) -> None:
 
 def test_proposed_shapes_narrow_the_rest_too(foundry: Foundry) -> None:
     """Beside the one number of experts; in a list of them there is nothing else."""
-    blocks: dict[str, Any] = {
-        "importance": {"data": foundry.calibration, **GREEDY},
-        "distill": {"data": {"text": ["corpus.txt"], "document": "line"}, "tokens": "1M", "sequence_length": 32},
-        "evaluate": {"held_out": {"fraction": "5%"}},
-        "search": {"budget": {"parameters": "20K"}},
-    }
+    blocks = SEARCH | {"importance": {"data": foundry.calibration, **GREEDY}}
     foundry.load(foundry.teacher("qwen3_moe"), {"num_experts": [4, 5]}, **blocks)
     with pytest.raises(SpecInvalid, match=WORDS):
         foundry.load(foundry.teacher("qwen3_moe"), {"num_experts": 4}, **blocks)
+
+
+def test_tokens_are_not_asked_for_where_no_experts_are_dropped(
+    foundry: Foundry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SampleRows, "find_tokens", lambda self, node: None)
+    plan = foundry.whole("mixtral", num_hidden_layers=2)
+    blocks = {**SEARCH, "recovery": {"refit": "least_squares"}}
+    students: list[dict[str, Any]] = [{"intermediate_size": [24, 32]}, {"num_experts": [2, 3]}, {}]
+    found = [
+        list(check_eliminated_experts(foundry.load(plan.checkpoint.folder, student, **blocks), plan.teacher))
+        for student in students
+    ]
+    assert [[one.path for one in problems] for problems in found] == [[], *[["importance.selection"]] * 2]
 
 
 def test_tokens_that_the_graph_does_not_show(foundry: Foundry, monkeypatch: pytest.MonkeyPatch) -> None:

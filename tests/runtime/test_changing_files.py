@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,18 @@ def test_what_changed_before_the_first_document_is_noticed(
     assert str(process.failure()).startswith(message)
     process.close()
     assert not shards(tmp_path / "stream") and not list((tmp_path / "cache").glob("*/shard*"))
+
+
+@pytest.mark.parametrize(("seconds", "changed"), [(0.4, False), (60.0, True)])
+def test_a_file_of_the_same_size_is_known_by_its_time(
+    encoder: TextEncoder, tmp_path: Path, seconds: float, changed: bool
+) -> None:
+    source = two_files(text, tmp_path)
+    os.utime(tmp_path / "b", (1e9, 1e9))
+    part = Part(source, tmp_path / "stream", marks=marks_of(source))
+    os.utime(tmp_path / "b", (1e9 + seconds, 1e9 + seconds))
+    with pytest.raises(WorkError, match="/b has changed") if changed else nullcontext():
+        assert list(write_stream(part, encoder.tokenizing(), Silent()))
 
 
 def test_files_that_are_not_there_have_no_marks(tmp_path: Path) -> None:
