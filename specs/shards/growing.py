@@ -37,7 +37,10 @@ class GrowingStream:
         count = _shards_in_all(self.folder)
         found = []
         while (index := _index(self.folder, self.number)) is not None:
-            append_shard(self.tokens, self.learnt, self.number, index)
+            try:
+                append_shard(self.tokens, self.learnt, self.number, index)
+            except (OSError, ValueError):  # removed since the index was read, and made again by whoever needs it
+                break
             found.append(index)
             self.number, self.documents = self.number + 1, index.documents
             if index.largest.id > self.largest.id:

@@ -223,13 +223,16 @@ class TokenStream:
 
 
 def append_shard(tokens: Shards, learnt: Shards, number: int, index: ShardIndex) -> None:
-    """Adds a shard of the folder to its tokens and its marks; those of a shard that is learnt whole take no memory."""
+    """Adds a shard of the folder to its tokens and its marks; those of a shard that is learnt whole take no memory. OSError
+    and ValueError, with nothing added, where a file is not what its index says any more.
+    """
     folder = tokens.folder
+    mapped = _mapped(shard_file(folder, number, "tokens"), index.dtype, index.tokens)
     if index.learnt is None:
         learnt.append(np.broadcast_to(np.True_, index.tokens), [])
     else:
         learnt.append(_mapped(shard_file(folder, number, "learnt"), "bool", index.tokens), index.learnt)
-    tokens.append(_mapped(shard_file(folder, number, "tokens"), index.dtype, index.tokens), index.checksums)
+    tokens.append(mapped, index.checksums)
 
 
 def _mapped(file: Path, dtype: str, count: int) -> Array:

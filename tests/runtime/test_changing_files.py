@@ -21,6 +21,9 @@ from minitron.specs.documents.changes import marks_of
 from minitron.specs.encoding import pool
 from minitron.specs.errors import WorkError
 from minitron.specs.progress import Silent
+from minitron.specs.shards import growing
+from minitron.specs.shards.growing import GrowingStream
+from minitron.specs.shards.stream import ShardIndex, read_shard_index
 from minitron.specs.shards.writer import Part, write_stream
 from tests.runtime.tiny import save_tokenizer
 
@@ -145,3 +148,27 @@ def test_files_that_are_not_there_have_no_marks(tmp_path: Path) -> None:
     source = two_files(text, tmp_path)
     (tmp_path / "a").unlink()
     assert list(marks_of(source)) == [str(tmp_path / "b")]
+
+
+def test_a_shard_that_goes_between_two_looks_is_not_there_yet(
+    encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a cache is pruned under a training."""
+    part = Part(two_files(text, tmp_path), tmp_path / "stream")
+    (*_, total) = write_stream(part, replace(encoder.tokenizing(), shard_tokens=200), Silent())
+    stream, real = GrowingStream(part.folder), read_shard_index
+    lost = part.folder / "shard-000001.tokens"
+    content = lost.read_bytes()
+
+    def removed(folder: Path, number: int) -> ShardIndex:
+        index = real(folder, number)
+        if number == 1:
+            lost.unlink()
+        return index
+
+    with monkeypatch.context() as patch:
+        patch.setattr(growing, "read_shard_index", removed)
+        assert [len(stream.poll()) for _ in range(2)] == [1, 0]
+    lost.write_bytes(content)
+    assert len(stream.poll()) > 1 and stream.ended
+    assert len(stream) == total == len(stream.learnt)
