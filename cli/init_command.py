@@ -16,6 +16,7 @@ import typer
 import yaml
 
 from minitron.cli import figures
+from minitron.cli.data_fields import fields_of
 from minitron.cli.held_out_share import held_out_share
 from minitron.cli.render import say, write
 from minitron.specs import load_spec
@@ -210,7 +211,7 @@ def _relative(name: str, folder: Path) -> str:
 
 def _sources(data: Sequence[str], held_out: Sequence[str], folder: Path) -> tuple[Source | None, Source | None]:
     """Makes the sources of the training and of the held-out documents: a share of the training's where no other are named."""
-    train, judged = _source("--data", data, folder), _source("--held-out", held_out, folder)
+    train, judged = (_with_fields(_source(*of, folder), folder) for of in (("--data", data), ("--held-out", held_out)))
     if judged is not None:
         return train, judged
     if train is None or any(one.startswith(STDLIB_PREFIX) for one in data):
@@ -228,6 +229,14 @@ def _sources(data: Sequence[str], held_out: Sequence[str], folder: Path) -> tupl
         say(f"each {document} is a document: of the files alone too few could be held out")
         train = {**train, "document": document}
     return train, {"fraction": share}
+
+
+def _with_fields(source: Source | None, folder: Path) -> Source | None:
+    """Adds the field that documents are in where it is not `text`."""
+    if source is None or not (fields := fields_of(source, folder)):
+        return source
+    say(f"documents are read with {' '.join(f'`{key}: {name}`' for key, name in fields.items())}")
+    return {**source, **fields}
 
 
 def _source(option: str, patterns: Sequence[str], folder: Path) -> Source | None:

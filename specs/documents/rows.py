@@ -14,7 +14,7 @@ from minitron.specs.suggest import closest
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MISSING = object()
-_CHATS = ("messages", "conversation", "conversations", "chat")  # fields that data sets of chats have
+CHATS = ("messages", "conversation", "conversations", "chat")  # fields that data sets of chats have
 _SHOWN_FIELDS = 20  # of a row, in a message
 
 
@@ -135,7 +135,7 @@ def look_up(row: dict[str, Any], name: str) -> Any:
 
 def no_field(where: str, name: str, option: str, known: Iterable[str]) -> WorkError:
     fields = [str(key) for key in known]
-    if option == "text_field" and (chat := next((one for one in fields if one in _CHATS), None)) is not None:
+    if option == "text_field" and (chat := next((one for one in fields if one in CHATS), None)) is not None:
         return WorkError(f"{where}: has no field `{name}`, and has `{chat}`: write `messages_field: {chat}` for chats")
     nearest = closest(name, fields)
     meant = f"did you mean `{nearest}`? " if nearest else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,45 @@ def test_data_that_cannot_be_read_is_not_said_to_be_too_little(
     said = capsys.readouterr().err
     reason = next(line for line in said.splitlines() if line.startswith("no share of --data could be held out: "))
     assert words in reason and ("too few documents" in said) == ("too few" in words)
+
+
+@pytest.mark.parametrize(
+    ("row", "option"),
+    [
+        (
+            {"messages": [{"role": "user", "content": "TEXT"}, {"role": "assistant", "content": "TEXT"}]},
+            "messages_field",
+        ),
+        ({"conversations": [{"role": "user", "content": "TEXT"}]}, "messages_field"),
+        ({"prompt": "TEXT", "completion": "TEXT"}, "prompt_field"),
+        ({"text": "TEXT", "prompt": "TEXT", "completion": "TEXT"}, None),
+    ],
+)
+def test_the_field_of_the_documents_is_found(
+    teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    row: dict[str, object],
+    option: str | None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(teacher / "teacher", "chats")
+    (tmp_path / "chats" / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    lines = [json.dumps(row).replace("TEXT", f"the cat saw {number} birds") for number in range(200)]
+    Path("rows.jsonl").write_text("\n".join(lines))
+    assert command_line(["init", "--teacher", "chats", "--data", "rows.jsonl"]) == 0, capsys.readouterr().err
+    data = load_spec(tmp_path / "spec.yaml").spec.distill.data  # type: ignore[union-attr]
+    found = {one: getattr(data, one) for one in ("messages_field", "prompt_field") if getattr(data, one) is not None}
+    assert found == ({} if option is None else {option: next(iter(row))})
+    assert (f"read with `{option}: " in capsys.readouterr().err) == (option is not None)
+
+
+def test_rows_without_a_usual_field(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"body": "one"}\n')
+    given = ["--teacher", str(teacher / "teacher"), "--data", str(tmp_path / "rows.jsonl")]
+    assert command_line(["init", *given, "-o", str(tmp_path / "spec.yaml")]) == 2
+    assert "has no field `text`; there is `body`: write one of them as `text_field`" in capsys.readouterr().err
 
 
 def test_what_is_there_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
