@@ -65,13 +65,18 @@ def test_tokens_that_a_curve_needs(recovery: ModuleType) -> None:
 
 def test_arms_are_values_of_the_spec(recovery: ModuleType, foundry: Foundry, tmp_path: Path) -> None:
     """Every arm is a spec that can be read."""
-    teacher = foundry.teacher("qwen3", num_hidden_layers=2)
-    known = recovery.Bench.__new__(recovery.Bench)
-    known.teacher, known.work, known.batch = teacher, tmp_path, 8
-    spec = known.spec("all-75")
-    for arm in recovery.ARMS.values():
-        values = [*recovery.overrides(arm)]
-        assert len(values) == len(arm.values) and load_spec(spec, values).spec.student.hidden_size is not None
+    families = {"all-75": "qwen3", "experts-50": "qwen3_moe"}
+    for case, family in families.items():
+        known = recovery.Bench.__new__(recovery.Bench)
+        known.teacher, known.work, known.batch = foundry.teacher(family, num_hidden_layers=2), tmp_path, 8
+        spec = known.spec(case)
+        arms = [arm for name, arm in recovery.ARMS.items() if ("experts" in name) == ("experts" in case)]
+        assert arms
+        for arm in arms:
+            values = [*recovery.overrides(arm)]
+            student = load_spec(spec, values).spec.student
+            assert len(values) == len(arm.values)
+            assert (student.hidden_size, student.num_experts).count(None) == 1, "what the case narrows"
 
 
 def test_norms_are_those_of_all_weights_that_go_together(
