@@ -59,6 +59,7 @@ def test_a_spec_for_a_teacher_plans_at_once(
     [
         ("many.jsonl", 2000, None, True, None),
         ("few.jsonl", 200, None, True, None),
+        ("fewer.jsonl", 30, None, True, None),
         ("stories.txt", 1200, "\n\n", True, "paragraph"),
         ("one.txt", 1, "\n\n", False, "file"),
         ("one.jsonl", 3, None, False, None),
@@ -89,10 +90,10 @@ def test_documents_are_held_out_where_no_other_are_named(
         return
     assert spec.evaluate is not None and spec.evaluate.held_out is not None and spec.search is not None
     share = spec.evaluate.held_out.fraction
-    assert share is not None and 0.01 <= share <= 0.1 and (share < 0.1 or documents < 1000)
+    assert share is not None and 0.01 <= share <= 0.2 and (share < 0.1 or documents < 1000)
     read = dict(sources_as_read(spec))
     sides = [len(list(iter_documents(resolve(read[at], tmp_path)))) for at in ("distill.data", "evaluate.held_out")]
-    assert sum(sides) == documents and sides[1] >= 8
+    assert sum(sides) == documents and sides[1] >= (8 if documents > 100 else 2)
     assert command_line(["plan", "spec.yaml"]) == 0
 
 
