@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-LEAST_GROWTH = 2.0  # a rung is at least twice as long as the one before it
+GROWTH = 2.0  # a rung is twice as long as the one before it
 WARMUP_SHARE = 0.2  # of the first rung's steps, at most: what follows must tell learning rates apart
 BRANCH_SHARE = 0.1  # of a rung, over which the rate of the branch that judges it decays (arXiv 2405.18392)
 RIDERS_SHARE = 0.7  # of a device's free memory that candidates take; activations and logits have the rest
@@ -25,17 +25,16 @@ class Rung:
 def halving(candidates: int, tokens: int, rungs: int) -> tuple[Rung, ...]:
     """Returns the rungs that leave one of `candidates` after it was trained on `tokens` tokens; none for one candidate.
 
-    Every rung keeps the same share of its field, candidates^(-1/rungs), and is longer than the one before it by the inverse,
-    so that all rungs cost about the same.
+    Every rung keeps the same share of its field, candidates^(-1/rungs). The first one costs most: where all rungs cost the
+    same, as in the paper, it is too short to tell which candidates come to something (docs/search.md has the figures).
     """
     if candidates == 1:
         return ()
-    growth = max(LEAST_GROWTH, candidates ** (1 / rungs))
     found: list[Rung] = []
     for number in range(1, rungs + 1):
         enter = found[-1].leave if found else candidates
         leave = 1 if number == rungs else math.ceil(candidates ** (1 - number / rungs) - 1e-9)
-        found.append(Rung(number, max(1, round(tokens * growth ** (number - rungs))), enter, leave))
+        found.append(Rung(number, max(1, round(tokens * GROWTH ** (number - rungs))), enter, leave))
     return tuple(found)
 
 

@@ -113,7 +113,7 @@ def rungs_fit_the_training(spec: Spec) -> Iterator[Problem]:
         needed = -(-batch * rank.tokens // first.tokens)
         size = format_quantity(first.tokens, COUNT_UNITS)
         message = f"the first of {rank.rungs} rungs has {size} tokens, less than one global batch, {batch} tokens"
-        hint = "write fewer `rungs` or `candidates`, or a smaller `distill.global_batch_size`"
+        hint = "write fewer `rungs`, or a smaller `distill.global_batch_size`"
         if needed < distill.tokens:
             hint = f"write at least {needed}, or {hint.removeprefix('write ')}"
         yield Problem("search.rank.tokens", message, hint)
