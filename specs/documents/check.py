@@ -17,7 +17,7 @@ from minitron.specs.documents.megatron import open_megatron
 from minitron.specs.documents.opening import BLOCK, COMPRESSED, check_utf8, not_utf8, open_bytes
 from minitron.specs.documents.readers import describe, is_array, json_line, parquet_rows, read_source
 from minitron.specs.documents.rows import RowReader
-from minitron.specs.documents.shares import count_sides
+from minitron.specs.documents.shares import count_sides, places
 from minitron.specs.errors import UsageError, WorkError
 from minitron.specs.one_line import plural
 
@@ -67,7 +67,7 @@ def check_share(source: Source, share: float, *, held_out: bool = True) -> None:
     """
     if source.dataset is not None or (source.parquet is not None and find_spec("pyarrow") is None):
         return
-    sides = count_sides(read_source(source, Tally()), share)
+    sides = count_sides(places(read_source(source, Tally())), share)
     if sides.all and not (sides.above and (sides.below or not held_out)):
         side = "trained on" if sides.above == 0 else "held out"
         more = (

@@ -23,18 +23,29 @@ class Sides:
     all: bool
 
 
-def count_sides(pieces: Iterable[Piece], share: float, enough: int = 1) -> Sides:
-    """Counts the documents that `only: share` and `leave_out: share` let through, until both have `enough` or `SOUGHT`
-    characters are read.
+def places(pieces: Iterable[Piece]) -> Iterator[float | None]:
+    """Yields the place of every document between 0 and 1, which shares divide; None once for all that lie behind `SOUGHT`
+    characters.
     """
-    below = above = characters = 0
+    characters = 0
     for piece in pieces:
-        if characters > SOUGHT or min(below, above) >= enough:
-            return Sides(below, above, all=False)
+        if characters > SOUGHT:
+            yield None
+            return
         characters += size_of(piece.content)
         if piece.begins:
-            inside = _place(piece.content) < share
-            below, above = below + inside, above + (not inside)
+            yield _place(piece.content)
+
+
+def count_sides(found: Iterable[float | None], share: float, enough: int = 1) -> Sides:
+    """Counts the documents that `only: share` and `leave_out: share` let through, by their places, until both
+    have `enough`.
+    """
+    below = above = 0
+    for place in found:
+        if place is None or min(below, above) >= enough:
+            return Sides(below, above, all=False)
+        below, above = below + (place < share), above + (place >= share)
     return Sides(below, above, all=True)
 
 
