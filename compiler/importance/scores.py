@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from minitron.compiler.importance.row_blocks import row_blocks
 from minitron.compiler.roles.names import HEADS, HIDDEN, LAYERS
 from minitron.specs.builds import COVARIANCE, EXPERT_OUTPUTS, EXPERT_TOKENS
 
@@ -40,7 +41,7 @@ class Accumulator:
 
     def update(self, value_BSC: torch.Tensor) -> None:
         """Takes in the activations of one batch."""
-        self.add(over_tokens(value_BSC.float().abs(), self.config.sequence))
+        self.add(over_tokens(value_BSC, self.config.sequence))
 
     def add(self, per_sample_BC: torch.Tensor) -> None:
         """Takes in what the tokens of each sample came to."""
@@ -124,12 +125,28 @@ def over_rows(rows_NC: torch.Tensor, members_BN: torch.Tensor, how: Aggregation)
 
 
 def over_tokens(value_BSC: torch.Tensor, how: Aggregation) -> torch.Tensor:
-    """[B, .., S, C] -> [B, .., C]"""
-    if how == "l2":
-        return value_BSC.square().sum(-2).sqrt()
-    if how == "mean":
-        return value_BSC.mean(-2)
-    return value_BSC.var(-2, correction=0)
+    """[B, .., S, C] -> [B, .., C]: |a| over the tokens of each sample, summed in fp32.
+
+    Block by block of tokens (`row_blocks`): a copy of all activations would cost several times what the sums do.
+    """
+    count = value_BSC.shape[-2]
+
+    def of_sample(value_SC: torch.Tensor) -> torch.Tensor:
+        blocks = row_blocks(value_SC)
+        if how == "l2":
+            return torch.stack([block.float().square().sum(-2) for block in blocks]).sum(0).sqrt()
+        mean_C = torch.stack([block.float().abs().sum(-2) for block in blocks]).sum(0) / count
+        if how == "mean":
+            return mean_C
+        return (
+            torch.stack([(block.float().abs() - mean_C.unsqueeze(-2)).square().sum(-2) for block in blocks]).sum(0)
+            / count
+        )
+
+    if value_BSC.device.type != "cpu":
+        return of_sample(value_BSC)
+    samples = value_BSC.reshape(-1, *value_BSC.shape[-2:])
+    return torch.stack([of_sample(sample) for sample in samples]).reshape(*value_BSC.shape[:-2], -1)
 
 
 @dataclass(frozen=True)

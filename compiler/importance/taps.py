@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch.fx import Node
+from torch.nn.functional import cosine_similarity
 
 from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.capture.capture import Captured
@@ -19,6 +20,7 @@ from minitron.compiler.importance.covariance import Gram
 from minitron.compiler.importance.elimination import Elimination
 from minitron.compiler.importance.expert_elimination import ExpertGram, eliminate_experts
 from minitron.compiler.importance.ranks import Ranks
+from minitron.compiler.importance.row_blocks import row_blocks
 from minitron.compiler.importance.sample_rows import Rows, SampleRows
 from minitron.compiler.importance.scores import (
     Accumulator,
@@ -194,9 +196,8 @@ class Taps:
         how = self._config.width.sequence
 
         def tap(value: torch.Tensor, number: int) -> None:
-            value = value.float().abs()
             if mixture.ends is not None:
-                ends = self._integers[mixture.ends.name]
+                ends, value = self._integers[mixture.ends.name], value.float().abs()
                 score_BEC = over_owned_tokens(value, ends, self._members(rows, value, number), how)
             else:
                 axis = experts_axis(table, node, mixture)
@@ -256,10 +257,12 @@ class Taps:
         def leave(value: torch.Tensor, number: int) -> None:
             before, self._entered = self._entered, None
             assert before is not None
-            cosine = torch.nn.functional.cosine_similarity(before.float(), value.float(), dim=-1)
-            turned = (1 - cosine).sum().double()
+            blocks = zip(*(row_blocks(one.flatten(0, -2)) for one in (before, value)), strict=True)
+            turned = torch.stack(
+                [(1 - cosine_similarity(one.float(), other.float(), dim=-1)).sum().double() for one, other in blocks]
+            ).sum()
             self.turned[layer] = self.turned[layer].to(turned.device) + turned
-            self.turned_tokens[layer] += cosine.numel()
+            self.turned_tokens[layer] += value.shape[:-1].numel()
 
         self.given[end.entry] = enter
         self._add(end.leave, leave)

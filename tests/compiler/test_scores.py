@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minitron.compiler.importance.row_blocks import row_blocks
 from minitron.compiler.importance.scores import Accumulator, Aggregation, ScoreTable, WidthConfig, over_tokens
 
 HOW: tuple[Aggregation, ...] = ("l2", "mean", "var")
@@ -77,6 +78,16 @@ def test_low_precision_is_summed_in_fp32() -> None:
     value = torch.tensor([[[1.0], [1 + 2**-7]]], dtype=torch.bfloat16)
     assert accumulated(WidthConfig("mean", "mean"), [value]).tolist() == [1 + 2**-8]
     assert over_tokens(value.float(), "l2").item() == pytest.approx((1 + (1 + 2**-7) ** 2) ** 0.5)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_long_sample_is_summed_in_blocks_that_do_not_show(how: Aggregation) -> None:
+    value = torch.randn(2, 300, 2048, generator=torch.Generator().manual_seed(0))
+    assert len(row_blocks(value[0])) > 1
+    magnitude = value.double().abs()
+    whole = {"l2": magnitude.norm(dim=1), "mean": magnitude.mean(1), "var": magnitude.var(1, correction=0)}[how]
+    torch.testing.assert_close(over_tokens(value, how).double(), whole, rtol=1e-6, atol=1e-7)
+    assert over_tokens(value[1:], how).equal(over_tokens(value, how)[1:])  # whatever else is in the batch
 
 
 def test_a_channel_that_never_varies_has_no_negative_variance() -> None:
