@@ -3,7 +3,7 @@
     python benchmarks/search.py                                   # the quickstart's teacher, 24 shapes, one seed
     python benchmarks/search.py --teacher ../shared/data/stories260K --parameters 143K   # on text that it writes itself
     python benchmarks/search.py --spec my.yaml --seeds 3          # any spec with a `search`
-    python benchmarks/search.py --rates 1e-3,2e-3,4e-3,8e-3       # one shape of the quickstart, the learning rate alone
+    python benchmarks/search.py --rates 1e-3,2e-3,4e-3 --rank-tokens 8000 --rungs 2      # one shape, the learning rate alone
     python benchmarks/search.py --together 8                      # 8 candidates on one pass of the teacher, beside one by one
 
 All candidates of a grid are trained on `--tokens` tokens, as the rungs train them, and judged on the way on a branch whose rate
@@ -166,6 +166,11 @@ def report(zero_shot: dict[int, float], curves: dict[int, Curve], points: list[i
     return rows
 
 
+def three_quarters(config: dict[str, Any]) -> dict[str, int]:
+    """The shape whose learning rate is searched: hidden_size and FFN at three quarters, rounded down to a multiple of 16."""
+    return {key: int(config[key] * 0.75) // 16 * 16 for key in ("hidden_size", "intermediate_size")}
+
+
 def spec_text(arguments: Any, seed: int) -> dict[str, Any]:
     """The spec of one seed: the given one, or the quickstart's teacher with a search."""
     path = arguments.spec or ROOT / "examples" / "quickstart" / "spec.yaml"
@@ -179,6 +184,7 @@ def spec_text(arguments: Any, seed: int) -> dict[str, Any]:
         document["distill"] |= {"data": texts["documents"]}
         document["distill"]["optimizer"] = {"lr": 4e-3, "min_lr": 1e-5, "warmup_steps": 20}
         document["evaluate"] = {"held_out": texts["held_out"]}
+        document["student"] = three_quarters(json.loads((arguments.teacher / "config.json").read_text(encoding="utf-8")))
     document["distill"] |= {"tokens": 10 * arguments.tokens, "seed": seed}
     document["evaluate"]["max_tokens"] = arguments.judged_tokens
     rates = [float(one) for one in arguments.rates.split(",")] if arguments.rates else None
@@ -251,7 +257,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/minitron-search"))
     arguments = parser.parse_args()
     arguments.rank_tokens = arguments.rank_tokens or arguments.tokens // 2
-    points = sorted({max(1, round(arguments.tokens * share)) for share in (0.03, 0.06, 0.12, 0.25, 0.5, 1.0)})
+    rungs = {rung.tokens for rung in halving(2, arguments.rank_tokens, arguments.rungs)}
+    points = sorted(rungs | {max(1, round(arguments.tokens * share)) for share in (0.03, 0.06, 0.125, 0.25, 0.5, 1.0)})
     found = []
     for seed in range(arguments.seeds):
         build = arguments.work / f"seed-{seed}"
