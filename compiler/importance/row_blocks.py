@@ -14,4 +14,4 @@ def row_blocks(value: torch.Tensor) -> tuple[torch.Tensor, ...]:
     batch. A GPU has its values whole: there a launch costs more than a pass."""
     if value.device.type != "cpu":
         return (value,)
-    return value.split(max(1, BLOCK_ELEMENTS // value.shape[-1]), dim=-2)
+    return torch.split(value, max(1, BLOCK_ELEMENTS // value.shape[-1]), dim=-2)
