@@ -10,6 +10,7 @@ from typing import Any
 
 from minitron.compiler.teacher.hub import is_path, snapshot
 from minitron.compiler.teacher.model_config import load_config
+from minitron.compiler.teacher.other_formats import no_folder, what_to_do_instead
 from minitron.compiler.teacher.refusals import check_not_quantised, check_one_for_all_layers
 from minitron.compiler.teacher.text_config import text_config
 from minitron.compiler.teacher.tokenizer import tokenizer_files
@@ -109,9 +110,7 @@ def open_checkpoint(model: str, revision: str | None, base: Path, *, weights: bo
     if local.is_dir():
         return read_checkpoint(model, local.resolve(), weights=weights, tower=tower)
     if is_path(model, base):
-        raise UsageError(
-            f"there is no folder {local}; write a folder relative to the spec, or a Hugging Face id (owner/name)"
-        )
+        raise UsageError("; ".join(no_folder(local)))
     found = snapshot(model, revision, SMALL_FILES, enough=[] if weights else [CONFIG])
     return read_checkpoint(model, found.folder, weights=False, commit=found.commit, tower=tower)
 
@@ -160,9 +159,7 @@ def _inspect(name: str, folder: Path, weights: bool, commit: str | None) -> tupl
                 f"{name}: no weights in safetensors format, neither in the local cache nor on the Hugging Face Hub; "
                 f"offline, run `hf download {name} --revision {commit}` where there is a network"
             )
-        other = any(folder.glob("*.bin"))
-        hint = "convert other formats with save_pretrained" if other else "copy the weight files there"
-        raise WorkError(f"{folder}: no weights in safetensors format; {hint}")
+        raise WorkError(f"{folder}: no weights in safetensors format; {what_to_do_instead(folder)}")
     if not tensors and commit is not None:
         tensors, remark = _remote_headers(name, folder, commit)
     elif not tensors:

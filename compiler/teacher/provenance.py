@@ -12,6 +12,7 @@ from pathlib import Path
 
 from minitron.compiler.teacher.checkpoint import SMALL_FILES
 from minitron.compiler.teacher.hub import WrongRevision, commit_of, is_commit, is_path, snapshot
+from minitron.compiler.teacher.other_formats import no_folder
 from minitron.compiler.teacher.tokenizer import tokenizer_files
 from minitron.specs.builds import CONFIG, PLAN, build_of, finished_note, result_of
 from minitron.specs.chain import above
@@ -94,9 +95,7 @@ def _teacher(loaded: LoadedSpec) -> tuple[Inputs, Path | None]:
         folder = local.resolve()
     else:
         if is_path(model, loaded.folder):
-            message = f"there is no folder {local}"
-            hint = "write a folder relative to the spec, or a Hugging Face id (owner/name)"
-            raise SpecInvalid([loaded.error("teacher.model", message, hint)])
+            raise SpecInvalid([loaded.error("teacher.model", *no_folder(local))])
         try:
             found = snapshot(model, revision, SMALL_FILES)
         except WrongRevision as error:

@@ -20,11 +20,11 @@ class NotRunnable(WorkError):
 
 
 def load_model(
-    folder: Path, attention: str | None, dtype: torch.dtype = torch.float32, *, without_calling: bool = False
+    folder: Path, attention: str | None, dtype: torch.dtype = torch.float32, *, of_user: bool = False
 ) -> Any:
     """The model of a folder, as any user loads it; `attention` None: the implementation that transformers chooses.
-    `without_calling` leaves out keys of its configuration that only change how it is called: a tuple in place of an
-    output, say.
+    `of_user`: a folder that nobody here has written. Keys of its configuration that only change how it is called are left
+    out, and tensors that its files have beside the model's are ignored, as transformers ignores them and a plan tells.
 
     NotRunnable with transformers' words.
     """
@@ -32,7 +32,7 @@ def load_model(
 
     chosen: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     try:
-        if without_calling:
+        if of_user:
             chosen["config"] = load_config(folder, without=OF_CODE)
         with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -40,7 +40,8 @@ def load_model(
             )
     except Exception as error:  # transformers raises anything
         raise NotRunnable(f"{folder} cannot be loaded back by transformers: {first_line(error)}") from None
-    problems = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    beside = [] if of_user else info["unexpected_keys"]
+    problems = [*info["missing_keys"], *beside, *info["mismatched_keys"]]
     if problems:
         raise NotRunnable(
             f"{folder} does not load back whole: {problems[0]} and {len(problems) - 1} more tensors are off"

@@ -68,7 +68,7 @@ class TeacherRoutes:
         source = self.original.source
         if isinstance(source, LoadedWeights):
             return source.model
-        return load_model(self.original.folder, None, self.original.stored, without_calling=True)
+        return load_model(self.original.folder, None, self.original.stored, of_user=True)
 
     @cached_property
     def loaded(self) -> torch.Tensor:

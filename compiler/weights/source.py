@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -19,7 +20,8 @@ from minitron.compiler.storage.tensors import worth_picking
 from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.compiler.teacher.model_config import OF_CODE, in_one_line, load_config
 from minitron.compiler.teacher.refusals import check_tensors_not_quantised
-from minitron.compiler.weights.foreign_names import ForeignName, find_foreign_name
+from minitron.compiler.weights.foreign_names import find_foreign_name
+from minitron.compiler.weights.other_models import check_head, check_nothing_beside
 from minitron.specs.errors import UsageError, WorkError
 
 # Elements of a tensor that are looked at in one piece for numbers that are none.
@@ -135,8 +137,11 @@ def check_headers(captured: Captured, checkpoint: Checkpoint) -> bool:
         )
     other_names = _tied_names(captured, checkpoint)
     missing = [name for name in parameters if name not in checkpoint.tensors and name not in other_names]
+    if not missing:
+        check_nothing_beside(captured, checkpoint)
+    check_head(captured, checkpoint, missing, converted=partial(_converted_by_transformers, captured, checkpoint))
     foreign = find_foreign_name(missing, checkpoint.tensors)
-    if foreign is not None and not _converted_by_transformers(captured, checkpoint, foreign):
+    if foreign is not None and not _converted_by_transformers(captured, checkpoint, foreign.there):
         raise UsageError(
             f"{checkpoint.folder}: {len(missing)} of the model's tensors are missing, and the files have "
             f"`{foreign.part}` in their names ({foreign.there} in place of {foreign.wanted}); {foreign.remedy}"
@@ -207,20 +212,20 @@ def _tied_names(captured: Captured, checkpoint: Checkpoint) -> dict[str, str]:
     return names
 
 
-def _converted_by_transformers(captured: Captured, checkpoint: Checkpoint, foreign: ForeignName) -> bool:
-    """Checks whether transformers maps such a tensor to one of the model, by giving it that one alone, without its
+def _converted_by_transformers(captured: Captured, checkpoint: Checkpoint, name: str) -> bool:
+    """Checks whether transformers maps a tensor of the files to one of the model, by giving it that one alone, without its
     bytes."""
-    info = checkpoint.tensors[foreign.there]
+    info = checkpoint.tensors[name]
     with quiet(), _one_thread(), FakeTensorMode(allow_non_fake_inputs=True):
         tensor = torch.empty(info.shape)
         try:
             _, found = type(captured.model).from_pretrained(  # type: ignore[attr-defined]
-                None, config=captured.config, state_dict={foreign.there: tensor}, output_loading_info=True,
+                None, config=captured.config, state_dict={name: tensor}, output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )  # fmt: skip
         except Exception:  # it knows the name, and wants more than the one tensor
             return True
-    return foreign.there not in found["unexpected_keys"]
+    return name not in found["unexpected_keys"]
 
 
 @contextmanager

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
-from minitron.compiler.capture.models import build_meta, canonical_names, quiet
+from minitron.compiler.capture.capture import Captured as CapturedModel
+from minitron.compiler.capture.models import build_meta, canonical_names, find_layers, quiet
 from minitron.compiler.importance.samples import SampleConfig, calibration_samples
 from minitron.compiler.plan.plan import make_plan
 from minitron.compiler.teacher.checkpoint import Checkpoint, open_checkpoint
@@ -58,6 +59,10 @@ class Captured:
         self.model = build_meta(config, torch.float32, "sdpa")
         self.canonical = canonical_names(self.model)
         self.config = config
+        self.layer_path, self.layer_count = find_layers(self.model, config)
+
+    def layer_in_path(self, path: str) -> int | None:
+        return CapturedModel.layer_in_path(self, path)  # type: ignore[arg-type]
 
     def stored_dtype(self, _: str) -> torch.dtype:
         return torch.float32
@@ -203,6 +208,14 @@ def cut(folder: Path, end: int) -> None:
 
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pickles only": (other_format, "no weights in safetensors format; convert other formats with save_pretrained"),
+    "a conversion only": (
+        lambda f: (f / SINGLE).rename(f / "model-Q4_K_M.gguf"),
+        "no weights in safetensors format; GGUF files are conversions for llama.cpp: name the Hugging Face folder",
+    ),
+    "shards without an index": (
+        lambda f: (f / SINGLE).rename(f / "model-00001-of-00001.safetensors"),
+        "model-00001-of-00001.safetensors is there, and neither model.safetensors nor model.safetensors.index.json, which",
+    ),
     "cut short": (lambda f: cut(f, -1), r"is not a whole safetensors file \(\d+ of \d+ bytes\); copy it again"),
     "cut in the header": (lambda f: cut(f, 100), r"not a whole safetensors file \(its header is longer than the file\)"),
     "cut in the length": (lambda f: cut(f, 5), "not a whole safetensors file"),

@@ -215,6 +215,73 @@ def test_a_lone_tied_head_is_the_embedding(folder: Path, teacher: Path) -> None:
     )
 
 
+def with_more(*names: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    return lambda tensors: tensors | {name: torch.ones(4) for name in names}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.1.self_attn.gate.weight",
+        "model.layers.2.mlp.up_proj.weight",
+    ],
+    ids=["a bias", "a module", "a layer"],
+)
+def test_tensors_that_config_json_does_not_speak_of_are_another_model(folder: Path, name: str) -> None:
+    rewritten(folder, with_more(name))
+    with pytest.raises(
+        UsageError, match=rf"have a tensor {name} .*which the model that config\.json describes has not"
+    ):
+        check_headers(captured(opened(folder)), opened(folder))
+
+
+def test_layers_that_predict_further_tokens_and_old_tables_are_passed_over(folder: Path) -> None:
+    rewritten(folder, with_more("model.layers.2.eh_proj.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"))
+    change_config(folder, num_nextn_predict_layers=1)
+    assert check_headers(captured(opened(folder)), opened(folder))
+
+
+def test_the_head_of_another_task_is_passed_over_to_the_end(foundry: Foundry, folder: Path) -> None:
+    """As the plan says, which a compile must not contradict."""
+    rewritten(folder, with_more("score.weight"))
+    made = foundry.build(folder, {"intermediate_size": 24}, program=False)
+    assert made.plan.remarks[0].endswith("are not the model's and are ignored, such as score.weight")
+    assert all(check["passed"] for check in made.checks.values())
+    assert "score.weight" not in made.tensors
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""], ids=["of another task", "the base model"])
+def test_a_model_saved_without_its_head(tmp_path: Path, prefix: str) -> None:
+    folder = save_teacher(tmp_path / "whole", tiny_config("llama", num_hidden_layers=1))
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        del tensors["lm_head.weight"]
+        return {name.replace("model.", prefix, 1): tensor for name, tensor in tensors.items()} | {
+            "score.weight": torch.ones(3, 32)
+        }
+
+    rewritten(folder, change)
+    with pytest.raises(
+        UsageError,
+        match=r"saved without the head of a language model: lm_head\.weight is missing; it has score\.weight in its place",
+    ):
+        check_headers(captured(opened(folder)), opened(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (SINGLE, r"model\.safetensors is a file; name the folder that holds it and config\.json: .*teacher$"),
+        ("x.gguf", r"x\.gguf is no folder; GGUF files are conversions for llama\.cpp: name the Hugging Face folder"),
+    ],
+)
+def test_a_file_is_no_teacher(folder: Path, name: str, words: str) -> None:
+    (folder / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UsageError, match=words):
+        opened(folder / name)
+
+
 # -- names --------------------------------------------------------------------------------------------------------------
 
 
