@@ -184,7 +184,9 @@ def spec_text(arguments: Any, seed: int) -> dict[str, Any]:
         document["distill"] |= {"data": texts["documents"]}
         document["distill"]["optimizer"] = {"lr": 4e-3, "min_lr": 1e-5, "warmup_steps": 20}
         document["evaluate"] = {"held_out": texts["held_out"]}
-        document["student"] = three_quarters(json.loads((arguments.teacher / "config.json").read_text(encoding="utf-8")))
+        document["student"] = three_quarters(
+            json.loads((arguments.teacher / "config.json").read_text(encoding="utf-8"))
+        )
     document["distill"] |= {"tokens": 10 * arguments.tokens, "seed": seed}
     document["evaluate"]["max_tokens"] = arguments.judged_tokens
     rates = [float(one) for one in arguments.rates.split(",")] if arguments.rates else None

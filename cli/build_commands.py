@@ -80,6 +80,7 @@ def compile_command(
     loaded = follow_lock(loaded, locked=locked)
     chosen = pick_device(device)
     use_threads(threads)
+    count = process_count(devices, chosen, device)
     if prepare:
         only_process("compile --prepare")
         searching.prepare(loaded, build, chosen)
@@ -90,7 +91,6 @@ def compile_command(
     else:
         opened = searching.opened_search(loaded, build)
         planned = _prepare(loaded, build, chosen, fresh=True, opened=opened) if fresh else None
-        count = process_count(devices, chosen, device)
         resolved = searching.chosen_plan(
             opened, chosen, lambda of: searching.rungs(of, chosen, count, threads), candidate=candidate
         )

@@ -16,9 +16,14 @@ from minitron.cli.sections import Document
 from minitron.specs import LoadedSpec
 from minitron.specs.atomic import remove_leftovers
 from minitron.specs.builds import (
+    LOGITS,
     MODEL,
     PLAN,
     RESULTS,
+    SEARCH,
+    STUDENT,
+    TEACHER,
+    TOWER,
     TRAINING,
     VERIFICATION,
     WORK,
@@ -29,6 +34,9 @@ from minitron.specs.builds import (
 )
 from minitron.specs.errors import UsageError, WorkError
 from minitron.specs.locks import only_one
+
+# The folders of a build that minitron writes and replaces.
+_PARTS = {LOGITS, MODEL, SEARCH, STUDENT, TEACHER, TOWER, WORK}
 
 
 def require_build(build: Path) -> Path:
@@ -59,6 +67,15 @@ def build_folder(output: Path | None, loaded: LoadedSpec) -> Path:
     build = output or build_of(loaded)
     if build.exists() and not build.is_dir():
         raise UsageError(f"{build}: a file, and the build needs a folder; name another with -o")
+    whole = build.absolute().resolve()
+    for above in whole.parents:
+        if above.is_file():
+            raise UsageError(f"{build}: {above} is a file, and no folder can lie in it; name another with -o")
+        if (above / PLAN).is_file() and whole.relative_to(above).parts[0] in _PARTS:
+            raise UsageError(f"{build}: lies inside of the build {above}, whose files these are; name another with -o")
+    teacher = None if loaded.spec.teacher.model is None else (loaded.folder / loaded.spec.teacher.model).expanduser()
+    if teacher is not None and teacher.is_dir() and whole.is_relative_to(teacher.resolve()):
+        raise UsageError(f"{build}: is the teacher's folder, or lies in it; name another with -o")
     return build
 
 

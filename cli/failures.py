@@ -58,6 +58,8 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, KeyboardInterrupt):
         hint = "the same command, started again, goes on where it was"
         return replace(_failure(INTERRUPTED, "interrupted", hint), follows=True)
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return _failure(WRONG, f"{error.filename}: a path that is too long", "write a shorter one")
     if isinstance(error, OSError):
         return _failure(FAILED, *_os_words(error))
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

@@ -35,7 +35,7 @@ from minitron.specs.builds import (
     WORK,
     read_document,
 )
-from minitron.specs.errors import MinitronError
+from minitron.specs.errors import MinitronError, UsageError
 from minitron.specs.locks import only_one
 
 # What a command needs beside the core: module, extra, what it is for.
@@ -127,6 +127,7 @@ def list_builds(
     as_json: options.Json = False,
 ) -> None:
     """List the builds below a folder: their students, how far they are, and their loss."""
+    require_folder(folder)
     found = [_entry(build) for build in sorted(_builds_below(folder))]
     if not found and not as_json:
         say(f"{folder}: no builds below it; `minitron compile SPEC` makes one")
@@ -144,6 +145,14 @@ def list_builds(
     )
     if found or as_json:
         show_sections([Section("Builds", columns, rows)], {"builds": found}, as_json=as_json)
+
+
+def require_folder(folder: Path) -> None:
+    """Raises UsageError where there is no such folder."""
+    if not folder.is_dir():
+        raise UsageError(
+            f"{folder}: {'is a file' if folder.exists() else 'there is no such folder'}; name one that holds builds"
+        )
 
 
 def _builds_below(folder: Path) -> Iterator[Path]:

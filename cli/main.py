@@ -31,7 +31,7 @@ from minitron.cli.processes import launched
 from minitron.cli.ranks import says
 from minitron.cli.render import complain, document, write
 from minitron.cli.streams import Unbreakable
-from minitron.specs.errors import OtherProcessEnded, ProcessesFailed
+from minitron.specs.errors import OtherProcessEnded, ProcessesFailed, UsageError
 
 app = typer.Typer(
     name="minitron",
@@ -109,6 +109,8 @@ def command_line(arguments: Sequence[str]) -> int:
     if not debug:
         warnings.simplefilter("ignore")
     try:
+        if "" in arguments:  # as a path it would be the current folder, which no one has named
+            raise UsageError("an argument is empty; write it out: a variable of your shell may not be set")
         arguments = voice.configure(arguments)
         quiet_imports()
         code = app([one for one in arguments if one != "--debug"], prog_name="minitron", standalone_mode=False)

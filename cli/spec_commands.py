@@ -20,6 +20,7 @@ from minitron.cli.sections import Document
 from minitron.specs import LoadedSpec, load_spec
 from minitron.specs.errors import Problem, SpecError, SpecInvalid, UsageError, located
 from minitron.specs.float8 import missing_library
+from minitron.specs.idle_keys import idle_keys
 from minitron.specs.lockfile import LOCK_SUFFIX
 from minitron.specs.spec import float8_uses
 from minitron.specs.tracking import missing_trackers
@@ -50,7 +51,7 @@ def validate(
                 complain(*failure.lines())
             continue
         valid.append({"file": str(path), "name": loaded.spec.name, "sha256": loaded.sha256})
-        early = located(_untracked(loaded), loaded)
+        early = located([*_untracked(loaded), *idle_keys(loaded)], loaded)
         warnings += early
         if not as_json:
             write(f"{path}: valid")

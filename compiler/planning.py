@@ -10,6 +10,7 @@ from minitron.compiler.plan import plan as of_one
 from minitron.compiler.plan.plan import Opened, Plan
 from minitron.compiler.search.candidates import Candidate, Candidates, choose_candidates
 from minitron.compiler.search.forecast import Forecast, forecast
+from minitron.compiler.teacher.provenance import data_at_commits
 from minitron.specs.builds import PLAN, read_document
 from minitron.specs.errors import UsageError
 from minitron.specs.load import LoadedSpec
@@ -61,6 +62,7 @@ class SearchPlan:
 
 def make_search(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> SearchPlan:
     """Resolves a spec that has a search. Raises SpecInvalid as `make_plan` does."""
+    loaded = data_at_commits(loaded) if weights else loaded
     opened = of_one.open_spec(loaded, weights=weights)
     return SearchPlan(loaded, build, opened, choose_candidates(loaded, opened))
 
@@ -72,7 +74,7 @@ def make_plan(loaded: LoadedSpec, *, build: Path, weights: bool = False) -> Plan
     Without `weights` the configuration and whatever weight headers are there suffice; with it the plan can be compiled.
     """
     if loaded.spec.search is None:
-        return of_one.make_plan(loaded, build=build, weights=weights)
+        return of_one.make_plan(data_at_commits(loaded) if weights else loaded, build=build, weights=weights)
     return make_search(loaded, build=build, weights=weights).plan(chosen_before(loaded, build) or 1)
 
 

@@ -9,12 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from minitron.compiler.build_documents import is_training
 from minitron.compiler.compilation import Compilation, run_buffers
 from minitron.compiler.compile import Stages, check_unchanged, prune, require_teacher, student_fingerprint
+from minitron.compiler.emit.coordinates import write_coordinates
 from minitron.compiler.emit.rewritten import RewrittenStudent
 from minitron.compiler.emit.student import StudentFolder, student_tensors, write_student
-from minitron.compiler.emit.training_plan import render, training_plan
+from minitron.compiler.emit.training_plan import aligned, render, training_plan
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.estimate.model_costs import ModelCosts
 from minitron.compiler.estimate.plan_costs import plan_costs
@@ -25,7 +28,7 @@ from minitron.compiler.teacher.folder_files import copy_file, copy_tokenizer
 from minitron.compiler.teacher.provenance import at_commit, observe, with_result
 from minitron.compiler.weights.source import open_weights
 from minitron.specs.atomic import atomic_folder, claim_folder, remove_leftovers, write_text
-from minitron.specs.builds import COMPILED, CONFIG, SEARCH, SEARCH_PLAN, STUDENT, TOKENIZER, TRAINING, WORK
+from minitron.specs.builds import COMPILED, CONFIG, COORDINATES, SEARCH, SEARCH_PLAN, STUDENT, TOKENIZER, TRAINING, WORK
 from minitron.specs.errors import UsageError
 from minitron.specs.lockfile import Inputs
 from minitron.specs.locks import only_one
@@ -104,12 +107,12 @@ def _write(
     scores, samples = stages.score(compilation)
     entries: list[CandidatePlan] = []
     shared: TrainingPlan | None = None
-    written: dict[str, tuple[str, Plan, Path]] = {}
+    written: dict[str, tuple[str, Plan, Path, torch.Tensor | None]] = {}
     with progress.task("write candidates", len(plans), "students") as task:
         for one in search.candidates.found:
             target = build / SEARCH / f"{one.number:02d}" / STUDENT
             if _shape(one) in written:
-                fingerprint, plan, student_folder = written[_shape(one)]
+                fingerprint, plan, student_folder, kept = written[_shape(one)]
                 with atomic_folder(target) as copy:
                     shutil.copytree(student_folder, copy, dirs_exist_ok=True)
             else:
@@ -120,8 +123,11 @@ def _write(
                 fingerprint, plan = student_fingerprint(compilation, selection), compilation.plan
                 _write_student(target, compilation, student, one)
                 shutil.rmtree(folder)
-                written[_shape(one)] = fingerprint, plan, target
-            entry, shared_now = _entry(one, replace(plan, loaded=plans[one.number].loaded), fingerprint)
+                kept = compilation.coordinates
+                written[_shape(one)] = fingerprint, plan, target, kept
+            plan = replace(plan, loaded=plans[one.number].loaded)
+            entry, shared_now = _entry(one, plan, fingerprint, narrows_hidden=kept is not None)
+            write_coordinates(target.parent / COORDINATES, kept if entry.kept_coordinates else None)
             shared = shared or shared_now
             entries.append(entry)
             task.advance(1)
@@ -152,7 +158,7 @@ def _shape(one: Candidate) -> str:
     return repr(sorted(one.written.items()))
 
 
-def _entry(one: Candidate, plan: Plan, fingerprint: str) -> tuple[CandidatePlan, TrainingPlan]:
+def _entry(one: Candidate, plan: Plan, fingerprint: str, *, narrows_hidden: bool) -> tuple[CandidatePlan, TrainingPlan]:
     """Returns a candidate as search.json has it, and its training as if it stood alone, with paths from BUILD/search."""
     teacher, student = plan_costs(plan)
     costs: Mapping[str, ModelCosts] = {"teacher": teacher, "student": student}
@@ -166,6 +172,8 @@ def _entry(one: Candidate, plan: Plan, fingerprint: str) -> tuple[CandidatePlan,
         costs,
     )
     assert isinstance(training, TrainingPlan), "a search distils"
+    own = aligned(training, plan.layers, f"{one.number:02d}/{COORDINATES}" if narrows_hidden else None)
+    assert isinstance(own, TrainingPlan)
     entry = CandidatePlan(
         number=one.number,
         fingerprint=fingerprint,
@@ -173,6 +181,8 @@ def _entry(one: Candidate, plan: Plan, fingerprint: str) -> tuple[CandidatePlan,
         parameters=student.parameters,
         optimizer=training.optimizer,
         global_batch_size=training.global_batch_size,
+        hidden_states=own.loss.hidden_states,
+        kept_coordinates=own.kept_coordinates,
     )
     changes: dict[str, Any] = {
         "student": training.student.model_copy(update={"model": f"{entry.folder}/{STUDENT}"}),

@@ -141,6 +141,19 @@ def read_coordinates(path: Path) -> Tensor:
     return coordinates
 
 
+def record_teacher(teacher: LanguageModel, of: Sequence[Settings]) -> Recorder:
+    """Hooks every layer of the teacher that one of several students is compared with: they share its pass. `pairs` are
+    listed or `last:last`. Refused where the layers are not known.
+    """
+    _require_layers(teacher=teacher)
+    assert teacher.layers is not None
+    last = len(teacher.layers) - 1
+    compared = {pair[0] for one in of if not isinstance(one.pairs, str) for pair in one.pairs}
+    compared |= {last for one in of if one.pairs == "last:last"}
+    return Recorder(teacher, sorted(compared), embedding=any(one.embedding for one in of))
+
+
+# parameters: two models, and what is shared between students in a search
 def prepare_hidden_states(
     settings: Settings,
     teacher: LanguageModel,
@@ -148,14 +161,13 @@ def prepare_hidden_states(
     chunk_tokens: int,
     seed: int,
     kept: Tensor | None = None,
+    recorder: Recorder | None = None,
 ) -> HiddenStates:
-    """Hooks both models, and gives the student a projection where the widths differ and nothing says what it keeps.
-    Refused with every layer that does not exist, and where `kept` does not lead from the one width to the other.
+    """Hooks both models, and gives the student a projection where the widths differ and nothing says what it keeps. With a
+    `recorder` the teacher is hooked already. Refused with every layer that does not exist, and where `kept` does not lead from
+    the one width to the other.
     """
-    models = {"teacher": teacher, "student": student}
-    message, hint = "is not there, and `loss.hidden_states` needs it", "compile again, or write where the layers stand"
-    if absent := [Problem(f"{name}.layers", message, hint) for name, model in models.items() if model.layers is None]:
-        raise Refused(absent)
+    _require_layers(teacher=teacher, student=student)
     assert teacher.layers is not None and student.layers is not None
     pairs = _pairs(settings, len(teacher.layers), len(student.layers))
     widths, device = (teacher.width, student.width), next(teacher.module.parameters()).device
@@ -173,11 +185,17 @@ def prepare_hidden_states(
     return HiddenStates(
         HiddenStateLoss(settings.distance, weight, chunk_tokens, averaged),
         (*pairs, *(((EMBEDDING, EMBEDDING),) if embedding else ())),
-        Recorder(teacher, [pair[0] for pair in pairs], embedding=embedding),
+        recorder or Recorder(teacher, [pair[0] for pair in pairs], embedding=embedding),
         Recorder(student, [pair[1] for pair in pairs], embedding=embedding),
         kept.to(device) if averaged and kept is not None else None,
         settings.schedule == "linear",
     )
+
+
+def _require_layers(**models: LanguageModel) -> None:
+    message, hint = "is not there, and `loss.hidden_states` needs it", "compile again, or write where the layers stand"
+    if absent := [Problem(f"{name}.layers", message, hint) for name, model in models.items() if model.layers is None]:
+        raise Refused(absent)
 
 
 def _pairs(settings: Settings, theirs: int, own: int) -> tuple[tuple[int, int], ...]:

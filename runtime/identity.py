@@ -84,10 +84,14 @@ def require_same_training(before: Mapping[str, Any], now: Mapping[str, Any], wor
 
 
 def require_same_start(before: Mapping[str, Any], now: Mapping[str, Any], hint: str) -> None:
-    """Checks that the state that a search left is one of this training, which may be longer. Refused where it is not."""
+    """Checks that the state that a search left is one of this training, which may be longer unless a weight of the loss falls
+    to 0 over it. Refused where it is not."""
+
+    falls = before.get("loss.hidden_states.schedule") == "linear"
+    free = [key for key in _OF_LENGTH if not (falls and key == "tokens")]
 
     def kept(identity: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in identity.items() if key in before and key not in _OF_LENGTH}
+        return {key: value for key, value in identity.items() if key in before and key not in free}
 
     if problems := list(_differences(kept(before), kept(now), hint)):
         raise Refused(problems)

@@ -301,7 +301,7 @@ def held_out_documents_can_be_chosen(spec: Spec) -> Iterator[Problem]:
     elif held_out.fraction == 0:
         yield Problem("evaluate.held_out.fraction", "0 is no share of the documents", "write a share such as 1%")
     else:
-        for part in (part for source in _learnt(spec.distill) for part in source.blend or [source]):
+        for part in (part for _, source in _learnt(spec.distill) for part in source.blend or [source]):
             if part.megatron is not None:
                 message = "tokens of Megatron-LM are read as they lie, and no document of them can be left out"
                 yield Problem("evaluate.held_out.fraction", message, "name other held-out documents")
@@ -312,10 +312,10 @@ def held_out_is_held_out(spec: Spec) -> Iterator[Problem]:
     """Refuses held-out data that is also trained on."""
     if spec.distill is None or spec.evaluate is None or spec.evaluate.held_out is None:
         return
-    learnt = {origin for source in _learnt(spec.distill) for origin in _origins(source)}
-    shared = learnt & set(_origins(spec.evaluate.held_out))
+    learnt = {origin: at for at, source in reversed(_learnt(spec.distill)) for origin in _origins(source)}
+    shared = learnt.keys() & set(_origins(spec.evaluate.held_out))
     if shared:
-        message = f"{sorted(shared)[0]} is trained on as well, under `distill.data`"
+        message = f"{(first := min(shared))} is trained on as well, under `{learnt[first]}`"
         yield Problem("evaluate.held_out", message, "name documents that nothing is trained on")
 
 
@@ -348,9 +348,11 @@ def benchmarks_can_be_run(spec: Spec) -> Iterator[Problem]:
             yield Problem(f"evaluate.suite.{index}", message, "add `temperature: 0.2`, or leave `samples` out")
 
 
-def _learnt(distill: Distill) -> list[DataSource]:
-    """Returns the sources that the student is trained on."""
-    return [distill.data, *(phase.data for phase in distill.phases if phase.data is not None)]
+def _learnt(distill: Distill) -> list[tuple[str, DataSource]]:
+    """Returns the sources that the student is trained on, each with its dotted path."""
+    phases = enumerate(distill.phases)
+    of_phases = [(f"distill.phases.{n}.data", phase.data) for n, phase in phases if phase.data is not None]
+    return [("distill.data", distill.data), *of_phases]
 
 
 def _origins(source: DataSource) -> Iterator[str]:

@@ -144,7 +144,8 @@ class Source(Block, json_schema_extra=_say_one_kind):
     """With `dataset`: its split. Left out: `train`."""
 
     revision: Revision | None = None
-    """With `dataset`: branch, tag or commit; the lock file pins the commit."""
+    """With `dataset`: branch, tag or commit. Left out: the main branch. A compile takes the commit that it is at, and its build
+    stays with it; the lock file pins the commit."""
 
     streaming: bool | None = None
     """With `dataset`: read over the network as it goes instead of downloading first. Left out: false."""

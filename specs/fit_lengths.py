@@ -21,7 +21,7 @@ def fit_lengths(loaded: LoadedSpec, positions: int | None) -> LoadedSpec:
     if (
         data is not None
         and data.sequence_length > positions
-        and not _written(loaded, "importance.data.sequence_length")
+        and not is_written(loaded, "importance.data.sequence_length")
     ):
         changes["importance"] = spec.importance.model_copy(
             update={"data": data.model_copy(update={"sequence_length": positions})}
@@ -29,8 +29,8 @@ def fit_lengths(loaded: LoadedSpec, positions: int | None) -> LoadedSpec:
         fitted["importance.data.sequence_length"] = positions
     # Phases say their lengths themselves, or take that of `distill`, which then is better written.
     lengthy = distill is not None and not distill.phases and distill.sequence_length > positions
-    if distill is not None and lengthy and not _written(loaded, "distill.sequence_length"):
-        free = not any(_written(loaded, f"distill.{key}") for key in ("global_batch_size", "micro_batch_size"))
+    if distill is not None and lengthy and not is_written(loaded, "distill.sequence_length"):
+        free = not any(is_written(loaded, f"distill.{key}") for key in ("global_batch_size", "micro_batch_size"))
         at_length = distill.at_length(positions, fit_batch=free)
         changes["distill"] = at_length
         fitted["distill.sequence_length"] = positions
@@ -42,7 +42,7 @@ def fit_lengths(loaded: LoadedSpec, positions: int | None) -> LoadedSpec:
     return replace(loaded, spec=spec.model_copy(update=changes), written=written, fitted=fitted)
 
 
-def _written(loaded: LoadedSpec, path: str) -> bool:
+def is_written(loaded: LoadedSpec, path: str) -> bool:
     """Checks whether a value stands in the file, and is no default."""
     node: Any = loaded.tree
     for key in path.split("."):

@@ -101,6 +101,8 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> LoadedSpec:
     nowhere.
     """
     tree, errors = read_with_bases(_read(path), str(path))
+    if {"format_version", "axes"} <= tree.entries.keys():
+        raise UsageError(f"{path}: is the plan of a build and not a spec; `minitron show {path.parent}` shows it")
     if {"format_version", "fingerprint"} <= tree.entries.keys():
         raise UsageError(
             f"{path}: is the training plan of a build and not a spec; `minitron train {path.parent}` carries it out"
@@ -130,7 +132,8 @@ def _read(path: Path) -> bytes:
             raise UsageError(f"{path}: is a build and not a spec; `minitron show {path}` shows it") from None
         raise UsageError(f"{path}: is a folder; name the spec file in it") from None
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+        advice = "check its permissions" if isinstance(error, PermissionError) else "check the path"
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); {advice}") from None
 
 
 # What stands in for a required value that is missing or wrong, so that the rest of the spec is checked as well.

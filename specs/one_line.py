@@ -16,6 +16,7 @@ _NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 # Control and format characters, lone surrogates, unassigned and private ones, line and paragraph separators: what a
 # terminal obeys, what turns the order of letters round, and what cannot be written as UTF-8.
 _HIDDEN = {"Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp"}
+_NO_BREAK = "\xa0\u2007\u202f"  # look like a space, and are none to YAML
 
 
 def one_line(text: str) -> str:
@@ -34,7 +35,7 @@ def _cut(value: str) -> str:
 
 
 def _visible(one: str) -> str:
-    if unicodedata.category(one) not in _HIDDEN:
+    if one not in _NO_BREAK and unicodedata.category(one) not in _HIDDEN:
         return one
     code = ord(one)
     return _NAMED.get(one) or (

@@ -5,6 +5,7 @@ BUILD/search/
     training.yaml    what all candidates share: teacher, data, loss, held-out text
     tokenizer/       the teacher's
     07/student       the pruned student of candidate 7; 07/checkpoints its training; both go when the candidate is out
+    07/coordinates.safetensors   what candidate 7 keeps of the teacher's hidden states, where these are compared
     07/rung-2.json   how it was judged after the second rung
     ranking.json     every candidate's figures, and the winner
 """
@@ -21,6 +22,7 @@ from pydantic import Field, ValidationError
 
 from minitron.specs.atomic import write_text
 from minitron.specs.blocks.base import Block, Count, NonNegativeInt, PositiveInt, Text
+from minitron.specs.blocks.distill import HiddenStateLoss
 from minitron.specs.blocks.training import Optimizer
 from minitron.specs.builds import RANKING, SEARCH, SEARCH_PLAN
 from minitron.specs.load import LoadedSpec
@@ -48,6 +50,11 @@ class CandidatePlan(Block):
     parameters: PositiveInt
     optimizer: Optimizer
     global_batch_size: PositiveInt
+    hidden_states: HiddenStateLoss | None = None
+    """The comparison of hidden states, with the layers that this candidate keeps."""
+
+    kept_coordinates: Text | None = None
+    """The file, in that of the search, of what the candidate keeps of the teacher's hidden states."""
 
     @property
     def folder(self) -> str:
@@ -143,16 +150,14 @@ def read_ranking(build: Path, identity: str | None = None) -> Ranking | None:
 
 def search_identity(loaded: LoadedSpec) -> str:
     """Returns a hash of everything in a spec that decides the search; how long the winner is trained, and what is measured
-    of it, does not."""
+    of it, does not, unless a weight of the loss falls to 0 over the training."""
     resolved = loaded.resolved
+    hidden = ((resolved["distill"] or {}).get("loss") or {}).get("hidden_states") or {}
+    free = ("checkpoint", "layout") if hidden.get("schedule") == "linear" else ("tokens", "checkpoint", "layout")
     kept = {
         key: resolved[key] for key in ("teacher", "student", "importance", "recovery", "search", "teacher_correction")
     }
-    kept["distill"] = {
-        key: value
-        for key, value in (resolved["distill"] or {}).items()
-        if key not in ("tokens", "checkpoint", "layout")
-    }
+    kept["distill"] = {key: value for key, value in (resolved["distill"] or {}).items() if key not in free}
     kept["evaluate"] = {key: (resolved["evaluate"] or {}).get(key) for key in ("held_out", "max_tokens")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 

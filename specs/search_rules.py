@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from minitron.specs.blocks.choices import sizes
 from minitron.specs.blocks.search import LIMITS
-from minitron.specs.consistency import CONSTRAINTS, constraint
+from minitron.specs.consistency import CONSTRAINTS, constraint, proposes_shapes
 from minitron.specs.errors import Problem
 from minitron.specs.halving import halving
 from minitron.specs.spec import Spec
@@ -119,17 +119,22 @@ def rungs_fit_the_training(spec: Spec) -> Iterator[Problem]:
         yield Problem("search.rank.tokens", message, hint)
 
 
-@constraint("search", "distill", "teacher_correction")
+def _searches_depth(spec: Spec) -> bool:
+    """Checks whether candidates may differ in their number of layers."""
+    depth = spec.student.num_hidden_layers
+    return isinstance(depth, SEVERAL) or (depth is None and spec.student.layers is None and proposes_shapes(spec))
+
+
+@constraint("search", "student", "distill", "teacher_correction")
 def candidates_share_a_teacher(spec: Spec) -> Iterator[Problem]:
     """Refuses what candidates cannot share: they ride on one pass of the teacher, each whole on its device."""
     if spec.search is None or spec.distill is None:
         return
     distill = spec.distill
-    if distill.loss.hidden_states is not None:
-        message = "candidates share the teacher's logits, and hidden states are not among them"
-        yield Problem(
-            "distill.loss.hidden_states", message, "write null, or search first and write the result as a spec"
-        )
+    hidden = distill.loss.hidden_states
+    if hidden is not None and not isinstance(hidden.pairs, str) and _searches_depth(spec):
+        message = "the pairs name layers of one student, and candidates have other numbers of layers"
+        yield Problem("distill.loss.hidden_states.pairs", message, "write all or last:last, or one `num_hidden_layers`")
     if distill.teacher_logits != "online":
         message = "candidates are trained beside the teacher itself, and `teacher_logits` are stored samples"
         yield Problem("distill.teacher_logits", message, "write online")

@@ -31,6 +31,8 @@ _CONSTANTS: dict[str, bool | None] = {"": None, "~": None, "true": True, "false"
     ("null", "Null", "NULL")
 )
 _CONSTANTS |= {"True": True, "TRUE": True, "False": False, "FALSE": False}
+# A key whose colon YAML does not read as one: without a space behind it, with a space that is none of YAML's, or another colon.
+_GLUED = re.compile(r"([ ]*(?:- +)?)([A-Za-z_][\w.-]*) *(?::(?=[^ \n\t/])|\uff1a)(.+)")
 _UNREADABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -169,6 +171,17 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, file: str) -> SpecErro
     shown = lines[line] if line < len(lines) else ""
     if "\t" in shown[: column + 1] and not shown[: column + 1].strip():
         return place.error("", "a tab indents this line", "write spaces: YAML allows no tabs there")
+    if "mapping values" in str(error.problem):
+        if re.search(r":\s+\S", shown[:column]):
+            return place.error("", "a second colon stands in this value", "write the value in quotes")
+        # What is no key to YAML is the beginning of a text, and the next key then stands in its middle.
+        for number in range(line - 1, -1, -1):
+            if glued := _GLUED.match(lines[number]):
+                message = f"no space stands behind the colon of `{glued[2]}`"
+                at = Place(file, number + 1, len(glued[1]) + 1)
+                return at.error("", message, f"write `{glued[2]}: {glued[3].strip()}`")
+            if lines[number].strip():
+                break
     opened = f" (in what begins at line {error.context_mark.line + 1})" if error.context_mark else ""
     return place.error(
         "",

@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 from minitron.specs import shape
 from minitron.specs.blocks.base import LONGER, WORD, Block
 from minitron.specs.errors import SpecError
+from minitron.specs.one_line import one_line
 from minitron.specs.shape import Path, dotted, from_dotted
 from minitron.specs.source import Mapping, Node, Place, Scalar, Sequence, YesNo
 from minitron.specs.suggest import closest, one_of
@@ -49,7 +50,7 @@ class _Case:
             case Scalar(value=None, text=""):
                 return "nothing"
             case Scalar(text=text):
-                return f"`{textwrap.shorten(text, 60, placeholder=' ...')}`"
+                return f"`{textwrap.shorten(one_line(text), 60, placeholder=' ...')}`"
             case None:
                 return f"`{self.value}`"
 
@@ -156,12 +157,24 @@ def _unknown_key(case: _Case) -> Words:
     if case.path in _NOT_HERE:
         return _NOT_HERE[case.path]
     key = str(case.path[-1])
+    *above, last = key.split(".")
+    if above and (inner := _keys_at(case.model, (*case.path[:-1], *above))):
+        nest = ": {".join((*above, closest(last, inner) or last)) + ": ..." + "}" * key.count(".")
+        return f"unknown key `{key}`", f"keys are nested: write `{nest}` (dots stand in `--set` alone)"
     if nearest := _nearest_key(case.model, case.path):
-        return f"unknown key `{key}`", f"did you mean `{nearest}`?"
+        return f"unknown key `{key}`", f"did you mean `{nearest}`?{_foreign(key, nearest)}"
     if homes := [home for home in shape.homes(case.model).get(key, []) if home]:
         return f"unknown key `{key}`", f"it belongs under {one_of(list(dict.fromkeys(f'`{home}`' for home in homes)))}"
     keys = _keys_at(case.model, case.path[:-1])
     return f"unknown key `{key}`", f"write one of {one_of(keys)}, or leave it out"
+
+
+def _foreign(key: str, meant: str) -> str:
+    """Names a letter of another alphabet in a key that looks like the one that is meant."""
+    other = next(
+        (letter for letter in key if letter.isprintable() and not letter.isascii() and letter not in meant), None
+    )
+    return "" if other is None else f" (the `{other}` in it is U+{ord(other):04X}, a letter of another alphabet)"
 
 
 def _missing(case: _Case) -> Words:

@@ -46,6 +46,8 @@ def parse_quantity(text: str, units: Mapping[str, int]) -> int:
     if match is None:
         raise ValueError(f"`{text}` is not a number")
     number, unit = match.groups()
+    if re.match("[+-]?0[0-9]", number):  # octal to some readers, decimal to others
+        raise ValueError(f"`{text}` begins with a zero")
     if unit and unit not in units:
         spellings = [known for known in units if known.lower() == unit.lower()]
         meant = f", did you mean `{number}{spellings[-1]}`?" if spellings else ""

@@ -34,7 +34,7 @@ from minitron.compiler.plan.recovery import (
     recovery_remarks,
     rotation_of,
 )
-from minitron.compiler.plan.remarks import float8_remarks, remarks_on
+from minitron.compiler.plan.remarks import data_remarks, float8_remarks, remarks_on
 from minitron.compiler.roles.analysed import AnalysedTeacher, analyse_teacher
 from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN, LAYERS, NUM_EXPERTS
 from minitron.compiler.roles.residual_stream import first_rescaling_layer
@@ -51,6 +51,7 @@ from minitron.specs.consistency import scores_need_data
 from minitron.specs.data_files import check_data
 from minitron.specs.errors import Problem, Refused, SpecInvalid, UsageError, located, placing
 from minitron.specs.fit_lengths import fit_lengths
+from minitron.specs.idle_keys import idle_keys
 from minitron.specs.load import LoadedSpec
 from minitron.specs.progress import Progress
 from minitron.specs.training_plan import HeadPlan
@@ -228,11 +229,16 @@ def plan_student(loaded: LoadedSpec, build: Path, opened: Opened) -> Plan:
 
 def _remarks(plan: Plan) -> tuple[str, ...]:
     of_recovery = recovery_remarks(plan.loaded, plan.checkpoint, plan.targets, plan.rotation, plan.model)
-    of_data = (*repeated(plan.data), *unread(plan.data, plan.loaded.spec.distill), *plan.missing)
-    of_float8 = float8_remarks(plan.loaded.spec)
+    of_data = (
+        *data_remarks(plan.loaded),
+        *repeated(plan.data),
+        *unread(plan.data, plan.loaded.spec.distill),
+        *plan.missing,
+    )
+    of_spec = (*float8_remarks(plan.loaded.spec), *map(str, idle_keys(plan.loaded)))
     of_layers = plan.proofs.limits(contiguous=plan.loaded.spec.importance.depth.contiguous)
     of_teacher = remarks_on(plan.checkpoint, plan.teacher.captured)
-    return (*of_teacher, *plan.of_tokenizer, *of_layers, *of_recovery, *of_data, *of_float8)
+    return (*of_teacher, *plan.of_tokenizer, *of_layers, *of_recovery, *of_data, *of_spec)
 
 
 def _capture(loaded: LoadedSpec, checkpoint: Checkpoint) -> tuple[Captured, Checkpoint]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.capture.load_effects import written_on_load
 from minitron.compiler.graph.names import dtype_of
 from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.compiler.teacher.tokenizer import tokenizer_files
 from minitron.specs.builds import TOWER
+from minitron.specs.data_files import data_sources
+from minitron.specs.load import LoadedSpec
+from minitron.specs.lockfile import source_parts
 from minitron.specs.spec import Spec
 
 
@@ -44,6 +49,21 @@ def remarks_on(checkpoint: Checkpoint, captured: Captured) -> tuple[str, ...]:
                 f"{len(extra)} tensors of the checkpoint are not the model's and are ignored, such as {extra[0]}"
             )
     return tuple(remarks)
+
+
+def data_remarks(loaded: LoadedSpec) -> Iterator[str]:
+    """Yields a sentence on each data set of the Hub that is read at a commit which the spec does not write."""
+    written = loaded.written or loaded.spec
+    said = set()
+    for (at, one), (_, before) in zip(data_sources(loaded.spec), data_sources(written), strict=True):
+        parts = zip(source_parts(at, one), source_parts(at, before), strict=True)
+        for (_, _, part), (_, _, original) in parts:
+            if part.revision != original.revision and (key := (part.dataset, part.revision)) not in said:
+                said.add(key)
+                yield (
+                    f"the data set {part.dataset} is read at commit {part.revision}, where its revision "
+                    f"`{original.revision or 'main'}` is: the build stays with it"
+                )
 
 
 def float8_remarks(spec: Spec) -> tuple[str, ...]:

@@ -63,6 +63,34 @@ def at_commit(loaded: LoadedSpec, commit: str | None) -> LoadedSpec:
     return loaded if commit is None else loaded.pinned({**loaded.pins, "teacher.revision": commit})
 
 
+def data_at_commits(loaded: LoadedSpec) -> LoadedSpec:
+    """Returns the spec with every data set of the Hub pinned to the commit that its revision is at now: what is calibrated on,
+    trained on and measured on is then of one commit, however long that takes. A data set whose commit cannot be found out is
+    left as it is."""
+    pins: dict[str, str] = {}
+    known: dict[tuple[str, str | None], str | None] = {}
+    for at, one in data_sources(loaded.spec):
+        for path, _, part in source_parts(at, one):
+            if part.dataset is None or is_commit(part.revision) or _is_folder(loaded.folder / part.dataset):
+                continue
+            name = part.dataset, part.revision
+            if name not in known:
+                try:
+                    known[name] = commit_of(*name, "dataset")
+                except UsageError:  # said by whoever reads it
+                    known[name] = None
+            if (commit := known[name]) is not None:
+                pins[f"{path}.revision"] = commit
+    return loaded.pinned({**loaded.pins, **pins})
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name that no file can have
+        return True
+
+
 def with_result(loaded: LoadedSpec, inputs: Inputs) -> Inputs:
     """Returns the inputs with the result of the spec above, where the teacher is the result of one: trained anew, it is
     another teacher of the same shape."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from minitron.runtime.attention import fastest_attention
 from minitron.runtime.data import Batch, Corpus, Windows
 from minitron.runtime.held_out import autocast, evaluating
+from minitron.runtime.hidden_states import Recorder, States
 from minitron.runtime.loss import DistillationLoss, Head, distillation_loss, shared_logits
 from minitron.runtime.models import LanguageModel
 from minitron.runtime.search.rider import Rider, Shared
@@ -28,13 +30,15 @@ class Figures:
 
 @dataclass
 class Convoy:
-    """What riders share: the teacher, the samples and the loss. `part` sequences go through the models at a time."""
+    """What riders share: the teacher, the samples and the loss. `part` sequences go through the models at a time; `recorder`
+    takes the teacher's hidden states that any rider is compared with."""
 
     teacher: LanguageModel | None
     corpus: Corpus
     settings: DistillationLoss
     world: World
     part: int
+    recorder: Recorder | None = None
     _valid: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def ride(self, riders: Sequence[Rider], until: Callable[[Rider], int], after_part: Callable[[int], None]) -> None:
@@ -56,8 +60,12 @@ class Convoy:
 
     def _shared(self, start: int, riders: int) -> Shared:
         batch = self.corpus.batch(range(start, start + self.part)).to(self.world.device)
-        teacher_TE, head = self._read(batch)
-        return Shared(start, batch, teacher_TE, head, self._logits(teacher_TE, head, riders))
+        recording: AbstractContextManager[States] = (
+            nullcontext({}) if self.recorder is None else self.recorder.recording()
+        )
+        with recording as states:
+            teacher_TE, head = self._read(batch)
+        return Shared(start, batch, teacher_TE, head, self._logits(teacher_TE, head, riders), states)
 
     def _logits(self, teacher_TE: torch.Tensor | None, head: Head | None, students: int) -> torch.Tensor | None:
         """The teacher's product with its head, where several students read it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from minitron.runtime.data import Batch
 from minitron.runtime.disk import writing
 from minitron.runtime.gradients import clip, sum_gradients
 from minitron.runtime.held_out import autocast
+from minitron.runtime.hidden_states import HiddenStates, Recorder, States, prepare_hidden_states, read_coordinates
 from minitron.runtime.loss import DistillationLoss, Head, distillation_loss
 from minitron.runtime.models import LanguageModel
 from minitron.runtime.muon import layer_matrices
@@ -41,6 +43,8 @@ class Shared:
     teacher_TE: Tensor | None
     teacher: Head | None
     teacher_SV: Tensor | None = None
+    states: States = field(default_factory=dict)
+    """The teacher's hidden states that any of the riders is compared with."""
 
 
 def trunk_rate(step: int, plan: TrainingPlan) -> float:
@@ -55,10 +59,17 @@ def branch_rate(step: int, plan: TrainingPlan, begin: int, end: int) -> float:
     return trunk_rate(step, plan) * (1.0 - math.sqrt((step + 1 - begin) / (end - begin)))
 
 
+def branch_progress(step: int, plan: TrainingPlan, begin: int, end: int) -> float:
+    """Returns the share of the training after which a weight that falls to 0 stands where a branch has it: that of the trunk at
+    step `begin`, falling from there to 0 at `end`, as it is 0 at the end of the training that the branch foretells."""
+    return 1.0 - (1.0 - begin / plan.steps) * (1.0 - (step - begin) / (end - begin))
+
+
 @dataclass
 class Rider:
-    """One student, its optimizer, and how far it is. `rate` gives the learning rate of a step; `diverged` says what was not
-    finite, and the student then learns no more."""
+    """One student, its optimizer, and how far it is. `rate` gives the learning rate of a step, `progress` the share of the
+    training that is over at it, for a weight that falls; `diverged` says what was not finite, and the student then learns no
+    more."""
 
     number: int
     plan: TrainingPlan
@@ -66,6 +77,8 @@ class Rider:
     optimizer: torch.optim.Optimizer
     world: World
     rate: Callable[[int], float]
+    hidden: HiddenStates | None = None
+    progress: Callable[[int], float] | None = None
     samples: int = 0
     diverged: str | None = None
     _micro: int = field(default=0, repr=False)
@@ -84,8 +97,11 @@ class Rider:
         batch, plan = shared.batch, self.plan
         rows = batch.input_ids_BL.shape[0]
         torch.manual_seed(mix(plan.seed, self.samples, 0, self._micro // rows))
-        dtype = compute_dtype_of(plan, self.world)
-        with autocast(self.world.device, dtype):
+        dtype, normaliser = compute_dtype_of(plan, self.world), float(max(1, valid))
+        recording: AbstractContextManager[States] = (
+            nullcontext({}) if self.hidden is None else self.hidden.student.recording()
+        )
+        with recording as states, autocast(self.world.device, dtype):
             student_TD = batch.pick(self.student.hidden_states(batch.input_ids_BL))
         terms = distillation_loss(
             settings,
@@ -94,13 +110,26 @@ class Rider:
             shared.teacher_TE,
             shared.teacher,
             batch.pick(batch.labels_BL),
-            normaliser=float(max(1, valid)),
+            normaliser=normaliser,
             compute_dtype=dtype,
             head_gradient_VD=head_gradient(self.student),
             teacher_SV=shared.teacher_SV,
         )
-        terms.total.backward()  # type: ignore[no-untyped-call]
-        loss = terms.total.detach()
+        total = terms.total
+        if self.hidden is not None:
+            progress = self.step / plan.steps if self.progress is None else self.progress(self.step)
+            distance = self.hidden.at(progress).loss(
+                batch,
+                shared.states,
+                self.student,
+                states,
+                terms.divergence_T * (settings.weight * settings.temperature**2),
+                normaliser=normaliser,
+                compute_dtype=dtype,
+            )
+            total = total + distance.total
+        total.backward()  # type: ignore[no-untyped-call]
+        loss = total.detach()
         self._loss = loss if self._loss is None else self._loss + loss
         self._micro += rows
         if self._micro == plan.global_batch_size:
@@ -123,15 +152,19 @@ class Rider:
 
 @dataclass(frozen=True)
 class Stable:
-    """The folders of the candidates, from which riders are made and where their checkpoints lie."""
+    """The folders of the candidates, from which riders are made and where their checkpoints lie; and the teacher, hooked by
+    `recorder` where their hidden states are compared with its own."""
 
     loaded: LoadedPlan
     world: World
     identity: Callable[[TrainingPlan], dict[str, Any]]
+    teacher: LanguageModel
+    recorder: Recorder | None = None
 
     def ride(self, number: int, plan: TrainingPlan, folder: Path, rate: Callable[[int], float]) -> Rider:
         """Loads a candidate's student, with weights and moments of its newest checkpoint where there is one."""
         student = load_student(replace(self.loaded, plan=plan), self.world)
+        hidden = self._hidden(plan, student)
         student.module.train()
         optimizer = make_optimizer(
             student.module,
@@ -140,7 +173,7 @@ class Stable:
             bf16_weights=plan.weights == "bfloat16",
             seed=plan.seed,
         )
-        rider = Rider(number, plan, student, optimizer, self.world, rate)
+        rider = Rider(number, plan, student, optimizer, self.world, rate, hidden)
         checkpoint = Checkpoints(folder / CHECKPOINTS, 1).newest(Silent(), self.world)
         if checkpoint is not None:
             if checkpoint.identity != self.identity(plan):
@@ -150,6 +183,14 @@ class Stable:
             load(checkpoint, student.module, optimizer)
             rider.samples = checkpoint.state.samples
         return rider
+
+    def _hidden(self, plan: TrainingPlan, student: LanguageModel) -> HiddenStates | None:
+        settings = plan.loss.hidden_states
+        if settings is None or self.recorder is None:
+            return None
+        kept = None if plan.kept_coordinates is None else read_coordinates(self.loaded.folder / plan.kept_coordinates)
+        chunk = plan.loss.chunk_tokens
+        return prepare_hidden_states(settings, self.teacher, student, chunk, plan.seed, kept, self.recorder)
 
     def save(self, rider: Rider, folder: Path) -> None:
         """Writes a checkpoint of a rider between two steps, and removes the one before it."""

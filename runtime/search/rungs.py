@@ -14,7 +14,9 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,17 +25,19 @@ from minitron.runtime.data import Data, Windows
 from minitron.runtime.disk import writing
 from minitron.runtime.float8 import require_float8
 from minitron.runtime.folders import claim_folders
+from minitron.runtime.hidden_states import record_teacher
 from minitron.runtime.identity import resume_identity
 from minitron.runtime.interrupt import interrupts
 from minitron.runtime.loss import DistillationLoss
 from minitron.runtime.plan import LoadedPlan, read_training_plan
 from minitron.runtime.search.ride import Convoy, Figures
-from minitron.runtime.search.rider import Rider, Stable, branch_rate, saved_step, trunk_rate
+from minitron.runtime.search.rider import Rider, Stable, branch_progress, branch_rate, saved_step, trunk_rate
 from minitron.runtime.setup import Session, compute_dtype_of, held_out_windows, load_teacher
 from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.world import World, join_world, locked
 from minitron.specs.atomic import remove_leftovers
-from minitron.specs.builds import CHECKPOINTS, RANKING, SEARCH, STUDENT, WORK
+from minitron.specs.blocks.distill import Loss
+from minitron.specs.builds import CHECKPOINTS, COORDINATES, RANKING, SEARCH, STUDENT, WORK
 from minitron.specs.cache import tokens_folder
 from minitron.specs.errors import UsageError, WorkError, placing
 from minitron.specs.halving import RIDERS_SHARE, branch_steps
@@ -130,8 +134,17 @@ class Rungs:
             chunk_tokens=plan.loss.chunk_tokens,
         )
         part = divisor_within(shared, plan.micro_batch_size)
-        convoy = Convoy(load_teacher(loaded, alone), corpus, settings, alone, part)
-        stable = Stable(loaded, alone, lambda own: json.loads(json.dumps(resume_identity(own, digest))))
+        teacher = load_teacher(loaded, alone)
+        compared = [
+            of for one in file.candidates if (of := _loss(one, plan).hidden_states) is not None and of.weight != 0
+        ]
+        recorder = record_teacher(teacher, compared) if compared else None
+        convoy = Convoy(teacher, corpus, settings, alone, part, recorder)
+
+        def identity(own: TrainingPlan) -> dict[str, Any]:
+            return dict(json.loads(json.dumps(resume_identity(own, digest))))
+
+        stable = Stable(loaded, alone, identity, teacher, recorder)
         return cls(file, loaded, session, alone, convoy, stable, windows, build)
 
     # -- the rungs --------------------------------------------------------------------------------------------------------
@@ -178,6 +191,7 @@ class Rungs:
             if one.number not in field:
                 for name in (STUDENT, CHECKPOINTS):
                     shutil.rmtree(self._folder(one.number) / name, ignore_errors=True)
+                (self._folder(one.number) / COORDINATES).unlink(missing_ok=True)
 
     def ranking(self, rungs: int, winner: int | None) -> Ranking:
         ranked = []
@@ -221,7 +235,8 @@ class Rungs:
             branches = [self.rider(rider.number) for rider in living]
             for branch in branches:
                 begin, end = begins[branch.number], self._end(branch.plan, rung) // branch.plan.global_batch_size
-                branch.rate = lambda step, plan=branch.plan, begin=begin, end=end: branch_rate(step, plan, begin, end)  # type: ignore[misc]
+                branch.rate = partial(branch_rate, plan=branch.plan, begin=begin, end=end)
+                branch.progress = partial(branch_progress, plan=branch.plan, begin=begin, end=end)
             self._advance([*living, *branches], lambda rider: self._end(rider.plan, rung), task, saves=False)
         judged = iter(self._judge([rider for rider in (*branches, *living) if rider.diverged is None]))
         of_branch = {rider.number: next(judged) for rider in branches if rider.diverged is None}
@@ -279,6 +294,8 @@ class Rungs:
             "student": shared.student.model_copy(update={"model": f"{one.folder}/{STUDENT}"}),
             "optimizer": one.optimizer,
             "global_batch_size": one.global_batch_size,
+            "loss": _loss(one, shared),
+            "kept_coordinates": one.kept_coordinates,
         }
         return shared.model_copy(update=changes)
 
@@ -338,6 +355,15 @@ class Rungs:
     def _tidy_up(self, numbers: Sequence[int]) -> None:
         for number in numbers:
             remove_leftovers(self._folder(number))
+
+
+def _loss(one: CandidatePlan, shared: TrainingPlan) -> Loss:
+    """The loss of a candidate, whose layers are those that it keeps."""
+    return (
+        shared.loss
+        if one.hidden_states is None
+        else shared.loss.model_copy(update={"hidden_states": one.hidden_states})
+    )
 
 
 def rung_steps(plan: TrainingPlan, rung: RungPlan) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from minitron.specs.blocks.base import Block, Bytes, Count, Flops, Fraction, PositiveFloat, PositiveInt, Text
 
 # Rungs that are not written take at most this share of the distillation's tokens: after a quarter of them, candidates stood in
 # the order in which they ended (rank correlation 0.97 in our trial).
 RUNG_SHARE = 0.25
+# Each rung is twice as long as the one before it: the first of more than these would be nothing beside the last.
+MOST_RUNGS = 20
 
 
 class Workload(Block):
@@ -69,7 +73,7 @@ class Rank(Block):
     tokens: Count = 1_800_000_000
     """Tokens that the longest-lived candidate is distilled on. Left out: 1.8B, and at most a quarter of `distill.tokens`."""
 
-    rungs: PositiveInt = 3
+    rungs: Annotated[PositiveInt, Field(le=MOST_RUNGS)] = 3
     """How often the field is cut down, to one candidate at last."""
 
 

@@ -35,13 +35,15 @@ SEARCH = {"budget": {"parameters": 20_000, "tolerance": "30%"}, "candidates": 6,
 
 @pytest.fixture(scope="module")
 def origin(foundry: Foundry) -> LoadedSpec:
-    """Two shapes with three rates each, their candidates written and not yet trained; the teacher is corrected first."""
+    """Two shapes with three rates each, their candidates written and not yet trained; the teacher is corrected first, and
+    hidden states are compared in the channels that a candidate keeps."""
     blocks = search_blocks(
         foundry,
         SEARCH,
         tokens=5120,
         optimizer={"lr": [1e-3, 4e-3, 1e3], "warmup_steps": 2},
         checkpoint={"every_tokens": 256},
+        loss={"hidden_states": {"coordinates": "kept", "weight": 1.0, "schedule": "constant"}},
     )
     blocks["teacher_correction"] = {"tokens": 256, "optimizer": {"lr": 1e-4, "warmup_steps": 1}}
     loaded = foundry.load(foundry.teacher("llama"), {"hidden_size": 24, "intermediate_size": [24, 40]}, **blocks)

@@ -66,6 +66,10 @@ def test_every_kind_of_fault_is_counted() -> None:
     rows = dict(line.split(" | ")[:2] for line in page.splitlines() if line.startswith("| ") and line.count(" | ") > 1)
     files = [file for _, files in faults.KINDS.values() for file in files]
     assert len(files) == len(set(files)) and all((ROOT / file).is_file() for file in files)
+    every = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
+    assert {file for file in every if faults.OF_FAULTS.match(file)} <= set(files), (
+        "add them to a kind in docs/faults.py"
+    )
     counts = {kind: int(rows[f"| {kind}"]) for kind in [*faults.KINDS, "all"]}
     assert min(counts.values()) > 0 and counts.pop("all") == sum(counts.values())
     assert faults.page(page, counts) == page, "python docs/faults.py writes it anew"

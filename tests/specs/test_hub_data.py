@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.hub import MAIN, NEXT, Hub, serving
 
@@ -86,18 +87,64 @@ def test_by_name_and_revision_with_and_without_a_network(hub: Hub, tmp_path: Pat
     assert f"the data set {NAME} cannot be loaded" in absent and "without a network, write a folder" in absent
 
 
-def test_a_command_reads_it(hub: Hub, tmp_path: Path) -> None:
-    """`minitron data` shows what a training will see of it."""
+def spec_of(folder: Path, data: str, student: str = "{intermediate_size: 24}") -> Path:
+    """A spec for a tiny teacher in `folder` whose training reads `data`."""
     from tests import models
 
-    serve(hub, tmp_path / "first", "one")
-    models.save_teacher(tmp_path / "teacher", models.tiny_config("llama"))
-    (tmp_path / "spec.yaml").write_text(
-        f"teacher: {{model: teacher}}\nstudent: {{intermediate_size: 24}}\n"
-        f"distill: {{data: {{dataset: {NAME}}}, tokens: 64, sequence_length: 8, global_batch_size: 2}}\n"
+    if not (folder / "teacher").exists():
+        models.save_teacher(folder / "teacher", models.tiny_config("llama"))
+    (folder / "spec.yaml").write_text(
+        f"teacher: {{model: teacher}}\nstudent: {student}\n"
+        f"distill: {{data: {data}, tokens: 64, sequence_length: 8, global_batch_size: 2}}\n"
     )
+    return folder / "spec.yaml"
+
+
+def test_a_build_stays_with_the_commit_that_it_was_compiled_with(hub: Hub, tmp_path: Path) -> None:
+    """A branch may move between calibration and training, and its tokens are cached by what they were made of."""
+    from minitron.compiler.teacher.provenance import data_at_commits
+    from minitron.specs import load_spec
+    from minitron.specs.data_files import content_hash, resolve_data
+
+    serve(hub, tmp_path / "first", "one")
+    (tmp_path / "here").mkdir()
+    parts = f"{{weight: 1, dataset: {NAME}}}, {{weight: 1, dataset: {NAME}, revision: next}}"
+    more = f"{{weight: 1, dataset: {NAME}, revision: '{MAIN}'}}, {{weight: 1, dataset: here}}"
+    loaded = load_spec(spec_of(tmp_path, f"{{blend: [{parts}, {more}]}}", "{layers: {drop: [1]}}"))
+    pinned = data_at_commits(loaded)
+    assert pinned.pins == {"distill.data.blend.0.revision": MAIN, "distill.data.blend.1.revision": NEXT}
+    assert pinned.sha256 == loaded.sha256
+
+    hub.repositories[f"datasets/{NAME}"] = {"main": NEXT, "next": NEXT}, tmp_path / "first"
+    moved = data_at_commits(loaded)
+    hashes = [content_hash(resolve_data(one)["distill.data"]) for one in (pinned, moved, data_at_commits(loaded))]
+    assert hashes[0] != hashes[1] == hashes[2]
+    assert data_at_commits(pinned).pins == pinned.pins, "what is pinned stays"
+    hub.repositories.clear()
+    assert data_at_commits(loaded).pins == {}, "what cannot be found out is for the reader to say"
+
+
+def test_a_compile_says_the_commit_and_writes_it(hub: Hub, tmp_path: Path) -> None:
+    serve(hub, tmp_path / "first", "one")
+    spec = spec_of(tmp_path, f"{{dataset: {NAME}}}", "{layers: {drop: [1]}}")
     done = subprocess.run(
-        [sys.executable, "-m", "minitron", "data", str(tmp_path / "spec.yaml"), "--json"],
+        [sys.executable, "-m", "minitron", "compile", str(spec), "--device", "cpu"],
+        env=environment(hub, tmp_path / "home"), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    training = yaml.safe_load((tmp_path / "builds" / "spec" / "training.yaml").read_text())
+    assert training["data"]["revision"] == MAIN
+    assert f"the data set {NAME} is read at commit {MAIN}, where its revision `main` is" in " ".join(
+        done.stdout.split()
+    )
+
+
+def test_a_command_reads_it(hub: Hub, tmp_path: Path) -> None:
+    """`minitron data` shows what a training will see of it."""
+    serve(hub, tmp_path / "first", "one")
+    spec = spec_of(tmp_path, f"{{dataset: {NAME}}}")
+    done = subprocess.run(
+        [sys.executable, "-m", "minitron", "data", str(spec), "--json"],
         env=environment(hub, tmp_path / "home"), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

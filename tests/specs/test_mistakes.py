@@ -12,6 +12,27 @@ WRONG = {
     "a misspelled key": Wrong(
         SHORTEST + "recovery: {refitt: none}\n", "3:12", "recovery.refitt", "unknown key", "did you mean `refit`?"
     ),
+    "a key with dots": Wrong(
+        SHORTEST + "distill.optimizer.lrr: 1\n",
+        "3:1",
+        "distill.optimizer.lrr",
+        "unknown key",
+        "keys are nested: write `distill: {optimizer: {lr: ...}}`",
+    ),
+    "a letter of another alphabet": Wrong(
+        SHORTEST + "recovery: {r\u0435fit: none}\n",
+        "3:12",
+        "recovery.r\u0435fit",
+        "unknown key",
+        "did you mean `refit`? (the `\u0435` in it is U+0435, a letter of another alphabet)",
+    ),
+    "a space that is none of YAML's": Wrong(
+        SHORTEST + "recovery: {refit: none\u00a0}\n",
+        "3:19",
+        "recovery.refit",
+        "`none\\xa0` is not a valid value",
+        "did you mean `none`?",
+    ),
     "a misspelled block": Wrong(SHORTEST + "importanse: {}\n", "3:1", "importanse", "unknown key", "`importance`"),
     "a key of another block": Wrong(SHORTEST + "tokens: 3B\n", "3:1", "tokens", "unknown key", "`distill`"),
     "a key of no block": Wrong(

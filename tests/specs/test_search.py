@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from minitron.specs import load_spec
 from minitron.specs.blocks.choices import RATE_FACTOR, rates, sizes
 from minitron.specs.halving import GROWTH, branch_steps, halving
+from minitron.specs.search_files import search_identity
 from minitron.specs.units import Share, Span
 from tests.specs.conftest import Errors, Load
 from tests.specs.specimens import SEARCH, SMALL
@@ -59,6 +60,21 @@ def test_a_budget_proposes_shapes_and_one_shape_finds_a_rate(load: Load) -> None
     assert search is not None and search.budget is None
 
 
+def test_hidden_states_may_be_compared(load: Load) -> None:
+    for hidden in ("{coordinates: kept}", "{pairs: last:last}", "{pairs: [[5, 3]]}"):
+        assert load(training(f"loss: {{hidden_states: {hidden}}}")).spec.search is not None
+
+
+def test_the_length_of_a_training_is_the_search_s_where_a_weight_falls_over_it(load: Load) -> None:
+    def identities(hidden: str) -> set[str]:
+        text = training(f"loss: {{hidden_states: {hidden}}}, optimizer: {{warmup_steps: 5}}")
+        rank = text.replace("{budget: {memory: 1GiB}}", "{budget: {memory: 1GiB}, rank: {tokens: 100M}}")
+        return {search_identity(load(one)) for one in (rank, rank.replace("tokens: 1B", "tokens: 2B"))}
+
+    assert len(identities("{coordinates: kept}")) == 2
+    assert len(identities("{coordinates: kept, schedule: constant}")) == 1
+
+
 def test_rungs_that_are_not_written_take_a_quarter_of_the_tokens(load: Load) -> None:
     search = load(LISTS + SEARCH).spec.search
     assert search is not None and search.rank.tokens == 250_000_000
@@ -99,9 +115,14 @@ WRONG = {
         asking("{budget: {memory: 1GiB}, rank: {tokens: 10M}}"),
         "search.rank.tokens: the first of 3 rungs has 2.5M tokens, less than one global batch, 3145728 tokens; write at",
     ),
-    "hidden states": (
-        training("loss: {hidden_states: {pairs: last:last}}"),
-        "distill.loss.hidden_states: candidates share the teacher's logits",
+    "rungs without end": (
+        asking("{budget: {memory: 1GiB}, rank: {rungs: 1.5B}}"),
+        "search.rank.rungs: `1.5B` is out of range; write a number of at most 20",
+    ),
+    "pairs of layers that not every candidate has": (
+        training("loss: {hidden_states: {pairs: [[5, 3]]}}").replace("[32, 48]", "48, num_hidden_layers: [4, 6]"),
+        "distill.loss.hidden_states.pairs: the pairs name layers of one student, and candidates have other numbers of "
+        "layers; write all or last:last, or one `num_hidden_layers`",
     ),
     "stored samples": (
         training("teacher_logits: {sampled: 4}"),
@@ -152,8 +173,8 @@ def test_what_a_search_cannot_be(errors_of: Errors, text: str, message: str) -> 
 
 
 def test_all_mistakes_of_a_search_come_at_once(errors_of: Errors) -> None:
-    text = LISTS.replace("1B", "1B, loss: {hidden_states: {pairs: last:last}}") + "search: {budget: {}}\n"
-    assert {error.path for error in errors_of(text)} == {"search.budget", "search", "distill.loss.hidden_states"}
+    text = LISTS.replace("1B", "1B, teacher_logits: {sampled: 4}") + "search: {budget: {}}\n"
+    assert {error.path for error in errors_of(text)} == {"search.budget", "search", "distill.teacher_logits"}
 
 
 @given(st.integers(1, 200), st.integers(10**4, 10**10), st.integers(1, 6))

@@ -72,7 +72,9 @@ def test_phases_that_cannot_be(
 
 def test_held_out_text_is_in_no_phase(errors_of: Errors) -> None:
     (error,) = errors_of(PHASES + "evaluate: {held_out: {jsonl: b.jsonl}}\n")
-    assert error.path == "evaluate.held_out" and "`b.jsonl` is trained on as well" in error.message
+    assert (
+        error.path == "evaluate.held_out" and "`b.jsonl` is trained on as well, under `distill.phases." in error.message
+    )
     megatron = PHASES.replace("data: {jsonl: b.jsonl}", "data: {megatron: b.bin}")
     (error,) = errors_of(megatron + "evaluate: {held_out: {fraction: 1%}}\n")
     assert "no document of them can be left out" in error.message

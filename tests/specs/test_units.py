@@ -52,6 +52,7 @@ def test_units_multiply_exactly(text: str, units: Mapping[str, int], value: int 
     ("text", "units", "message"),
     [
         ("", COUNT_UNITS, "is not a number"),
+        ("010", COUNT_UNITS, "`010` begins with a zero"),
         ("many", COUNT_UNITS, "`many` is not a number"),
         ("1.5", COUNT_UNITS, "is not a whole number"),
         ("0.1KiB", BYTES_UNITS, "is not a whole number"),

@@ -1,0 +1,71 @@
+"""A candidate of a search whose hidden states are compared learns, beside others, what a training alone would."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from minitron.runtime.data import Data
+from minitron.runtime.hidden_states import record_teacher
+from minitron.runtime.interrupt import interrupts
+from minitron.runtime.loss import DistillationLoss
+from minitron.runtime.plan import read_training_plan
+from minitron.runtime.search.ride import Convoy
+from minitron.runtime.search.rider import Stable, branch_progress, trunk_rate
+from minitron.runtime.setup import Session, load_teacher
+from minitron.runtime.tokens import TextEncoder
+from minitron.runtime.world import join_world
+from minitron.specs.progress import Silent
+from minitron.specs.training_plan import TrainingPlan
+from tests.runtime import tiny
+from tests.runtime.test_training import run, weights
+
+# The rate is that of a trunk, a warm-up throughout; the learning stays visible.
+TRUNK: dict[str, Any] = {"optimizer__warmup_steps": 12, "held_out": None}
+WAYS = {
+    "kept": {"coordinates": "kept", "pairs": [[0, 0], [1, 1]]},
+    "projected": {"pairs": "last:last", "schedule": "linear", "weight": 0.5},
+}
+
+
+def ridden(build: Path, folder: Path) -> list[dict[str, torch.Tensor]]:
+    """The weights of two students that ride side by side over all of the training's samples."""
+    loaded = read_training_plan(build)
+    plan = loaded.training()
+    assert plan.loss.hidden_states is not None
+    with interrupts() as interrupt, join_world("cpu") as world:
+        data = Data.read(loaded.data("data", plan.data))
+        encoder = TextEncoder.load(loaded.folder / plan.tokenizer)
+        session = Session(world, encoder, data, folder / "cache", interrupt, Silent())
+        (corpus,) = session.open_corpora(plan)
+        teacher = load_teacher(loaded, world)
+        recorder = record_teacher(teacher, [plan.loss.hidden_states])
+        stable = Stable(loaded, world, lambda _: {}, teacher, recorder)
+        riders = [stable.ride(number, plan, folder / str(number), partial(trunk_rate, plan=plan)) for number in (1, 2)]
+        loss = DistillationLoss(divergence="forward_kl", temperature=1.0, weight=1.0, cross_entropy=0.0)
+        convoy = Convoy(teacher, corpus, loss, world, plan.micro_batch_size, recorder)
+        convoy.ride(riders, lambda _: plan.steps * plan.global_batch_size, lambda _: None)
+        assert [rider.diverged for rider in riders] == [None, None]
+        return [dict(rider.student.module.state_dict()) for rider in riders]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_learns_what_a_training_alone_learns(build: Path, tmp_path: Path, way: str) -> None:
+    kept = {"kept_coordinates": "coordinates.safetensors"} if way == "kept" else {}
+    save_file({"index": torch.arange(16)}, build / "coordinates.safetensors")
+    tiny.write_plan(build, **TRUNK, **kept, loss__hidden_states=WAYS[way])
+    alone = weights(build) if run(build) else {}
+    for one in ridden(build, tmp_path):
+        assert all(torch.equal(one[name], weight) for name, weight in alone.items())
+
+
+def test_on_a_branch_a_weight_falls_to_nothing() -> None:
+    plan = TrainingPlan.model_validate(tiny.plan())
+    assert plan.steps == 12
+    on_the_way = [1.0 - branch_progress(step, plan, begin=6, end=10) for step in range(6, 11)]
+    assert on_the_way == pytest.approx([0.5, 0.375, 0.25, 0.125, 0.0])
