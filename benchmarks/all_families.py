@@ -115,7 +115,7 @@ def _tried(family: str, folder: Path, plan_only: bool, end: float) -> Iterator[t
 
 
 def _where(error: Exception) -> str:
-    """What was raised, and the last line of this project that it came through."""
+    """Describes an error, with the last line of this project that it came through."""
     ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "minitron" in frame.filename]
     place = f" ({Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"

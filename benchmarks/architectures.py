@@ -52,7 +52,7 @@ meta device, and not compiled in this run.
 
 @dataclass
 class Row:
-    """What was found of one family: axis -> cell, footnotes, and what went wrong where it must not."""
+    """The findings on one family: axis -> cell, footnotes, and what went wrong where it must not."""
 
     family: str
     cells: dict[str, str] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What a compile costs beside the least that it could: calibration beside a bare forward, slicing beside a copy, and memory.
+"""Measures a compile against its lower bounds: calibration against a bare forward, slicing against a copy, and its memory.
 
     python benchmarks/compile.py                                       # CPU, a checkpoint of 1 GB in bf16
     python benchmarks/compile.py --gigabytes 0.2 --samples 8 --only calibration
@@ -16,7 +16,7 @@ in one process, memory is the peak of anonymous memory of a process of its own, 
     whole         all of a compile, every check included, where calibration may take a quarter of the checkpoint less what
                   the graphs take: the peak beyond what a compile of a tiny model of as many layers left in memory, and
                   whether student/ has the same bytes as without such a limit. With --limit the kernel refuses this process
-                  more private memory than so many bytes beyond that, files that transformers maps included (RLIMIT_DATA)
+                  more private memory than this many bytes beyond that, files that transformers maps included (RLIMIT_DATA)
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ CALIBRATION_SHARE = 0.6
 
 
 def shape_of(gigabytes: float) -> tuple[int, int, int, int, int, int]:
-    """A Llama of about so many bytes in bf16."""
+    """A Llama of about this many bytes in bf16."""
     hidden = 1536 if gigabytes >= 0.5 else 768
     ffn = hidden * 11 // 4
     layer = 2.5 * hidden * hidden + 3 * hidden * ffn
@@ -270,7 +270,7 @@ class Bench:
             shutil.rmtree(self.work / "build" / "student", ignore_errors=True)
             emit(compilation, student)
 
-        slice_student()  # numbers that are none are looked for once a process
+        slice_student()  # a process checks its weights for NaN and infinity once
         times = interleaved({"cp": copy, "slicing": slice_student}, self.repetitions, "cpu")
         shutil.rmtree(copied)
         with peak() as found:
@@ -324,7 +324,7 @@ class Times:
 
 
 def interleaved(arms: dict[str, Callable[[], object]], repetitions: int, device: str) -> Times:
-    """Runs all arms in turn, so many times."""
+    """Runs all arms in turn, `repetitions` times."""
     walls, spent = ({name: list[float]() for name in arms} for _ in range(2))
     for _ in range(repetitions):
         for name, run in arms.items():
@@ -363,7 +363,7 @@ def peak() -> Iterator[list[int]]:
 
 @contextmanager
 def limited(beyond: int | None) -> Iterator[None]:
-    """Limits the private memory of this process, used or not, to so many bytes beyond what it has; None: no limit."""
+    """Limits the private memory of this process, used or not, to this many bytes beyond what it has; None: no limit."""
     before = resource.getrlimit(resource.RLIMIT_DATA)
     if beyond is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + beyond, before[1]))

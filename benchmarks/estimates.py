@@ -71,7 +71,7 @@ STEPS, GLOBAL_BATCH = 3, 4
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one piece of work: the most bytes that lived, and FLOPs."""
+    """The peak memory in bytes and the FLOPs of one piece of work."""
 
     peak: int
     flops: int
@@ -123,7 +123,7 @@ def measuring(device: str, owner: Any, name: str, *, inside: bool = False) -> It
 
 
 def real_tensors() -> dict[int, torch.Tensor]:
-    """Where their bytes begin -> the tensors that are in memory now, none of another device or of sizes alone."""
+    """Maps the address of its bytes to each CPU tensor that is in memory now; tensors without bytes are left out."""
     found = (one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter))
     return {one.untyped_storage().data_ptr(): one for one in found if one.device.type == "cpu"}
 

@@ -42,7 +42,7 @@ Method = Callable[[Inputs], tuple[Tensor, Tensor | None]]
 
 
 def naive(inputs: Inputs) -> tuple[Tensor, None]:
-    """What one writes without thinking about memory: all logits, in the dtype of the inputs."""
+    """The straightforward loss, which holds all logits, in the dtype of the inputs."""
     student_TD, student_VD, teacher_TE, teacher_VE = inputs
     with torch.no_grad():
         log_q_TV = F.log_softmax(teacher_TE @ teacher_VE.T, dim=-1)

@@ -81,7 +81,7 @@ class Compile:
         return own + sum(Compile.cpu_seconds(int(child)) for child in children)
 
     def _stage(self) -> str:
-        """What was begun last: lines are a day, a time, and a stage before a colon."""
+        """Returns the stage that began last: lines are a day, a time, and a stage before a colon."""
         said = [line.split(maxsplit=2)[2:] for line in self.words.read_text().splitlines()]
         return next((words[0].partition(":")[0] for words in reversed(said) if words), "start")
 

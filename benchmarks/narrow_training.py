@@ -8,7 +8,7 @@
 
 For each learning rate (constant after the warm-up) and each way of holding weights and moments: the mean of the held-out loss
 over the seeds and how far it is from that of fp32, in percent of that; and how far all weights together moved from where
-they began, over how far fp32 moved them. `bfloat16, to nearest` is what plain bf16 weights do; it is no option of the
+they began, over how far fp32 moved them. `bfloat16, to nearest` is what plain bf16 weights do; it is not an option of the
 spec. On a CPU, where bf16 weights are held in fp32: the numbers are those of bf16. Products in float8 are emulated: the
 rounding is that of float8, the sums are fp32. float8 takes sizes that are multiples of 16, which 56 is not.
 """

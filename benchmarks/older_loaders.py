@@ -88,7 +88,7 @@ def students(names: list[str], folder: Path) -> dict[str, Path]:
 
 
 def logits(interpreter: str, folders: list[Path], output: Path) -> dict[str, Any]:
-    """What an interpreter's transformers makes of each folder, and its version."""
+    """Returns the logits of each folder's model in an interpreter's transformers, and its version."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     subprocess.run([interpreter, "-c", _LOAD, str(output), *map(str, folders)], check=True, env=environment)
     found: dict[str, Any] = json.loads(output.read_text())

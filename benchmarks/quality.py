@@ -1,4 +1,4 @@
-"""What pruning and distilling are worth: four ways to one student of the quickstart's teacher, at equal tokens.
+"""Measures what pruning and distilling are worth: four ways to one student of the quickstart's teacher, at equal tokens.
 
     python benchmarks/quality.py                       # three seeds of the quickstart as it stands; about half an hour
     python benchmarks/quality.py --tokens 200K         # the same, shorter

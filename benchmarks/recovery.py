@@ -1,4 +1,4 @@
-"""What the basis, the selection and recovery are worth: one teacher, one shape, equal tokens, each arm at its best rate.
+"""Measures basis, selection and recovery: one teacher, one shape, equal tokens, each arm at its best learning rate.
 
     python benchmarks/recovery.py TEACHER                    # hidden, FFN, heads and all at 75% and 50%, only pruned
     python benchmarks/recovery.py TEACHER --case all-75 --tokens 200K --tokens 800K        # and distilled

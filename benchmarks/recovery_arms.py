@@ -38,7 +38,7 @@ class Arm:
     """Values of the spec, and what is done beside the compiler.
 
     weight_norms   scores are the norms of weights
-    fresh          the student's weights are drawn anew
+    fresh          the student's weights are drawn at random
     cross_entropy  the training has the text's own next tokens in the teacher's place
     blocks         the share of the tokens that block-local distillation is given (`block_local`)
     aligned        hidden states are aligned after it, too

@@ -1,4 +1,4 @@
-"""What a search finds and what it costs: every candidate trained to the end, beside successive halving and cheaper choices.
+"""Measures a search: every candidate trained to the end, against successive halving and cheaper choices.
 
     python benchmarks/search.py                                   # the quickstart's teacher, 24 shapes, one seed
     python benchmarks/search.py --teacher ../shared/data/stories260K --parameters 143K   # on text that it writes itself

@@ -102,7 +102,7 @@ def draw(model: Any, seed: int) -> None:
 
 
 def forward_flops(shape: Shape, side: tuple[int, int, int]) -> int:
-    """Of one token: two for each weight that it meets, and attention to half of the sequence."""
+    """Counts the FLOPs of one token: two for each weight that it meets, and attention to half of the sequence."""
     (hidden, ffn, layers), (heads, groups, width) = side, shape.heads
     layer = 2 * hidden * width * (heads + groups) + 3 * hidden * ffn
     return 2 * (layers * layer + shape.vocabulary * hidden) + layers * 4 * (shape.length // 2) * heads * width
@@ -177,7 +177,7 @@ def ours(args: argparse.Namespace, shape: Shape, world: World) -> Callable[[int]
 
 
 def plain(args: argparse.Namespace, shape: Shape, world: World) -> Callable[[int], float]:
-    """What one writes with transformers and without thinking about memory."""
+    """The straightforward training step, written with transformers and without regard to memory."""
     plan, device = training_plan(shape, world), world.device
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     teacher = empty_model(shape, shape.teacher, compute).to(device).eval()

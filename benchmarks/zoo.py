@@ -84,7 +84,8 @@ compile of minitron checks that by itself. Other models and shapes may give othe
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one family under one tool. Logits are lists of tensors' own type; None where there are none."""
+    """The outcome of one family under one tool: what went wrong, shapes, and logits (nested lists) in memory and reloaded.
+    A field is None where the run got no further."""
 
     error: str = ""
     refused: bool = False
@@ -162,7 +163,7 @@ def classify(expected: Mapping[str, Sequence[int]], outcome: Outcome) -> tuple[s
         return WRONG, f"{len(outcome.problems)} tensors do not load, {outcome.problems[0]} first"
     assert outcome.shapes is not None
     error = relative_error(outcome.memory, outcome.reloaded)
-    if not error <= EQUAL:  # a number that is none is wrong as well
+    if not error <= EQUAL:  # NaN is wrong as well
         return WRONG, f"logits differ by {error:.1e} of the largest"
     off = [name for name in expected if list(outcome.shapes.get(name, ())) != list(expected[name])]
     off += sorted(set(outcome.shapes) - set(expected))
@@ -178,7 +179,7 @@ def relative_error(a: Any, b: Any) -> float:
 
 
 def read_outcome(folder: Path, tool: str) -> Outcome:
-    """What the processes of a tool have left in its folder."""
+    """Reads what the processes of a tool have left in its folder."""
     from safetensors.torch import load_file
 
     if (folder / tool / "error.json").is_file():
@@ -267,7 +268,7 @@ def summary(tool: str, rows: Sequence[Row]) -> str:
 
 
 def versions(python: str) -> str:
-    """Of what decides the outcome, in the peer's environment."""
+    """Returns the versions, in the peer's environment, of the packages that decide the outcome."""
     names = ["torch-pruning", "torch", "transformers"]
     source = f"from importlib.metadata import version; print(*map(version, {names}))"
     done = subprocess.run([python, "-c", source], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""What benchmarks/zoo.py runs in processes of their own, under the python of the tool that is tried.
+"""Prunes one family with one tool: benchmarks/zoo.py runs this file in a process under that tool's python.
 
     python zoo_tools.py minitron FOLDER          prunes FOLDER/teacher as FOLDER/request.json says
     python zoo_tools.py torch-pruning FOLDER     the same by Torch-Pruning, in whose environment minitron is not needed
@@ -34,7 +34,7 @@ def shapes_of(model: Any) -> Shapes:
 
 
 def shapes_by(config: Any) -> Shapes:
-    """What a model of this configuration would hold. Raises whatever the modelling code raises where there is none."""
+    """Returns the tensors' shapes in a model of this configuration. Raises whatever its modelling code raises."""
     with torch.device("meta"):
         return shapes_of(AutoModelForCausalLM.from_config(config))
 
@@ -176,7 +176,8 @@ def prune_with_peer(folder: Path, request: dict[str, Any], attention: str) -> No
 
 
 def fitting(config: Any, keys: dict[str, list[Any]], shapes: Shapes) -> dict[str, Any]:
-    """The values of the keys, each as asked or as it was, whose model has these shapes; all as asked where there are none."""
+    """The values of the keys, each as asked or as it was, whose model has these shapes; all as asked where no such values
+    fit."""
     for values in itertools.product(*(reversed(pair) for pair in keys.values())):
         chosen = dict(zip(keys, values, strict=True))
         try:

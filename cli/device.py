@@ -35,7 +35,8 @@ def pick_device(name: str | None) -> str:
 
 
 def memory_bytes(text: str | None) -> int | None:
-    """The bytes that `--memory` names. UsageError for what is no size, or one in which nothing can be computed."""
+    """The bytes that `--memory` names. UsageError for a text that is not a size, or a size too small to compute
+    in."""
     if text is None:
         return None
     try:

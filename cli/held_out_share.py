@@ -17,7 +17,7 @@ ENOUGH = (8, 2)
 
 
 MOST = 2000
-"""Documents that are looked at: of so many the smallest share holds out enough."""
+"""The most documents that are read: with as many, even the smallest share holds out enough."""
 
 Source = dict[str, list[str] | str]
 

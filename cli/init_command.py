@@ -145,7 +145,7 @@ def _budget(parameters: str | None, target: str | None) -> Budget:
         if parameters is not None:
             count = parse_quantity(parameters, COUNT_UNITS)
             if count < 1:
-                raise ValueError(f"`{parameters}` is no number of parameters")
+                raise ValueError(f"`{parameters}` is not a number of parameters")
             return Budget(count, None)
         share = Share.parse(target or "50%").of_one
     except ValueError as error:

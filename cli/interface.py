@@ -92,7 +92,8 @@ class Plan(_Shown):
 
 @dataclass(frozen=True, repr=False)
 class Build(_Shown):
-    """A build folder. `Build("builds/NAME")` opens one that was compiled before; UsageError where there is none."""
+    """A build folder. `Build("builds/NAME")` opens one that was compiled before; UsageError where no build
+    is there."""
 
     path: Path
 

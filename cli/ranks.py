@@ -32,7 +32,7 @@ def only_process(command: str) -> None:
 
 def says(failure: Failure) -> bool:
     """Tells whether this process reports its failure to the user. A failure that all processes see, such as a mistake
-    in a file or a loss that is no number, is reported once, by whichever process comes first; a failure that only one
+    in a file or a loss that is NaN, is reported once, by whichever process comes first; a failure that only one
     process sees, by that process. Consequences of another process's failure, such as a connection that it closed or
     torchrun's signal to the rest, are not reported at all.
 

@@ -74,7 +74,7 @@ def guard_build(plan: Plan, found: Staleness | None) -> None:
     edits = hand_edits(build, old)
     lost = [edit for edit in edits if _at(to_document(written), edit.path) != edit.written]
     if lost:
-        why = "the spec changed as well" if found is not None and found.changed else "it would be generated anew"
+        why = "the spec changed as well" if found is not None and found.changed else "it would be generated again"
         raise UsageError(
             f"{build / TRAINING} was edited by hand ({in_short(tuple(lost))}), and {why}; write the values into "
             f"{plan.loaded.path.name}, or remove {TRAINING} to drop them, or {_WAY_ON}"
@@ -91,7 +91,7 @@ def guard_training(build: Path, fingerprint: str) -> None:
 
 
 def is_training(build: Path) -> bool:
-    """Checks whether the training of a build's student has begun; tokenized data and a corrected teacher are no student's."""
+    """Checks whether the training of a build's student has begun; tokenized data and a corrected teacher do not count."""
     return any((build / WORK / name).exists() for name in (METRICS, CHECKPOINTS, FINISHED)) or (build / MODEL).exists()
 
 
@@ -143,7 +143,7 @@ def write_documents(
 
 
 def renew_documents(plan: Plan, inputs: Inputs) -> bool:
-    """Writes plan.json and training.yaml anew for a build whose student is what the plan asks for. False, with nothing
+    """Writes plan.json and training.yaml again for a build whose student is what the plan asks for. False, with nothing
     written, where more is needed: coordinates of hidden states that the compile did not keep, or another candidate of a
     search."""
     old = read_document(plan.build / PLAN)
@@ -173,7 +173,7 @@ def search_start(plan: Plan, fingerprint: str) -> StartPlan | None:
     if entry.fingerprint != fingerprint:
         raise WorkError(
             f"the student that was compiled is not the one that {plan.build / SEARCH} trained; remove that folder to "
-            "search anew"
+            "search again"
         )
     distill = plan.loaded.spec.distill
     assert distill is not None, "a search distils"
@@ -247,7 +247,7 @@ def staged(build: Path, made_for: str) -> Iterator[Path]:
 
 
 def _replace(new: Path, target: Path) -> None:
-    """Puts a file or folder in the place of an older one, or removes that where there is no new one."""
+    """Puts a file or folder in the place of an older one; removes the older one where there is no new one."""
     if target.is_dir() and not target.is_symlink():
         target.replace(aside := temporary_path(target, "old"))
         shutil.rmtree(aside, ignore_errors=True)

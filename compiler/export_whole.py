@@ -31,7 +31,7 @@ def export_whole(build: Path, target: Path | None, *, progress: Progress) -> Pat
     its folder.
 
     The written model is loaded and must give the student's logits for text. Raises UsageError for a build whose teacher is
-    no language tower, WorkError where the model cannot be written or is another function.
+    not a language tower, WorkError where the model cannot be written or is another function.
     """
     document = read_document(build / PLAN)
     if document is None or "selection" not in document:

@@ -27,7 +27,7 @@ class SearchPlan:
     candidates: Candidates
 
     def candidate(self, number: int) -> Candidate:
-        """Returns a candidate by its number, from 1; UsageError where there is none."""
+        """Returns a candidate by its number, from 1; UsageError for a number without a candidate."""
         found = self.candidates.found
         if not 1 <= number <= len(found):
             raise UsageError(f"there is no candidate {number}; write a number from 1 to {len(found)}")

@@ -62,7 +62,7 @@ def spec_of_build(build: Path, document: Mapping[str, Any]) -> LoadedSpec:
 
 
 def _checks(plan: Plan, recorded: Mapping[str, str], device: str, progress: Progress, scratch: Path) -> list[Check]:
-    """Makes the student anew in memory, up to the files, and compares the build with it."""
+    """Makes the student again in memory, without its files, and compares the build with it."""
     source, stages = open_weights(plan.teacher.captured, plan.checkpoint), Stages()
     compilation = Compilation(plan, source, run_buffers(plan, plan.teacher.captured.config), device, progress)
     of_teacher = verify_teacher(compilation)

@@ -25,7 +25,7 @@ def rooms(package: str) -> list[str]:
 
 
 def room_of(module: str, known: list[str]) -> str | None:
-    """The innermost package that a module `minitron.…` stands in; None where it is none of ours."""
+    """The innermost package that a module `minitron.…` stands in; None for a module of another project."""
     name = module.removeprefix("minitron.")
     found = [room for room in known if name == room or name.startswith(f"{room}.")]
     return max(found, key=len, default=None) if module.startswith("minitron.") else None

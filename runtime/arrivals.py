@@ -216,7 +216,7 @@ def _merged(corpora: Sequence[Sequence[CorpusPart]]) -> dict[Path, CorpusPart]:
 
 
 def _settle(parts: Iterable[Path], progress: Progress) -> None:
-    """Checks the streams that are said to be whole, before anybody reads them: those that are damaged are made anew. A
+    """Checks the streams that are said to be whole, before anybody reads them: those that are damaged are made again. A
     stream that is written as far as trainings have read it is used like a whole one.
     """
     for folder in parts:

@@ -94,7 +94,7 @@ class Correction:
                 key for key in before.keys() | self.identity.keys() if before.get(key) != self.identity.get(key)
             )
             progress.message(
-                f"the teacher was corrected with other settings ({', '.join(changed)}): it is corrected anew"
+                f"the teacher was corrected with other settings ({', '.join(changed)}): it is corrected again"
             )
             self._forget()
         with writing(str(self.work)):

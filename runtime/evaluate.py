@@ -109,7 +109,8 @@ def evaluate(
 
 
 def searched(build: Path) -> dict[str, Any] | None:
-    """Returns the table of the candidates of the search that has chosen this student; None where there was none."""
+    """Returns the table of the candidates of the search that has chosen this student; None where there was no
+    search."""
     file, ranking = read_search(build), read_ranking(build)
     if file is None or ranking is None or ranking.identity != file.identity or ranking.winner is None:
         return None

@@ -50,7 +50,7 @@ class Finished:
 
 
 def read_finished(path: Path) -> Finished | None:
-    """Reads the note in `path`; None where there is none, or none that can be read."""
+    """Reads the note in `path`; None where it is missing or cannot be read."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["format_version"] != FORMAT_VERSION:

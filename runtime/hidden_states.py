@@ -199,7 +199,8 @@ def _require_layers(**models: LanguageModel) -> None:
 
 
 def _pairs(settings: Settings, theirs: int, own: int) -> tuple[tuple[int, int], ...]:
-    """Returns the pairs of layers that are compared, of models with so many layers. Refused where they do not exist."""
+    """Returns the pairs of layers that are compared, of models with these numbers of layers. Refused where a layer does not
+    exist."""
     at = "loss.hidden_states"
     if settings.pairs == "last:last":
         return ((theirs - 1, own - 1),)

@@ -32,7 +32,6 @@ _SHUTDOWN_SECONDS = 3600
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
-
 _INTERRUPTED = 130
 """The exit code of a process that a signal has ended in order."""
 

@@ -118,7 +118,7 @@ def load_model(
 
     `place` is called with the model on the CPU, in the dtype of its files where that is narrower than `dtype`; with
     None the model goes to `device` in `dtype`. Refused where the plan and the model do not fit, UsageError where there
-    is no model, WorkError for broken files.
+    is not a model, WorkError for broken files.
     """
     folder = model_folder(loaded, at, plan)
     if place is not None and stored_in(folder, "BF16"):

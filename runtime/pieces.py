@@ -81,7 +81,7 @@ class PieceFiles:
         for path in files:
             file = self._stack.enter_context(safe_open(path, framework="pt"))
             placed = json.loads((file.metadata() or {}).get(ROWS, "{}"))
-            for name in file.keys():  # noqa: SIM118 (it is no mapping)
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
                 found = file.get_slice(name)
                 shape = tuple(found.get_shape())
                 self.dtypes[name] = _DTYPES.get(found.get_dtype(), torch.float32)

@@ -121,7 +121,7 @@ class Saver:
         if not isinstance(save.error, OSError | SafetensorError):
             return save.error
         there = checkpoints.names()
-        kept = f"the last good one, {there[0]}, was kept" if there else "there is none before it"
+        kept = f"the last good one, {there[0]}, was kept" if there else "there is no earlier one"
         reason, remedy = explain(save.error)
         then = "train again: it goes on from there" if there else "train again"
         return WorkError(

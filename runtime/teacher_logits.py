@@ -100,7 +100,7 @@ def begin(folder: Path, identity: Identity, samples: int, length: int, progress:
         return old
     if shards := list(folder.glob("shard-*.safetensors")):
         why = "" if old is None else f" ({', '.join(changes(old.identity, plain))} changed)"
-        progress.message(f"the stored teacher logits are of another training{why}: they are made anew")
+        progress.message(f"the stored teacher logits are of another training{why}: they are made again")
         for shard in shards:
             shard.unlink()
     tokens = min(max(samples * length // _SHARDS, _SHARD_TOKENS[0]), _SHARD_TOKENS[1])

@@ -131,7 +131,7 @@ def finished(folder: Path, progress: Progress) -> TokenStream | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError, WorkError) as error:
-        progress.message(f"the tokenized data is made anew: {error}")
+        progress.message(f"the tokenized data is made again: {error}")
         (folder / INDEX).unlink(missing_ok=True)
         return None
     mark_used(folder)

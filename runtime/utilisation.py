@@ -29,7 +29,7 @@ PEAKS = (
     ("A10", 125e12),
 )
 """The peak of each device by words of its name: floating-point operations a second in bf16, dense, as its maker states
-them. The first match counts: the board before the chip. Words match whole: an RTX A4000 is no A40.
+them. The first match counts: the board before the chip. Words match whole: an RTX A4000 is not an A40.
 """
 
 

@@ -37,7 +37,7 @@ there.
 _POLL_SECONDS = 0.1
 
 _PATIENCE = timedelta(days=2)
-"""The time that ranks wait while the leader tokenizes or one rank writes. Such a wait is no failure; a step that hangs
+"""The time that ranks wait while the leader tokenizes or one rank writes. Such a wait is not a failure; a step that hangs
 is.
 """
 

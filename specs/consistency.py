@@ -114,7 +114,7 @@ def training_has_data(spec: Spec) -> Iterator[Problem]:
     """Requires `distill` for a search and for teacher correction, because both train on its data."""
     for key in ("search", "teacher_correction"):
         if getattr(spec, key) is not None and spec.distill is None:
-            yield Problem(key, f"`{key}` trains on the data of `distill`, and there is none", "add `distill:`")
+            yield Problem(key, f"`{key}` trains on the data of `distill`, which is missing", "add `distill:`")
 
 
 def scores_need_data(spec: Spec) -> Iterator[Problem]:
@@ -148,7 +148,7 @@ def elimination_counts_on_a_refit(spec: Spec) -> Iterator[Problem]:
     alone = "num_experts" in narrowed and narrowed <= {"num_experts", "hidden_size", DEPTH}
     alone = alone and not proposes_shapes(spec)
     if spec.importance.selection == "greedy" and spec.recovery.refit == "none" and not alone:
-        message = "greedy keeps what is best once projections are refitted, and nothing is"
+        message = "greedy keeps what is best after a refit of the projections, and none is asked for"
         yield Problem("importance.selection", message, "write scores, or `recovery: {refit: least_squares}`")
 
 
@@ -157,10 +157,10 @@ def layers_are_dropped_one_way(spec: Spec) -> Iterator[Problem]:
     """Requires, for layers that are dropped one after the other, a metric of what is left, and no run of neighbours."""
     depth = spec.importance.depth
     if depth.greedy and depth.metric == "block_influence":
-        message = "block influence is a layer's own and not what is left without it"
+        message = "block influence describes a layer alone, not the model without it"
         yield Problem("importance.depth.greedy", message, "write `metric: loss` or `metric: logit_mse`, or false")
     if depth.greedy and depth.contiguous:
-        message = "layers that go one after the other are no run of neighbours"
+        message = "layers that are dropped one after the other need not be neighbours"
         yield Problem("importance.depth.greedy", message, "keep either `greedy` or `contiguous`")
 
 
@@ -296,10 +296,10 @@ def held_out_documents_can_be_chosen(spec: Spec) -> Iterator[Problem]:
         return
     if spec.distill is None:
         yield Problem(
-            "evaluate.held_out.fraction", "is of `distill.data`, and there is none", "name a source of documents"
+            "evaluate.held_out.fraction", "is a share of `distill.data`, which is missing", "name a source of documents"
         )
     elif held_out.fraction == 0:
-        yield Problem("evaluate.held_out.fraction", "0 is no share of the documents", "write a share such as 1%")
+        yield Problem("evaluate.held_out.fraction", "0% leaves no document to hold out", "write a share such as 1%")
     else:
         for part in (part for _, source in _learnt(spec.distill) for part in source.blend or [source]):
             if part.megatron is not None:
@@ -344,7 +344,7 @@ def benchmarks_can_be_run(spec: Spec) -> Iterator[Problem]:
         if one.task in [before.task for before in suite[:index]]:
             yield Problem(f"evaluate.suite.{index}", f"`{one.task}` stands in the list twice", "keep one of them")
         if (one.samples or 1) > 1 and not one.temperature:
-            message = f"{one.samples} answers that are the most likely ones are all the same"
+            message = f"without a temperature the {one.samples} answers would all be the same"
             yield Problem(f"evaluate.suite.{index}", message, "add `temperature: 0.2`, or leave `samples` out")
 
 

@@ -109,9 +109,9 @@ def _expand(pattern: str, folder: Path) -> list[str]:
     try:
         mode = path.stat().st_mode  # before patterns: brackets may stand in a file's own name
     except (OSError, ValueError) as error:
-        # A name that no file can have: too long, or with a NUL.
+        # Not a name that a file can have: too long, or with a NUL.
         if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
-            raise FileNotFoundError(f"{shown_path(pattern)} is no name of a file", "write a path") from None
+            raise FileNotFoundError(f"{shown_path(pattern)} is not a valid file name", "write a path") from None
         return _matches(pattern, folder)
     if stat.S_ISREG(mode):
         return [str(path)]
@@ -140,7 +140,7 @@ def _matches(pattern: str, folder: Path) -> list[str]:
 
 
 _WHOLE_MACHINE = ("/", "/proc", "/sys", "/dev")
-"""Below these a search for files does not end, or finds what is none."""
+"""Below these a search for files does not end, or finds entries that are not files."""
 
 
 def _check_root(pattern: str, folder: Path) -> None:
@@ -165,10 +165,12 @@ def _dataset(name: str, folder: Path, at: str, problems: list[Problem]) -> str:
     try:
         is_folder = path.is_dir()
     except (OSError, ValueError):
-        problems.append(Problem(f"{at}.dataset", f"{shown_path(name)} is no name of a data set", "write owner/name"))
+        problems.append(
+            Problem(f"{at}.dataset", f"{shown_path(name)} is not the name of a data set", "write owner/name")
+        )
         return name
     if is_folder and os.path.normpath(path) in _WHOLE_MACHINE:
-        problems.append(Problem(f"{at}.dataset", f"`{name}` is no data set", "name the folder that holds the data"))
+        problems.append(Problem(f"{at}.dataset", f"`{name}` is not a data set", "name the folder that holds the data"))
     if is_folder:
         return str(path)
     if name.startswith((".", "/")):
@@ -204,7 +206,7 @@ def content_hash(source: Source) -> str:
     Folders do not count, so the same data has the same hash on another machine. For a data set on the Hub only the id,
     split and revision count, because nothing else is known without reading the data.
     """
-    # Files count by name and content, parts of a blend by their own hash, and how much of the data is read not at all.
+    # Files count by name and content, parts of a blend by their own hash. The amount that is read does not count.
     elsewhere = {"text", "jsonl", "parquet", "megatron", "blend", "samples", "sequence_length"}
     options = {key: value for key, value in source.model_dump(mode="json").items() if key not in elsewhere}
     if source.dataset is not None and data_files(source):

@@ -43,7 +43,7 @@ def fit_lengths(loaded: LoadedSpec, positions: int | None) -> LoadedSpec:
 
 
 def is_written(loaded: LoadedSpec, path: str) -> bool:
-    """Checks whether a value stands in the file, and is no default."""
+    """Checks whether a value is written in the file, and is not a default."""
     node: Any = loaded.tree
     for key in path.split("."):
         if not isinstance(node, Mapping) or key not in node.entries:

@@ -79,7 +79,7 @@ def read_lock(loaded: LoadedSpec) -> Lock | None:
         return None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-    renew = f"`minitron lock {loaded.path.name}` writes it anew"
+    renew = f"`minitron lock {loaded.path.name}` writes it again"
     root, errors = source.read_bytes(content, str(path))
     if errors or not isinstance(root, source.Mapping):
         raise SpecInvalid(errors or [root.place.error("", "is not a lock file", renew)])

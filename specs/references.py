@@ -44,7 +44,7 @@ class Reference:
 
 
 def references(content: bytes, file: str) -> list[Reference]:
-    """Returns the paths that the text of one spec names, in their order; none if the text is no spec."""
+    """Returns the paths that the text of one spec names, in their order; none if the text is not a spec."""
     try:
         root, _ = read_bytes(content, file)
     except SpecInvalid:

@@ -137,7 +137,7 @@ def best_first(judged: dict[int, Judged]) -> list[int]:
 
 
 def read_search(build: Path) -> SearchFile | None:
-    """Returns the content of search.json; None where there is none, or none that this version reads."""
+    """Returns the content of search.json; None where it is missing or of a format that this version does not read."""
     found: SearchFile | None = _read(build / SEARCH / SEARCH_PLAN, SearchFile)
     return found
 

@@ -86,7 +86,7 @@ def candidates_are_judged(spec: Spec) -> Iterator[Problem]:
         or (spec.evaluate is not None and spec.evaluate.held_out is not None)
     ):
         return
-    message = "candidates are judged on held-out text, and there is none"
+    message = "candidates are judged on held-out text, which is missing"
     yield Problem("search", message, "add `evaluate: {held_out: {text: [valid.txt]}}`, or `held_out: {fraction: 1%}`")
 
 

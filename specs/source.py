@@ -121,7 +121,7 @@ def scalar_value(text: str) -> ScalarValue:
         return _CONSTANTS[text]
     if text in _YES_NO:
         return YesNo(text)
-    if len(text) < 100:  # longer digits are no number of ours, and int() takes quadratic time over them
+    if len(text) < 100:  # no number of a spec is longer, and int() takes quadratic time
         if _INTEGER.fullmatch(text):
             return int(text.replace("_", ""), 0)
         # A leading zero is octal to some readers and decimal to others: it stays text, which no number field takes.

@@ -261,7 +261,7 @@ class TrainingPlan(EvaluationPlan):
 
     seed: NonNegativeInt
     shuffle: Shuffle = "all"
-    """The order of the sequences: all of them shuffled, or within blocks of so many tokens, one block after the other."""
+    """The order of the sequences: all of them shuffled, or within blocks of `block` tokens, one block after the other."""
 
     compute_dtype: ComputeDtype
     gradient_checkpointing: Recomputation
@@ -314,7 +314,6 @@ def needs_teacher(plan: TrainingPlan) -> bool:
 
 
 TRAINING_KEYS = frozenset(TrainingPlan.model_fields) - frozenset(EvaluationPlan.model_fields)
-
 
 _MOST_SEQUENCES = 1 << 16  # in a forward; beyond that nothing is gained, and the search for a divisor stays short
 

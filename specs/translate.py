@@ -110,7 +110,7 @@ def translate(details: list[ErrorDetails], root: Node, model: type[Block]) -> li
 
 
 def _path(detail: ErrorDetails, root: Node) -> Path:
-    """Returns pydantic's location without the names of union members, and without an index into what is no list."""
+    """Returns pydantic's location without the names of union members, and without an index into a value that is not a list."""
     loc = detail["loc"]
     # An unknown key is the user's own word, whatever it is.
     own = len(loc) - 1 if detail["type"] == "extra_forbidden" else None

@@ -40,12 +40,11 @@ _BITS = {
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 
-
 FileMark = tuple[int, int, int]
 
 
 def file_mark(stat: os.stat_result) -> FileMark:
-    """What changes with the content of a file: size, time and inode."""
+    """Returns figures that change with the content of a file: size, time and inode."""
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
@@ -131,7 +130,7 @@ def indexed_files(index: Path) -> list[str]:
         document = read_json(index, INDEX_LIMIT)
         names = sorted(set(document["weight_map"].values()))
         if strange := next((name for name in names if not isinstance(name, str) or Path(name).name != name), None):
-            raise ValueError(f"{strange!r} is no name of a file beside it")
+            raise ValueError(f"{strange!r} is not the name of a file beside it")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise WorkError(f"{index} is broken ({_words(error)}); copy the checkpoint again") from None
     if not isinstance(document.get("metadata"), dict):

@@ -56,12 +56,12 @@ def main() -> int:
 
 
 def is_ours(comment: dict[str, object]) -> bool:
-    """Whether an earlier run wrote a comment: anybody can begin one with the marker."""
+    """Checks whether an earlier run wrote a comment: anybody can begin one with the marker."""
     return comment["author"] == os.environ["AUTHOR"] and str(comment["body"]).startswith(MARKER)
 
 
 def gh(*arguments: str) -> str | None:
-    """What GitHub answers; None where it refuses."""
+    """Returns GitHub's answer; None where it refuses."""
     done = subprocess.run(["gh", "api", *arguments], stdout=subprocess.PIPE, text=True)
     return done.stdout if done.returncode == 0 else None
 

@@ -86,7 +86,7 @@ def work_tree(folder: Path, commit: str) -> Iterator[Path]:
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Whether `path`, with every link followed, is there and below `folder`, and no part of git's own."""
+    """Checks whether `path`, with every link followed, exists below `folder` and is not one of git's own files."""
     real = Path(os.path.realpath(path))
     return real.is_relative_to(folder) and ".git" not in real.relative_to(folder).parts and real.exists()
 
@@ -110,7 +110,7 @@ def spec_of(after: Path, name: str) -> Path | None:
 
 
 def builds_on(spec: Path, touched: set[Path], after: Path) -> bool:
-    """Whether a spec, or any file that it takes something from, was touched."""
+    """Checks whether a spec, or any file that it takes something from, was touched."""
     files = chain_of(spec, after)
     folders = [one.target for found in files.values() for one in found if one.key == "teacher.model"]
     below = any(path.is_relative_to(folder) for path in touched for folder in folders)
@@ -131,7 +131,7 @@ def chain_of(spec: Path, root: Path) -> dict[Path, list[Reference]]:
 
 
 def outside(spec: Path, root: Path) -> list[str]:
-    """What a spec, or one that it builds on, names outside of the work tree."""
+    """Returns the paths outside of the work tree that a spec, or one that it builds on, names."""
     return [
         str(one.error("leads out of the repository", "name a file that is committed, relative to this one"))
         for found in chain_of(spec, root).values()

@@ -19,7 +19,7 @@ from minitron.cli.report.curves import Figure
 from minitron.cli.report.markup import Markup, element
 from minitron.cli.report.scores import Marks, Values
 
-# Up to so many values a bar each, in the teacher's order; more are ranked and drawn in so many columns.
+# Up to this many values are drawn as a bar each, in the teacher's order; more are ranked and drawn in this many columns.
 BARS, COLUMNS = 64, 120
 # A curve with so few points has a dot on each.
 _DOTS = 40

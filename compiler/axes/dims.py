@@ -27,7 +27,7 @@ class Size:
 
     @staticmethod
     def of(value: Any) -> Size:
-        """Makes a size from an int or a `torch.SymInt`; an expression that is no monomial (`s0 + 1`) becomes one opaque
+        """Makes a size from an int or a `torch.SymInt`; an expression that is not a monomial (`s0 + 1`) becomes one opaque
         symbol."""
         if isinstance(value, int):
             return Size(value)
@@ -48,7 +48,7 @@ class Size:
         return Size(self.coefficient * other.coefficient, tuple(sorted(self.symbols + other.symbols)))
 
     def divided_by(self, other: Size) -> Size | None:
-        """The exact quotient, or None where there is none."""
+        """The quotient, or None where the division leaves a rest."""
         if other.coefficient == 0 or self.coefficient % other.coefficient:
             return None
         rest = list(self.symbols)

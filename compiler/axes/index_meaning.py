@@ -6,8 +6,8 @@ these values pin nothing as long as every reader treats them as positions: index
 them yields that axis, sorting by them puts rows in its order. Any other reader reads plain values, and then the axis is
 pinned.
 
-The rules of the operators that treat positions as positions are marked (`positions=True`); `Tracer.visit` pins what any
-other operator reads.
+Operators that treat positions as positions say how when their rule is registered (`positions=`, see `rules/registry.py`);
+`analysis.visit` pins what any other operator reads.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Tracer:
         return self.result_sizes(node)[0]
 
     def result_sizes(self, node: Node) -> list[list[Size]]:
-        """One list of sizes a result, in their order; an empty one where a result is no tensor."""
+        """One list of sizes for each result, in their order; an empty one where a result is not a tensor."""
         value = node.meta.get("val")
         results = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
         return [[Size.of(s) for s in getattr(result, "shape", ())] for result in results]
@@ -94,7 +94,7 @@ class Tracer:
     def untracked(self, dim: Dim, size: Size, reason: str, place: str) -> Dim:
         """A new dimension, of `size`, for indices of `dim` that the algebra cannot follow: the widths in both are pinned.
 
-        Batch and sequence are no widths: nothing stands against cutting them.
+        Batch and sequence are not widths: they may be cut.
         """
         result = self.space.fresh(size)
         self.ordered += [dim, result]

@@ -42,30 +42,15 @@ from minitron.specs.errors import UsageError
 
 # Export wants an upper bound for symbolic sizes; nothing of ours depends on it.
 LONGEST = 1 << 20
-
-
 SAMPLE = (2, 7)  # batch and sequence of the input that is traced
-
-
-FIXED_LENGTH = 128  # tokens that a graph is of which cannot be of any number
-
-
-# Of an error of export: the code does other things for other numbers of tokens, which is the dimension of this name.
-OF_ONE_LENGTH = "(sequence)"
-
-
-# Of an error of export: the code asks for the values of tensors, or for sizes that follow from such values.
-DATA_DEPENDENT = ("data-dependent", "DataDependent")
-
-
-# Of an error of transformers for an attention that a family does not have; the next one is tried.
+FIXED_LENGTH = 128  # the sequence length of a graph that cannot be exported with a dynamic one
+# Words in an error of export:
+OF_ONE_LENGTH = "(sequence)"  # the code depends on the number of tokens, the dimension of this name
+DATA_DEPENDENT = ("data-dependent", "DataDependent")  # the code reads values of tensors, or sizes that follow from them
+# Words in an error of transformers: the family does not have this attention, and the next one is tried.
 NO_SUCH_ATTENTION = "does not support an attention implementation"
-
-
-# Operators that take a number out of a tensor: what is made of that size has none without data.
+# Operators that read a number out of a tensor: without data, a size that follows from it is unknown.
 TAKES_NUMBERS = {"item", "_local_scalar_dense"}
-
-
 LEAST_LAYERS = 4  # a model of fewer is captured whole: finding out which layers are alike would take as long
 
 
@@ -181,7 +166,7 @@ def capture(config: Any, dtype: torch.dtype = torch.float32, otherwise: int = FI
                 if NO_SUCH_ATTENTION not in str(error):
                     reasons.append((attention, in_words(error)))
                 if of_one_length:
-                    break  # and so it is with any attention
+                    break  # with every attention alike
                 continue
             finally:
                 # Each export leaves some MB of operators' results for fake tensors behind, in a cache of the process.
@@ -234,7 +219,7 @@ def _export_once(
         captured = Captured(graph_module, small, few.config, attention, dtype, {}, path, len(few.layers))
         model = build_meta(config, dtype, attention)
         return model, repeat_layers(graph_module, model, captured.layer_of, WRAPPER, path, few.stands_in)
-    except Exception as error:  # a configuration of few layers may be none that its model takes: all are exported then
+    except Exception as error:  # its model may not take a configuration of few layers: all are exported then
         if OF_ONE_LENGTH in _first_line(error):
             raise
         return None

@@ -93,7 +93,7 @@ def _follow_lists(config: Any) -> None:
 
 
 def _every(entries: list[bool]) -> int | None:
-    """n where exactly every n-th entry is set, counted from 1; None where there is no such number."""
+    """Returns n where exactly every n-th entry is set, counted from 1; None where no n fits."""
     for n in range(1, len(entries) + 2):
         if entries == [(i + 1) % n == 0 for i in range(len(entries))]:
             return n

@@ -71,7 +71,7 @@ def repeat_layers(
     """The graph of a model with `len(stands_in)` layers. Layer i is a copy of the small graph's layer `stands_in[i]`.
 
     `model` is the whole one on the meta device, whose tensors the attributes are; `path` its list of layers, and
-    `wrapper` what names of attributes begin with. CannotRepeatError where the small graph is no chain of layers.
+    `wrapper` what names of attributes begin with. CannotRepeatError where the small graph is not a chain of layers.
     """
     assert stands_in[0] == 0 and all(number > 0 for number in stands_in[1:])
     prefix = f"{wrapper}.{path}."

@@ -59,7 +59,7 @@ def _front_matter(teacher: dict[str, Any], folder: Path) -> str:
 
 
 def _front_matter_of(card: Path) -> dict[str, Any]:
-    """The front matter of a card; empty where there is none that can be read, which is the teacher's own affair."""
+    """The front matter of a card; empty where it cannot be read: a teacher may have any card."""
     try:
         if card.stat().st_size > LARGEST_CARD:
             return {}

@@ -29,7 +29,7 @@ PRIVATE = ("stack_trace", "from_node")
 
 
 def build_program(graph_module: GraphModule, buffers: Mapping[str, torch.Tensor]) -> ExportedProgram:
-    """Exports the rewritten graph anew. Parameters are on the meta device, named as in the student's state dict."""
+    """Exports the rewritten graph. Parameters are on the meta device, named as in the student's state dict."""
     length = fixed_length(graph_module.graph)
     sample = torch.zeros(2, length or 7, dtype=torch.long)
     with quiet(), torch.no_grad():

@@ -27,7 +27,7 @@ recomputation."""
 
 @dataclass(frozen=True)
 class Choice:
-    """What the backward pass computes again, and the most sequences in one forward."""
+    """The recomputation in the backward pass, and the most sequences in one forward."""
 
     recompute: Recomputation
     micro_batch: int
@@ -42,8 +42,8 @@ def choose(
     machines: Sequence[int] = MACHINES,
 ) -> Choice:
     """Returns the first choice that fits: `ways` by `sizes`, both in order of preference; the last of `ways` with the first
-    of `sizes` where none does. `layout` is that of so many devices, as many as `machines` has in turn, `peak` its memory,
-    and `least` a bound below it that costs nothing."""
+    of `sizes` where none does. `layout` makes the layout for a number of devices, each of `machines` in turn; `peak` is its
+    memory, and `least` a lower bound of that which costs nothing."""
     tried = [Choice(way, size) for way in ways for size in sizes]
     for devices in machines:
         for choice in tried:

@@ -139,7 +139,7 @@ class Estimate:
 
     @cached_property
     def recomputation(self) -> Recomputation:
-        """What the backward pass computes again: as the spec has it, else the least with which every phase fits."""
+        """The recomputation in the backward pass: as the spec has it, else the least with which every phase fits."""
         given = self.distill.gradient_checkpointing
         if given is not None:
             return given
@@ -204,8 +204,8 @@ class Estimate:
         """The memory of distillation, or of the correction of the teacher, on one device of `kind` cpu or cuda."""
         distill, sampled = self.distill, self.sampled
         learner = self.teacher if correction else self.student
-        # Weights in fp32 are cast for every product, and the casts live until the backward has used them; where all products
-        # are float8's, there are none.
+        # Weights in fp32 are cast for every product, and the casts live until the backward has used them; where float8 computes
+        # all products, there are no casts.
         narrow = layout.shards_student or layout.bf16_weights or (layout.float8_student and learner.float8.all)
         own = Work(
             1,

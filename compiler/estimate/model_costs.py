@@ -136,7 +136,7 @@ def attention_counts(captured: Captured, roles: Roles, table: AxisTable) -> dict
 
 
 def stacked_parameters(captured: Captured, table: AxisTable, roles: Roles) -> set[str]:
-    """Parameters that stack the weights of experts, or their biases; a router's rows, which all tokens meet, are none."""
+    """Parameters that stack the weights of experts, or their biases; not a router's rows, which all tokens meet."""
     contracted = {contraction.weight for contraction in table.contractions}
     found = set()
     for name, dims in table.parameters.items():

@@ -10,7 +10,6 @@ MICRO_BATCH_TOKENS = 8192  # tokens of one forward pass where the spec leaves th
 REPLICATED_TEACHER_BYTES = 32 * 2**30  # a teacher up to this size stands whole on each device: 12B in bf16, of 80 GB
 CHECKPOINTS = 20  # over the whole training, where the spec leaves it open
 
-
 MEASURED_TOKENS = 2  # held-out tokens for each one that is trained: a forward of the student beside five of both models
 
 

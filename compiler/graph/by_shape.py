@@ -8,7 +8,7 @@ fast kernels for, and no batch holds the mask.
                  True (or zero) up to the diagonal and False (or the lowest number) beyond it
     left alone   every other call. A sliding window that is longer than the sequence is the causal mask
 
-The condition is checked on the mask itself, for each shape anew: nothing is inferred from how the mask was made.
+The condition is checked on the mask itself, for each shape: nothing is inferred from how the mask was made.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from minitron.compiler.graph.aten import argument, op_name
 from minitron.compiler.graph.calls import Settings, call, localised
 from minitron.compiler.graph.names import strip_wrapper
 
-# Of the input these take the shape only.
+# Operators that read only the shape of their input.
 SHAPE_ONLY = {"zeros_like", "ones_like", "new_zeros", "new_ones", "new_full", "full_like", "empty_like", "new_empty"}
 _ROWS = 1024  # of a mask that are looked at in one piece
 
@@ -64,7 +64,7 @@ def _written(node: Node) -> list[Node]:
 
 @dataclass(frozen=True)
 class ShapeValues:
-    """What is there for every batch of one shape. `causal` are the attention calls that need no mask."""
+    """The values that all batches of one shape share. `causal` are the attention calls that need no mask."""
 
     values: dict[Node, Any]
     causal: frozenset[Node]

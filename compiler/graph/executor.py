@@ -48,7 +48,7 @@ class Fork:
 
 @dataclass(frozen=True)
 class Place:
-    """How far a pass has come: all batches are through the segments before `segment`, and `batch` of them through it."""
+    """The progress of a pass: all batches are through the segments before `segment`, and `batch` of them through it."""
 
     segment: int = 0
     batch: int = 0
@@ -56,7 +56,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Probes:
-    """What looks at a pass, by node name where at values.
+    """The observers of a pass; those of values by the name of the node.
 
     taps    called with a value when it is made
     given   called with a value when it is handed to a later segment
@@ -147,7 +147,7 @@ class Executor:
         """Runs one batch through one segment at each step, and yields how far the pass has come.
 
         `streams` hold what is known of the batches; at a `begin` other than the start they were restored. Raises
-        WorkError where an activation is no number, at the latest with the last batch of its segment.
+        WorkError where an activation is NaN or infinite, at the latest with the last batch of its segment.
         """
         births = self._births(probes.forks)
         needed = [self._needed(segment, probes) for segment in self._segments]
@@ -220,22 +220,22 @@ class Executor:
         return segment
 
     def _parted(self, segment: Segment, fork: Fork, before: Environment) -> dict[str, Any]:
-        """What is known of a batch behind a layer that is left out."""
+        """The values of a batch behind a layer that is left out."""
         values = {node.name: before[node] for node in segment.live_after if node in before}
         return values | {fork.leave: before[self._nodes[fork.entry]]}
 
     # -- one segment at a time, for two graphs that run side by side --------------------------------------------------
 
     def start(self, batches: Sequence[torch.Tensor]) -> list[Environment]:
-        """What is known of each batch before the first segment."""
+        """The values of each batch before the first segment."""
         return [{self._input: ids.to(self.settings.device)} for ids in batches]
 
     def values_of(self, environments: Sequence[Environment]) -> list[Values]:
-        """What is known of each batch, by names."""
+        """The values of each batch, by the names of their nodes."""
         return [{node.name: value for node, value in one.items()} for one in environments]
 
     def resume(self, values: Sequence[Values]) -> list[Environment]:
-        """What `values_of` gave, in another process."""
+        """Takes up, in another process, the values that `values_of` gave."""
         device = self.settings.device
         return [self._nodes_of({name: moved(value, device) for name, value in one.items()}) for one in values]
 

@@ -1,7 +1,7 @@
 """Watches the values of a running graph for NaN and infinity, and says where the first of them came from.
 
-What goes from one segment to the next is summed up, which one number that is none shows. The sum of a batch is looked
-at once the next batch is under way, so that a GPU does not wait for the host.
+The values that go from one segment to the next are summed: a single NaN or infinity shows in the sum. The sum of a batch is
+read once the next batch is under way, so that a GPU does not wait for the host.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Watch:
         self._last: list[_Seen] = []
 
     def see(self, before: Environment, after: Environment, ids: torch.Tensor, number: int) -> None:
-        """Takes in one batch, and judges the one before it. WorkError where that held a number that is none."""
+        """Takes in one batch, and checks the one before it. WorkError where that held NaN or infinity."""
         floats = [value for value in after.values() if _is_float(value)]
         seen = [_Seen(_total(floats), before, ids, number)] if floats else []
         self.settle()
         self._last = seen
 
     def settle(self) -> None:
-        """Judges the last batch."""
+        """Checks the last batch."""
         seen, self._last = self._last, []
         for one in seen:
             if not bool(torch.isfinite(one.total)):
@@ -59,7 +59,7 @@ def _total(values: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _explain(executor: Executor, segment: int, seen: _Seen) -> None:
-    """Raises WorkError with the module, unless it was the sum alone that went beyond float32."""
+    """Raises WorkError with the module, unless only the sum overflowed float32."""
     found = _first(executor, segment, seen)
     if found is None:
         return
@@ -79,8 +79,8 @@ def _explain(executor: Executor, segment: int, seen: _Seen) -> None:
 
 
 def _first(executor: Executor, segment: int, seen: _Seen) -> tuple[Node, torch.Tensor] | None:
-    """The first node of a segment that makes a number that is none out of numbers. Masks may hold infinity: what is made of one
-    counts once it holds NaN."""
+    """The first node of a segment that makes NaN or infinity out of finite numbers. Masks may hold infinity: a value that is
+    made of one counts once it holds NaN."""
     for node, value, sources in executor.trace(segment, seen.before, seen.ids):
         if not _is_float(value) or bool(torch.isfinite(value).all()):
             continue
@@ -100,5 +100,5 @@ def _masks_twice(value: torch.Tensor, sources: list[torch.Tensor]) -> bool:
     return hidden and not bool((torch.isnan(value) | torch.isposinf(value)).any())
 
 
-# What puts infinity where positions are hidden.
+# Operators that put infinity where positions are hidden.
 _MASKING = {"masked_fill", "masked_fill_", "where", "full", "full_like", "new_full", "triu", "scalar_tensor"}

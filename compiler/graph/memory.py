@@ -74,7 +74,7 @@ def apart_from_heap() -> Iterator[None]:
 
 
 def _available() -> int | None:
-    """What the kernel says that processes can take without swapping."""
+    """The bytes that processes can take without swapping, as the kernel estimates them."""
     for line in _lines(Path("/proc/meminfo")):
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
@@ -82,7 +82,7 @@ def _available() -> int | None:
 
 
 def _container() -> int | None:
-    """What is left of the memory of this process's control group; file pages that can be dropped count as free."""
+    """The bytes left in this process's control group; file pages that can be dropped count as free."""
     group = next((line.partition("::")[2] for line in _lines(Path("/proc/self/cgroup")) if line.startswith("0::")), "/")
     folder, left = Path("/sys/fs/cgroup") / group.lstrip("/"), list[int]()
     for place in (folder, *folder.parents):
@@ -94,7 +94,7 @@ def _container() -> int | None:
 
 
 def _limit() -> int | None:
-    """What is left of the limit on this process's address space (`ulimit -v`)."""
+    """The bytes left below the limit on this process's address space (`ulimit -v`)."""
     soft = resource.getrlimit(resource.RLIMIT_AS)[0]
     statm = _lines(Path("/proc/self/statm"))
     if soft == resource.RLIM_INFINITY or not statm:

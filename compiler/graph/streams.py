@@ -1,4 +1,4 @@
-"""Where the values of each batch rest between two segments: in memory, or beyond that in files.
+"""Keeps the values of each batch between two segments: in memory, or where they do not fit, in files.
 
 A batch has a lane for each function that it runs through: number 0 is the graph itself.
 """
@@ -23,7 +23,7 @@ Slot = tuple[int, int]
 
 
 class Streams(Protocol):
-    """What is known of each batch."""
+    """The values of each batch between two segments."""
 
     def get(self, slot: Slot) -> Values:
         """The values of a batch; none before the first segment."""
@@ -35,11 +35,11 @@ class Streams(Protocol):
         """Forgets everything."""
 
     def saved(self) -> tuple[dict[str, torch.Tensor], dict[str, int]] | None:
-        """What must be kept so that another process can go on from here: tensors, and versions of files. None where that
+        """Returns the tensors and the versions of files from which another process can go on here. None where the values
         cannot be kept."""
 
     def keep(self) -> None:
-        """Keeps what `saved` gave, until it is called again."""
+        """Keeps the files that `saved` named, until the next call."""
 
     def restore(self, tensors: Mapping[str, torch.Tensor], versions: Mapping[str, int]) -> bool:
         """Takes up what was kept; False where it is not there any more."""
@@ -87,7 +87,7 @@ class MemoryStreams:
 
 
 def moved(value: Any, device: str) -> Any:
-    """A value on a device; what is no tensor as it is."""
+    """A tensor moved to a device; any other value as it is."""
     return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
 
@@ -107,13 +107,13 @@ class FileStreams:
         self._folder, self._device = folder, device
         self._versions: dict[Slot, int] = {}
         self._kept: dict[Slot, int] = {}
-        self._others: dict[Slot, Values] = {}  # values that are no tensors
+        self._others: dict[Slot, Values] = {}  # values that are not tensors
 
     def get(self, slot: Slot) -> Values:
         if slot not in self._versions:
             return {}
         with safe_open(self._path(slot, self._versions[slot]), framework="pt") as handle:
-            # Copied: a mapped file would be other bytes once it is written anew.
+            # Copied: the bytes of a mapped file change when it is written again.
             read = {name: handle.get_tensor(name).clone().to(self._device) for name in handle.keys()}  # noqa: SIM118
         return read | self._others.get(slot, {})
 

@@ -6,7 +6,6 @@ import torch
 
 BATCH_TOKENS = 4096  # tokens that go through the graph at a time on a CPU
 
-
 BLOCK_BYTES = 1 << 30  # residual stream of the samples that elimination and refits look at
 
 

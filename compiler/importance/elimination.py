@@ -26,7 +26,6 @@ from minitron.compiler.roles.roles import Heads, Roles
 # Share of the mean of the Gram matrix's diagonal that is added to it: directions that the data barely shows count for nothing.
 RIDGE = 1e-2
 
-
 # Eliminations of single columns whose updates of the two matrices are put off, to be made in one product.
 PUT_OFF = 64
 

@@ -1,4 +1,4 @@
-"""Drops layers one after the other, and scores what is left anew after each.
+"""Drops layers one after the other, and scores the remaining ones again after each.
 
 The layers that are worth least alone need not be worth least together: two that do the same are both dispensable, and one of
 them is not once the other is gone. So each round leaves out every remaining layer in turn, in addition to those that are gone

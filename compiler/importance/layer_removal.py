@@ -57,7 +57,7 @@ class Removal:
         self._harm[self._layer_of[lane]] += value * ids.shape[0]
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What is kept of a calibration that was killed."""
+        """The tensors from which a killed calibration goes on."""
         return {"harm": self._harm}
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:

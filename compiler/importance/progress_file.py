@@ -46,7 +46,7 @@ class Interrupted:
 
 @dataclass(frozen=True)
 class Saved:
-    """What an earlier process has done: `phase` is the pass that it was in, `block` the first batch of its block,
+    """The progress of an earlier process: `phase` is the pass that it was in, `block` the first batch of its block,
     `place` how far that block has come. `state` is what was accumulated."""
 
     phase: str
@@ -104,7 +104,7 @@ class ProgressFile:
             streams.keep()
 
     def read(self, streams: Streams) -> Saved | None:
-        """What an earlier process saved, of which `streams` take their part; None where there is nothing that fits."""
+        """Reads what an earlier process saved, of which `streams` take their part; None where there is nothing that fits."""
         found = read_tensors(self.saved.path, self.saved.key)  # what a damaged file held is computed again
         if found is None or _room_of(found[1]) != self.room:
             return None

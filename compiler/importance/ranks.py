@@ -48,7 +48,7 @@ class Ranks:
         return total.to(value.dtype)
 
     def from_leader(self, value: Any) -> Any:
-        """What the first process has."""
+        """Returns the first process's value in all processes."""
         if self.size == 1:
             return value
         box = [value]

@@ -16,8 +16,7 @@ from minitron.specs.errors import UsageError, WorkError
 
 POOL = 8  # sequences read for each one used, so that the samples come from all over the data
 
-
-POOL_TOKENS = 20_000_000  # and at most so many tokens, since they are held in memory
+POOL_TOKENS = 20_000_000  # and no more tokens than this, since they are held in memory
 
 
 @dataclass(frozen=True)

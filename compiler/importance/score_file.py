@@ -11,8 +11,8 @@ _MADE = "made on"
 
 
 def read_scores(path: Path, key: str, made: str | None = None) -> ScoreTable | None:
-    """Reads the scores in `path`; None where there are none, where they are damaged, where their key is another one, or where
-    they were not `made` so."""
+    """Reads the scores in `path`; None where there is no such file, it is damaged, its key is another one, or the scores were
+    not `made` on this kind of device in this dtype."""
     found = read_tensors(path, key)
     if found is None or (made is not None and found[1].get(_MADE) != made):
         return None

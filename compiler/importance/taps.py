@@ -45,7 +45,7 @@ from minitron.compiler.roles.rotation import Site
 @dataclass(frozen=True)
 class DepthConfig:
     """The metric by which layers are ranked (Minitron, arXiv 2407.14679, section 2.3). `one_by_one`: how many are dropped one
-    after the other, what is left scored anew each time; 0: all are ranked at once."""
+    after the other, with the remaining ones scored again each time; 0: all are ranked at once."""
 
     metric: Literal["block_influence", "loss", "logit_mse"] = "block_influence"
     one_by_one: int = 0

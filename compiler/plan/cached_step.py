@@ -29,7 +29,7 @@ def check_cached_step(captured: Captured, config: Any) -> None:
 
 
 def _failure(captured: Captured, config: Any) -> str | None:
-    """The error of two steps, with the line of the model's code that it comes from; None where there is none."""
+    """The error of two steps, with the line of the model's code that it comes from; None where both succeed."""
     model = build_meta(config, captured.dtype, captured.attention)
     try:
         with quiet(), torch.no_grad(), _compiling_state_context():

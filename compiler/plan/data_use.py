@@ -46,7 +46,7 @@ class DataUse:
         return None if not self.tokens else self.read / self.tokens
 
     def written(self, tokens: int) -> DataUse:
-        """Returns the use where only so many tokens are written to disk."""
+        """Returns the use where only `tokens` tokens are written to disk."""
         return replace(self, disk_bytes=round((self.disk_bytes or 0) * tokens / (self.tokens or 1)))
 
     def to_json(self) -> dict[str, Any]:

@@ -35,7 +35,8 @@ class LayerProofs:
         self._found: dict[Layers, Proven | UsageError] = dict(known)
 
     def proof(self, layers: Layers) -> Proven:
-        """The configuration and the model of the student that keeps `layers`. Raises UsageError where there is none."""
+        """The configuration and the model of the student that keeps `layers`. Raises UsageError where such a student
+        cannot be."""
         if layers not in self._found:
             self._found[layers] = self._prove(layers)
         found = self._found[layers]

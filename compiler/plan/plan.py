@@ -135,7 +135,7 @@ class Plan:
 
     @property
     def layers_one_by_one(self) -> int:
-        """How many layers are dropped one after the other; 0 where all are ranked at once."""
+        """The number of layers that are dropped one after the other; 0 where all are ranked at once."""
         greedy = self.rank_layers and self.loaded.spec.importance.depth.greedy
         return self.teacher.captured.layer_count - self.targets.layers if greedy else 0
 

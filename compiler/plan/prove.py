@@ -56,7 +56,7 @@ def prove(teacher: AnalysedTeacher, targets: Targets, layers: Sequence[int]) -> 
 def buildable(
     teacher: AnalysedTeacher, targets: Targets, layers: Sequence[int]
 ) -> tuple[Mapping[Key, int], Any, torch.nn.Module]:
-    """As `prove`, by shapes and a step of generation, with the further keys that `fit` found."""
+    """Proves shapes and a step of generation, as `prove` does; returns the further keys that `fit` found too."""
     also, config, model = _described(teacher, targets, layers)
     if targets.widths or len(layers) != teacher.captured.layer_count:
         check_cached_step(teacher.captured, config)
@@ -64,7 +64,7 @@ def buildable(
 
 
 def describe(teacher: AnalysedTeacher, targets: Targets, layers: Sequence[int]) -> tuple[Any, torch.nn.Module]:
-    """As `prove`, by shapes alone: the numbers in the student's graph, for which it is exported, are not compared."""
+    """Proves shapes alone: the numbers in the student's graph, which takes an export, are not compared."""
     _, config, model = _described(teacher, targets, layers)
     return config, model
 

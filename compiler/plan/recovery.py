@@ -39,8 +39,8 @@ def check_merging(loaded: LoadedSpec, teacher: AnalysedTeacher) -> Iterator[Prob
     kind, shared = teacher.captured.config.model_type, [one for one in teacher.roles.heads.values() if one.repeats > 1]
     if shared:
         message = (
-            f"{shared[0].repeats} query heads of this {kind} share the keys and values of a group: there is none of a dropped "
-            "head's own that could be folded into a kept one's"
+            f"{shared[0].repeats} query heads of this {kind} share the keys and values of a group: a dropped head has none of "
+            "its own that could be folded into a kept head's"
         )
     elif not teacher.roles.heads:
         message = f"this {kind} has no attention whose heads could be found"

@@ -1,1 +1,1 @@
-"""Closed-form repair of a pruned student: the basis of the residual stream, refits, and selection by elimination."""
+"""Closed-form repair of a pruned student: the basis of the residual stream, refits, merged heads and experts."""

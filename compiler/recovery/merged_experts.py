@@ -147,7 +147,7 @@ class MergedExperts:
         return result
 
     def _slice(self, weight: torch.Tensor, name: str, weights: ExpertWeights, one: Joined) -> torch.Tensor:
-        """What one expert has of a parameter, its neurons in their new order."""
+        """The slice of a parameter that is one expert's, its neurons in their new order."""
         axis, space = weights.axes[name], self._table.space
         part = weight.narrow(axis, one.expert, 1)
         for place, dim in enumerate(self._table.parameters[name]):

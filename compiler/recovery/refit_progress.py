@@ -21,8 +21,8 @@ _KEY = "refit"  # the folder says of which teacher, data and student
 
 @dataclass(frozen=True)
 class Reached:
-    """How far a refit has come: the segments of `teacher` and `student` that all batches are through, and what is known of
-    each batch behind them."""
+    """The progress of a refit: the segments of `teacher` and `student` that all batches are through, and the values of each
+    batch behind them."""
 
     teacher: int
     student: int
@@ -38,7 +38,7 @@ class RefitProgress:
     timer: SaveTimer = field(default_factory=SaveTimer)
 
     def save(self, now: Reached) -> None:
-        """Saves, where it is time to; nothing where a graph hands on what is no tensor."""
+        """Saves, where it is time to; nothing where a graph hands on a value that is not a tensor."""
         if not self.timer.due():
             return
         tensors: dict[str, torch.Tensor] = {}
@@ -52,7 +52,7 @@ class RefitProgress:
             write_tensors(self.path, _KEY, tensors, teacher=str(now.teacher), student=str(now.student))
 
     def read(self) -> Reached | None:
-        """What an earlier process saved; None where there is nothing, or it is damaged."""
+        """Reads what an earlier process saved; None where there is nothing, or it is damaged."""
         found = read_tensors(self.path, _KEY)
         if found is None:
             return None

@@ -1,4 +1,4 @@
-"""Graph passes: each a file, each with a checked postcondition. `narrow_graph` is their order."""
+"""Graph passes: each a file, each with a checked postcondition. `compile.rewrite` runs them in order."""
 
 from minitron.compiler.rewrite.passes import Pass, PassFailed, run_passes
 

@@ -61,7 +61,7 @@ def _product(dim: Dim) -> int:
 
 
 def neurons_of(space: Space, channels: Atom, dim: Dim) -> Indices:
-    """The neuron that each index of a dimension belongs to; -1 where it is no neuron's.
+    """The neuron that each index of a dimension belongs to; -1 where it belongs to none.
 
     A gate and an up projection in one, [gate, up] or interleaved, have two indices of each neuron.
     """

@@ -8,7 +8,7 @@ intermediate_size       what a projection back into the residual stream contract
                         of stacked expert weights it is moe_intermediate_size where the config has that key, or where
                         other layers have no experts
 num_experts             the stacked dimension of expert weights
-mamba_num_heads         the heads of a state-space or linear-attention mixer (`scan_heads`)
+mamba_num_heads         the heads of a state-space or linear-attention mixer (`ssm_heads`)
 mamba_head_dim          the width of one of those
 convolved_channels      what a mixer convolves position by position and takes back, where feed-forward layers stand beside
                         it: no spec can name it, and it follows hidden_size where the configuration has it so
@@ -129,7 +129,7 @@ def _hidden(captured: Captured, table: AxisTable) -> Width:
     try:
         nodes = {node.name: node for node in captured.graph.nodes}
         stream = list(table.space.leaves(table.dims(nodes[layer_ends(captured)[0].entry])[-1]))
-    except UsageError:  # the layers are no chain: no layer can be dropped, and the embedding tells
+    except UsageError:  # the layers are not a chain: no layer can be dropped, and the embedding tells
         stream = []
     if len(stream) == 1 and stream != leaves:
         leaves = stream

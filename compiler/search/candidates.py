@@ -29,7 +29,7 @@ from minitron.specs.halving import Rung, fitted_warmup, halving
 from minitron.specs.load import LoadedSpec
 from minitron.specs.search_rules import searches_shapes
 
-# A shape that the configuration cannot express is passed over; a grid of which so many in a row are is given up.
+# A shape that the configuration cannot express is passed over; after this many refused ones no more are tried.
 MOST_REFUSED = 64
 
 
@@ -85,7 +85,7 @@ class Candidates:
 
     @property
     def first_rung(self) -> int:
-        """The tokens of the first rung; 0 where there is none."""
+        """The tokens of the first rung; 0 for a single candidate, which needs no rung."""
         return self.rungs[0].tokens if self.rungs else 0
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What more tokens will buy: a scaling law, fitted to how one student was judged after each rung.
+"""Forecasts what more tokens will bring: a scaling law, fitted to how one student was judged after each rung.
 
     L(D) = E + A / D^b      L the divergence on held-out text after D tokens, E what no number of tokens removes
 

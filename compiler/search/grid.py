@@ -67,7 +67,7 @@ class Grid:
 def make_grid(student: Student, teacher: AnalysedTeacher, *, proposes: bool) -> tuple[Grid, list[Problem]]:
     """Returns the grid of a spec's `student`; without a list or range in it, and with `proposes`, the compiler's own.
 
-    Problems are values that are none of the teacher's, at their places.
+    Problems are values that the teacher does not allow, at their places.
     """
     written: dict[str, tuple[int, ...]] = {}
     problems: list[Problem] = []

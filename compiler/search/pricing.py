@@ -99,7 +99,7 @@ class Pricing:
 
     @cached_property
     def _active(self) -> Mapping[int | None, Polynomial]:
-        """As `_sizes`, with as many of a stack's experts as a token is sent to."""
+        """The sizes with as many of a stack's experts as a token is sent to."""
         captured, table, roles = self.teacher.captured, self.teacher.table, self.teacher.roles
         stacked, chosen = costs.stacked_parameters(captured, table, roles), costs.chosen_experts(roles)
 

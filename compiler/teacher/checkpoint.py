@@ -29,7 +29,6 @@ from minitron.specs.weight_files import (
 
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "README.md")
 
-
 # Dtypes that a teacher is held in as its files have it, as safetensors spells them.
 OWN_DTYPES = {"F32": "float32", "F64": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -150,7 +149,7 @@ def read_checkpoint(
 
 
 def _inspect(name: str, folder: Path, weights: bool, commit: str | None) -> tuple[dict[str, TensorInfo], str]:
-    """Returns the tensors, and the reason where there are none."""
+    """Returns the tensors, and a remark: the reason where no tensors could be read, or the files that were ignored."""
     # In the Hub's cache a part of the weight files is what a download that was not finished leaves.
     tensors, remark = _read_headers(folder, parts_will_do=commit is not None and not weights)
     if weights and not tensors:

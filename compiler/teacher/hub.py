@@ -65,7 +65,7 @@ def commit_of(repo: str, revision: str | None, kind: Kind) -> str:
 
 
 def is_path(model: str, base: Path) -> bool:
-    """Checks whether a name that is no folder was meant as one, and not as an id of the Hub: it begins like a path, is not
+    """Checks whether a name without a folder was meant as a path, and not as an id of the Hub: it begins like a path, is not
     owner/name, or its first part is a folder beside the spec."""
     return model.startswith((".", "/", "~")) or model.count("/") != 1 or (base / model).parent.is_dir()
 

@@ -15,7 +15,7 @@ LIBRARIES = ("torch", "transformers")
 
 
 def make_lock(loaded: LoadedSpec) -> Inputs:
-    """Returns the contents of a lock, with revisions resolved anew. Raises SpecInvalid for a missing input, and for a
+    """Returns the contents of a lock, with revisions resolved as of now. Raises SpecInvalid for a missing input, and for a
     data set whose commit cannot be resolved offline."""
     assert not loaded.pins, "a lock is made from the spec as it is written"
     return observe(loaded, offline_will_do=False) | {"versions": versions()}

@@ -92,7 +92,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def with_result(loaded: LoadedSpec, inputs: Inputs) -> Inputs:
-    """Returns the inputs with the result of the spec above, where the teacher is the result of one: trained anew, it is
+    """Returns the inputs with the result of the spec above, where the teacher is the result of one: trained again, it is
     another teacher of the same shape."""
     upper = above(loaded)
     if upper is None:

@@ -15,7 +15,7 @@ from minitron.specs.errors import UsageError
 
 @dataclass(frozen=True)
 class LackingTokens:
-    """The tokens of a tokenizer that a model has no row for, in words; empty where there are none."""
+    """The tokens of a tokenizer that a model has no row for, in words; empty where the model has a row for every one."""
 
     ordinary: str
     """Those that text is made of: the tokenizer is another model's."""
@@ -84,7 +84,7 @@ def check_inside(path: Path, folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Loads the tokenizer of a checkpoint folder. Raises UsageError where there is none."""
+    """Loads the tokenizer of a checkpoint folder. Raises UsageError where transformers cannot load one."""
     from transformers import AutoTokenizer
 
     try:

@@ -13,7 +13,7 @@ from minitron.specs.errors import UsageError
 
 
 def untied_config(config: Any) -> Any:
-    """Returns the configuration without the tie. Raises UsageError where there is none."""
+    """Returns the configuration without the tie. Raises UsageError where nothing is tied."""
     if not getattr(config, TIE, False):
         raise UsageError(f"the head of this {config.model_type} has a matrix of its own already: {TIE} is false")
     changed = copy.deepcopy(config)

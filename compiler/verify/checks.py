@@ -39,7 +39,7 @@ class Check:
 
 
 def exactly(name: str, mistake: str | None, detail: str) -> Check:
-    """A comparison without a tolerance: `mistake` is the first difference in words, None where there is none."""
+    """A comparison without a tolerance: `mistake` is the first difference in words, None where both sides are equal."""
     return Check(name, mistake is None, True, 0.0 if mistake is None else math.inf, 0.0, mistake or detail)
 
 

@@ -56,7 +56,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     for a, b in zip(one.flatten(0, 1), other.flatten(0, 1), strict=True):  # a token at a time: vocabularies are large
         a, b = a.double(), b.double()
         own = OWN_BITS * torch.finfo(torch.float32).eps * torch.maximum(a.abs(), b.abs())
-        # `nan` and `inf` less `inf` are no numbers; they are as far apart as can be.
+        # NaN, and infinity minus infinity, count as infinitely far apart.
         rows.append(((a - b).abs() - own).nan_to_num(nan=float("inf")).max().clamp(min=0.0))
     return torch.stack(rows).reshape(one.shape[:2])
 

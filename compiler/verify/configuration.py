@@ -42,7 +42,7 @@ OLDER_DTYPE = "torch_dtype"
 OLDER = (*OLDER_ROTARY_KEYS, ROPE_SCALING, OLDER_DTYPE)
 # What transformers says of a generation_config.json that it makes up from the model's configuration.
 MADE_UP = ("_from_model_config", "transformers_version")
-# The key under which transformers writes infinity and numbers that are none.
+# The key under which transformers writes NaN and infinity.
 SPECIAL = "__float__"
 LONGEST = 80  # characters of a value that are shown
 
@@ -151,8 +151,8 @@ class Planned:
 
     @cached_property
     def _derived(self) -> Document:
-        """What the configuration's class makes of the teacher's with the widths that were asked for: it may compute keys of
-        a part from them."""
+        """The teacher's configuration with the widths that were asked for, as its class reads it: it may compute keys of a
+        part from them."""
         teacher = self.captured.config
         try:
             return as_read(teacher, {**_document(teacher), **self.widths})
@@ -186,7 +186,7 @@ def _other_older_key(document: Document, older: Sequence[str]) -> str | None:
 
 
 def _leaves(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
-    """(key, value) of everything that is no mapping, however deep."""
+    """Yields (key, value) of everything that is not a mapping, however deep."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _leaves(inner, str(key))
@@ -195,7 +195,7 @@ def _leaves(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _paths(document: Document, at: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything in a document that is no mapping."""
+    """Yields (dotted key, value) of everything in a document that is not a mapping."""
     for key, value in document.items():
         if isinstance(value, Mapping):
             yield from _paths(value, f"{at}{key}.")

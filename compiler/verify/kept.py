@@ -123,7 +123,7 @@ def _ended(rest: Iterator[Sequence[int]], name: str) -> None:
 
 
 def coordinates(space: Space, dim: Dim) -> dict[Atom, npt.NDArray[np.int64]]:
-    """Leaf -> the index along it of every position of a dimension, -1 where the leaf is no part of that position."""
+    """Leaf -> the index along it of every position of a dimension, -1 where the leaf is not part of that position."""
     atoms = space.flat(dim)
     sizes = [atom.size.coefficient for atom in atoms]
     places = np.unravel_index(np.arange(int(np.prod(sizes))), sizes) if sizes else ()

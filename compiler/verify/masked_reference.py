@@ -4,11 +4,11 @@ Zeros are enough where an axis is only summed over. An operator that takes a who
 
     means       with dropped channels at zero, mean over all of x^2 = (kept / all) mean over the kept: the factor is undone
                 here, in the reference only. (The student ships its norms as they are; see docs/architecture.md.) What a
-                dropped query head yields is no zero, for its values are its group's: it is made one before the mean.
-    norms       a layer norm, a variance and a standard deviation are computed anew, of the kept channels: those that are
-                gone would be off the mean.
-    reductions  what is dropped is that which changes nothing: 0 in a sum, 1 in a product, infinity in a minimum
-    choices     a softmax or a largest value among all is that among the kept where the dropped have -infinity
+                dropped query head yields is not zero, for its values are its group's: it is set to zero before the mean.
+    norms       a layer norm, a variance and a standard deviation are computed over the kept channels: zeros would move the
+                mean.
+    reductions  dropped entries get the value that changes nothing: 0 in a sum, 1 in a product, infinity in a minimum
+    choices     dropped entries get -infinity: a softmax or a maximum over all is then that over the kept ones
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ NEUTRAL = {
     "softmax": -math.inf, "_softmax": -math.inf, "log_softmax": -math.inf, "logsumexp": -math.inf, "topk": -math.inf,
     "amax": -math.inf, "max": -math.inf, "argmax": -math.inf,
 }  # fmt: skip
-# Of these a zero changes nothing, and it is what weights that are zero yield.
+# Reductions that a zero, which zero weights yield, does not change.
 SUMS = ("sum", "linalg_vector_norm", "norm")
 MOMENTS = ("var", "std")
 NORMS = ("layer_norm", "rms_norm")
@@ -104,7 +104,7 @@ def _scale_mean(graph: Graph, node: Node, dims: Dims, narrowing: Narrowing) -> N
 
 
 def _fill(graph: Graph, node: Node, flags: npt.NDArray[np.bool_], number: float) -> None:
-    """What `node` reads has `number` where `flags` are set."""
+    """Puts `number` where `flags` are set into the value that `node` reads."""
     value = node.args[0]
     assert isinstance(value, Node)
     with graph.inserting_before(node):
@@ -139,7 +139,7 @@ def _replace(graph: Graph, node: Node, axes: Sequence[int], dims: Dims, narrowin
 
 
 def gone(dims: Dims, axis: int, narrowing: Narrowing) -> npt.NDArray[np.bool_]:
-    """Where a value of these dimensions holds what is dropped along `axis`, in a shape that broadcasts to it."""
+    """Flags the entries of a value of these dimensions that are dropped along `axis`, in a shape that broadcasts to it."""
     shape = [1] * len(dims)
     shape[axis] = size_of(dims[axis]).coefficient
     owners = narrowing.elsewhere(dims[axis])

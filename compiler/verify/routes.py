@@ -58,7 +58,7 @@ class Routes:
 
     @cached_property
     def floor(self) -> Floor:
-        """What rounding makes of the student's logits."""
+        """The changes that rounding makes to the student's logits."""
         return measured(self._rewritten(perturbed(self._weights)), self.rewritten)
 
     @property

@@ -56,7 +56,7 @@ def first_mistake(selection: Selection, ranking: Ranking, roles: Roles, count: i
 
 
 def outranked(where: str, scores: Numbers, flags: npt.NDArray[np.bool_], count: int) -> str | None:
-    """What is wrong with one list of `count` indices, given as flags over `scores`."""
+    """Describes the mistake in one list of `count` indices, given as flags over `scores`; None where it is right."""
     if flags.shape != scores.shape:
         return f"{where} has {flags.size} indices, and scores for {scores.size}"
     if int(flags.sum()) != count:
@@ -80,7 +80,7 @@ def _layers(kept: Sequence[int], ranking: Ranking, count: int) -> str | None:
         wanted = tuple(range(count)) if targets.named_layers is None else targets.named_layers
         return None if tuple(kept) == wanted else f"{LAYERS} keeps {list(kept)}, and the spec names {list(wanted)}"
     if scores.layers is None:
-        return f"{LAYERS} are ranked, and there are no scores of layers"
+        return f"{LAYERS} is ranked, and there are no scores of layers"
     gone, length, exact = np.flatnonzero(~flags), count - targets.layers, scores.layers.astype(np.float64)
     if ranking.contiguous:
         if gone.size != length or int(gone[-1]) - int(gone[0]) != length - 1:
@@ -115,7 +115,7 @@ def _hidden(kept: Sequence[int], scores: ScoreTable, count: int, roles: Roles, *
 
 
 def _within_layers(selection: Selection, scores: ScoreTable, targets: Targets, roles: Roles) -> Iterator[str | None]:
-    """What is wrong with the lists of each layer."""
+    """Yields the mistake in each list of each layer; None for one that is right."""
     kept = kept_leaves({name: lists for name, lists in selection.items() if name != HIDDEN}, roles, lambda leaf: leaf)
     for name, of_layer in roles.widths.items():
         if name not in selection:

@@ -1,4 +1,4 @@
-"""What is verified, and what it is held against."""
+"""The subject of a verification: the student as it was written, and the teacher that it is compared with."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Original:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is verified, and what it is held against.
+    """The student that is verified, and everything that it is compared with.
 
     build          the folder that was written
     original       the teacher; its weights are those that the student was cut from, rotated and refitted ones too

@@ -59,7 +59,7 @@ class TeacherRoutes:
 
     @cached_property
     def floor(self) -> Floor:
-        """What rounding makes of the teacher's logits."""
+        """The changes that rounding makes to the teacher's logits."""
         return measured(self.captured(perturbed(self.original.held))[0], self.whole)
 
     @cached_property

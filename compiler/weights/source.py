@@ -24,7 +24,7 @@ from minitron.compiler.weights.foreign_names import find_foreign_name
 from minitron.compiler.weights.other_models import check_head, check_nothing_beside
 from minitron.specs.errors import UsageError, WorkError
 
-# Elements of a tensor that are looked at in one piece for numbers that are none.
+# Elements of a tensor that are checked for NaN and infinity at a time.
 _PIECE = 1 << 24
 
 

@@ -201,7 +201,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
 
 
 def earlier_rounds(begin: Path) -> dict[str, str]:
-    """What the card of the teacher in `begin` says about how it was trained, as rows for the next card."""
+    """Returns the rows of the next card that say, from the card of the teacher in `begin`, how that was trained."""
     card = (begin / "README.md").read_text(encoding="utf-8")
     cells = [line.strip("|").split(" | ") for line in card.splitlines() if line.startswith("| ")]
     told = {cell[0].strip(): cell[1].strip() for cell in cells if len(cell) == 2}

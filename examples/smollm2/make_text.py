@@ -72,7 +72,7 @@ def texts(folder: Path) -> Iterator[tuple[str, Iterator[str]]]:
 
 
 def is_held_out(package: str) -> bool:
-    """Whether nothing of a package is trained on."""
+    """Checks whether a package is kept out of the training text."""
     return hashlib.sha256(package.lower().encode()).digest()[0] % HELD_OUT_SHARE == 0
 
 

@@ -61,7 +61,7 @@ class Found:
     """The names of the benchmark's tasks: for a group all tasks in it, else the name of the task itself."""
 
     groups: tuple[Group, ...] = ()
-    """The group itself and the groups inside it; empty where the benchmark is no group."""
+    """The group itself and the groups inside it; empty where the benchmark is not a group."""
 
     configs: dict[str, Document] = field(default_factory=dict, compare=False)
     """Task -> its configuration with the benchmark's own settings."""

@@ -207,7 +207,7 @@ def main_figure(figures: dict[str, Any], metric: str | None = None) -> Score:
     named: dict[str, Any] = {}
     for key, value in figures.items():
         if isinstance(value, int | float):
-            named.setdefault(key.split(",")[0], float(value))  # numpy's own kinds are no JSON
+            named.setdefault(key.split(",")[0], float(value))  # JSON cannot hold numpy's own kinds
     metrics = [
         name for name in named if not name.endswith("_stderr") and name not in ("alias", "sample_len", "sample_count")
     ]

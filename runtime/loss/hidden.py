@@ -25,7 +25,7 @@ from minitron.runtime.loss.products import accumulate_outer, project, project_ba
 DistanceName = Literal["cosine", "mse"]
 
 _SMALLEST = 1e-12
-"""Norms below it count as it: a state of zeros has no direction, and gets no gradient instead of no number."""
+"""Norms below it count as it: a state of zeros has no direction, and its gradient is zero instead of NaN."""
 
 
 @dataclass(frozen=True)

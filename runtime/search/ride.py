@@ -30,8 +30,8 @@ class Figures:
 
 @dataclass
 class Convoy:
-    """What riders share: the teacher, the samples and the loss. `part` sequences go through the models at a time; `recorder`
-    takes the teacher's hidden states that any rider is compared with."""
+    """The things that riders share: the teacher, the samples and the loss. `part` sequences go through the models at a time;
+    `recorder` takes the teacher's hidden states that any rider is compared with."""
 
     teacher: LanguageModel | None
     corpus: Corpus

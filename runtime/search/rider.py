@@ -178,7 +178,7 @@ class Stable:
         if checkpoint is not None:
             if checkpoint.identity != self.identity(plan):
                 raise WorkError(
-                    f"{folder} holds the training of another candidate; remove {folder.parent} to search anew"
+                    f"{folder} holds the training of another candidate; remove {folder.parent} to search again"
                 )
             load(checkpoint, student.module, optimizer)
             rider.samples = checkpoint.state.samples

@@ -161,14 +161,13 @@ NonNegativeFloat: TypeAlias = Annotated[float, Field(ge=0)]
 # An empty name or path is never meant.
 Text: TypeAlias = Annotated[str, Field(min_length=1)]
 
-
 _REVISION = re.compile(r"[A-Za-z0-9][\w.+@=-]*(/[\w.+@=-]+)*", re.ASCII)
 
 
 def _check_revision(value: str) -> str:
     """Accepts names that git allows for branches and tags, so that a revision cannot lead out of its folder."""
     if not _REVISION.fullmatch(value) or ".." in value:
-        raise wrong("{given} is no branch, tag or commit", "write a name such as main or v1.0, or a commit")
+        raise wrong("{given} is not a branch, tag or commit", "write a name such as main or v1.0, or a commit")
     return value
 
 

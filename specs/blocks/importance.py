@@ -41,8 +41,8 @@ class DepthScores(Block):
     """Leave out one run of neighbouring layers rather than the lowest-scored ones."""
 
     greedy: bool = False
-    """Drop one layer after the other and score what is left anew after each, for `loss` and `logit_mse`: of two layers that
-    do the same, one stays. Takes as many passes as layers for each that is dropped."""
+    """Drop one layer after the other and score the remaining ones again after each, for `loss` and `logit_mse`: of two layers
+    that do the same, one stays. Takes as many passes as layers for each that is dropped."""
 
 
 class Importance(Block):

@@ -53,8 +53,8 @@ class Optimizer(Block):
 
 
 def is_matrix(shape: Sequence[int]) -> bool:
-    """Whether a parameter of a decoder layer is a matrix, or a stack of matrices, that `muon` makes orthogonal. The filters of
-    channels, [C, 1, K], are none."""
+    """Checks whether a parameter of a decoder layer is a matrix, or a stack of matrices, that `muon` makes orthogonal. The
+    filters of channels, [C, 1, K], are not."""
     return len(shape) in (2, 3) and min(shape[-2:]) > 1
 
 

@@ -31,7 +31,7 @@ SAMPLED_ROWS = 32
 """Rows that are read at each place."""
 
 SAMPLED_FILES = 128
-"""Of more files than this, so many are looked at, the first and the last among them."""
+"""The most files that are looked into, spread over all and with the first and the last among them."""
 
 
 def check_readable(source: Source) -> None:

@@ -42,7 +42,7 @@ def open_megatron(file: Path) -> MegatronTokens:
         raise unreadable(Path(error.filename or index), error) from None
     head = len(_MAGIC) + _HEADER.size
     if not content.startswith(_MAGIC) or len(content) < head:
-        raise WorkError(f"{index}: is no index of Megatron-LM; name the .bin file whose .idx lies beside it")
+        raise WorkError(f"{index}: is not an index of Megatron-LM; name the .bin file whose .idx lies beside it")
     version, code, sequences, marks = _HEADER.unpack_from(content, len(_MAGIC))
     if version != 1 or code not in _DTYPES:
         raise WorkError(f"{index}: version {version} with type {code} is not read; integer tokens of version 1 are")

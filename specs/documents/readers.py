@@ -72,7 +72,7 @@ def _text(source: Source, tally: Tally) -> Iterator[Piece]:
         for file in stdlib(entry) if entry.startswith(STDLIB_PREFIX) else [Path(entry)]:
             if source.on_error == "skip":
                 try:
-                    # Before anything of it is handed on: half a document is none.
+                    # Before any part of it is yielded: half a document must not be.
                     check_utf8(file)
                 except WorkError as error:
                     tally.skip(str(error))

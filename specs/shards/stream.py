@@ -182,7 +182,7 @@ class Shards:
         file = shard_file(self.folder, number, self.kind)
         for index in (self.folder / INDEX, shard_file(self.folder, number, "json")):
             index.unlink(missing_ok=True)
-        return WorkError(f"{file}: the tokenized data is damaged; run the command again, which makes it anew")
+        return WorkError(f"{file}: the tokenized data is damaged; run the command again, which makes it again")
 
 
 @dataclass(frozen=True)

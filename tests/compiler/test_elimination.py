@@ -96,5 +96,5 @@ def test_elimination_without_a_refit(foundry: Foundry) -> None:
         )  # fmt: skip
     (error,) = caught.value.errors
     assert error.path == "importance.selection"
-    assert error.message == "greedy keeps what is best once projections are refitted, and nothing is"
+    assert error.message == "greedy keeps what is best after a refit of the projections, and none is asked for"
     assert error.hint == "write scores, or `recovery: {refit: least_squares}`"

@@ -150,7 +150,7 @@ SEARCH: dict[str, Any] = {
     "evaluate": {"held_out": {"fraction": "5%"}},
     "search": {"budget": {"parameters": "20K"}},
 }
-WORDS = "greedy keeps what is best once projections are refitted, and nothing is"
+WORDS = "greedy keeps what is best after a refit of the projections, and none is asked for"
 
 
 @pytest.mark.parametrize("student", [{"num_experts": 4, "moe_intermediate_size": 16}, {"hidden_size": 24}])

@@ -152,8 +152,8 @@ def test_rounds_of_another_teacher_or_damaged_ones_are_not_taken_up(tmp_path: Pa
 @pytest.mark.parametrize(
     ("depth", "message"),
     [
-        ({"greedy": True}, r"block influence is a layer's own and not what is left without it; write `metric: loss`"),
-        ({"greedy": True, "metric": "loss", "contiguous": True}, r"are no run of neighbours; keep either `greedy` or"),
+        ({"greedy": True}, r"block influence describes a layer alone, not the model without it; write `metric: loss`"),
+        ({"greedy": True, "metric": "loss", "contiguous": True}, r"need not be neighbours; keep either `greedy` or"),
     ],
 )
 def test_what_does_not_go_together(foundry: Foundry, depth: dict[str, Any], message: str) -> None:

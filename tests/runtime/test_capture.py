@@ -156,7 +156,7 @@ def test_a_longer_training_adds_to_it(ready: Path, captured: Path) -> None:
 def test_another_training_makes_it_anew(ready: Path, captured: Path) -> None:
     progress = Messages()
     store(ready, progress, seed=5)
-    assert "the stored teacher logits are of another training (seed changed): they are made anew" in progress.texts
+    assert "the stored teacher logits are of another training (seed changed): they are made again" in progress.texts
     assert files(ready)["shard-00000000.safetensors"] != files(captured)["shard-00000000.safetensors"]
 
 

@@ -117,7 +117,7 @@ def test_a_changed_setting_makes_it_anew_and_is_refused_once_the_student_has_lea
         (build / "train" / "finished.json").unlink()
         progress = Messages()
         run(build, progress, **changed)
-        assert "the teacher was corrected with other settings (tokens): it is corrected anew" in progress.texts
+        assert "the teacher was corrected with other settings (tokens): it is corrected again" in progress.texts
         assert any(not torch.equal(weight, before[name]) for name, weight in corrected(build).items())
     else:
         (build / "train" / "finished.json").unlink()

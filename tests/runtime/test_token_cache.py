@@ -63,7 +63,7 @@ def test_a_flipped_bit_is_seen_and_the_data_made_again(
     (folder,) = (tmp_path / "cache").iterdir()
     flip(shard_file(folder, number, "tokens"), place)
     assert read(data, encoder, tmp_path, progress).tolist() == whole
-    assert "the tokenized data is made anew" in progress.texts[0] and "is damaged" in progress.texts[0]
+    assert "the tokenized data is made again" in progress.texts[0] and "is damaged" in progress.texts[0]
 
 
 @pytest.mark.usefixtures("small_shards")

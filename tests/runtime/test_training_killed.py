@@ -159,6 +159,6 @@ def test_a_block_that_one_rank_finds_damaged_ends_all_with_its_sentence(build: P
     content[2 * 16 * shuffled(6, -(-len(content) // 2 // 16), mix(0, 0))] ^= 1
     file.write_bytes(content)
     words = train_on_ranks(build, 2, hook)
-    damaged = f"WorkError: {file}: the tokenized data is damaged; run the command again, which makes it anew"
+    damaged = f"WorkError: {file}: the tokenized data is damaged; run the command again, which makes it again"
     assert words == [damaged, damaged]
     assert train_on_ranks(build, 2, hook) == ["done", "done"]

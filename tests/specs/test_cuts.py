@@ -103,7 +103,6 @@ SAFE: dict[str, Any] = {
     "a mark in front": lambda: trained(pre_tokenizers.Metaspace(prepend_scheme="first", split=True)),
 }
 
-
 PREFIXED = ("a space in front", "one word with bytes", "a mark in front")
 
 

@@ -231,12 +231,12 @@ def test_files_that_are_no_files_are_refused_at_once(tmp_path: Path) -> None:
         "/dev/zero": "`/dev/zero` is not a regular file",
         "/**/*.txt": "`/\\*\\*/\\*.txt` searches all of /",
         "/proc/*/**": "searches all of /proc",
-        "a\0b": r"`a\\x00b` is no name of a file",
-        "a" * 5000: "`a+\\.\\.\\.a+` is no name of a file",
+        "a\0b": r"`a\\x00b` is not a valid file name",
+        "a" * 5000: "`a+\\.\\.\\.a+` is not a valid file name",
     }.items():
         with pytest.raises(Refused, match=message):
             resolve(source(text=pattern), tmp_path)
-    with pytest.raises(Refused, match="`/` is no data set"):
+    with pytest.raises(Refused, match="`/` is not a data set"):
         resolve(source(dataset="/"), tmp_path)
     (tmp_path / "a.txt").unlink()
     os.mkfifo(tmp_path / "a.txt")  # what was a file when the plan was made
@@ -273,7 +273,7 @@ def test_tokens_of_megatron_are_read_as_they_are(tmp_path: Path) -> None:
     ("break_it", "message"),
     [
         (lambda file: file.with_suffix(".idx").unlink(), r"t\.idx: cannot be read \(No such file"),
-        (lambda file: file.with_suffix(".idx").write_bytes(b"nothing"), "is no index of Megatron-LM"),
+        (lambda file: file.with_suffix(".idx").write_bytes(b"nothing"), "is not an index of Megatron-LM"),
         (lambda file: file.write_bytes(file.read_bytes()[:-2]), r"t\.bin has 8 bytes and not 10"),
         (lambda file: file.with_suffix(".idx").write_bytes(file.with_suffix(".idx").read_bytes()[:-4]), "cut short"),
     ],
@@ -336,8 +336,8 @@ def test_a_part_of_a_stream_is_refused(tmp_path: Path) -> None:
         ({"jsonl": "a", "train_on": "assistant"}, "`train_on` goes with `messages_field` or `prompt_field`", "add"),
         ({"jsonl": "a", "prompt_field": "p", "tools_field": "t"}, "`tools_field` goes with `messages_field`", "add"),
         ({"text": "a", "text_field": "b"}, "`text_field` goes with `jsonl`", "leave it out"),
-        ({"dataset": "a/b", "revision": "../../secret"}, "is no branch, tag or commit", "write a name such as main"),
-        ({"dataset": "a/b", "revision": "/etc/passwd"}, "is no branch, tag or commit", "write a name such as main"),
+        ({"dataset": "a/b", "revision": "../../secret"}, "is not a branch, tag or commit", "write a name such as main"),
+        ({"dataset": "a/b", "revision": "/etc/passwd"}, "is not a branch, tag or commit", "write a name such as main"),
         ({"blend": [{"text": "a"}]}, "says neither `weight` nor `tokens`", "write one of them"),
         ({"blend": [{"text": "a", "weight": 1, "tokens": 5}]}, "says both `weight` and `tokens`", "write one of them"),
         (

@@ -203,7 +203,7 @@ WRONG = {
         SHORTEST + "evaluate: {suite: [{task: humaneval, samples: 20}]}\n",
         "3:20",
         "evaluate.suite.0",
-        "20 answers that are the most likely ones are all the same",
+        "without a temperature the 20 answers would all be the same",
         "add `temperature: 0.2`",
     ),
     "a benchmark that is a number": Wrong(

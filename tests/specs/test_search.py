@@ -105,7 +105,7 @@ WRONG = {
     ),
     "nothing to judge on": (
         LISTS + SEARCH.split("\n")[0],
-        "search: candidates are judged on held-out text, and there is none; add `evaluate: {held_out:",
+        "search: candidates are judged on held-out text, which is missing; add `evaluate: {held_out:",
     ),
     "rungs longer than the training": (
         asking("{budget: {memory: 1GiB}, rank: {tokens: 2B}}"),

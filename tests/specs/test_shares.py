@@ -102,7 +102,7 @@ def test_a_share_that_leaves_one_side_empty(tmp_path: Path, share: float, side: 
         (
             "{data: {text: [a.txt]}, tokens: 1B}",
             "{fraction: 0}",
-            "0 is no share of the documents; write a share such as 1%",
+            "0% leaves no document to hold out; write a share such as 1%",
         ),
         (
             "{data: {text: [a.txt]}, tokens: 1B}",
@@ -111,7 +111,7 @@ def test_a_share_that_leaves_one_side_empty(tmp_path: Path, share: float, side: 
         ),
         ("{data: {text: [a.txt]}, tokens: 1B}", "{fraction: 200%}", "write a share between 0% and 100%"),
         ("{data: {megatron: a.bin}, tokens: 1B}", "{fraction: 1%}", "no document of them can be left out; name other"),
-        ("null", "{fraction: 1%}", "is of `distill.data`, and there is none; name a source"),
+        ("null", "{fraction: 1%}", "is a share of `distill.data`, which is missing; name a source"),
     ],
 )
 def test_fractions_that_are_none(load: Load, distill: str, held_out: str, message: str) -> None:

@@ -178,7 +178,7 @@ def diff(t: Tracer, node: torch.fx.Node) -> Dims:
 
 @rule(aten.topk.default)
 def topk(t: Tracer, node: torch.fx.Node) -> Result:
-    """Returns the largest values and their positions; the number of values is no width of the model."""
+    """Returns the largest values and their positions; the number of values is not a width of the model."""
     dims = t.dims(node.args[0])
     axis = axis_index(t.arg(node, "dim", -1), len(dims))
     t.note(dims[axis], "topk", node)

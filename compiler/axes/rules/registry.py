@@ -17,9 +17,7 @@ from minitron.compiler.axes.tracer import Tracer
 
 Rule = Callable[[Tracer, torch.fx.Node], Result]
 
-
 RULES: dict[Any, Rule] = {}
-
 
 # How an operator treats an operand whose values are positions (see `compiler.axes.index_meaning`):
 #     same   the result holds the same values, in whatever order and shape
@@ -27,7 +25,6 @@ RULES: dict[Any, Rule] = {}
 #     own    its rule knows
 # All other operators read numbers.
 Treatment = Literal["same", "some", "own"]
-
 
 POSITIONS: dict[Any, Treatment] = {}
 
