@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,6 +31,7 @@ from minitron.specs.builds import (
     read_document,
 )
 from minitron.specs.errors import UsageError, WorkError
+from minitron.specs.json_files import json_lines
 from minitron.specs.locks import only_one
 
 # The folders of a build that minitron writes and replaces.
@@ -118,7 +117,7 @@ def training_progress(build: Path) -> Document | None:
     first: Document | None = None
     last: Document = {}
     steps = 0
-    for record in records(metrics_file(build)):
+    for record in json_lines(metrics_file(build)):
         first = record if first is None else first
         last = record
         steps += 1
@@ -145,20 +144,6 @@ def show_document(build: Path) -> Document:
         "verification": read_document(build / VERIFICATION),
         "results": read_document(build / RESULTS),
     }
-
-
-def records(path: Path) -> Iterator[Document]:
-    """Yields the objects of a JSON-lines file; a line that a killed process left unfinished is skipped."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                yield record
 
 
 def total_tokens(path: Path) -> int | None:

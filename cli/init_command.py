@@ -20,7 +20,9 @@ from minitron.cli.data_fields import fields_of
 from minitron.cli.held_out_share import held_out_share
 from minitron.cli.render import say, write
 from minitron.specs import load_spec
-from minitron.specs.data import STDLIB_PREFIX
+from minitron.specs.blocks.distill import LEAST_STEPS
+from minitron.specs.data import MOST_PASSES, STDLIB_PREFIX
+from minitron.specs.documents.opening import COMPRESSED
 from minitron.specs.errors import MinitronError, SpecError, SpecInvalid, UsageError
 from minitron.specs.units import COUNT_UNITS, Share, format_quantity, parse_quantity
 
@@ -37,12 +39,9 @@ SCHEMA = "minitron.schema.json"
 IGNORED = "builds/"
 # Endings of files and what they are read as; all others are text.
 _KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
-_PACKED = {".gz", ".bz2", ".xz", ".zst"}
 # Bytes of text in a token, about, for English and code in today's vocabularies.
 _BYTES_A_TOKEN = 4
-# How often a small corpus is read: four passes are worth nearly as much as new text (arXiv 2305.16264).
-_PASSES = 4
-_MOST_TOKENS, _FIRST_TOKENS, _LEAST_STEPS, _SHORTEST = 1_000_000_000, 1_000_000, 300, 64
+_MOST_TOKENS, _FIRST_TOKENS, _SHORTEST = 1_000_000_000, 1_000_000, 64
 # Up to as many tokens the rate is searched: it decides more than what is kept does, and three short trainings are cheap.
 _SEARCHED_TOKENS, _SEARCHED_SHARE = 100_000_000, 0.2
 # 1e-4 is the published rate at four billion parameters; smaller students take more, by the root of their size.
@@ -255,7 +254,7 @@ def _source(option: str, patterns: Sequence[str], folder: Path) -> Source | None
 
 def _kind(pattern: str) -> str:
     path = Path(pattern)
-    return _KINDS.get((path.with_suffix("") if path.suffix in _PACKED else path).suffix, "text")
+    return _KINDS.get((path.with_suffix("") if path.suffix in COMPRESSED else path).suffix, "text")
 
 
 def _corpus(patterns: Sequence[str]) -> int:
@@ -268,10 +267,10 @@ def _training(train: Source | None, longest: int, corpus: int, size: int, judged
     """Returns the lines of `distill`, for a student of `size` parameters and data of about `corpus` tokens. Where the training
     is short and there is text to be judged on, several learning rates and the `search` that tells which is best.
     """
-    tokens = min(_MOST_TOKENS, max(_PASSES * corpus, _LEAST_STEPS * _SHORTEST)) if train else _FIRST_TOKENS
+    tokens = min(_MOST_TOKENS, max(MOST_PASSES * corpus, LEAST_STEPS * _SHORTEST)) if train else _FIRST_TOKENS
     tokens = round(tokens, 2 - len(str(tokens)))
     length = longest
-    while length > _SHORTEST and tokens < _LEAST_STEPS * length:
+    while length > _SHORTEST and tokens < LEAST_STEPS * length:
         length //= 2
     rate = min(_HIGHEST_RATE, _RATE * max(1.0, (_RATE_SIZE / size) ** 0.5))
     passes = f"   # about {tokens / corpus:.1f} passes over the data" if train and corpus else ""

@@ -19,8 +19,8 @@ from minitron.cli import (
     diff_command,
     init_command,
     interrupts,
-    keeping_commands,
     lock_command,
+    maintenance_commands,
     searching,
     spec_commands,
 )
@@ -57,10 +57,10 @@ app.command("run")(build_commands.run)
 app.command("export")(build_commands.export)
 app.command("show")(build_commands.show)
 app.command("diff")(diff_command.diff)
-app.command("list")(keeping_commands.list_builds)
-app.command("clean")(keeping_commands.clean)
+app.command("list")(maintenance_commands.list_builds)
+app.command("clean")(maintenance_commands.clean)
 app.command("cache")(cache_command.cache)
-app.command("doctor")(keeping_commands.doctor)
+app.command("doctor")(maintenance_commands.doctor)
 
 
 def _print_version(wanted: bool) -> None:

@@ -143,7 +143,7 @@ def rewrite(plan: Plan, selection: Selection, buffers: Buffers) -> RewrittenStud
     teacher, captured = plan.teacher, plan.teacher.captured
     narrowing = narrowing_of(selection, teacher.roles, teacher.table)
     dims_of = {node.name: dims for node, dims in teacher.table.nodes.items()}
-    passes = [narrow_parameters(captured, dims_of, narrowing), shape_constants(dims_of, narrowing)]
+    passes = [narrow_parameters(dims_of, narrowing), shape_constants(dims_of, narrowing)]
     if len(selection.layers) < captured.layer_count:
         passes.insert(0, drop_layers(captured, teacher.ends, selection.layers))
     graph_module = run_passes(captured.graph_module, passes)

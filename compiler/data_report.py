@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minitron.compiler.plan.checks import positions_of
+from minitron.compiler.plan.checks import teacher_key
 from minitron.compiler.planning import make_plan
 from minitron.compiler.teacher.open_teacher import open_teacher
 from minitron.compiler.teacher.tokenizer import load_tokenizer
-from minitron.specs.data import BlendPart, DataSource, Source
+from minitron.specs.blocks.base import EVALUATED_SEQUENCE
+from minitron.specs.data import DataSource, Source
 from minitron.specs.data_files import resolve_data
 from minitron.specs.documents.readers import describe
 from minitron.specs.encoding import Encoder, recipe_of
@@ -19,6 +20,7 @@ from minitron.specs.errors import SpecInvalid, WorkError, placing
 from minitron.specs.fit_lengths import fit_lengths
 from minitron.specs.load import LoadedSpec
 from minitron.specs.lockfile import source_parts
+from minitron.specs.model_config import positions_of
 from minitron.specs.progress import Progress
 
 
@@ -34,15 +36,16 @@ def describe_data(loaded: LoadedSpec, progress: Progress, *, everything: bool = 
             [loaded.error("", "names no data", "add `importance.data`, `distill.data` or `evaluate.held_out`")]
         )
     checkpoint = open_teacher(loaded, weights=False, planned=lambda upper, build: make_plan(upper, build=build).config)
-    loaded = fit_lengths(loaded, positions_of(checkpoint.config))
-    with placing(loaded, "teacher.model" if loaded.spec.teacher.spec is None else "teacher.spec"):
+    positions = positions_of(checkpoint.config)
+    loaded = fit_lengths(loaded, positions)
+    with placing(loaded, teacher_key(loaded)):
         tokenizer = load_tokenizer(checkpoint.folder)
     encoder = Encoder(recipe_of(tokenizer), tokenizer)
     characters = None if everything else SURVEYED
     found = {}
     with progress.task("data", len(sources), "sources") as task:
         for at, source in sources.items():
-            found[at] = _source(loaded, at, source, encoder, tokenizer, characters)
+            found[at] = _source(loaded, at, source, _needs(loaded, at, positions), encoder, tokenizer, characters)
             task.advance(1)
     recipe = encoder.recipe
     return {
@@ -58,31 +61,34 @@ def describe_data(loaded: LoadedSpec, progress: Progress, *, everything: bool = 
 
 
 def _source(
-    loaded: LoadedSpec, at: str, source: DataSource, encoder: Encoder, tokenizer: Any, characters: int | None
+    loaded: LoadedSpec,
+    at: str,
+    source: DataSource,
+    needs: tuple[int, int],
+    encoder: Encoder,
+    tokenizer: Any,
+    characters: int | None,
 ) -> dict[str, Any]:
-    length, wanted = _needs(loaded, at)
+    length, wanted = needs
     parts = list(source_parts(at, source))
-    whole = sum(_share(part) for _, _, part in parts)
+    whole = sum(part.share for _, _, part in parts)
     described = []
     for path, _, part in parts:
         with placing(loaded, path, (WorkError,)):
             figures = survey(part, encoder, length, characters=characters)
-        described.append(_part(part, figures, tokenizer, _share(part) / whole, wanted))
+        described.append(_part(part, figures, tokenizer, part.share / whole, wanted))
     return {"sequence_length": length, "tokens_wanted": wanted, "parts": described}
 
 
-def _share(part: Source) -> float:
-    return part.share if isinstance(part, BlendPart) else 1.0
-
-
-def _needs(loaded: LoadedSpec, at: str) -> tuple[int, int]:
-    """(tokens in a sequence, tokens that are read) of a source."""
+def _needs(loaded: LoadedSpec, at: str, positions: int | None) -> tuple[int, int]:
+    """Returns (tokens in a sequence, tokens that are read) of a source; `positions` are those that the teacher reads."""
     spec = loaded.spec
     if at == "importance.data":
         data = spec.importance.data
         assert data is not None
         return data.sequence_length, data.samples * data.sequence_length
-    length = spec.distill.sequence_length if spec.distill is not None else 2048
+    alone = min(EVALUATED_SEQUENCE, positions or EVALUATED_SEQUENCE)
+    length = spec.distill.sequence_length if spec.distill is not None else alone
     if at == "distill.data":
         assert spec.distill is not None
         return length, spec.distill.tokens

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from minitron.compiler.capture.models import build_meta, stored_tensors
+from minitron.compiler.roles.names import HIDDEN, INTERMEDIATE, LAYERS
 from minitron.compiler.teacher.checkpoint import open_checkpoint
 from minitron.specs.blocks.base import LONGEST_SEQUENCE
 from minitron.specs.errors import UsageError
+from minitron.specs.model_config import positions_of
 from minitron.specs.units import default_multiple
-
-HIDDEN, INTERMEDIATE, LAYERS = "hidden_size", "intermediate_size", "num_hidden_layers"
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,7 @@ def propose(model: str, base: Path, *, parameters: int | None = None, share: Fra
     students = tuple(_students(config, shapes, budget))
     if not students:
         raise UsageError("no width of this teacher can be smaller; `minitron init` shows how a spec is written by hand")
-    longest = getattr(config, "max_position_embeddings", None)
-    return Proposal(
-        whole,
-        students,
-        min(LONGEST_SEQUENCE, longest) if isinstance(longest, int) and longest > 1 else LONGEST_SEQUENCE,
-    )
+    return Proposal(whole, students, min(LONGEST_SEQUENCE, positions_of(config) or LONGEST_SEQUENCE))
 
 
 def _students(config: Any, shapes: list[tuple[int, ...]], budget: int) -> Iterator[dict[str, int]]:

@@ -69,7 +69,7 @@ def write_search(search: SearchPlan, *, device: str, progress: Progress, stages:
                 "remove its train/ and model/"
             )
         if before is not None:
-            progress.message(f"search: {build / SEARCH} is of another spec, teacher or data, and is made again")
+            progress.message(f"search: {build / SEARCH} is of another spec, teacher or data, and is made anew")
         shutil.rmtree(build / SEARCH, ignore_errors=True)
         claim_folder(build / SEARCH, (), "name another with -o")
         with tempfile.TemporaryDirectory(dir=build, prefix=".refit.", suffix=".tmp") as scratch:

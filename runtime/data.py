@@ -219,7 +219,7 @@ def _limits(data: DataSource, tokens: int) -> list[int | None]:
     """Returns the number of tokens to read of each part. A streamed data set may never end, so that only as many tokens
     as training can use are read of it. Other parts are read whole, so that a short training samples from all of them.
     """
-    shares = [part.share if isinstance(part, BlendPart) else 1.0 for part in _parts(data)]
+    shares = [part.share for part in _parts(data)]
     whole = sum(shares)
     return [
         math.ceil(tokens * share / whole) + 1 if part.streaming else None
@@ -229,7 +229,7 @@ def _limits(data: DataSource, tokens: int) -> list[int | None]:
 
 def data_hash(data: Data, encoder: TextEncoder, tokens: int) -> str:
     """Returns the hash of everything that decides the samples of a source, independent of the folder it lies in."""
-    weights = [part.share if isinstance(part, BlendPart) else 1.0 for part in _parts(data.source)]
+    weights = [part.share for part in _parts(data.source)]
     limits = _limits(data.source, tokens)
     keys = [stream_key(content, encoder, limit) for content, limit in zip(data.contents, limits, strict=True)]
     return hashlib.sha256(repr((weights, keys)).encode()).hexdigest()

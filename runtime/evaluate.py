@@ -23,6 +23,7 @@ from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.verified import require_verified
 from minitron.runtime.world import join_world, locked
 from minitron.specs.atomic import write_text
+from minitron.specs.blocks.base import EVALUATED_SEQUENCE
 from minitron.specs.builds import CONFIG, CORRECTION, RESULTS
 from minitron.specs.cache import tokens_folder
 from minitron.specs.errors import placing
@@ -33,7 +34,6 @@ from minitron.specs.training_plan import ModelPlan, TrainingPlan
 FORMAT_VERSION = 1
 
 _PROMPT_TOKENS = 32
-_LENGTH = 2048  # of a sequence, where the plan does not train and says none
 
 
 def evaluate(
@@ -153,7 +153,7 @@ def _length(loaded: LoadedPlan) -> int:
     plan = loaded.plan
     if isinstance(plan, TrainingPlan):
         return plan.sequence_length
-    return min(_LENGTH, readable(model_folder(loaded, "student", plan.student)) or _LENGTH)
+    return min(EVALUATED_SEQUENCE, readable(model_folder(loaded, "student", plan.student)) or EVALUATED_SEQUENCE)
 
 
 def _prompt(text: str | None, encoder: TextEncoder, windows: Windows | None) -> list[int] | None:

@@ -13,6 +13,7 @@ from minitron.runtime.disk import writing
 from minitron.runtime.trackers import Trackers, TrackerSettings
 from minitron.specs.atomic import atomic_path
 from minitron.specs.builds import METRICS
+from minitron.specs.json_files import json_lines
 from minitron.specs.progress import Progress
 
 
@@ -53,19 +54,8 @@ class MetricsLog:
 
 
 def iter_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the steps of a metrics.jsonl one after the other, complete lines only; none where there is no such
-    file.
-    """
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for text in lines:
-            try:
-                line = json.loads(text)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
-                yield line
+    """Yields the steps of a metrics.jsonl one after the other; none where there is no such file."""
+    return (line for line in json_lines(path) if isinstance(line.get("step"), int))
 
 
 def last_held_out_loss(path: Path) -> float | None:

@@ -20,7 +20,7 @@ from minitron.specs.builds import CONFIG
 from minitron.specs.errors import Problem, Refused, WorkError, first_line
 from minitron.specs.generation_settings import FILE as GENERATION
 from minitron.specs.generation_settings import read_generation_settings
-from minitron.specs.model_config import alone, read_model_config
+from minitron.specs.model_config import alone, positions_of, read_model_config
 from minitron.specs.shards.stream import Largest
 from minitron.specs.training_plan import HeadPlan, ModelPlan
 from minitron.specs.weight_files import SINGLE, find_weight_files, read_headers
@@ -87,7 +87,7 @@ class LanguageModel:
     @property
     def positions(self) -> int | None:
         """Returns the number of positions that the model can read, where its configuration states it; else None."""
-        return _positions(self.module.config)
+        return positions_of(self.module.config)
 
     @property
     def parameters(self) -> int:
@@ -95,16 +95,11 @@ class LanguageModel:
         return sum(parameter.numel() for parameter in self.module.parameters())
 
 
-def _positions(config: Any) -> int | None:
-    limit = getattr(config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) else None
-
-
 def readable(folder: Path) -> int | None:
     """Returns the number of positions that the model in `folder` can read, where its configuration states it; else
     None. WorkError for a broken configuration.
     """
-    return _positions(model_config(folder))
+    return positions_of(model_config(folder))
 
 
 Place = Callable[[LanguageModel], LanguageModel]

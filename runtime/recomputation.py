@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minitron.runtime.models import LanguageModel
 from minitron.runtime.sharding import decoder_layers
+from minitron.specs.attention_modules import attention_of
 from minitron.specs.blocks.distill import Recomputation
 from minitron.specs.errors import Problem, Refused
 
@@ -37,13 +37,6 @@ def recompute_layers(module: Any) -> None:
     # The first name is that of transformers 5.23 and later.
     enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-
-
-def attention_of(layer: nn.Module) -> list[nn.Module]:
-    """Returns the children of a decoder layer that mix positions: those that know the layer's number, because they keep a
-    cache under it.
-    """
-    return [child for child in layer.children() if hasattr(child, "layer_idx")]
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

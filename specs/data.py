@@ -21,6 +21,9 @@ from minitron.specs.suggest import closest, one_of
 STDLIB_PREFIX = "python-stdlib:"
 STDLIB_SPLITS = ("train", "held_out")
 
+MOST_PASSES = 4
+"""Passes over the data that are worth nearly as much as new text (arXiv 2305.16264)."""
+
 # Which options go with which kind of source, and the defaults that are then filled in.
 _CONTENTS = ("text_field", "messages_field", "prompt_field", "ids_field")
 _EVERY = ("on_error", "only", "leave_out")
@@ -160,6 +163,11 @@ class Source(Block, json_schema_extra=_say_one_kind):
     def kind(self) -> str:
         """Returns the key of the one kind of source that is given."""
         return next(kind for kind in _KINDS if getattr(self, kind, None) is not None)
+
+    @property
+    def share(self) -> float:
+        """Returns the share of a blend that comes from this source, in proportion to the others'; 1 for a source alone."""
+        return 1.0
 
     @model_validator(mode="before")
     @classmethod

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
 from minitron.specs.errors import Problem
+from minitron.specs.model_config import EXPERT_COUNT_KEYS
 
 Compute: TypeAlias = Literal["bfloat16", "float8"]
 
@@ -16,12 +17,10 @@ MULTIPLE = 16
 CAPABILITY = (8, 9)
 """The first CUDA compute capability with products in float8: Ada. Hopper has 9.0, Blackwell 10.0."""
 
-_COUNTS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
 
 def counts_of_experts(config: Mapping[str, Any]) -> frozenset[int]:
     """Returns the numbers of experts that a model's configuration names, also of a model inside it."""
-    found = {config[key] for key in _COUNTS_OF_EXPERTS if isinstance(config.get(key), int)}
+    found = {config[key] for key in EXPERT_COUNT_KEYS if isinstance(config.get(key), int)}
     inner = [counts_of_experts(value) for value in config.values() if isinstance(value, Mapping)]
     return frozenset(found).union(*inner)
 

@@ -1,8 +1,10 @@
-"""Reads JSON documents from outside, within bounds: neither depth nor size of a file can exhaust this process."""
+"""Reads JSON: documents from outside, within bounds, so that neither depth nor size of a file can exhaust this process; and
+lines that a process appends."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +28,18 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> Any:
     if len(text) > limit:
         raise ValueError(f"it is larger than {limit} bytes")
     return parse_json(text)
+
+
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the objects of a file of JSON Lines that a process appends to; none where there is no such file. A line that is
+    not whole, because the process was killed, is skipped."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for text in lines:
+            try:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(line, dict):
+                yield line

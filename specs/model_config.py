@@ -30,6 +30,7 @@ CALLING = (
     "_experts_implementation", "_experts_implementation_internal",
 )  # fmt: skip
 DTYPE_KEYS = ("dtype", "torch_dtype")
+EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "decoder_layers")
 
 ROPE_SCALING = "rope_scaling"
@@ -98,6 +99,13 @@ def _entries(value: Any, at: str = "") -> Iterator[tuple[str, str, Any]]:
             pending += [(f"{at}.{name}" if at else str(name), str(name), inner) for name, inner in value.items()]
         elif isinstance(value, list):
             pending += [(f"{at}[{index}]", key, inner) for index, inner in enumerate(value)]
+
+
+def positions_of(config: Any) -> int | None:
+    """Returns the number of positions that the model of transformers' configuration object reads; None where that does not
+    say."""
+    longest = getattr(config, "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 1 else None
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from minitron.cli.report.scores import read_scores
 from minitron.cli.sections import part
 from minitron.specs.atomic import write_text
 from minitron.specs.builds import REPORT, TRAINING, correction_metrics_file, metrics_file
+from minitron.specs.json_files import json_lines
 
 
 def write_report(build: Path) -> Path:
@@ -19,7 +20,7 @@ def write_report(build: Path) -> Path:
     """
     document = builds.show_document(build)
     curves, correction = (
-        read_curves(builds.records(path)) for path in (metrics_file(build), correction_metrics_file(build))
+        read_curves(json_lines(path)) for path in (metrics_file(build), correction_metrics_file(build))
     )
     trains = builds.total_tokens(build / TRAINING) is not None
     report = Report(document, trains, read_scores(build, part(document, "plan")), curves, correction)

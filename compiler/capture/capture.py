@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +21,14 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from minitron.compiler.capture.inline_constants import inline
 from minitron.compiler.capture.layer_config import with_layers
 from minitron.compiler.capture.layer_kinds import Accounts, accounts
-from minitron.compiler.capture.layer_lists import lists_over_layers
+from minitron.compiler.capture.layer_lists import kinds_by_lists
 from minitron.compiler.capture.models import (
     build_meta,
     build_model,
     canonical_names,
     find_layers,
     layer_count,
+    modelling_line,
     quiet,
     uninitialised,
 )
@@ -189,8 +188,7 @@ def _told(reasons: Sequence[tuple[str, str]]) -> str:
 
 def in_words(error: Exception) -> str:
     """The reason that a model cannot be exported, and the line of its code where one is known."""
-    code = [one for one in traceback.extract_tb(error.__traceback__) if "modeling_" in one.filename]
-    place = f" ({Path(code[-1].filename).name}:{code[-1].lineno})" if code else ""
+    place = modelling_line(error)
     if isinstance(error, UsageError):
         return str(error)
     text = _first_line(error)
@@ -240,8 +238,7 @@ def _representatives(config: Any, dtype: torch.dtype, attention: str, count: int
     whole, path = _accounts(config, dtype, attention, length)
     if whole is None:
         return None
-    lists = list(lists_over_layers(config, count).values())
-    kinds = [(account, repr([one[i] for one in lists])) for i, account in enumerate(whole.layers)]
+    kinds = list(zip(whole.layers, kinds_by_lists(config, count), strict=True))
     layers, known = [0], dict[Any, int]()
     for number, kind in enumerate(kinds[1:], start=1):
         if kind not in known:

@@ -8,7 +8,7 @@ layer. A list over the layers has its later entries read by the whole model, and
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,23 @@ def lists_over_layers(config: Any, count: int) -> dict[str, list[Any]]:
     ]
     found = {*known, *(read_by_layer(config, count, others) if others and count > 1 else ())}
     return {key: value[:count] for key, value in vars(config).items() if key in found}
+
+
+def kinds_by_lists(config: Any, count: int) -> list[str]:
+    """Returns the kind of each of `count` layers, as the configuration's lists over layers tell it."""
+    lists = list(lists_over_layers(config, count).values())
+    return [repr([one[layer] for one in lists]) for layer in range(count)]
+
+
+def some_of_each_kind(kinds: Sequence[str], layers: Iterable[int], count: int) -> list[int]:
+    """Returns the first `count` of `layers` of each kind, in their order."""
+    seen: dict[str, int] = {}
+    few = []
+    for layer in layers:
+        seen[kinds[layer]] = seen.get(kinds[layer], 0) + 1
+        if seen[kinds[layer]] <= count:
+            few.append(layer)
+    return few
 
 
 def read_by_layer(config: Any, count: int, keys: Collection[str]) -> set[str]:

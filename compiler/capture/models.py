@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +40,12 @@ def quiet() -> Iterator[None]:
                 logger.setLevel(level)
             if bars:
                 transformers_logging.enable_progress_bar()
+
+
+def modelling_line(error: Exception) -> str:
+    """Returns ` (FILE:LINE)` of the line of modelling code that an error came from; empty where it came from elsewhere."""
+    code = [one for one in traceback.extract_tb(error.__traceback__) if "modeling_" in one.filename]
+    return f" ({Path(code[-1].filename).name}:{code[-1].lineno})" if code else ""
 
 
 def build_meta(config: Any, dtype: torch.dtype, attention: str) -> torch.nn.Module:

@@ -16,7 +16,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from minitron.compiler.graph.graph_module import set_attribute
+from minitron.compiler.graph.graph_module import result_of, set_attribute
 
 
 class CannotRepeatError(Exception):
@@ -26,7 +26,7 @@ class CannotRepeatError(Exception):
 class _Parts:
     """The nodes of a small graph: attributes, what comes before the layers, each layer, and what comes after."""
 
-    def __init__(self, graph: Graph, layer_of: Callable[[Node], int | None], prefix: str, count: int) -> None:
+    def __init__(self, graph: Graph, layer_of: Callable[[Node], int | None], count: int) -> None:
         self.attributes: list[Node] = []
         self.before: list[Node] = []
         self.layers: list[list[Node]] = [[] for _ in range(count)]
@@ -74,34 +74,76 @@ def repeat_layers(
     `wrapper` what names of attributes begin with. CannotRepeatError where the small graph is not a chain of layers.
     """
     assert stands_in[0] == 0 and all(number > 0 for number in stands_in[1:])
-    prefix = f"{wrapper}.{path}."
-    parts = _Parts(small.graph, layer_of, prefix, max(stands_in) + 1)
-    graph, root = Graph(), torch.nn.Module()
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    outer: dict[Node, Node] = {}
-    own: list[dict[Node, Node]] = [{} for _ in stands_in]
+    parts = _Parts(small.graph, layer_of, max(stands_in) + 1)
+    grown = _Grown(small, model, wrapper, path, stands_in)
+    grown.copy_attributes(parts.attributes)
+    for node in parts.before:
+        grown.outer[node] = grown.copy(node, grown.outer)
+    grown.outer[parts.handed_on[-1]] = grown.copy_layers(parts)
+    for node in parts.after:
+        if node.op == "output":
+            grown.graph.output(grown.outer[result_of(small.graph)])
+        else:
+            grown.outer[node] = grown.copy(node, grown.outer)
+    return GraphModule(grown.root, grown.graph)
 
-    def attribute(node: Node, target: str) -> Node:
-        name = target.removeprefix(wrapper + ".")
-        value = tensors[name] if name in tensors else _constant(small, target)
-        copied = graph.create_node("get_attr", target, name=target.replace(".", "_"))
+
+class _Grown:
+    """The large graph while it grows. `outer` maps nodes of the small graph outside the layers to their copies, and `own`, for
+    each layer of the large graph, the attributes of the layer that stands for it."""
+
+    def __init__(
+        self, small: GraphModule, model: torch.nn.Module, wrapper: str, path: str, stands_in: Sequence[int]
+    ) -> None:
+        self.graph, self.root = Graph(), torch.nn.Module()
+        self.outer: dict[Node, Node] = {}
+        self.own: list[dict[Node, Node]] = [{} for _ in stands_in]
+        self._small, self._wrapper, self._path, self._stands_in = small, wrapper, path, stands_in
+        tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        self._tensors: dict[str, torch.Tensor] = dict(tensors)
+
+    def copy_attributes(self, attributes: list[Node]) -> None:
+        """Copies the attributes: those of a layer once for each layer that it stands for."""
+        prefix = f"{self._wrapper}.{self._path}."
+        for run in _runs(attributes, prefix):
+            if _number(run[0], prefix) is None:
+                self.outer |= {node: self._attribute(node, str(node.target)) for node in run}
+                continue
+            for layer, stand_in in enumerate(self._stands_in):
+                for node in run:
+                    if _number(node, prefix) == stand_in:
+                        rest = str(node.target)[len(prefix) :].split(".", 1)[1]
+                        self.own[layer][node] = self._attribute(node, f"{prefix}{layer}.{rest}")
+
+    def _attribute(self, node: Node, target: str) -> Node:
+        name = target.removeprefix(self._wrapper + ".")
+        value = self._tensors[name] if name in self._tensors else _constant(self._small, target)
+        copied = self.graph.create_node("get_attr", target, name=target.replace(".", "_"))
         copied.meta = dict(node.meta)
-        set_attribute(root, target, value)
+        set_attribute(self.root, target, value)
         return copied
 
-    for run in _runs(parts.attributes, prefix):
-        number = _number(run[0], prefix)
-        if number is None:
-            for node in run:
-                outer[node] = attribute(node, str(node.target))
-            continue
-        for layer, stand_in in enumerate(stands_in):
-            for node in run:
-                if _number(node, prefix) == stand_in:
-                    rest = str(node.target)[len(prefix) :].split(".", 1)[1]
-                    own[layer][node] = attribute(node, f"{prefix}{layer}.{rest}")
+    def copy_layers(self, parts: _Parts) -> Node:
+        """Copies the layers in a row, each reading the residual stream of the one before; returns that of the last."""
+        stream: Node | None = None
+        for layer, stand_in in enumerate(self._stands_in):
+            values = self.outer | self.own[layer]
+            if stand_in:
+                assert stream is not None
+                values[parts.handed_on[stand_in - 1]] = stream
+            for node in parts.layers[stand_in]:
+                if node in self.outer:  # a size that an earlier layer has computed
+                    continue
+                values[node] = self.copy(node, values, (stand_in, layer))
+                if _is_size(node):
+                    self.outer[node] = values[node]
+            stream = values[parts.handed_on[stand_in]]
+        assert stream is not None
+        return stream
 
-    def copy(node: Node, values: Mapping[Node, Node], renumbered: tuple[int, int] | None = None) -> Node:
+    def copy(self, node: Node, values: Mapping[Node, Node], renumbered: tuple[int, int] | None = None) -> Node:
+        """Copies a node that reads `values`; `renumbered` are the numbers of its layer in the small and the large graph."""
+
         def value(old: Node) -> Node:
             if old not in values:
                 raise CannotRepeatError(f"{node.name} reads {old.name}, which belongs to another layer")
@@ -109,46 +151,14 @@ def repeat_layers(
 
         name = node.name if node.op == "placeholder" else re.sub(r"_\d+$", "", node.name)
         arguments, keywords = map_arg(node.args, value), map_arg(node.kwargs, value)
-        copied = graph.create_node(node.op, node.target, arguments, keywords, name)
-        copied.meta = _meta(node, path, renumbered)
+        copied = self.graph.create_node(node.op, node.target, arguments, keywords, name)
+        copied.meta = _meta(node, self._path, renumbered)
         return copied
-
-    for node in parts.before:
-        outer[node] = copy(node, outer)
-    stream: Node | None = None
-    for layer, stand_in in enumerate(stands_in):
-        values = outer | own[layer]
-        if stand_in:
-            assert stream is not None
-            values[parts.handed_on[stand_in - 1]] = stream
-        for node in parts.layers[stand_in]:
-            if node in outer:  # a size that an earlier layer has computed
-                continue
-            values[node] = copy(node, values, (stand_in, layer))
-            if _is_size(node):
-                outer[node] = values[node]
-        stream = values[parts.handed_on[stand_in]]
-    assert stream is not None
-    outer[parts.handed_on[-1]] = stream
-    for node in parts.after:
-        if node.op == "output":
-            graph.output(outer[_result(node)])
-        else:
-            outer[node] = copy(node, outer)
-    return GraphModule(root, graph)
 
 
 def _is_size(node: Node) -> bool:
     """Checks whether a node computes a number from batch and sequence sizes: export computes each such number once."""
     return isinstance(node.meta.get("val"), torch.SymInt)
-
-
-def _result(output: Node) -> Node:
-    result: Any = output.args[0]
-    while isinstance(result, tuple | list):
-        (result,) = result
-    assert isinstance(result, Node)
-    return result
 
 
 def _number(node: Node, prefix: str) -> int | None:

@@ -20,6 +20,7 @@ from minitron.specs.builds import CORRECTION_WORK, MODEL, STUDENT, TEACHER, WORK
 from minitron.specs.data import DataSource
 from minitron.specs.data_files import data_files, resolve_data
 from minitron.specs.load import LoadedSpec
+from minitron.specs.spec import Spec
 from minitron.specs.training_plan import (
     FORMAT_VERSION,
     CheckpointPlan,
@@ -58,39 +59,18 @@ def training_plan(
     is trained. `aligned` adds what depends on the selection."""
     spec = loaded.spec
     distill, evaluate = spec.distill, spec.evaluate
-    shared: dict[str, Any] = {"dtype": spec.teacher.dtype or checkpoint.dtype, "layers": layers}
-    flops: dict[str, int | None] = {
-        side: None if distill is None else costs[side].forward_flops_per_token(distill.sequence_length)
-        for side in ("teacher", "student")
-    }
-    every = None if distill is None else distill.checkpoint.every_tokens or max(1, distill.tokens // CHECKPOINTS)
+    length = None if distill is None else distill.sequence_length
+    every = None if distill is None else _checkpoint_every(distill, distill.tokens)
     sources = resolve_data(loaded)
-    held_out = None
-    if evaluate is not None and evaluate.held_out is not None:
-        source = sources["evaluate.held_out"]
-        # No file has more tokens than bytes; of a data set on the Hub nothing is known.
-        size = sum(file.stat().st_size for file in data_files(source)) or evaluate.max_tokens
-        often = None if every is None else measure_every(every, min(size, evaluate.max_tokens))
-        held_out = HeldOutPlan(data=source, max_tokens=evaluate.max_tokens, every_tokens=evaluate.every_tokens or often)
-    on_hub = checkpoint.commit is not None and checkpoint.tower is None
     common: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "name": spec.name,
         "fingerprint": fingerprint,
-        "teacher": TeacherPlan(
-            # What came from the Hub is found there, or in its cache, on any other machine as well.
-            model=checkpoint.name if on_hub else _relative(checkpoint.folder, build),
-            revision=checkpoint.commit if on_hub else None,
-            flops_per_token=flops["teacher"],
-            compute=spec.teacher.compute,
-            head=heads["teacher"],
-            **shared,
-        ),
-        "student": ModelPlan(model=STUDENT, flops_per_token=flops["student"], head=heads["student"], **shared),
+        **_models(spec, build, checkpoint, heads, layers, costs, length),
         "tokenizer": STUDENT,
         "output": MODEL,
         "work": WORK,
-        "held_out": held_out,
+        "held_out": _held_out(evaluate, sources, every),
         "evaluate": _evaluation(loaded, evaluate or Evaluate()),
     }
     if distill is None:
@@ -122,6 +102,49 @@ def training_plan(
         ),
         checkpoint=CheckpointPlan(**distill.checkpoint.model_dump() | {"every_tokens": every}),
     )
+
+
+# parameters: those of `training_plan` that decide both models
+def _models(
+    spec: Spec,
+    build: Path,
+    checkpoint: Checkpoint,
+    heads: Mapping[str, HeadPlan],
+    layers: str,
+    costs: Mapping[str, ModelCosts],
+    length: int | None,
+) -> dict[str, ModelPlan]:
+    """Returns the plans of `teacher` and `student`, with the FLOPs of a token where sequences of `length` are trained on."""
+    shared: dict[str, Any] = {"dtype": spec.teacher.dtype or checkpoint.dtype, "layers": layers}
+    flops = {side: None if length is None else costs[side].forward_flops_per_token(length) for side in heads}
+    on_hub = checkpoint.commit is not None and checkpoint.tower is None
+    teacher = TeacherPlan(
+        # What came from the Hub is found there, or in its cache, on any other machine as well.
+        model=checkpoint.name if on_hub else _relative(checkpoint.folder, build),
+        revision=checkpoint.commit if on_hub else None,
+        flops_per_token=flops["teacher"],
+        compute=spec.teacher.compute,
+        head=heads["teacher"],
+        **shared,
+    )
+    student = ModelPlan(model=STUDENT, flops_per_token=flops["student"], head=heads["student"], **shared)
+    return {"teacher": teacher, "student": student}
+
+
+def _held_out(evaluate: Evaluate | None, sources: Mapping[str, DataSource], every: int | None) -> HeldOutPlan | None:
+    """Returns the plan of the held-out text; `every` are the tokens between two checkpoints, None where nothing is trained."""
+    if evaluate is None or evaluate.held_out is None:
+        return None
+    source = sources["evaluate.held_out"]
+    # No file has more tokens than bytes; of a data set on the Hub nothing is known.
+    size = sum(file.stat().st_size for file in data_files(source)) or evaluate.max_tokens
+    often = None if every is None else measure_every(every, min(size, evaluate.max_tokens))
+    return HeldOutPlan(data=source, max_tokens=evaluate.max_tokens, every_tokens=evaluate.every_tokens or often)
+
+
+def _checkpoint_every(distill: Distill, tokens: int) -> int:
+    """Returns the tokens between two checkpoints of a training of `tokens`: as the spec says, else a fixed share of it."""
+    return distill.checkpoint.every_tokens or max(1, tokens // CHECKPOINTS)
 
 
 def fitted(plan: EvaluationPlan, recompute: Recomputation, micro_batches: Sequence[int]) -> EvaluationPlan:
@@ -193,7 +216,7 @@ def _correction(correction: TeacherCorrection | None, distill: Distill) -> Corre
     return CorrectionPlan(
         tokens=correction.tokens,
         optimizer=correction.optimizer,
-        every_tokens=distill.checkpoint.every_tokens or max(1, correction.tokens // CHECKPOINTS),
+        every_tokens=_checkpoint_every(distill, correction.tokens),
         output=TEACHER,
         work=str(CORRECTION_WORK),
     )

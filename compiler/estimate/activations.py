@@ -22,8 +22,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import masking_utils
 
 from minitron.compiler.capture.layer_config import with_layers
-from minitron.compiler.capture.layer_lists import lists_over_layers
+from minitron.compiler.capture.layer_lists import kinds_by_lists, some_of_each_kind
 from minitron.compiler.capture.models import build_model, quiet
+from minitron.specs.attention_modules import attention_of
 from minitron.specs.blocks.distill import Recomputation
 
 EACH = 2  # layers of each kind that are run: one more than one, so that what two layers hold together is seen
@@ -96,8 +97,8 @@ def footprint(config: Any, attention: str, backbone: str, layer_path: str, count
 
     `backbone` is the sub-module that yields the hidden states.
     """
-    kinds = _kinds(config, count)
-    few = _some_of_each_kind(kinds)
+    kinds = kinds_by_lists(config, count)
+    few = some_of_each_kind(kinds, range(count), EACH)
     with quiet(), no_packing(), FakeTensorMode(allow_non_fake_inputs=True):
         model = build_model(with_layers(config, count, few), work.weights, attention)
         model.train(work.training)
@@ -108,7 +109,7 @@ def footprint(config: Any, attention: str, backbone: str, layer_path: str, count
     kept: dict[str, list[int]] = {}
     for place, layer in enumerate(few[:-1]):
         kept.setdefault(kinds[layer], []).append(entered[place + 1] - entered[place])
-    kept.setdefault(kinds[few[-1]], []).append(last - entered[-1]) if kinds[few[-1]] not in kept else None
+    kept.setdefault(kinds[few[-1]], [last - entered[-1]])
     of_kind = {kind: sum(found) // len(found) for kind, found in kept.items()}
     seen = sum(of_kind[kinds[layer]] for layer in few)
     whole = sum(of_kind[kind] for kind in kinds)
@@ -134,22 +135,6 @@ def no_packing() -> Iterator[None]:
             setattr(masking_utils, name, original)
 
 
-def _some_of_each_kind(kinds: Sequence[str]) -> list[int]:
-    seen: dict[str, int] = {}
-    few = []
-    for layer, kind in enumerate(kinds):
-        seen[kind] = seen.get(kind, 0) + 1
-        if seen[kind] <= EACH:
-            few.append(layer)
-    return few
-
-
-def _kinds(config: Any, count: int) -> list[str]:
-    """The kind of each layer, as the configuration's lists tell it."""
-    lists = list(lists_over_layers(config, count).values())
-    return [repr([one[layer] for one in lists]) for layer in range(count)]
-
-
 def _recompute(model: Any, layer_path: str, what: Recomputation) -> None:
     """Turns recomputation on as the runtime does; the first name is that of transformers 5.23 and later."""
     if what is True:
@@ -159,12 +144,6 @@ def _recompute(model: Any, layer_path: str, what: Recomputation) -> None:
     for layer in model.get_submodule(layer_path):
         for module in attention_of(layer):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-
-
-def attention_of(layer: torch.nn.Module) -> list[torch.nn.Module]:
-    """Returns the children of a decoder layer that mix positions: those that know the layer's number, because they keep a
-    cache under it."""
-    return [child for child in layer.children() if hasattr(child, "layer_idx")]
 
 
 def _run(model: Any, backbone: str, layer_path: str, work: Work) -> tuple[list[int], int, int, int]:

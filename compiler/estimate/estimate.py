@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from minitron.compiler.estimate import model_costs as costs
-from minitron.compiler.estimate.activations import Footprint, Work, attention_of, footprint
+from minitron.compiler.estimate.activations import Footprint, Work, footprint
 from minitron.compiler.estimate.choice import MACHINES, WAYS, Choice, choose, micro_batches
 from minitron.compiler.estimate.devices import DEVICES, Cluster, Device
 from minitron.compiler.estimate.float8 import NO_LINEARS
@@ -42,6 +42,7 @@ from minitron.compiler.estimate.training_defaults import micro_batch, place_teac
 from minitron.compiler.importance.batches import batch_size, block_size
 from minitron.compiler.importance.room import Sizes, divide
 from minitron.compiler.plan.plan import Plan
+from minitron.specs.attention_modules import attention_of
 from minitron.specs.blocks.distill import Distill, Recomputation
 from minitron.specs.blocks.training import Optimizer
 from minitron.specs.training_plan import divisor_within
@@ -253,7 +254,7 @@ class Estimate:
 
     @property
     def _element(self) -> int:
-        return torch.empty(0, dtype=self.plan.dtype).element_size()
+        return self.plan.dtype.itemsize
 
     def student_flops(self) -> int:
         """Forward and backward of one token, and what is recomputed."""
@@ -265,7 +266,8 @@ class Estimate:
             pairs = (length // 2) * self.student_costs.attention_flops_per_pair
             layers = self.plan.model.get_submodule(self.plan.teacher.captured.layer_path).children()
             modules = [module for layer in layers for module in attention_of(layer)]
-            return 3 * forward + pairs + 2 * sum(one.numel() for module in modules for one in module.parameters())
+            weights: int = sum(one.numel() for module in modules for one in module.parameters())
+            return 3 * forward + pairs + 2 * weights
         return 3 * forward
 
     def float8_flops(self, *, correction: bool = False) -> int:

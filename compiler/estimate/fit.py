@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from minitron.compiler.estimate.choice import WAYS
@@ -84,67 +84,88 @@ def _peaks(name: str, estimate: Estimate, cluster: Cluster, layout: Layout) -> d
 
 def _changes(estimate: Estimate, cluster: Cluster, layout: Layout) -> Iterator[tuple[list[str], int, Layout]]:
     """Yields each change: the lines to write, the number of devices, and the resulting layout."""
-    whole = estimate.distill.batch
+    change = _Change(estimate, cluster)
+    if not cluster.device.float8 and (layout.float8_student or layout.float8_teacher):
+        of = {"distill": layout.float8_student, "teacher": layout.float8_teacher}
+        words = [f"{block}.compute: bfloat16" for block, is_float8 in of.items() if is_float8]
+        for more, changed in change.around(replace(layout, float8_student=False, float8_teacher=False)):
+            yield words + more, cluster.count, changed
+        return
+    for words, changed in (*change.each(layout), *change.sharded(layout), *change.in_float8(layout)):
+        yield words, cluster.count, changed
+    for devices in _other_counts(estimate.distill.batch, cluster.count):
+        words = [f"--device {Cluster(cluster.device, devices).name}"]
+        for more, changed in change.around(replace(estimate.layout(devices), recompute=layout.recompute)):
+            yield words + more, devices, changed
 
-    def smaller(base: Layout) -> Iterator[tuple[list[str], Layout]]:
+
+def _other_counts(batch: int, count: int) -> Iterator[int]:
+    """Yields numbers of devices that share a global batch equally: more than `count`, doubled; where `count` devices cannot
+    share it, also fewer."""
+    more = 2 * count
+    while more <= min(batch, MOST_DEVICES):
+        if batch % more == 0:
+            yield more
+        more *= 2
+    if batch % count:
+        yield from (fewer for fewer in range(count - 1, 0, -1) if batch % fewer == 0)
+
+
+Changed = tuple[list[str], Layout]
+"""The lines to write, and the layout that they result in."""
+
+
+@dataclass(frozen=True)
+class _Change:
+    """The kinds of changes, each of a layout that is given."""
+
+    estimate: Estimate
+    cluster: Cluster
+
+    def smaller(self, base: Layout) -> Iterator[Changed]:
+        """Fewer sequences at a time."""
+        batch = self.estimate.distill.batch
         for micro in range(base.micro_batch - 1, 0, -1):
-            if whole % (base.devices * micro) == 0:
-                steps = whole // (base.devices * micro)
+            if batch % (base.devices * micro) == 0:
+                steps = batch // (base.devices * micro)
                 yield [f"distill.micro_batch_size: {micro}"], replace(base, micro_batch=micro, steps=steps)
 
-    def recomputed(base: Layout) -> Iterator[tuple[list[str], Layout]]:
+    def recomputed(self, base: Layout) -> Iterator[Changed]:
+        """More recomputation."""
         for way in WAYS[WAYS.index(base.recompute) + 1 :]:
             word = "true" if way is True else way
             yield [f"distill.gradient_checkpointing: {word}"], replace(base, recompute=way)
 
-    def each(base: Layout) -> Iterator[tuple[list[str], Layout]]:
-        yield from smaller(base)
-        for words, changed in recomputed(base):
+    def each(self, base: Layout) -> Iterator[Changed]:
+        """Fewer sequences, more recomputation, and both."""
+        yield from self.smaller(base)
+        for words, changed in self.recomputed(base):
             yield words, changed
-            for more, both in smaller(changed):
+            for more, both in self.smaller(changed):
                 yield words + more, both
 
-    def sharded(base: Layout) -> Iterator[tuple[list[str], Layout]]:
-        if base.devices > 1 and not base.teacher_sharded and not estimate.sampled:
+    def sharded(self, base: Layout) -> Iterator[Changed]:
+        """A sharded teacher, and all of the above with it."""
+        if base.devices > 1 and not base.teacher_sharded and not self.estimate.sampled:
             words, changed = ["distill.layout.teacher: sharded"], replace(base, teacher_sharded=True)
             yield words, changed
-            for more, all_of_it in each(changed):
-                yield words + more, all_of_it
+            for more, both in self.each(changed):
+                yield words + more, both
 
-    def rounded(base: Layout) -> Iterator[tuple[list[str], Layout]]:
-        if cluster.device.kind == "cuda" and cluster.device.float8 and not (base.float8_teacher or estimate.sampled):
+    def in_float8(self, base: Layout) -> Iterator[Changed]:
+        """The teacher in float8, and all of the above with it."""
+        device = self.cluster.device
+        if device.kind == "cuda" and device.float8 and not (base.float8_teacher or self.estimate.sampled):
             words, changed = ["teacher.compute: float8"], replace(base, float8_teacher=True)
             yield words, changed
-            for more, all_of_it in (*each(changed), *sharded(changed)):
-                yield words + more, all_of_it
+            for more, both in (*self.each(changed), *self.sharded(changed)):
+                yield words + more, both
 
-    if not cluster.device.float8 and (layout.float8_student or layout.float8_teacher):
-        of = {"distill": layout.float8_student, "teacher": layout.float8_teacher}
-        words = [f"{block}.compute: bfloat16" for block, is_float8 in of.items() if is_float8]
-        base = replace(layout, float8_student=False, float8_teacher=False)
-        unchanged: list[str] = []
-        for more, changed in ((unchanged, base), *each(base), *sharded(base)):
-            yield words + more, cluster.count, changed
-        return
-    for words, changed in (*each(layout), *sharded(layout), *rounded(layout)):
-        yield words, cluster.count, changed
-    devices = 2 * cluster.count
-    while devices <= min(whole, MOST_DEVICES):
-        if whole % devices == 0:
-            base = replace(estimate.layout(devices), recompute=layout.recompute)
-            words = [f"--device {cluster.device.name}x{devices}"]
-            yield words, devices, base
-            for more, changed in (*each(base), *sharded(base)):
-                yield words + more, devices, changed
-        devices *= 2
-    if whole % cluster.count:
-        for devices in range(cluster.count - 1, 0, -1):
-            if whole % devices == 0:
-                base = replace(estimate.layout(devices), recompute=layout.recompute)
-                words = [f"--device {Cluster(cluster.device, devices).name}"]
-                alone: list[str] = []
-                for more, changed in ((alone, base), *each(base), *sharded(base)):
-                    yield words + more, devices, changed
+    def around(self, base: Layout) -> Iterator[Changed]:
+        """The layout as it is, then with all changes but float8."""
+        yield [], base
+        yield from self.each(base)
+        yield from self.sharded(base)
 
 
 def _size(value: int) -> str:

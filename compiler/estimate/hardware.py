@@ -17,6 +17,7 @@ from pathlib import Path
 from minitron.compiler.estimate.devices import REFERENCE, THIS, Cluster, read_device
 from minitron.specs.builds import PLAN, metrics_file
 from minitron.specs.errors import UsageError
+from minitron.specs.json_files import json_lines
 
 DISTILL = "distill"
 """The name of the distillation among a plan's phases, and how the names of its own phases begin where it has several."""
@@ -85,8 +86,7 @@ def measured_mfu(build: Path, cluster: Cluster) -> float:
         phases = [one for one in document["phases"] if one["name"].startswith(DISTILL)]
         work = sum(in_peak_units(one["flops"], one.get("float8_flops", 0), cluster) for one in phases)
         each = work / sum(one["tokens"] for one in phases)
-        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        rates = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
+        rates = [line["tokens_per_second"] for line in json_lines(metrics) if line.get("tokens_per_second")]
         rate = statistics.median(rates[len(rates) // 2 :])
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
         raise UsageError(

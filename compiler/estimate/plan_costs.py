@@ -23,7 +23,7 @@ def plan_costs(plan: Plan) -> tuple[costs.ModelCosts, costs.ModelCosts]:
     chosen = costs.chosen_experts(roles)
     attention = costs.attention_counts(captured, roles, table)
     embedding = costs.embedding_name(captured)
-    size = torch.empty(0, dtype=captured.dtype).element_size()
+    size = captured.dtype.itemsize
     stored = _as_stored(plan)
     # A head that is untied in the student only is the embedding in the teacher.
     read = head.weight if head.weight in stored_tensors(stored) else embedding
@@ -56,7 +56,7 @@ def student_costs(
         costs.Parts(costs.embedding_name(captured), teacher.head.weight, left, costs.chosen_experts(roles)),
         narrowed,
         cache_layers(config, captured.attention),
-        torch.empty(0, dtype=captured.dtype).element_size(),
+        captured.dtype.itemsize,
     )
 
 

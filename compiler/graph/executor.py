@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from minitron.compiler.graph.by_shape import ByShape, ShapeValues, by_shape, causal_arguments
 from minitron.compiler.graph.calls import Settings, call, localised
 from minitron.compiler.graph.finite import Watch
+from minitron.compiler.graph.graph_module import result_of
 from minitron.compiler.graph.names import Fetch
 from minitron.compiler.graph.segments import Segment, cut, keep_until, shared_weights
 from minitron.compiler.graph.streams import MemoryStreams, Streams, Values, moved
@@ -108,9 +109,7 @@ class Executor:
         apart = by_shape(graph, layer_of, buffers)
         self._by_shape = ByShape(apart, settings, self._feed.one, fast_attention=fast_attention)
         self._segments = cut(graph_module, layer_of, set(apart), one_matrix=feeding.apart)
-        self._output: Node = next(n for n in graph.nodes if n.op == "output").args[0]
-        while isinstance(self._output, tuple | list):
-            (self._output,) = self._output
+        self._output = result_of(graph)
         self._input = next(n for n in graph.nodes if n.op == "placeholder")
         self._nodes = {node.name: node for node in graph.nodes}
         self._arguments = {n: (localised(n.args, settings), localised(n.kwargs, settings)) for n in graph.nodes}

@@ -44,6 +44,15 @@ def fixed_length(graph: Graph) -> int | None:
     return length if isinstance(length, int) else None
 
 
+def result_of(graph: Graph) -> Node:
+    """Returns the one value that a graph yields, whatever tuples it is wrapped in."""
+    result = next(node for node in graph.nodes if node.op == "output").args[0]
+    while isinstance(result, tuple | list):
+        (result,) = result
+    assert isinstance(result, Node)
+    return result
+
+
 def rebuild(
     source: GraphModule,
     rename: Callable[[str], str] = lambda target: target,
@@ -59,11 +68,7 @@ def rebuild(
     root = torch.nn.Module()
     for node in source.graph.nodes:
         if node.op == "output":
-            result = node.args[0]
-            while isinstance(result, tuple | list):
-                (result,) = result
-            assert isinstance(result, Node)
-            graph.output(values[result])
+            graph.output(values[result_of(source.graph)])
             continue
         copied = graph.node_copy(node, lambda old: values[old])
         values[node] = copied

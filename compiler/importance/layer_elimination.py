@@ -19,10 +19,11 @@ from torch.fx import GraphModule
 from minitron.compiler.graph.executor import Executor, Tap
 from minitron.compiler.graph.graph_module import rebuild
 from minitron.compiler.importance.batches import batch_size, block_size
+from minitron.compiler.importance.logit_harm import next_token_loss, squared_error
 from minitron.compiler.importance.ranks import Ranks
 from minitron.compiler.importance.scores import Scores
 from minitron.compiler.roles.analysed import AnalysedTeacher
-from minitron.compiler.roles.residual_stream import LayerEnds
+from minitron.compiler.roles.residual_stream import LayerEnds, skip_layers
 from minitron.specs.progress import Progress
 
 LOGITS = 1 << 28  # of the whole teacher, which wait for those without layers: 1 GB in float32
@@ -91,28 +92,16 @@ def _adding(harms: torch.Tensor, place: int, part: Sequence[torch.Tensor], whole
     """Adds the harm of each batch: the error of its logits where those of the whole teacher are given, else its loss."""
 
     def measure(logits: torch.Tensor, number: int) -> None:
-        value = _mse(logits, whole[number]) if whole else _loss(logits, part[number])
+        value = squared_error(logits, whole[number]) if whole else next_token_loss(logits, part[number])
         harms[place] += value * part[number].shape[0]
 
     return measure
 
 
-def _loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
-    flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
-    return float(torch.nn.functional.cross_entropy(flat, ids[:, 1:].reshape(-1).to(flat.device)))
-
-
-def _mse(logits: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((logits.float() - wanted.float()).square().mean())
-
-
 def without_layers(graph_module: GraphModule, ends: Sequence[LayerEnds], dropped: set[int]) -> GraphModule:
     """The teacher's graph in which the residual stream skips some layers; their names stay those of the teacher."""
     skipping = rebuild(graph_module)
-    nodes = {node.name: node for node in skipping.graph.nodes}
-    # From the last: what a layer is given may itself come from a dropped one, whose turn is then still to come.
-    for layer in sorted(dropped, reverse=True):
-        nodes[ends[layer].leave].replace_all_uses_with(nodes[ends[layer].entry])
+    skip_layers(skipping.graph, ends, dropped)
     skipping.graph.eliminate_dead_code()
     skipping.recompile()
     return skipping

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from minitron.compiler.graph.executor import Executor, Fork
+from minitron.compiler.importance.logit_harm import next_token_loss, squared_error
 from minitron.compiler.importance.ranks import Ranks
 from minitron.compiler.importance.scores import Scores
 from minitron.compiler.roles.residual_stream import LayerEnds
@@ -47,13 +48,11 @@ class Removal:
         ids = self.batches[self.start + number]
         if lane == 0:
             self._whole = logits
-            self._loss = _loss(logits, ids) if self.metric == "loss" else 0.0
+            self._loss = next_token_loss(logits, ids) if self.metric == "loss" else 0.0
             return
         assert self._whole is not None
-        if self.metric == "loss":
-            value = _loss(logits, ids) - self._loss
-        else:
-            value = float((logits.float() - self._whole.float()).square().mean())
+        loss = self.metric == "loss"
+        value = next_token_loss(logits, ids) - self._loss if loss else squared_error(logits, self._whole)
         self._harm[self._layer_of[lane]] += value * ids.shape[0]
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -71,8 +70,3 @@ class Removal:
         samples = ranks.sum(torch.tensor(sum(batch.shape[0] for batch in self.batches)))
         result: np.ndarray[tuple[int], np.dtype[np.float64]] = (ranks.sum(self._harm) / samples).numpy()
         return result.astype(np.float32)
-
-
-def _loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
-    flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
-    return float(torch.nn.functional.cross_entropy(flat, ids[:, 1:].reshape(-1).to(flat.device)))

@@ -2,11 +2,11 @@
 
     weights   all of them stay where they fit and more than one pass reads them; else those of one layer, and the next one's as
               they are stored
-    batches   as many samples as half of the rest holds at their widest; on a CPU no more than BATCH_TOKENS, where more is not
-              faster
-    streams   the values of each batch between two layers wait on the device, else in host memory, else in files
+    batches   as many samples as half of the rest holds at their widest; on a CPU no more than BATCH_TOKENS, where more
+    is not faster streams   what is known of each batch between two layers waits on the device, else in host memory,
+    else in files
 
-The division changes no score beyond the order of sums.
+None of it decides the scores beyond the order of sums.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ LOGIT_COPIES = 4
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes that decide the division, in bytes on the device but for the counts at the end.
+    """The sizes that decide it, in bytes on the device but for counts.
 
-    weights                 all parameters in the dtype that graphs run in
-    embedding, layer, head  the parts that are in memory one after the other; a tied embedding counts with each
-    stored, layer_stored    the largest tensor, and a layer, as they are stored, where that is another dtype
-    sample, stream          one sample at its widest, inside a layer, and between two layers
-    logits                  its logits, where they are compared
+    weights   all parameters in the dtype that graphs run in
+    embedding, layer, head  the parts that are there one after the other; a tied embedding counts with the others
+    stored    the largest tensor as it is stored where that is another dtype, `layer_stored` a layer
+    sample    one sample at its widest, inside a layer; `stream` between two layers; `logits` its logits, where they are
+    compared
     """
 
     weights: int

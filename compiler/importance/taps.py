@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch.fx import Node
 from torch.nn.functional import cosine_similarity
 
+from minitron.compiler.axes.dims import size_of
 from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.graph.aten import MOVES, is_op
@@ -233,7 +233,7 @@ class Taps:
         rows = self._samples.find_tokens(mixture.contribution)
         if mixture.ends is not None and rows is None:
             return  # the plan has refused a spec that needs them
-        count = int(np.prod([atom.size.coefficient for atom in mixture.experts]))
+        count = size_of(mixture.experts).coefficient
         gram = self.together[layer] = ExpertGram(count)
         if mixture.ends is not None and rows is not None:
             self._keep(rows.index)

@@ -6,15 +6,13 @@ then the student computes its logits and cannot generate.
 
 from __future__ import annotations
 
-import traceback
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch._export.utils import _compiling_state_context
 
 from minitron.compiler.capture.capture import Captured
-from minitron.compiler.capture.models import build_meta, quiet
+from minitron.compiler.capture.models import build_meta, modelling_line, quiet
 from minitron.specs.errors import UsageError, first_line
 
 # What transformers' models hand from one step to the next: (of the output, of the next call).
@@ -37,7 +35,5 @@ def _failure(captured: Captured, config: Any) -> str | None:
             held = {key: first[key] for key in CACHES if key in first and first[key] is not None}
             model(input_ids=torch.zeros(1, 1, dtype=torch.long, device="meta"), use_cache=True, **held)
     except Exception as error:  # whatever a modelling file raises; it is compared with what the teacher raises
-        code = [one for one in traceback.extract_tb(error.__traceback__) if "modeling_" in one.filename]
-        place = f" ({Path(code[-1].filename).name}:{code[-1].lineno})" if code else ""
-        return first_line(error) + place
+        return first_line(error) + modelling_line(error)
     return None

@@ -16,18 +16,13 @@ from minitron.specs.documents import check_readable, check_share
 from minitron.specs.errors import Problem, Refused, UsageError, WorkError
 from minitron.specs.load import LoadedSpec
 from minitron.specs.lockfile import source_parts
+from minitron.specs.model_config import positions_of
 from minitron.specs.training_consistency import pairs_exist
 
 
 def teacher_key(loaded: LoadedSpec) -> str:
     """The dotted path of the spec's value that names the teacher."""
     return "teacher.model" if loaded.spec.teacher.spec is None else "teacher.spec"
-
-
-def positions_of(config: Any) -> int | None:
-    """Returns the number of positions that a model reads; None where its configuration does not say."""
-    longest = getattr(config, "max_position_embeddings", None)
-    return longest if isinstance(longest, int) and longest > 1 else None
 
 
 def check_lengths(loaded: LoadedSpec, captured: Captured) -> list[Problem]:

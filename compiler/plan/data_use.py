@@ -9,7 +9,7 @@ from typing import Any
 from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.compiler.teacher.tokenizer import load_tokenizer, tokenizer_files
 from minitron.specs.blocks.distill import Distill
-from minitron.specs.data import BlendPart, Source
+from minitron.specs.data import MOST_PASSES, Source
 from minitron.specs.data_files import data_files, resolve, sources_as_read
 from minitron.specs.encoding import Encoder, recipe_of
 from minitron.specs.encoding.pool import process_memory
@@ -17,9 +17,6 @@ from minitron.specs.encoding.survey import survey
 from minitron.specs.errors import MinitronError
 from minitron.specs.load import LoadedSpec
 from minitron.specs.lockfile import source_parts
-
-MOST_PASSES = 4
-"""Passes over the data that are worth nearly as much as new text (arXiv 2305.16264)."""
 
 _MOST = 0.9  # of a source: the number of its tokens is an estimate
 
@@ -117,7 +114,7 @@ def _wanted(distill: Distill) -> dict[str, int]:
 def _parts(
     parts: Sequence[tuple[str, str, Source]], wanted: int, encoder: Encoder | None, checkpoint: Checkpoint, length: int
 ) -> Iterator[DataUse]:
-    whole = sum(_share(part) for _, _, part in parts)
+    whole = sum(part.share for _, _, part in parts)
     for at, _, part in parts:
         files = data_files(part)
         if not files:
@@ -125,7 +122,7 @@ def _parts(
         tokens = _tokens(part, encoder, length)
         wide = _WIDE if int(checkpoint.config.vocab_size) > _NARROW_IDS else _WIDE // 2
         size = sum(file.stat().st_size for file in files)
-        read = round(wanted * _share(part) / whole)
+        read = round(wanted * part.share / whole)
         memory = None if encoder is None else process_memory(encoder.recipe)
         yield DataUse(at, len(files), size, tokens, read, None if tokens is None else tokens * wide, memory)
 
@@ -145,7 +142,3 @@ def _tokens(part: Source, encoder: Encoder | None, length: int) -> int | None:
         return survey(part, encoder, length, characters=_SURVEYED).estimated_tokens
     except MinitronError:
         return None
-
-
-def _share(part: Source) -> float:
-    return part.share if isinstance(part, BlendPart) else 1.0

@@ -22,7 +22,6 @@ from minitron.compiler.plan.checks import (
     check_pairs,
     check_tokenizer,
     check_towers,
-    positions_of,
     teacher_key,
 )
 from minitron.compiler.plan.data_use import DataUse, data_use, repeated, unread
@@ -53,6 +52,7 @@ from minitron.specs.errors import Problem, Refused, SpecInvalid, UsageError, loc
 from minitron.specs.fit_lengths import fit_lengths
 from minitron.specs.idle_keys import idle_keys
 from minitron.specs.load import LoadedSpec
+from minitron.specs.model_config import positions_of
 from minitron.specs.progress import Progress
 from minitron.specs.training_plan import HeadPlan
 

@@ -9,7 +9,7 @@ import torch
 
 from minitron.compiler.capture import capture
 from minitron.compiler.capture.capture import FIXED_LENGTH, Captured
-from minitron.compiler.capture.layer_lists import lists_over_layers
+from minitron.compiler.capture.layer_lists import kinds_by_lists, some_of_each_kind
 from minitron.compiler.importance.select import leading, narrowing_of
 from minitron.compiler.plan.cached_step import check_cached_step
 from minitron.compiler.rewrite.scale_repair import check_scalars
@@ -110,24 +110,15 @@ def compare_constants(
 
 def kinds_of_layers(captured: Captured) -> list[str]:
     """The kind of each layer, as the configuration's lists over layers and the parameters tell it."""
-    lists = list(lists_over_layers(captured.config, captured.layer_count).values())
     parameters: dict[int | None, list[str]] = {}
     for name, value in captured.model.named_parameters():
         layer = captured.layer_in_path(name)
         own = name.removeprefix(f"{captured.layer_path}.{layer}.")
         parameters.setdefault(layer, []).append(f"{own} {tuple(value.shape)}")
-    return [
-        repr([value[layer] for value in lists]) + repr(parameters.get(layer)) for layer in range(captured.layer_count)
-    ]
+    by_lists = kinds_by_lists(captured.config, captured.layer_count)
+    return [kind + repr(parameters.get(layer)) for layer, kind in enumerate(by_lists)]
 
 
 def representatives(captured: Captured, kept: Sequence[int]) -> list[int]:
     """The first two of each kind among the kept layers."""
-    kinds = kinds_of_layers(captured)
-    seen: dict[str, int] = {}
-    chosen = []
-    for layer in kept:
-        seen[kinds[layer]] = seen.get(kinds[layer], 0) + 1
-        if seen[kinds[layer]] <= 2:
-            chosen.append(layer)
-    return chosen
+    return some_of_each_kind(kinds_of_layers(captured), kept, 2)

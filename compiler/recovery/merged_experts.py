@@ -27,7 +27,7 @@ from minitron.compiler.importance.select import Selection, kept_experts
 from minitron.compiler.roles.analysed import AnalysedTeacher
 from minitron.compiler.roles.expert_weights import ExpertWeights, find_expert_weights, neurons_of, reordered
 from minitron.compiler.roles.names import NUM_EXPERTS
-from minitron.compiler.weights.source import WeightSource
+from minitron.compiler.weights.source import WeightSource, find_source
 from minitron.specs.progress import Task
 
 Groups = Mapping[int, Sequence[int]]
@@ -174,7 +174,4 @@ class MergedExperts:
 
 def merged_in(source: WeightSource) -> MergedExperts | None:
     """Returns the merged weights that a source is made of; None where it has none."""
-    found: WeightSource | None = source
-    while found is not None and not isinstance(found, MergedExperts):
-        found = getattr(found, "source", None)
-    return found
+    return find_source(source, MergedExperts)

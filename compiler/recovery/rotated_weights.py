@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from minitron.compiler.roles.rotation import Fold, Rotation
-from minitron.compiler.weights.source import WeightSource
+from minitron.compiler.weights.source import WeightSource, find_source
 
 # Rows of a matrix that are turned at a time, in float64: fewer where they are long, and enough to fill the cores.
 BLOCK_ROWS, LEAST_ROWS, BLOCK_ELEMENTS = 8192, 256, 1 << 21
@@ -94,10 +94,7 @@ class RotatedWeights:
 
 def rotated_in(source: WeightSource) -> RotatedWeights | None:
     """Returns the rotated weights that a source is made of; None where it has none."""
-    found: WeightSource | None = source
-    while found is not None and not isinstance(found, RotatedWeights):
-        found = getattr(found, "source", None)
-    return found
+    return find_source(source, RotatedWeights)
 
 
 def principal_basis(covariance: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from minitron.compiler.graph.aten import MAY_SHARE
 from minitron.compiler.graph.graph_module import attribute
 from minitron.compiler.graph.names import WRAPPER
 from minitron.compiler.rewrite.passes import Pass
-from minitron.compiler.roles.residual_stream import LayerEnds
+from minitron.compiler.roles.residual_stream import LayerEnds, skip_layers
 
 
 def drop_layers(captured: Captured, ends: Sequence[LayerEnds], kept: Sequence[int]) -> Pass:
@@ -29,13 +29,10 @@ def drop_layers(captured: Captured, ends: Sequence[LayerEnds], kept: Sequence[in
     prefix = f"{WRAPPER}.{captured.layer_path}."
 
     def run(graph_module: GraphModule) -> None:
-        nodes = {node.name: node for node in graph_module.graph.nodes}
         dropped = [i for i in range(captured.layer_count) if i not in numbers]
         if not dropped:
             return
-        # From the last: what a layer is given may itself come from a dropped one, whose turn is then still to come.
-        for layer in reversed(dropped):
-            nodes[ends[layer].leave].replace_all_uses_with(nodes[ends[layer].entry])
+        skip_layers(graph_module.graph, ends, dropped)
         _remove_dead(graph_module)
         for node in graph_module.graph.nodes:
             target = str(node.target)

@@ -14,13 +14,12 @@ from torch.fx import GraphModule
 
 from minitron.compiler.axes.dims import Dims, Result
 from minitron.compiler.axes.narrowing import Narrowing
-from minitron.compiler.capture.capture import Captured
 from minitron.compiler.graph.graph_module import attribute, set_attribute
 from minitron.compiler.graph.names import strip_wrapper
 from minitron.compiler.rewrite.passes import Pass
 
 
-def narrow_parameters(captured: Captured, dims_of: Mapping[str, Result], narrowing: Narrowing) -> Pass:
+def narrow_parameters(dims_of: Mapping[str, Result], narrowing: Narrowing) -> Pass:
     """`dims_of`: node name -> dimensions, as the analysis of the teacher found them."""
 
     def wanted(name: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minitron.compiler.axes.dims import Atom, Dim, Space
+from minitron.compiler.axes.dims import Atom, Dim, Space, size_of
 from minitron.compiler.axes.narrowing import Indices, Narrowing
 from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.roles.roles import Roles
@@ -53,11 +53,7 @@ def find_expert_weights(table: AxisTable, roles: Roles, layer: int) -> ExpertWei
         if len(of_expert) != 1 or space.flat(dims[of_expert[0]]) != mixture.experts:
             raise UsageError(f"{name}: an expert has no slice of its own in it")
         axes[name] = of_expert[0]
-    return ExpertWeights(_product(mixture.experts), width.leaf, axes)
-
-
-def _product(dim: Dim) -> int:
-    return int(np.prod([atom.size.coefficient for atom in dim]))
+    return ExpertWeights(size_of(mixture.experts).coefficient, width.leaf, axes)
 
 
 def neurons_of(space: Space, channels: Atom, dim: Dim) -> Indices:

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.graph.aten import NEUTRAL, argument, is_op, op_name
+from minitron.compiler.graph.graph_module import result_of
 from minitron.specs.errors import UsageError
 from minitron.specs.training_plan import HeadPlan
 
@@ -18,9 +19,7 @@ def find_head(captured: Captured) -> HeadPlan:
     backbone = str(getattr(captured.model, "base_model_prefix", ""))
     if not isinstance(getattr(captured.model, backbone, None), torch.nn.Module):  # some families name it otherwise
         backbone = captured.layer_path.split(".", 1)[0]
-    node = next(n for n in captured.graph.nodes if n.op == "output").args[0]
-    while isinstance(node, tuple | list):
-        (node,) = node
+    node: Any = result_of(captured.graph)
     scale, softcap = 1.0, None
     while not is_op(node, {"linear"}):
         if is_op(node, {"slice"}) and argument(node, "dim", 0) in (-1, node.meta["val"].dim() - 1):

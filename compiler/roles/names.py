@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from minitron.specs.blocks.student import DEPTH
+
 HIDDEN = "hidden_size"
 HEADS = "num_attention_heads"
 GROUPS = "num_key_value_heads"
 HEAD_DIM = "head_dim"
-LAYERS = "num_hidden_layers"
+LAYERS = DEPTH
 
 INTERMEDIATE = "intermediate_size"
 MOE_INTERMEDIATE = "moe_intermediate_size"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +54,15 @@ def layer_ends(captured: Captured) -> list[LayerEnds]:
     return ends
 
 
-# What they yield is what they are given, or zero where that is zero.
+def skip_layers(graph: Graph, ends: Sequence[LayerEnds], dropped: Collection[int]) -> None:
+    """Rewires a graph in place so that the residual stream skips the `dropped` layers; their nodes stay."""
+    nodes = {node.name: node for node in graph.nodes}
+    # From the last: the entry of a layer may itself be the output of a dropped one, which is replaced after it.
+    for layer in sorted(dropped, reverse=True):
+        nodes[ends[layer].leave].replace_all_uses_with(nodes[ends[layer].entry])
+
+
+# Operators whose result is their operand, or zero where that is zero.
 HANDED_ON = RESHAPES | {"dropout", "add", "add_"}
 
 

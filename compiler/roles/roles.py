@@ -25,7 +25,15 @@ from minitron.compiler.axes.dims import Atom, Dim
 from minitron.compiler.axes.table import AxisTable, Contraction
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.roles.experts import Mixture, find_mixture, is_stack, prunable_per_owner
-from minitron.compiler.roles.names import CONVOLVED, NUM_EXPERTS, SCAN_HEAD_DIM, SCAN_HEADS
+from minitron.compiler.roles.names import (
+    CONVOLVED,
+    INTERMEDIATE,
+    MOE_INTERMEDIATE,
+    NUM_EXPERTS,
+    SCAN_HEAD_DIM,
+    SCAN_HEADS,
+    SHARED,
+)
 from minitron.compiler.roles.residual_stream import layer_ends
 from minitron.compiler.roles.ssm_heads import Scan, channels_apart, find_scans, heads_apart
 from minitron.specs.errors import UsageError
@@ -257,6 +265,6 @@ def _width_name(captured: Captured, stacked: bool, layer: int, stacks: set[int])
     """Returns the name of a width: where dense layers stand between layers of experts, the experts' width has its own
     name."""
     if stacked:
-        own = hasattr(captured.config, "moe_intermediate_size") or len(stacks) < captured.layer_count
-        return "moe_intermediate_size" if own else "intermediate_size"
-    return "shared_expert_intermediate_size" if layer in stacks else "intermediate_size"
+        own = hasattr(captured.config, MOE_INTERMEDIATE) or len(stacks) < captured.layer_count
+        return MOE_INTERMEDIATE if own else INTERMEDIATE
+    return SHARED if layer in stacks else INTERMEDIATE

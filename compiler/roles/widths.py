@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from minitron.compiler.axes.dims import Atom
+from minitron.compiler.axes.dims import Atom, size_of
 from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.capture.capture import Captured
 from minitron.compiler.roles.names import (
@@ -28,11 +28,7 @@ def teacher_widths(captured: Captured, roles: Roles, table: AxisTable) -> dict[s
         sites = list(roles.heads.values())
         widths[HEADS] = max(site.groups * site.repeats for site in sites)
         widths[GROUPS] = max(site.groups for site in sites)
-        head = next(iter(sites))
-        size = 1
-        for atom in table.space.flat(head.value):
-            size *= atom.size.coefficient
-        widths[HEAD_DIM] = size
+        widths[HEAD_DIM] = size_of(sites[0].value).coefficient
     widths[LAYERS] = captured.layer_count
     return widths
 

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from minitron.compiler.estimate.model_costs import ModelCosts
 from minitron.compiler.estimate.plan_costs import student_costs
@@ -24,7 +23,7 @@ from minitron.compiler.search.workload import check_workload, served
 from minitron.compiler.student.targets import Targets, resolve_targets
 from minitron.specs.blocks.choices import rates, sizes
 from minitron.specs.blocks.search import Budget
-from minitron.specs.errors import Problem, SpecInvalid, UsageError, located
+from minitron.specs.errors import Problem, SpecInvalid, UsageError, first_line, located
 from minitron.specs.halving import Rung, fitted_warmup, halving
 from minitron.specs.load import LoadedSpec
 from minitron.specs.search_rules import searches_shapes
@@ -180,7 +179,7 @@ class _Search:
         if (layers := student.layers) is not None:
             named = set(layers.drop if layers.drop is not None else layers.keep or ())
             kept = tuple(i for i in range(captured.layer_count) if (i in named) == (layers.keep is not None))
-        size = torch.empty(0, dtype=captured.dtype).element_size()
+        size = captured.dtype.itemsize
         return Pricing(self.opened.teacher, size, kept)
 
     def _order(self, shapes: Shapes, inside: Flags, funnel: list[Stage]) -> Iterator[int]:
@@ -211,7 +210,7 @@ class _Search:
         try:
             layers, proven, config, model = first_provable(teacher, targets, leads, describe, contiguous=contiguous)
         except UsageError as error:
-            return str(error).splitlines()[0]
+            return first_line(error)
         if proven.widths != targets.widths and not self.follows:
             return proven
         costs = student_costs(teacher, proven, layers, config, model)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from minitron.compiler.estimate.deployment import PARALLEL_SIZES
 from minitron.compiler.roles.analysed import AnalysedTeacher
 from minitron.compiler.roles.names import (
     COUNTS,
@@ -42,7 +43,6 @@ Shapes = Mapping[str, Numbers]
 LEAST_WIDTH, LEAST_COUNT = 0.25, 0.5  # of the teacher's, that are proposed
 MOST_DEPTHS = 16
 MOST_SHAPES = 1_000_000  # the axis with the most values is thinned until there are no more combinations
-PARALLEL_SIZES = (8, 4, 2)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _proposed(teacher: AnalysedTeacher, student: Student) -> Iterator[tuple[str,
 
 def _values(name: str, widest: int, teacher: AnalysedTeacher) -> tuple[int, ...]:
     if name in (HEADS, GROUPS):
-        shared = next((size for size in PARALLEL_SIZES if widest % size == 0 and widest > size), 1)
+        shared = next((size for size in reversed(PARALLEL_SIZES) if widest % size == 0 and widest > size), 1)
         return _multiples(shared, LEAST_COUNT, widest)
     if name == NUM_EXPERTS:
         mixtures = teacher.roles.mixtures.values()

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from minitron.compiler.roles.names import GROUPS, SCAN_HEAD_DIM, SCAN_HEADS, SHARED
+from minitron.compiler.roles.names import (
+    GROUPS,
+    HEAD_DIM,
+    INTERMEDIATE,
+    MOE_INTERMEDIATE,
+    NUM_EXPERTS,
+    SCAN_HEAD_DIM,
+    SCAN_HEADS,
+    SHARED,
+)
+from minitron.specs.model_config import EXPERT_COUNT_KEYS
 
 # Keys that a width is known by in the configurations of models that do not use the standard one.
 OTHER_KEYS = {
-    "intermediate_size": ("ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "moe_intermediate_size"),
-    "num_experts": ("num_local_experts", "n_routed_experts", "moe_num_experts"),
+    INTERMEDIATE: ("ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", MOE_INTERMEDIATE),
+    NUM_EXPERTS: EXPERT_COUNT_KEYS[1:],
     GROUPS: ("num_kv_heads", "n_head_kv", "kv_n_heads"),
     SHARED: ("shared_intermediate_size",),
     SCAN_HEADS: ("mamba_n_heads", "n_mamba_heads", "linear_num_value_heads", "num_heads"),
-    SCAN_HEAD_DIM: ("mamba_d_head", "mamba_headdim", "linear_value_head_dim", "head_dim"),
+    SCAN_HEAD_DIM: ("mamba_d_head", "mamba_headdim", "linear_value_head_dim", HEAD_DIM),
 }
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minitron.compiler.roles.names import SHARED
+from minitron.compiler.roles.names import INTERMEDIATE, MOE_INTERMEDIATE, SHARED
 from minitron.compiler.student.config_keys import config_key
 
-UNITS = ("moe_intermediate_size", "intermediate_size")
+UNITS = (MOE_INTERMEDIATE, INTERMEDIATE)
 # Keys that say how many experts' widths the shared one has.
 COUNT_KEYS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
 

@@ -15,7 +15,7 @@ from minitron.compiler.teacher.refusals import check_not_quantised, check_one_fo
 from minitron.compiler.teacher.text_config import text_config
 from minitron.compiler.teacher.tokenizer import tokenizer_files
 from minitron.specs.builds import CONFIG
-from minitron.specs.errors import Problem, Refused, UsageError, WorkError
+from minitron.specs.errors import Problem, Refused, UsageError, WorkError, first_line
 from minitron.specs.model_config import read_model_config
 from minitron.specs.weight_files import (
     INDEX,
@@ -233,9 +233,7 @@ def _remote_headers(model: str, folder: Path, commit: str) -> tuple[dict[str, Te
                 tensors[tensor] = TensorInfo(folder / name, str(info.dtype), tuple(info.shape), end - begin)
         return tensors, ""
     except Exception as error:  # network, permissions, other formats: the plan does without
-        words = str(error).strip().splitlines()
-        reason = words[0] if words else type(error).__name__
         return {}, (
-            f"could not read the safetensors headers of {model} ({reason}): tensor names and shapes could not be "
+            f"could not read the safetensors headers of {model} ({first_line(error)}): tensor names and shapes could not be "
             "compared with the configuration"
         )

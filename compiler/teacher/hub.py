@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from minitron.specs.errors import UsageError
+from minitron.specs.errors import UsageError, first_line
 
 Kind = Literal["model", "dataset"]
 
@@ -115,10 +115,9 @@ def refusal(repo: str, revision: str | None, error: Exception, kind: Kind = "mod
             f"{what} is not in the local cache{_of(revision)} and HF_HUB_OFFLINE is set; unset it, or run {download} "
             "where there is a network"
         )
-    words = str(reason).strip().splitlines()
     return UsageError(
         f"{what} is not in the local cache{_of(revision)} and the Hugging Face Hub cannot be reached "
-        f"({words[0] if words else type(reason).__name__}); run {download} where there is a network, "
+        f"({first_line(reason)}); run {download} where there is a network, "
         "or write a folder"
     )
 

@@ -14,13 +14,12 @@ from minitron.compiler.towers.whole_config import Projector
 from minitron.specs.atomic import atomic_folder
 from minitron.specs.builds import CARD, CONFIG
 from minitron.specs.errors import UsageError
-from minitron.specs.model_config import read_model_config
+from minitron.specs.model_config import DTYPE_KEYS, read_model_config
 from minitron.specs.progress import Progress
 from minitron.specs.weight_files import find_weight_files, read_headers
 
 # Keys of a student's configuration that say how, and by which class, a folder of its own is read.
 OF_THE_FOLDER = ("architectures", "transformers_version", "_name_or_path")
-DTYPES = ("dtype", "torch_dtype")
 # Files of the whole model that the student has its own of; weight files come from both.
 REPLACED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
@@ -58,7 +57,7 @@ def whole_document(whole: Mapping[str, Any], student: Mapping[str, Any]) -> dict
     document, before = dict(whole), dict(whole["text_config"])
     document["text_config"] = {key: value for key, value in student.items() if key not in OF_THE_FOLDER}
     for key, value in student.items():
-        follows = (key in before and document.get(key) == before[key]) or key in DTYPES
+        follows = (key in before and document.get(key) == before[key]) or key in DTYPE_KEYS
         if key in document and key not in OF_THE_FOLDER and key != "model_type" and follows:
             document[key] = value
     return document

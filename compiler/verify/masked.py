@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from minitron.compiler.roles.names import LAYERS
+from minitron.compiler.roles.residual_stream import skip_layers
 from minitron.compiler.verify.checks import Check, skipped
 from minitron.compiler.verify.comparison import compare, measured
 from minitron.compiler.verify.masked_reference import NoReference, masked_reference
@@ -19,11 +20,9 @@ def masked(routes: Routes) -> Check:
     except NoReference as error:
         return skipped("masked", str(error))
     if subject.rescaled:
-        # All weights at zero would end the residual stream at such a layer: passing it by is what was asked for.
-        nodes = {node.name: node for node in reference.graph.nodes}
+        # All weights at zero would end the residual stream at such a layer: skipping it is what was asked for.
         dropped = set(range(teacher.captured.layer_count)) - {*subject.selection[LAYERS][0]}
-        for layer in sorted(dropped, reverse=True):
-            nodes[teacher.ends[layer].leave].replace_all_uses_with(nodes[teacher.ends[layer].entry])
+        skip_layers(reference.graph, teacher.ends, dropped)
     (expected,) = routes.teacher.graph(reference, subject.masked, subject.original.buffers)
     pruned = routes.rewritten
     if student.repaired and teacher.captured.dtype != subject.original.settings.dtype:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from minitron.compiler.roles.analysed import AnalysedTeacher
+from minitron.specs.model_config import positions_of
 
 ROWS, LENGTH = 2, 48
 # Tokens beyond a window, so that some see less than all before them.
@@ -25,7 +26,7 @@ def token_ids(teacher: AnalysedTeacher, samples: torch.Tensor | None) -> torch.T
     if length is None:
         beyond = next((one + BEYOND for one in windows(config)), LENGTH)
         length = max(LENGTH, beyond) if beyond <= LONGEST else LENGTH
-        length = min(length, int(getattr(config, "max_position_embeddings", None) or length))
+        length = min(length, positions_of(config) or length)
     if samples is not None and samples.numel() >= ROWS * length:
         if samples.shape[1] >= length and samples.shape[0] >= ROWS:
             return samples[:ROWS, :length].contiguous()

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,6 +34,18 @@ class WeightSource(Protocol):
     streamed: bool
 
     def get(self, name: str) -> torch.Tensor: ...
+
+
+Kind = TypeVar("Kind")
+
+
+def find_source(source: WeightSource, kind: type[Kind]) -> Kind | None:
+    """Returns the weights of a `kind` among those that `source` is made of, each by its `source` from the next; None where it
+    has none of them."""
+    found: Any = source
+    while found is not None and not isinstance(found, kind):
+        found = getattr(found, "source", None)
+    return found
 
 
 class StreamedWeights:

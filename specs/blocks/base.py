@@ -154,6 +154,8 @@ NonNegativeInt: TypeAlias = Annotated[
 SequenceLength: TypeAlias = Annotated[int, BeforeValidator(read_whole), Field(ge=2, le=2**31), _whole_schema(2, 2**31)]
 LONGEST_SEQUENCE = 4096
 """Tokens of a sequence where the spec does not say: longer ones cost memory and attention, and few documents need them."""
+EVALUATED_SEQUENCE = 2048
+"""Tokens of a held-out sequence where nothing is trained, and so no length is said."""
 
 PositiveFloat: TypeAlias = Annotated[float, Field(gt=0)]
 NonNegativeFloat: TypeAlias = Annotated[float, Field(ge=0)]

@@ -30,7 +30,7 @@ def passes_of(plan: Plan, kept: Sequence[int] = (0, 2)) -> dict[str, Pass]:
     dims = {node.name: dims for node, dims in plan.teacher.table.nodes.items()}
     made = (
         drop_layers(plan.teacher.captured, plan.teacher.ends, kept),
-        narrow_parameters(plan.teacher.captured, dims, narrowing),
+        narrow_parameters(dims, narrowing),
         shape_constants(dims, narrowing),
     )
     return {one.name: one for one in made}

@@ -62,6 +62,16 @@ def leaves(given: dict[str, Any]) -> list[Tensor]:
     return [*given["students_TD"], *([] if projection is None else [projection])]
 
 
+def assert_is_the_formula(settings: HiddenStateLoss, given: dict[str, Any]) -> None:
+    """Value and gradients are those of `naive`, which holds everything at once in fp64."""
+    wanted = naive(settings, given, 17.0)
+    expected = torch.autograd.grad(wanted, leaves(given))
+    term = hidden_state_loss(settings, **given, normaliser=17.0)
+    torch.testing.assert_close(term.total.double(), wanted.detach(), rtol=1e-5, atol=1e-7)
+    for got, gradient in zip(torch.autograd.grad(term.total, leaves(given)), expected, strict=True):
+        torch.testing.assert_close(got, gradient, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("distance", ["cosine", "mse"])
 @pytest.mark.parametrize("weight", [None, 0.7])
 @pytest.mark.parametrize("projected", [True, False])
@@ -71,12 +81,7 @@ def test_value_and_gradient_are_those_of_the_formula(
 ) -> None:
     settings = HiddenStateLoss(distance, weight, chunk)
     given = inputs(projected)
-    wanted = naive(settings, given, 17.0)
-    expected = torch.autograd.grad(wanted, leaves(given))
-    term = hidden_state_loss(settings, **given, normaliser=17.0)
-    torch.testing.assert_close(term.total.double(), wanted.detach(), rtol=1e-5, atol=1e-7)
-    for got, gradient in zip(torch.autograd.grad(term.total, leaves(given)), expected, strict=True):
-        torch.testing.assert_close(got, gradient, rtol=1e-4, atol=1e-6)
+    assert_is_the_formula(settings, given)
 
 
 KEPT = {"index": torch.tensor([7, 0, 3, 9, 4, 1]), "matrix": torch.linalg.qr(states(E, 40, E))[0][:, :D].contiguous()}
@@ -89,12 +94,7 @@ def test_kept_coordinates_by_the_formula(kept: str, distance: Any, weight: float
     """The teacher's states are reduced, and a mean over pairs has a weight that falls."""
     settings = HiddenStateLoss(distance, weight, 4, averaged=True, factor=0.25)
     given = inputs(projected=True) | {"projection_ED": None, "kept": KEPT[kept]}
-    wanted = naive(settings, given, 17.0)
-    expected = torch.autograd.grad(wanted, leaves(given))
-    term = hidden_state_loss(settings, **given, normaliser=17.0)
-    torch.testing.assert_close(term.total.double(), wanted.detach(), rtol=1e-5, atol=1e-7)
-    for got, gradient in zip(torch.autograd.grad(term.total, leaves(given)), expected, strict=True):
-        torch.testing.assert_close(got, gradient, rtol=1e-4, atol=1e-6)
+    assert_is_the_formula(settings, given)
 
 
 @pytest.mark.parametrize("kept", list(KEPT))

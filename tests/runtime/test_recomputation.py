@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from minitron.runtime import setup, train
 from minitron.runtime.models import LanguageModel
-from minitron.runtime.recomputation import attention_of, recompute
+from minitron.runtime.recomputation import recompute
+from minitron.specs.attention_modules import attention_of
 from minitron.specs.errors import Refused
 from minitron.specs.progress import Silent
 from minitron.specs.training_plan import HeadPlan
