@@ -31,12 +31,10 @@ import numpy as np
 import yaml
 
 from minitron.compiler import make_search, write_search
-from minitron.runtime.data import Data
 from minitron.runtime.interrupt import Interrupt
 from minitron.runtime.plan import read_training_plan
 from minitron.runtime.search.rungs import Rungs
 from minitron.runtime.setup import Session
-from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.world import join_world
 from minitron.specs import load_spec
 from minitron.specs.atomic import write_text
@@ -86,12 +84,8 @@ def random_search(finals: dict[int, float], trained: int) -> float:
 def opened_rungs(build: Path, file: SearchFile) -> Iterator[Rungs]:
     """The rungs of a written search, on this process and its CPU."""
     loaded = read_training_plan(build / SEARCH)
-    plan = loaded.training()
     with join_world("cpu") as world:
-        session = Session(
-            world, TextEncoder.load(loaded.folder / plan.tokenizer), Data.read(loaded.data("data", plan.data)),
-            tokens_folder(build, build / WORK), Interrupt(), Silent(),
-        )  # fmt: skip
+        session = Session.open(loaded, tokens_folder(build, build / WORK), world, Interrupt(), Silent())
         yield Rungs.prepare(loaded, file, session, build)
 
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from minitron.runtime.benchmarks.catalogue import named
-from minitron.runtime.benchmarks.suite import make_suite, opened
+from minitron.runtime.benchmarks.catalogue import Found, named
+from minitron.runtime.benchmarks.suite import Suite, make_suite, opened
 from minitron.runtime.data import Windows
 from minitron.runtime.disk import writing
 from minitron.runtime.folders import require_own_folders
 from minitron.runtime.interrupt import interrupts
-from minitron.runtime.measured_model import Instruments, MeasuredModel
+from minitron.runtime.measured_model import PROMPT_TOKENS, Instruments, MeasuredModel
 from minitron.runtime.measurements import Measurements, check_room
 from minitron.runtime.models import model_folder, readable
 from minitron.runtime.plan import LoadedPlan, read_training_plan
@@ -21,7 +21,7 @@ from minitron.runtime.requirements import judge
 from minitron.runtime.setup import held_out_windows
 from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.verified import require_verified
-from minitron.runtime.world import join_world, locked
+from minitron.runtime.world import World, join_world, locked
 from minitron.specs.atomic import write_text
 from minitron.specs.blocks.base import EVALUATED_SEQUENCE
 from minitron.specs.builds import CONFIG, CORRECTION, RESULTS
@@ -32,8 +32,6 @@ from minitron.specs.search_files import read_ranking, read_search, table
 from minitron.specs.training_plan import ModelPlan, TrainingPlan
 
 FORMAT_VERSION = 1
-
-_PROMPT_TOKENS = 32
 
 
 def evaluate(
@@ -59,11 +57,7 @@ def evaluate(
     training.
     """
     loaded = read_training_plan(build)
-    plan = loaded.plan.evaluate
-    data_dir = None if plan.data_dir is None else loaded.folder / plan.data_dir
-    suite = make_suite(plan.suite if tasks is None else named(plan.suite, tasks), data_dir, limit)
-    asked = {found.benchmark.task for found in suite.found}
-    shown = [] if tasks is None else [one for one in plan.suite if one.task not in asked]
+    suite, shown = _suites(loaded, tasks, limit)
     with (
         placing(loaded),
         interrupts(),
@@ -76,36 +70,52 @@ def evaluate(
             world.from_leader(lambda: require_verified(loaded))
         progress = progress if world.leads else Silent()
         world.from_leader(lambda: check_room(loaded.folder))
-        encoder = TextEncoder.load(loaded.folder / loaded.plan.tokenizer)
-        windows = held_out_windows(
-            loaded,
-            _length(loaded),
-            world,
-            encoder,
-            tokens_folder(loaded.folder, loaded.folder / loaded.plan.work),
-            progress,
-        )
-        prompt = _prompt(plan.prompt, encoder, windows)
-        instruments = Instruments(
-            loaded, encoder, windows, prompt, suite, make_suite(shown, data_dir).found, folder, world,
-            Measurements(loaded.folder, world),
-        )  # fmt: skip
-        measured = _measure_all(instruments, progress)
-        results = {
-            "format_version": FORMAT_VERSION,
-            "name": loaded.plan.name,
-            "device": world.device.type,
-            "prompt": None if prompt is None else encoder.text(prompt),
-            "models": measured,
-            "recovered": recovered(measured),
-            "requirements": judge(plan.require, measured, recovered(measured)),
-            "search": searched(build),
-            "published": None if plan.published is None else plan.published.model_dump(mode="json"),
-        }
+        instruments = _instruments(loaded, suite, shown, folder, world, progress)
+        results = _results(instruments, _measure_all(instruments, progress))
         if world.leads:
             with writing(str(loaded.folder / RESULTS)):
                 write_text(loaded.folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     return results
+
+
+def _suites(loaded: LoadedPlan, tasks: Sequence[str] | None, limit: int | None) -> tuple[Suite, tuple[Found, ...]]:
+    """Returns the benchmarks to run, and those of the plan whose earlier results are only shown: all that `tasks` leaves
+    out.
+    """
+    plan = loaded.plan.evaluate
+    data_dir = None if plan.data_dir is None else loaded.folder / plan.data_dir
+    suite = make_suite(plan.suite if tasks is None else named(plan.suite, tasks), data_dir, limit)
+    asked = {found.benchmark.task for found in suite.found}
+    shown = [] if tasks is None else [one for one in plan.suite if one.task not in asked]
+    return suite, make_suite(shown, data_dir).found
+
+
+def _instruments(
+    loaded: LoadedPlan, suite: Suite, shown: tuple[Found, ...], folder: Path, world: World, progress: Progress
+) -> Instruments:
+    """Reads what every model of the build is measured with: tokenizer, held-out text, prompt, earlier measurements."""
+    encoder = TextEncoder.load(loaded.folder / loaded.plan.tokenizer)
+    cache = tokens_folder(loaded.folder, loaded.folder / loaded.plan.work)
+    windows = held_out_windows(loaded, _length(loaded), world, encoder, cache, progress)
+    prompt = _prompt(loaded.plan.evaluate.prompt, encoder, windows)
+    kept = Measurements(loaded.folder, world)
+    return Instruments(loaded, encoder, windows, prompt, suite, shown, folder, world, kept)
+
+
+def _results(instruments: Instruments, measured: dict[str, Any]) -> dict[str, Any]:
+    """Returns the content of results.json, from the results of each model."""
+    loaded, plan, prompt = instruments.loaded, instruments.loaded.plan.evaluate, instruments.prompt
+    return {
+        "format_version": FORMAT_VERSION,
+        "name": loaded.plan.name,
+        "device": instruments.world.device.type,
+        "prompt": None if prompt is None else instruments.encoder.text(prompt),
+        "models": measured,
+        "recovered": recovered(measured),
+        "requirements": judge(plan.require, measured, recovered(measured)),
+        "search": searched(loaded.folder),
+        "published": None if plan.published is None else plan.published.model_dump(mode="json"),
+    }
 
 
 def searched(build: Path) -> dict[str, Any] | None:
@@ -164,7 +174,7 @@ def _prompt(text: str | None, encoder: TextEncoder, windows: Windows | None) -> 
     if windows is None:
         return None
     read, _ = windows.window(0)
-    return [int(token) for token in read[:_PROMPT_TOKENS]]
+    return [int(token) for token in read[:PROMPT_TOKENS]]
 
 
 def recovered(models: dict[str, Any]) -> float | None:

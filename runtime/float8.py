@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minitron.runtime.logs import without_logs
 from minitron.runtime.models import LanguageModel
 from minitron.runtime.sharding import decoder_layers
 from minitron.specs.errors import Problem, Refused
@@ -170,12 +171,6 @@ def _role() -> Any:
     return GemmInputRole.WEIGHT
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences what torchao says when it is imported: that kernels of other devices and other products could not be loaded."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+def _quiet() -> AbstractContextManager[None]:
+    """Silences what torchao logs when it is imported: that kernels of other devices and products could not be loaded."""
+    return without_logs(logging.WARNING)

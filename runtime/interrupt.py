@@ -13,6 +13,8 @@ from types import FrameType
 
 from minitron.specs.signals import ECHO_SECONDS, ENDING
 
+Handler = Callable[[int, FrameType | None], None]
+
 
 class Interrupt:
     """The state of the interrupt: set while a checkpoint can be written first (`deferred`); otherwise the signal raises
@@ -46,20 +48,25 @@ class Interrupt:
 
 @contextmanager
 def interrupts() -> Iterator[Interrupt]:
-    """Handles the signals of `ENDING` inside the context, except ignored ones, such as Ctrl-C in the background of a
-    script and SIGHUP under nohup. Outside the main thread, where Python allows no handlers, it does nothing.
-    """
+    """Notes the signals of `ENDING` inside the context, as `handling` does."""
     interrupt = Interrupt()
-    if threading.current_thread() is not threading.main_thread():
+    with handling(interrupt.on_signal):
         yield interrupt
+
+
+@contextmanager
+def handling(handler: Handler) -> Iterator[None]:
+    """Hands the signals of `ENDING` to `handler` inside the context, except ignored ones, such as Ctrl-C in the background
+    of a script and SIGHUP under nohup. Outside the main thread, where Python allows no handlers, it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
     before = {
-        number: signal.signal(number, interrupt.on_signal)
-        for number in ENDING
-        if signal.getsignal(number) is not signal.SIG_IGN
+        number: signal.signal(number, handler) for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN
     }
     try:
-        yield interrupt
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -12,11 +12,10 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
 import torch
@@ -24,8 +23,10 @@ from torch.distributed.elastic.multiprocessing import ProcessFailure, SignalExce
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from minitron.runtime.interrupt import handling
+from minitron.runtime.logs import without_logs
 from minitron.specs.errors import ProcessesFailed, WorkError
-from minitron.specs.signals import ECHO_SECONDS, ENDING, LAUNCHER
+from minitron.specs.signals import ECHO_SECONDS, LAUNCHER
 
 _SHUTDOWN_SECONDS = 3600
 """The time that processes have to write a checkpoint after a signal; a second signal ends them before that."""
@@ -54,7 +55,8 @@ def launch(arguments: Sequence[str], count: int, variables: dict[str, str] | Non
     given = (variables or {}) | {LAUNCHER: str(os.getpid())}
     # Several processes of all cores each would only wait for one another.
     given |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))}
-    with _environment(given), _signals(), _quiet():
+    # The launcher's own messages are about processes that end, and the processes say why themselves.
+    with _environment(given), _passed_on(), without_logs(logging.CRITICAL):
         try:
             elastic_launch(config, sys.executable)("-m", "minitron.cli", *arguments)
         except ChildFailedError as error:
@@ -106,14 +108,10 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-@contextmanager
-def _signals() -> Iterator[None]:
+def _passed_on() -> AbstractContextManager[None]:
     """Passes the signals of `ENDING` on to the processes, which the launcher does on SignalException. Signals within
     seconds of each other are one request; a later one ends the wait. Ignored signals stay so.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     first: list[float] = []
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
@@ -122,22 +120,4 @@ def _signals() -> Iterator[None]:
             first.append(now)
             raise SignalException(f"signal {number}", signal.Signals(number))
 
-    before = {
-        number: signal.signal(number, on_signal) for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences the launcher's own messages about processes that end: the processes say why themselves."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+    return handling(on_signal)

@@ -24,7 +24,7 @@ from minitron.runtime.trackers import TrackerSettings
 from minitron.runtime.utilisation import peak_flops, peak_memory, utilisation
 from minitron.specs.builds import METRICS
 from minitron.specs.errors import MinitronError, WorkError
-from minitron.specs.progress import Progress
+from minitron.specs.progress import Progress, Task
 
 _SHOWN = ("loss", "held_out_loss", "lr", "mfu", "memory_bytes")
 """The figures that a user sees during training, besides tokens, their rate and the time left."""
@@ -37,78 +37,132 @@ def learn(run: Run, state: TrainerState, interrupt: Interrupt, progress: Progres
     The points of measuring and saving depend on the tokens alone, so that a training that was killed and resumed is the
     same training.
     """
-    plan, world = run.plan, run.world
-    peak = peak_flops(world.device, run.compute_dtype)
-    measure_every = plan.held_out.every_tokens if plan.held_out is not None else None
+    plan, device = run.plan, run.world.device
     with (
         run.beside,
         told_in_a_sentence(plan),
-        torch.random.fork_rng([world.device] if world.device.type == "cuda" else []),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
         _metrics(run, state, progress) as metrics,
         progress.task(name, plan.trained_tokens, "tokens", done=state.tokens) as task,
     ):
         check_memory(run)
-        pace, saved = Pace(plan.trained_tokens), state.step
-        while state.step < plan.steps:
-            start, before = time.perf_counter(), state
-            try:
-                arrived = wait_for_data(run, state.step, interrupt, task)
-            except MinitronError:  # not of the steps that are done: what they have learnt is kept
-                with suppress(WorkError):
-                    _keep(run, state, metrics, saved)
-                raise
-            if not arrived:
-                _keep(run, state, metrics, saved)
-                raise _interrupted(state, progress)
-            waited = time.perf_counter() - start
-            try:
-                figures = train_step(run, before)
-            except WorkError:  # what all ranks saw together: the checkpoint that is being written is worth having
-                run.saver.finish()
-                raise
-            state = run.course.state(before.step + 1)
-            tokens = state.tokens - before.tokens
-            rate = tokens / (time.perf_counter() - start)
-            line = {"step": state.step, "tokens": state.tokens, **figures, "tokens_per_second": round(rate, 1)}
-            line["data_seconds"] = round(waited + run.feed.seconds, 4)
-            line["seconds_left"] = pace.seconds_left(state.tokens, rate)
-            line["memory_bytes"] = peak_memory(world.device)
-            if (
-                mfu := utilisation(run.course.at(before.step).phase.flops_per_token, rate, peak, world.size)
-            ) is not None:
-                line["mfu"] = round(mfu, 4)
-            last = state.step == plan.steps
-            if run.held_out is not None and (last or _crosses(before, state, measure_every)):
-                result = measure_held_out(run)
-                line |= {"held_out_loss": result.loss, "held_out_perplexity": result.perplexity}
-            broken = _write(metrics, line)
-            task.advance(tokens, **{key: line[key] for key in _SHOWN if key in line}, **arriving(run))
-            stop, writing, failed, unwritten = world.any_of(
-                interrupt.requested, *run.saver.status(), broken is not None
-            )
-            if unwritten:
-                run.saver.finish()
-                world.from_leader(lambda error=broken: _complain(error))  # type: ignore[misc]
-            run.saver.settle(writing=writing, failed=failed)
-            if last or stop or _crosses(before, state, plan.checkpoint.every_tokens):
-                _save(run, state, metrics, line.get("held_out_loss"))
-                saved = state.step
-            if last or stop:
-                run.saver.finish()
-            if stop and not last:
-                raise _interrupted(state, progress)
+        loop = _Loop(run, state, metrics, interrupt, progress, task)
+        while not loop.at_end:
+            loop.step()
 
 
-def _interrupted(state: TrainerState, progress: Progress) -> KeyboardInterrupt:
-    progress.message(f"interrupted after step {state.step}; train again to go on from there")
-    return KeyboardInterrupt()
+class _Loop:
+    """One training, step by step. `state` is how far it is; `_saved` is the last step that has a checkpoint."""
 
+    def __init__(
+        self,
+        run: Run,
+        state: TrainerState,
+        metrics: MetricsLog | None,
+        interrupt: Interrupt,
+        progress: Progress,
+        task: Task,
+    ) -> None:
+        self.run, self.state, self.metrics = run, state, metrics
+        self.interrupt, self.progress, self.task = interrupt, progress, task
+        self._saved = state.step
+        self._pace = Pace(run.plan.trained_tokens)
+        self._peak = peak_flops(run.world.device, run.compute_dtype)
+        self._measure_every = None if run.plan.held_out is None else run.plan.held_out.every_tokens
 
-def _keep(run: Run, state: TrainerState, metrics: MetricsLog | None, saved: int) -> None:
-    """Saves a checkpoint of all steps where there are some behind `saved`, the last that has one."""
-    if state.step > saved:
-        _save(run, state, metrics, None)
-    run.saver.finish()
+    @property
+    def at_end(self) -> bool:
+        """Tells whether all steps are done."""
+        return self.state.step >= self.run.plan.steps
+
+    def step(self) -> None:
+        """Runs one step, reports its figures, and saves a checkpoint where one is due. KeyboardInterrupt, after a
+        checkpoint, where the user has asked the training to stop.
+        """
+        run, before, start = self.run, self.state, time.perf_counter()
+        self._wait_for_data()
+        waited = time.perf_counter() - start
+        try:
+            figures = train_step(run, before)
+        except WorkError:  # what all ranks saw together: the checkpoint that is being written is worth having
+            run.saver.finish()
+            raise
+        self.state = run.course.state(before.step + 1)
+        speed = self._speed(before, waited, time.perf_counter() - start)
+        line = {"step": self.state.step, "tokens": self.state.tokens, **figures, **speed}
+        if run.held_out is not None and (self.at_end or _crosses(before, self.state, self._measure_every)):
+            result = measure_held_out(run)
+            line |= {"held_out_loss": result.loss, "held_out_perplexity": result.perplexity}
+        stop = self._report(line, self.state.tokens - before.tokens)
+        if self.at_end or stop or _crosses(before, self.state, run.plan.checkpoint.every_tokens):
+            self._save(line.get("held_out_loss"))
+        if self.at_end or stop:
+            run.saver.finish()
+        if stop and not self.at_end:
+            raise self._interrupted()
+
+    def _wait_for_data(self) -> None:
+        """Waits until the tokens of the next step are there. Where they do not come, or the user has asked to stop
+        meanwhile, what the steps before have learnt is saved first.
+        """
+        try:
+            arrived = wait_for_data(self.run, self.state.step, self.interrupt, self.task)
+        except MinitronError:
+            with suppress(WorkError):
+                self._save_learnt()
+            raise
+        if not arrived:
+            self._save_learnt()
+            raise self._interrupted()
+
+    def _speed(self, before: TrainerState, waited: float, seconds: float) -> dict[str, float]:
+        """Returns the figures of a step that took `seconds`, the time that was `waited` for data included."""
+        run, state = self.run, self.state
+        rate = (state.tokens - before.tokens) / seconds
+        figures = {
+            "tokens_per_second": round(rate, 1),
+            "data_seconds": round(waited + run.feed.seconds, 4),
+            "seconds_left": self._pace.seconds_left(state.tokens, rate),
+            "memory_bytes": peak_memory(run.world.device),
+        }
+        flops = run.course.at(before.step).phase.flops_per_token
+        if (mfu := utilisation(flops, rate, self._peak, run.world.size)) is not None:
+            figures["mfu"] = round(mfu, 4)
+        return figures
+
+    def _report(self, line: Mapping[str, float], tokens: int) -> bool:
+        """Writes and shows the figures of a step of so many `tokens`, and publishes a checkpoint that is written. Tells
+        whether any rank was asked to stop. WorkError on all ranks where metrics or checkpoint could not be written.
+        """
+        run, world = self.run, self.run.world
+        broken = _write(self.metrics, line)
+        self.task.advance(tokens, **{key: line[key] for key in _SHOWN if key in line}, **arriving(run))
+        stop, writing, failed, unwritten = world.any_of(
+            self.interrupt.requested, *run.saver.status(), broken is not None
+        )
+        if unwritten:
+            run.saver.finish()
+            world.from_leader(lambda: _complain(broken))
+        run.saver.settle(writing=writing, failed=failed)
+        return stop
+
+    def _save_learnt(self) -> None:
+        """Saves a checkpoint where steps were learnt after the last one, and waits until it is written."""
+        if self.state.step > self._saved:
+            self._save(None)
+        self.run.saver.finish()
+
+    def _save(self, held_out_loss: float | None) -> None:
+        if self.metrics is not None:
+            self.metrics.sync()
+        module = self.run.student.module
+        pieces = {"model": model_pieces(module), "optimizer": optimizer_pieces(module, self.run.optimizer)}
+        self.run.saver.start(self.state, pieces, held_out_loss)
+        self._saved = self.state.step
+
+    def _interrupted(self) -> KeyboardInterrupt:
+        self.progress.message(f"interrupted after step {self.state.step}; train again to go on from there")
+        return KeyboardInterrupt()
 
 
 class Pace:
@@ -184,11 +238,3 @@ def _trackers(run: Run) -> TrackerSettings:
     values: dict[str, Any] = {key: getattr(plan, key) for key in shown}
     values |= {f"optimizer.{key}": value for key, value in plan.optimizer.model_dump(mode="json").items()}
     return TrackerSettings(plan.track, f"{plan.name}: {plan.output}", values)
-
-
-def _save(run: Run, state: TrainerState, metrics: MetricsLog | None, held_out_loss: float | None) -> None:
-    if metrics is not None:
-        metrics.sync()
-    module = run.student.module
-    pieces = {"model": model_pieces(module), "optimizer": optimizer_pieces(module, run.optimizer)}
-    run.saver.start(state, pieces, held_out_loss)

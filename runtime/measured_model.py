@@ -23,7 +23,9 @@ from minitron.specs.errors import WorkError
 from minitron.specs.progress import Progress, Task
 from minitron.specs.training_plan import ModelPlan
 
-_PROMPT_TOKENS = 32
+PROMPT_TOKENS = 32
+"""The tokens of a prompt where the plan has none of its own."""
+
 _SPEED_TOKENS = 64
 _BATCH_TOKENS = 8192
 
@@ -157,7 +159,7 @@ class MeasuredModel:
 
         def make(model: LanguageModel) -> float:
             # Speed needs some tokens to start from, whichever they are.
-            start = prompt if prompt is not None else list(range(min(_PROMPT_TOKENS, model.head.vocabulary)))
+            start = prompt if prompt is not None else list(range(min(PROMPT_TOKENS, model.head.vocabulary)))
             return round(tokens_per_second(model, start, _SPEED_TOKENS), 1)
 
         return Measurement("tokens_per_second", key, make)

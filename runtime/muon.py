@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from minitron.runtime.models import LanguageModel
 from minitron.runtime.narrow import round_stochastically
 from minitron.runtime.narrow_adamw import NarrowAdamW, follow
-from minitron.runtime.sharding import decoder_layers, local
+from minitron.runtime.sharding import decoder_layers, local, rows_of_rank
 from minitron.specs.blocks.training import is_matrix
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -110,7 +110,7 @@ class Muon(NarrowAdamW):
         # The matrix with place n in the list is turned by rank n: each rank sends its rows and has them back.
         given = [one.numel() for one in ready] + [0] * (size - len(ready))
         own = parameters[rank].shape if rank < len(parameters) else torch.Size((0, 0))
-        held = [count * own[1] for count in _dealt(own[0], size)]
+        held = [len(rows_of_rank(own[0], other, size)) * own[1] for other in range(size)]
         whole = _exchange(torch.cat([one.flatten() for one in ready]), given, held, group)
         if whole.numel():
             whole = orthogonalise(whole.view(own)).flatten()
@@ -121,12 +121,6 @@ class Muon(NarrowAdamW):
 def _owners(parameter: torch.nn.Parameter) -> int:
     """The number of ranks that a matrix's rows are spread over. A stack is spread by whole matrices."""
     return parameter.device_mesh.size() if isinstance(parameter, DTensor) and parameter.ndim == 2 else 1
-
-
-def _dealt(rows: int, size: int) -> list[int]:
-    """The rows of each rank: equal shares, rounded up, the last ranks have less or none (as torch.chunk)."""
-    share = -(-rows // size)
-    return [max(0, min(share, rows - rank * share)) for rank in range(size)]
 
 
 def _exchange(flat: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from minitron.runtime.sharding import local
+from minitron.runtime.sharding import local, rows_of_rank
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8}
 """The dtypes that states are written in, by safetensors' names."""
@@ -47,9 +47,7 @@ def piece_of(tensor: Tensor) -> Piece:
     if not isinstance(tensor, DTensor):
         return Piece(tensor.detach(), 0, shape)
     rows, mesh = local(tensor.detach()), tensor.device_mesh
-    # Rows are dealt as torch.chunk does: equal shares, rounded up, the last ranks have less or none.
-    start = min(mesh.get_local_rank() * -(-shape[0] // mesh.size()), shape[0])
-    return Piece(rows, start, shape)
+    return Piece(rows, rows_of_rank(shape[0], mesh.get_local_rank(), mesh.size()).start, shape)
 
 
 def model_pieces(model: torch.nn.Module) -> dict[str, Piece]:

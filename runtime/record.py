@@ -4,7 +4,6 @@ BUILD`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minitron.runtime.correction import corrected
-from minitron.runtime.data import Batch, Corpus, Data, data_hash
+from minitron.runtime.data import Batch, Corpus, data_hash
 from minitron.runtime.disk import writing
 from minitron.runtime.float8 import require_float8
 from minitron.runtime.folders import claim_folders, require_own_folders
@@ -38,14 +37,13 @@ from minitron.runtime.teacher_logits import (
     write_index,
     write_shard,
 )
-from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.world import join_world, locked
 from minitron.specs.atomic import remove_leftovers
 from minitron.specs.blocks.distill import SampledLogits
 from minitron.specs.builds import DATA_CACHE, LOGITS
 from minitron.specs.cache import TEACHER_LOGITS, entry_path, share_file, tokens_folder
 from minitron.specs.errors import UsageError, placing
-from minitron.specs.progress import Progress, Silent
+from minitron.specs.progress import Progress
 from minitron.specs.training_plan import TrainingPlan
 
 _CHUNK_ELEMENTS = 1 << 23
@@ -76,14 +74,7 @@ def record(build: Path, *, device: str | None, progress: Progress, outside: bool
         require_float8(plan, world.device, student=plan.teacher_correction is not None)
         with locked(world, "capturing", loaded.folder, work):
             world.from_leader(lambda: _tidy_up(loaded, work))
-            session = Session(
-                world=world,
-                encoder=TextEncoder.load(loaded.folder / plan.tokenizer),
-                data=world.from_leader(lambda: Data.read(loaded.data("data", plan.data))),
-                cache=tokens_folder(loaded.folder, work),
-                interrupt=interrupt,
-                progress=progress if world.leads else Silent(),
-            )
+            session = Session.open(loaded, tokens_folder(loaded.folder, work), world, interrupt, progress)
             with session.closing:
                 return _record(loaded, plan, folder, session)
 
@@ -115,7 +106,7 @@ def _record(loaded: LoadedPlan, plan: TrainingPlan, folder: Path, session: Sessi
 
 
 def _complete(folder: Path, index: Index, samples: int) -> bool:
-    return all(shard_path(folder, number).is_file() for number in range(-(-samples // index.shard_samples)))
+    return all(shard_path(folder, number).is_file() for number in range(len(index.shards(samples))))
 
 
 def _share(source: Path | None, target: Path | None, index: Index, samples: int, *, replace: bool = False) -> None:
@@ -124,11 +115,9 @@ def _share(source: Path | None, target: Path | None, index: Index, samples: int,
     if source is None or target is None or not source.is_dir():
         return
     target.mkdir(parents=True, exist_ok=True)
-    size = index.shard_samples
-    for number in range(-(-samples // size)):
+    for number, shard in enumerate(index.shards(samples)):
         old, new = shard_path(source, number), shard_path(target, number)
-        wanted = min(size, samples - number * size)
-        if old.is_file() and (replace or not new.is_file()) and has_shard(source, number, index.key, wanted):
+        if old.is_file() and (replace or not new.is_file()) and has_shard(source, number, index.key, len(shard)):
             share_file(old, new)
 
 
@@ -143,12 +132,8 @@ def _draw_missing(loaded: LoadedPlan, index: Index, samples: int, session: Sessi
     (corpus,) = session.open_corpora(plan)
     teacher = load_teacher(loaded, world)
     check_teacher(loaded, teacher, session.encoder.tokenizer, [corpus.largest])
-    shards = math.ceil(samples / index.shard_samples)
-    mine = [
-        range(number * index.shard_samples, min((number + 1) * index.shard_samples, samples))
-        for number in range(world.rank, shards, world.size)
-    ]
-    missing = [one for one in mine if not has_shard(folder, one.start // index.shard_samples, index.key, len(one))]
+    mine = index.shards(samples)[world.rank :: world.size]
+    missing = [one for one in mine if not has_shard(folder, index.number(one), index.key, len(one))]
     done = sum(map(len, mine)) - sum(map(len, missing))
     length, micro = plan.sequence_length, plan.micro_batch_size
     forwards = sum(-(-len(one) // micro) for one in missing)
@@ -160,7 +145,7 @@ def _draw_missing(loaded: LoadedPlan, index: Index, samples: int, session: Sessi
                 part = range(start, min(start + micro, one.stop))
                 drawn.append(sample_teacher(teacher, corpus, part, plan, world.device))
                 task.advance(len(part) * length)
-            write_shard(folder, one.start // index.shard_samples, _joined(drawn), index.key)
+            write_shard(folder, index.number(one), _joined(drawn), index.key)
     if teacher.root is not None:  # ranks that have less to do help the others to gather its layers
         for _ in range(most - forwards):
             _hidden_states(teacher, corpus.batch([0]).to(world.device))

@@ -41,7 +41,7 @@ from minitron.specs.builds import CHECKPOINTS
 from minitron.specs.data import DataSource
 from minitron.specs.documents import content_hash
 from minitron.specs.errors import Problem, Refused, first_line
-from minitron.specs.progress import Progress
+from minitron.specs.progress import Progress, Silent
 from minitron.specs.training_plan import TrainingPlan, divisor_within, needs_teacher
 
 
@@ -60,6 +60,23 @@ class Session:
     phases: tuple[Data, ...] = ()
     closing: ExitStack = field(default_factory=ExitStack)
     """The end of what works beside the trainings."""
+
+    @classmethod
+    def open(cls, loaded: LoadedPlan, cache: Path, world: World, interrupt: Interrupt, progress: Progress) -> Session:
+        """Reads the tokenizer and the data that a plan names. Refused for files that do not exist, WorkError for files that
+        cannot be read.
+        """
+        plan = loaded.training()
+
+        def read(at: str, source: DataSource) -> Data:
+            return world.from_leader(lambda: Data.read(loaded.data(at, source)))
+
+        encoder, data = TextEncoder.load(loaded.folder / plan.tokenizer), read("data", plan.data)
+        phases = tuple(
+            data if phase.data is None else read(f"phases.{number}.data", phase.data)
+            for number, phase in enumerate(plan.phases)
+        )
+        return cls(world, encoder, data, cache, interrupt, progress if world.leads else Silent(), phases)
 
     def begin_corpora(self, plan: TrainingPlan) -> tuple[tuple[Corpus, ...], Arrivals | None]:
         """Opens the samples that the plan trains on, as `open_corpora` does; where their order allows it, before all of them
@@ -159,21 +176,14 @@ def prepare(session: Session, loaded: LoadedPlan, identity: dict[str, Any]) -> R
     stored = stored_logits(loaded, identity) if sampled else None
     corpora, arrivals = session.begin_corpora(plan)
     windows = held_out_windows(loaded, plan.sequence_length, world, encoder, session.cache, session.progress)
-    logits, hidden, teacher = plan.loss.logits, plan.loss.hidden_states, None
-    if hidden is not None and hidden.weight == 0:
-        hidden = None
-    if needs_teacher(plan):
-        teacher = load_teacher(loaded, world)
+    teacher = load_teacher(loaded, world) if needs_teacher(plan) else None
     student = load_student(loaded, world)
     read = [*(corpus.largest for corpus in corpora), *([windows.largest] if windows is not None else [])]
     check_vocabularies(loaded, teacher, student, encoder.tokenizer, read)
     if arrivals is not None:
         arrivals.check = lambda largest: check_read(student, encoder.tokenizer, [largest])
     _check_lengths(plan, student)
-    states = None
-    if hidden is not None and teacher is not None:
-        kept = None if plan.kept_coordinates is None else read_coordinates(loaded.folder / plan.kept_coordinates)
-        states = prepare_hidden_states(hidden, teacher, student, plan.loss.chunk_tokens, plan.seed, kept)
+    hidden = None if teacher is None else _hidden_states(loaded, teacher, student)
     student.module.train()
     return Run(
         plan=plan,
@@ -181,19 +191,13 @@ def prepare(session: Session, loaded: LoadedPlan, identity: dict[str, Any]) -> R
         work=work,
         student=student,
         teacher=teacher,
-        hidden=states,
+        hidden=hidden,
         stored=stored,
         course=Course.of(plan),
         corpora=corpora,
         arrivals=arrivals,
         held_out=windows,
-        optimizer=make_optimizer(
-            student.module,
-            plan.optimizer,
-            matrices=layer_matrices(student),
-            bf16_weights=plan.weights == "bfloat16",
-            seed=plan.seed,
-        ),
+        optimizer=optimizer_of(plan, student),
         saver=Saver(
             Checkpoints(work / CHECKPOINTS, plan.checkpoint.keep_last, plan.checkpoint.keep_best),
             identity,
@@ -201,15 +205,42 @@ def prepare(session: Session, loaded: LoadedPlan, identity: dict[str, Any]) -> R
             spread=student.root is not None,
         ),
         identity=identity,
-        loss=DistillationLoss(
-            divergence=logits.divergence,
-            temperature=logits.temperature,
-            weight=logits.weight,
-            cross_entropy=plan.loss.cross_entropy,
-            chunk_tokens=plan.loss.chunk_tokens,
-        ),
+        loss=loss_of(plan),
         compute_dtype=compute_dtype_of(plan, world),
         begins_from=None if plan.start is None else loaded.folder / plan.start.checkpoints,
+    )
+
+
+def _hidden_states(loaded: LoadedPlan, teacher: LanguageModel, student: LanguageModel) -> HiddenStates | None:
+    """Hooks the models where the plan compares hidden states; else returns None."""
+    plan = loaded.training()
+    settings = plan.loss.hidden_states
+    if settings is None or settings.weight == 0:
+        return None
+    kept = None if plan.kept_coordinates is None else read_coordinates(loaded.folder / plan.kept_coordinates)
+    return prepare_hidden_states(settings, teacher, student, plan.loss.chunk_tokens, plan.seed, kept)
+
+
+def loss_of(plan: TrainingPlan) -> DistillationLoss:
+    """Returns the loss over logits and labels that a plan trains with."""
+    logits = plan.loss.logits
+    return DistillationLoss(
+        divergence=logits.divergence,
+        temperature=logits.temperature,
+        weight=logits.weight,
+        cross_entropy=plan.loss.cross_entropy,
+        chunk_tokens=plan.loss.chunk_tokens,
+    )
+
+
+def optimizer_of(plan: TrainingPlan, student: LanguageModel) -> torch.optim.Optimizer:
+    """Returns the optimizer of a plan, over the weights of its student."""
+    return make_optimizer(
+        student.module,
+        plan.optimizer,
+        matrices=layer_matrices(student),
+        bf16_weights=plan.weights == "bfloat16",
+        seed=plan.seed,
     )
 
 

@@ -118,6 +118,14 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def rows_of_rank(rows: int, rank: int, size: int) -> range:
+    """Returns the rows of a sharded tensor that a rank holds, as torch.chunk divides them: equal shares, rounded up; the
+    last ranks have fewer or none.
+    """
+    share = -(-rows // size)
+    return range(rows)[rank * share : (rank + 1) * share]
+
+
 def rows_like(parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Returns zeros of `shape`, sharded by rows as the parameter is; there are as many rows."""
     if not isinstance(parameter, DTensor):

@@ -19,7 +19,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,15 @@ class Index:
     def key(self) -> str:
         """Returns the hash that stands for the identity in each shard."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    def shards(self, samples: int) -> list[range]:
+        """Returns the global samples of each shard of a capture of `samples`; the last shard may hold fewer."""
+        every = range(samples)
+        return [every[start : start + self.shard_samples] for start in range(0, samples, self.shard_samples)]
+
+    def number(self, shard: range) -> int:
+        """Returns the number of the shard that holds these samples."""
+        return shard.start // self.shard_samples
 
 
 def read_index(folder: Path) -> Index | None:
@@ -129,7 +138,7 @@ class Shard:
     counts: Array
 
     def arrays(self) -> dict[str, Array]:
-        return {name: getattr(self, name) for name in ("tokens", "entropy", "unique", "ids", "counts")}
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
     def crc(self) -> int:
         crc = 0
@@ -153,7 +162,7 @@ def read_shard(folder: Path, number: int, key: str) -> Shard:
     try:
         with safe_open(shard_path(folder, number), framework="numpy") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
-            shard = Shard(**{name: file.get_tensor(name) for name in ("tokens", "entropy", "unique", "ids", "counts")})
+            shard = Shard(**{one.name: file.get_tensor(one.name) for one in fields(Shard)})
     except SafetensorError as error:
         raise ValueError(str(error)) from None
     if about.get("key") != key:

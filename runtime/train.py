@@ -10,7 +10,6 @@ from typing import Any
 
 from minitron.runtime.checkpoint import identity_of_newest
 from minitron.runtime.correction import corrected
-from minitron.runtime.data import Data
 from minitron.runtime.disk import writing
 from minitron.runtime.finished import read_finished, write_finished
 from minitron.runtime.float8 import require_float8
@@ -32,7 +31,6 @@ from minitron.runtime.models import DTYPES, model_folder
 from minitron.runtime.output import Weights, whole_weights, write_model
 from minitron.runtime.plan import LoadedPlan, read_training_plan
 from minitron.runtime.setup import Run, Session, prepare, resume
-from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.verified import require_verified
 from minitron.runtime.world import World, join_world, locked
 from minitron.specs.atomic import remove_leftovers
@@ -42,7 +40,7 @@ from minitron.specs.documents import content_hash
 from minitron.specs.errors import Refused, UsageError, WorkError, placing
 from minitron.specs.file_hashes import file_hash
 from minitron.specs.locks import LOCK
-from minitron.specs.progress import Progress, Silent
+from minitron.specs.progress import Progress
 from minitron.specs.tracking import missing_trackers
 from minitron.specs.training_plan import TrainingPlan, needs_teacher
 
@@ -69,15 +67,7 @@ def train(
         with locked(world, "training", loaded.folder, work):
             _require_one_folder(work, world)
             world.from_leader(lambda: _tidy_up(loaded, plan))
-            session = Session(
-                world=world,
-                encoder=TextEncoder.load(loaded.folder / plan.tokenizer),
-                data=(data := world.from_leader(lambda: Data.read(loaded.data("data", plan.data)))),
-                phases=tuple(_phase_data(loaded, plan, number, data, world) for number in range(len(plan.phases))),
-                cache=tokens_folder(loaded.folder, work),
-                interrupt=interrupt,
-                progress=progress if world.leads else Silent(),
-            )
+            session = Session.open(loaded, tokens_folder(loaded.folder, work), world, interrupt, progress)
             with session.closing:
                 _train(loaded, plan, session, unverified=unverified)
 
@@ -103,12 +93,6 @@ def _train(loaded: LoadedPlan, plan: TrainingPlan, session: Session, *, unverifi
     weights = whole_weights(run.student, DTYPES[plan.student.dtype], world)
     world.from_leader(lambda: _finish(loaded, run, weights))
     progress.message(f"trained: {output}")
-
-
-def _phase_data(loaded: LoadedPlan, plan: TrainingPlan, number: int, data: Data, world: World) -> Data:
-    """Returns the data of a phase; `data` is that of the plan."""
-    own = plan.phases[number].data
-    return data if own is None else world.from_leader(lambda: Data.read(loaded.data(f"phases.{number}.data", own)))
 
 
 def _tidy_up(loaded: LoadedPlan, plan: TrainingPlan) -> None:

@@ -20,12 +20,11 @@ from minitron.runtime.held_out import autocast
 from minitron.runtime.hidden_states import HiddenStates, Recorder, States, prepare_hidden_states, read_coordinates
 from minitron.runtime.loss import DistillationLoss, Head, distillation_loss
 from minitron.runtime.models import LanguageModel
-from minitron.runtime.muon import layer_matrices
-from minitron.runtime.optimizer import make_optimizer, set_learning_rate
+from minitron.runtime.optimizer import set_learning_rate
 from minitron.runtime.order import mix
 from minitron.runtime.pieces import model_pieces, optimizer_pieces
 from minitron.runtime.plan import LoadedPlan
-from minitron.runtime.setup import compute_dtype_of, load_student
+from minitron.runtime.setup import compute_dtype_of, load_student, optimizer_of
 from minitron.runtime.step import head_gradient
 from minitron.runtime.world import World
 from minitron.specs.builds import CHECKPOINTS
@@ -166,13 +165,7 @@ class Stable:
         student = load_student(replace(self.loaded, plan=plan), self.world)
         hidden = self._hidden(plan, student)
         student.module.train()
-        optimizer = make_optimizer(
-            student.module,
-            plan.optimizer,
-            matrices=layer_matrices(student),
-            bf16_weights=plan.weights == "bfloat16",
-            seed=plan.seed,
-        )
+        optimizer = optimizer_of(plan, student)
         rider = Rider(number, plan, student, optimizer, self.world, rate, hidden)
         checkpoint = Checkpoints(folder / CHECKPOINTS, 1).newest(Silent(), self.world)
         if checkpoint is not None:

@@ -21,19 +21,17 @@ from typing import Any
 import torch
 
 from minitron.runtime.correction import corrected
-from minitron.runtime.data import Data, Windows
+from minitron.runtime.data import Windows
 from minitron.runtime.disk import writing
 from minitron.runtime.float8 import require_float8
 from minitron.runtime.folders import claim_folders
 from minitron.runtime.hidden_states import record_teacher
 from minitron.runtime.identity import resume_identity
 from minitron.runtime.interrupt import interrupts
-from minitron.runtime.loss import DistillationLoss
 from minitron.runtime.plan import LoadedPlan, read_training_plan
 from minitron.runtime.search.ride import Convoy, Figures
 from minitron.runtime.search.rider import Rider, Stable, branch_progress, branch_rate, saved_step, trunk_rate
-from minitron.runtime.setup import Session, compute_dtype_of, held_out_windows, load_teacher
-from minitron.runtime.tokens import TextEncoder
+from minitron.runtime.setup import Session, compute_dtype_of, held_out_windows, load_teacher, loss_of
 from minitron.runtime.world import World, join_world, locked
 from minitron.specs.atomic import remove_leftovers
 from minitron.specs.blocks.distill import Loss
@@ -41,7 +39,7 @@ from minitron.specs.builds import CHECKPOINTS, COORDINATES, RANKING, SEARCH, STU
 from minitron.specs.cache import tokens_folder
 from minitron.specs.errors import UsageError, WorkError, placing
 from minitron.specs.halving import RIDERS_SHARE, branch_steps
-from minitron.specs.progress import Progress, Silent, Task
+from minitron.specs.progress import Progress, Task
 from minitron.specs.search_files import (
     CandidatePlan,
     Judged,
@@ -86,14 +84,7 @@ def search(build: Path, *, device: str | None, progress: Progress) -> Ranking:
     ):
         require_float8(plan, world.device)
         world.from_leader(lambda: claim_folders(loaded))
-        session = Session(
-            world=world,
-            encoder=TextEncoder.load(loaded.folder / plan.tokenizer),
-            data=world.from_leader(lambda: Data.read(loaded.data("data", plan.data))),
-            cache=tokens_folder(build, build / WORK),
-            interrupt=interrupt,
-            progress=progress if world.leads else Silent(),
-        )
+        session = Session.open(loaded, tokens_folder(build, build / WORK), world, interrupt, progress)
         with session.closing:
             return Rungs.prepare(corrected(loaded, session), file, session, build).run()
 
@@ -125,21 +116,13 @@ class Rungs:
         (corpus,) = session.open_corpora(plan)
         digest = world.from_leader(lambda: session.data_hash(plan))
         shared = math.gcd(*(one.global_batch_size for one in file.candidates))
-        logits = plan.loss.logits
-        settings = DistillationLoss(
-            divergence=logits.divergence,
-            temperature=logits.temperature,
-            weight=logits.weight,
-            cross_entropy=plan.loss.cross_entropy,
-            chunk_tokens=plan.loss.chunk_tokens,
-        )
         part = divisor_within(shared, plan.micro_batch_size)
         teacher = load_teacher(loaded, alone)
         compared = [
             of for one in file.candidates if (of := _loss(one, plan).hidden_states) is not None and of.weight != 0
         ]
         recorder = record_teacher(teacher, compared) if compared else None
-        convoy = Convoy(teacher, corpus, settings, alone, part, recorder)
+        convoy = Convoy(teacher, corpus, loss_of(plan), alone, part, recorder)
 
         def identity(own: TrainingPlan) -> dict[str, Any]:
             return dict(json.loads(json.dumps(resume_identity(own, digest))))
