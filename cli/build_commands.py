@@ -1,48 +1,35 @@
-"""The commands that work on a build: compile, capture, train, eval, run, show."""
+"""The commands that work on one build: compile, verify, capture, train, eval, export, show."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from minitron.cli import builds, figures, interrupts, options, searching
+from minitron.cli import builds, figures, options, search_command, steps
 from minitron.cli.build_sections import build_sections, training_section, verification_section
 from minitron.cli.device import memory_bytes, pick_device, use_threads
 from minitron.cli.drafts import load_whole
-from minitron.cli.failures import FAILED
 from minitron.cli.libraries import quiet_libraries
 from minitron.cli.lock_command import follow_lock
 from minitron.cli.output import progress as shown_progress
 from minitron.cli.plan_summary import shown_plan
-from minitron.cli.processes import process_count, results_wanted, sharing, start
+from minitron.cli.processes import process_count, process_options, results_wanted, sharing, start
 from minitron.cli.ranks import first_process, only_process
 from minitron.cli.render import document, say, show_sections, write
-from minitron.cli.results_sections import results_sections, shortfalls
-from minitron.cli.sections import Column, Document, Section
+from minitron.cli.results_sections import results_sections
+from minitron.cli.sections import Column, Section
 from minitron.cli.spec_commands import Rendering, preview
-from minitron.specs import LoadedSpec
 from minitron.specs.builds import (
-    LOGITS,
-    MODEL,
     PLAN,
-    RESULTS,
-    STUDENT,
-    TRAINING,
     VERIFICATION,
-    build_of,
     read_document,
-    result_of,
 )
-from minitron.specs.chain import chain
-from minitron.specs.errors import SpecInvalid, UsageError, located
-from minitron.specs.progress import Silent
-from minitron.specs.spec import float8_uses
+from minitron.specs.errors import UsageError
 
 if TYPE_CHECKING:
-    from minitron.compiler import Plan, SearchPlan
+    pass
 
 
 def compile_command(
@@ -83,23 +70,23 @@ def compile_command(
     count = process_count(devices, chosen, device)
     if prepare:
         only_process("compile --prepare")
-        searching.prepare(loaded, build, chosen)
+        search_command.prepare(loaded, build, chosen)
         return
-    if not (force or fresh) and searching.is_compiled(loaded, build, candidate):
+    if not (force or fresh) and search_command.is_compiled(loaded, build, candidate):
         say(f"compile: {build} is up to date with {loaded.path}, skipped; --force compiles it again")
         builds.tidy(build)
     else:
-        opened = searching.opened_search(loaded, build)
-        planned = _prepare(loaded, build, chosen, fresh=True, opened=opened) if fresh else None
-        resolved = searching.chosen_plan(
-            opened, chosen, lambda of: searching.rungs(of, chosen, count, threads), candidate=candidate
+        opened = search_command.opened_search(loaded, build)
+        planned = steps.show_plan_first(loaded, build, chosen, fresh=True, opened=opened) if fresh else None
+        resolved = search_command.chosen_plan(
+            opened, chosen, lambda of: search_command.rungs(of, chosen, count, threads), candidate=candidate
         )
-        _compile(loaded, build, chosen, threads, resolved or planned, memory=room, force=force)
+        steps.compile_build(loaded, build, chosen, threads, resolved or planned, memory=room, force=force)
     if not first_process():
         return
     plan = read_document(build / PLAN) or {}
     verification = read_document(build / VERIFICATION) or {}
-    sections = [*shown_plan(plan, full=full), verification_section(verification), _places(build)]
+    sections = [*shown_plan(plan, full=full), verification_section(verification), steps.places(build)]
     show_sections(sections, plan, as_json=as_json)
 
 
@@ -133,9 +120,9 @@ def capture(
     quiet_libraries()
     chosen = pick_device(device)
     if (count := process_count(devices, chosen, device)) > 1:
-        start("capture", build, count, *_options(chosen, threads, outside=allow_outside))
+        start("capture", build, count, *process_options(chosen, threads, outside=allow_outside))
         return
-    stored = _capture(build, chosen, threads, outside=allow_outside)
+    stored = steps.capture(build, chosen, threads, outside=allow_outside)
     rows = (
         ("sequences", figures.count(stored["samples"])),
         ("tokens", figures.count(stored["tokens"])),
@@ -159,12 +146,12 @@ def train(
     quiet_libraries()
     chosen = pick_device(device)
     if (count := sharing(build, process_count(devices, chosen, device), devices)) > 1:
-        start("train", build, count, *_options(chosen, threads, unverified=unverified, outside=allow_outside))
+        start("train", build, count, *process_options(chosen, threads, unverified=unverified, outside=allow_outside))
         return
-    _train(build, chosen, threads, unverified=unverified, outside=allow_outside)
+    steps.train(build, chosen, threads, unverified=unverified, outside=allow_outside)
     progress = builds.training_progress(build)
     if first_process():
-        show_sections([*([training_section(progress)] if progress else []), _places(build)], {})
+        show_sections([*([training_section(progress)] if progress else []), steps.places(build)], {})
 
 
 def evaluate(
@@ -192,162 +179,18 @@ def evaluate(
     quiet_libraries()
     chosen = pick_device(device)
     if (count := process_count(devices, chosen, device)) > 1:
-        more = _options(chosen, threads, unverified=unverified, outside=allow_outside)
+        more = process_options(chosen, threads, unverified=unverified, outside=allow_outside)
         more += ["--tasks", tasks] if tasks is not None else []
         more += ["--limit", str(limit)] if limit is not None else []
         start("eval", build, count, *more, *(["--json"] if as_json else []))
         return
-    results = _evaluate(build, chosen, threads, tasks=names, limit=limit, unverified=unverified, outside=allow_outside)
+    results = steps.evaluate(
+        build, chosen, threads, tasks=names, limit=limit, unverified=unverified, outside=allow_outside
+    )
     if first_process():
         show_sections(results_sections(results), results, as_json=as_json)
     if results_wanted():
-        _end_with_shortfalls(results)
-
-
-def _options(chosen: str, threads: int | None, *, unverified: bool = False, outside: bool = False) -> list[str]:
-    """Returns the options of a command for the processes that it starts."""
-    given = ["--devices", "none", "--device", chosen]
-    given += ["--threads", str(threads)] if threads is not None else []
-    return given + ["--unverified"] * unverified + ["--allow-outside"] * outside
-
-
-def _end_with_shortfalls(results: Document) -> None:
-    """Ends with exit code 1 where a benchmark failed or a requirement is not met, and names each; the results have been
-    written and shown before.
-    """
-    if reasons := shortfalls(results):
-        if first_process():
-            say(*reasons)
-        raise typer.Exit(FAILED)
-
-
-def run(
-    spec: options.SpecFile,
-    output: options.Output = None,
-    overrides: options.Overrides = None,
-    device: options.Device = None,
-    devices: options.Devices = None,
-    threads: options.Threads = None,
-    locked: options.Locked = False,
-    fresh: options.Fresh = False,
-) -> None:
-    """Compile, train and evaluate, and before that the specs of its teachers; what is there is not done again."""
-    only_process("run")
-    loaded = load_whole(spec, overrides or (), compiles=True)
-    build = builds.build_folder(output, loaded)
-    quiet_libraries()
-    machine = _Machine(pick_device(device), devices, threads, count=process_count(devices, pick_device(device), device))
-    for one in (*chain(loaded), loaded):
-        _require_float8(one, machine.device)
-    for upper in chain(loaded):
-        _run_above(upper, machine, locked=locked)
-    _make(loaded, build, machine, locked=locked, fresh=fresh)
-    results = machine.evaluate(build)
-    show_sections([*results_sections(results), _places(build)], results)
-    _end_with_shortfalls(results)
-
-
-def _require_float8(loaded: LoadedSpec, device: str) -> None:
-    """Checks, before a compile, that the training after it can compute in float8. SpecInvalid where it cannot."""
-    uses = float8_uses(loaded.spec)
-    if any(compute == "float8" for compute, _ in uses):
-        import torch
-
-        from minitron.runtime.float8 import float8_problems
-
-        if problems := list(float8_problems(uses, torch.device(device))):
-            raise SpecInvalid(located(problems, loaded))
-
-
-@dataclass(frozen=True)
-class _Machine:
-    """The devices that `run` works on: each step in this process, or in `count` processes that it starts."""
-
-    device: str
-    devices: str | None
-    threads: int | None
-    count: int
-
-    def capture(self, build: Path) -> None:
-        if self.count > 1:
-            self._start("capture", build, self.count)
-        else:
-            _capture(build, self.device, self.threads)
-
-    def search(self, build: Path) -> None:
-        searching.rungs(build, self.device, self.count, self.threads)
-
-    def train(self, build: Path) -> None:
-        if (count := sharing(build, self.count, self.devices)) > 1:
-            self._start("train", build, count)
-        else:
-            _train(build, self.device, self.threads)
-
-    def evaluate(self, build: Path) -> Document:
-        if self.count == 1:
-            return _evaluate(build, self.device, self.threads)
-        self._start("eval", build, self.count)
-        return read_document(build / RESULTS) or {}
-
-    def _start(self, command: str, build: Path, count: int) -> None:
-        start(command, build, count, *_options(self.device, self.threads), results=False)
-
-
-def _run_above(upper: LoadedSpec, machine: _Machine, *, locked: bool) -> None:
-    """Compiles and trains the spec whose student is the teacher of another spec; its evaluation is left to a run of its
-    own.
-    """
-    from minitron.compiler import why_not_finished
-
-    if why_not_finished(upper) is None:
-        say(f"{upper.path}: {result_of(upper)} is finished and becomes the teacher, skipped")
-        return
-    say(f"{upper.path}: its result becomes the teacher, so it runs first")
-    _make(upper, build_of(upper), machine, locked=locked)
-    write("")
-
-
-def _make(loaded: LoadedSpec, build: Path, machine: _Machine, *, locked: bool, fresh: bool = False) -> None:
-    """Compiles where the build is missing or stale; captures and trains where the spec says so."""
-    from minitron.compiler import staleness
-
-    loaded = follow_lock(loaded, locked=locked)
-    found = staleness(build, loaded)
-    if found is None and not fresh:
-        say(f"compile: {build} is up to date with {loaded.path}, skipped")
-        builds.tidy(build)
-    elif found is not None and not found.changed and not fresh:
-        say(f"compile: {build} is {found.reason}; the edited values are taken, skipped")
-    else:
-        opened = searching.opened_search(loaded, build)
-        plan = _prepare(loaded, build, machine.device, fresh=fresh, opened=opened)
-        use_threads(machine.threads)
-        chosen = searching.chosen_plan(opened, machine.device, machine.search)
-        _compile(loaded, build, machine.device, machine.threads, chosen or plan)
-    interrupts.check()
-    if loaded.spec.distill is None:
-        say("train: the spec has no `distill` block, skipped")
-    else:
-        if loaded.spec.distill.teacher_logits != "online" and not builds.is_trained(build):
-            machine.capture(build)
-        machine.train(build)
-    interrupts.check()
-
-
-def _prepare(loaded: LoadedSpec, build: Path, device: str, *, fresh: bool, opened: SearchPlan | None = None) -> Plan:
-    """Plans a compile and shows the plan, for the devices that will do the work, before the long work and not after it: a wrong
-    width is seen while it costs nothing. With `fresh` the build that is there is then moved aside. Of an opened search its
-    first candidate is shown.
-    """
-    from minitron.compiler import make_plan, plan_document, read_hardware
-
-    plan = make_plan(loaded, build=build, weights=True) if opened is None else opened.plan(1)
-    hardware = read_hardware("cpu" if device == "cpu" else "this", None, None)
-    show_sections(shown_plan(content := plan_document(plan, hardware=hardware), full=False), content)
-    write("")
-    if fresh:
-        builds.move_aside(build)
-    return plan
+        steps.end_with_shortfalls(results)
 
 
 def export(
@@ -404,7 +247,7 @@ def show(
         _write_report(builds.require_build(build), as_json=as_json)
         return
     content = builds.show_document(builds.require_build(build))
-    show_sections([*build_sections(content, full=full), _places(build)], content, as_json=as_json)
+    show_sections([*build_sections(content, full=full), steps.places(build)], content, as_json=as_json)
 
 
 def _write_report(build: Path, *, as_json: bool) -> None:
@@ -412,72 +255,3 @@ def _write_report(build: Path, *, as_json: bool) -> None:
 
     path = str(write_report(build))
     write(document({"report": path}) if as_json else path)
-
-
-def _compile(
-    loaded: LoadedSpec,
-    build: Path,
-    device: str,
-    threads: int | None,
-    plan: Plan | None = None,
-    *,
-    memory: int | None = None,
-    force: bool = False,
-) -> None:
-    from minitron.compiler import Work, compile_spec, join_ranks
-
-    use_threads(threads)
-    with join_ranks(device) as (ranks, own):
-        compile_spec(
-            loaded, build, device=own, progress=shown_progress() if ranks.leads else Silent(), plan=plan,
-            work=Work(memory, ranks, force),
-        )  # fmt: skip
-
-
-def _capture(build: Path, device: str, threads: int | None, *, outside: bool = False) -> Document:
-    from minitron.runtime import record
-
-    use_threads(threads)
-    return record(build, device=device, progress=shown_progress(), outside=outside)
-
-
-def _train(build: Path, device: str, threads: int | None, *, unverified: bool = False, outside: bool = False) -> None:
-    from minitron.runtime import train as execute
-
-    use_threads(threads)
-    progress = shown_progress()
-    execute(build, device=device, progress=progress, unverified=unverified, outside=outside)
-
-
-def _evaluate(
-    build: Path,
-    device: str,
-    threads: int | None,
-    *,
-    tasks: list[str] | None = None,
-    limit: int | None = None,
-    unverified: bool = False,
-    outside: bool = False,
-) -> Document:
-    from minitron.runtime import evaluate as measure
-
-    use_threads(threads)
-    return measure(
-        build, device=device, progress=shown_progress(),
-        tasks=tasks, limit=limit, unverified=unverified, outside=outside,
-    )  # fmt: skip
-
-
-def _places(build: Path) -> Section:
-    """Returns the paths of the models and documents of a build, those that exist."""
-    rows = [("build", str(build))]
-    for label, name in (
-        ("pruned student", STUDENT),
-        ("training plan", TRAINING),
-        ("teacher logits", LOGITS),
-        ("distilled student", MODEL),
-        ("results", RESULTS),
-    ):
-        if (build / name).exists():
-            rows.append((label, str(build / name)))
-    return Section("Files", (Column(""), Column("path")), tuple(rows))

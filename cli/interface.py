@@ -22,7 +22,7 @@ from minitron.cli.markdown import markdown
 from minitron.cli.plan_summary import shown_plan
 from minitron.cli.progress import progress_for
 from minitron.cli.render import stderr_console, terminal
-from minitron.cli.searching import chosen_plan, is_compiled, opened_search
+from minitron.cli.search_command import chosen_plan, is_compiled, opened_search
 from minitron.cli.sections import Document, Section
 from minitron.specs import LoadedSpec, load_spec
 from minitron.specs.builds import MODEL, STUDENT

@@ -21,10 +21,11 @@ from minitron.cli import (
     interrupts,
     lock_command,
     maintenance_commands,
-    searching,
+    output,
+    run_command,
+    search_command,
     spec_commands,
 )
-from minitron.cli import output as voice
 from minitron.cli.failures import DONE, INTERRUPTED, failure_of
 from minitron.cli.libraries import quiet_imports
 from minitron.cli.processes import launched
@@ -49,11 +50,11 @@ app.command("plan")(spec_commands.plan)
 app.command("data")(data_command.data)
 app.command("compile")(build_commands.compile_command)
 app.command("verify")(build_commands.verify)
-app.command("search")(searching.search)
+app.command("search")(search_command.search)
 app.command("capture")(build_commands.capture)
 app.command("train")(build_commands.train)
 app.command("eval")(build_commands.evaluate)
-app.command("run")(build_commands.run)
+app.command("run")(run_command.run)
 app.command("export")(build_commands.export)
 app.command("show")(build_commands.show)
 app.command("diff")(diff_command.diff)
@@ -111,7 +112,7 @@ def command_line(arguments: Sequence[str]) -> int:
     try:
         if "" in arguments:  # as a path it would be the current folder, which no one has named
             raise UsageError("an argument is empty; write it out: a variable of your shell may not be set")
-        arguments = voice.configure(arguments)
+        arguments = output.configure(arguments)
         quiet_imports()
         code = app([one for one in arguments if one != "--debug"], prog_name="minitron", standalone_mode=False)
         sys.stdout.flush()

@@ -77,6 +77,13 @@ def start(command: str, build: Path, count: int, *options: str, results: bool = 
     launch([command, str(build), *options, *output.given()], count, {_RESULTS: "shown" if results else "none"})
 
 
+def process_options(device: str, threads: int | None, *, unverified: bool = False, outside: bool = False) -> list[str]:
+    """Returns the options of a command for the processes that it starts."""
+    given = ["--devices", "none", "--device", device]
+    given += ["--threads", str(threads)] if threads is not None else []
+    return given + ["--unverified"] * unverified + ["--allow-outside"] * outside
+
+
 def launched() -> bool:
     """Tells whether a launcher of ours has started this process, which speaks for all where a signal or the end of
     another ended them.

@@ -55,10 +55,10 @@ def test_a_run_on_a_device_that_cannot(
     spec: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("torchao")
-    from minitron.cli import build_commands
+    from minitron.cli import run_command
 
-    monkeypatch.setattr(build_commands, "pick_device", lambda name: "cuda")
-    monkeypatch.setattr(build_commands, "process_count", lambda *_: 1)
+    monkeypatch.setattr(run_command, "pick_device", lambda name: "cuda")
+    monkeypatch.setattr(run_command, "process_count", lambda *_: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA RTX A6000")
     configure([])

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from minitron.cli.results_sections import results_sections
+from minitron.cli.search_command import chosen_plan, opened_search, prepare
 from minitron.cli.search_sections import candidates_section, search_sections
-from minitron.cli.searching import chosen_plan, opened_search, prepare
 from minitron.specs import UsageError, load_spec
 
 

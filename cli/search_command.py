@@ -10,7 +10,7 @@ from minitron.cli import interrupts, options
 from minitron.cli.device import pick_device, use_threads
 from minitron.cli.libraries import quiet_libraries
 from minitron.cli.output import progress as shown_progress
-from minitron.cli.processes import process_count, results_wanted, start
+from minitron.cli.processes import process_count, process_options, results_wanted, start
 from minitron.cli.ranks import first_process
 from minitron.cli.render import say, show_sections
 from minitron.cli.search_sections import candidates_section
@@ -48,8 +48,7 @@ def rungs(build: Path, device: str, count: int, threads: int | None) -> None:
     file = read_search(build)
     count = min(count, len(file.candidates)) if file is not None else 1
     if count > 1:
-        own = ["--devices", "none", "--device", device] + (["--threads", str(threads)] if threads is not None else [])
-        start("search", build, count, *own, results=False)
+        start("search", build, count, *process_options(device, threads), results=False)
         return
     from minitron.runtime import search as carry_out
 
