@@ -170,7 +170,7 @@ def _timer(device: str) -> Callable[[], float]:
 
 
 def divergence(inputs: Inputs) -> float:
-    """In nats a token, in fp64."""
+    """Nats a token, in fp64."""
     with torch.no_grad():
         return float(naive(tuple(tensor.double() for tensor in inputs))[0])  # type: ignore[arg-type]
 

@@ -48,7 +48,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "both float8": ("float32", "float32", "float8", "float8"),
     "both float8, bfloat16, int8": ("bfloat16", "int8", "float8", "float8"),
 }
-"""What weights, moments, the student's products and the teacher's are in; those left out are as in the plan."""
+"""The dtypes of weights, moments, the student's products and the teacher's; those left out are as in the plan."""
 
 
 STORIES = """\

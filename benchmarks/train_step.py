@@ -63,7 +63,7 @@ class Shape:
     length: int
     micro: int
     sequences: int
-    """In a step, on each device."""
+    """The sequences of a step, on each device."""
 
 
 SHAPES = {

@@ -50,7 +50,7 @@ class Arrivals:
         """Raises where the models have no row for a token of a shard that has arrived."""
 
         self.error: MinitronError | None = None
-        """Why the rest will not arrive."""
+        """The error because of which the rest will not arrive."""
 
     @property
     def complete(self) -> bool:

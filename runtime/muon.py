@@ -27,7 +27,7 @@ from minitron.runtime.sharding import decoder_layers, local, rows_of_rank
 from minitron.specs.blocks.training import is_matrix
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Those of the quintic iteration: the steepest at 0 that takes singular values to about 1 (Jordan et al., 2024)."""
+"""The coefficients of the quintic iteration, the steepest at 0 that takes singular values to about 1 (Jordan et al., 2024)."""
 
 _ITERATIONS = 5
 

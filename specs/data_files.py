@@ -228,7 +228,7 @@ HASHED_WHOLE = 64 << 20
 """Bytes up to which a file is hashed whole."""
 
 _PIECES, _PIECE = 64, 64 << 10
-"""Of a larger file, this many pieces of this many bytes, from its beginning to its end."""
+"""The number of pieces of a larger file that are hashed, from its beginning to its end, and the bytes of each."""
 
 
 def data_file_hash(file: Path) -> str:

@@ -15,7 +15,7 @@ class MinitronError(Exception):
 
     exit_code = 1
     follows = False
-    """Whether it may be but a consequence of how another process failed."""
+    """True where the error may be only a consequence of another process's failure."""
 
 
 class UsageError(MinitronError, ValueError):

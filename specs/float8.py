@@ -12,7 +12,7 @@ from minitron.specs.model_config import EXPERT_COUNT_KEYS
 Compute: TypeAlias = Literal["bfloat16", "float8"]
 
 MULTIPLE = 16
-"""What both sizes of a weight must be multiples of: the kernels read rows of 16 bytes."""
+"""The number that both sizes of a weight must be multiples of: the kernels read rows of 16 bytes."""
 
 CAPABILITY = (8, 9)
 """The first CUDA compute capability with products in float8: Ada. Hopper has 9.0, Blackwell 10.0."""

@@ -28,7 +28,7 @@ class Reference:
     key: str
     """Dotted, as in `teacher.spec`."""
     text: str
-    """As written: relative to the file, or absolute; a pattern where data is named."""
+    """The path as written: relative to the file, or absolute; a pattern where data is named."""
     target: Path
     """The path without `..`, by its letters alone: links are not followed."""
     place: Place

@@ -42,7 +42,7 @@ class Spec(Block):
     """The version of the spec language."""
 
     kind: Literal["Compression"] = "Compression"
-    """What this file describes."""
+    """The kind of document that this file is."""
 
     name: Name
     """Names the build folder and the lock file. Left out: the file's name."""
@@ -51,25 +51,25 @@ class Spec(Block):
     """The model to make smaller."""
 
     student: Student
-    """How small it shall be."""
+    """The shape of the student."""
 
     importance: Importance = Importance()
-    """How it is decided what stays."""
+    """The scores that decide what stays."""
 
     recovery: Recovery = Recovery()
-    """What is repaired before any training."""
+    """The repairs before any training."""
 
     search: Search | None = None
-    """Which of several shapes becomes the student."""
+    """The choice of the student from several shapes."""
 
     teacher_correction: TeacherCorrection | None = None
     """Fine-tunes the teacher on the distillation data first."""
 
     distill: Distill | None = None
-    """How the student learns from the teacher. Left out: nothing is trained."""
+    """The training of the student on the teacher. Left out: nothing is trained."""
 
     evaluate: Evaluate | None = None
-    """What is measured of teacher, pruned student and distilled student."""
+    """The measurements of teacher, pruned student and distilled student."""
 
     @model_validator(mode="after")
     def _fit_correction(self) -> Spec:

@@ -153,12 +153,12 @@ class EvaluatePlan(Block):
     """Folder with the tasks' data."""
 
     prompt: Text | None
-    """What each model continues; null: the beginning of the held-out text."""
+    """The prompt that each model continues; null: the beginning of the held-out text."""
 
     continuation_tokens: PositiveInt
 
     require: dict[str, BoundText] = Field(default_factory=dict)
-    """What the result must reach: a task or `held_out_loss` -> a bound."""
+    """Bounds that the result must reach: a task or `held_out_loss` -> a bound."""
 
     published: Published | None = None
     """Scores that others have published for the same student."""
@@ -249,7 +249,7 @@ class TrainingPlan(EvaluationPlan):
 
     optimizer: Optimizer
     weights: DtypeName = "float32"
-    """What the student's weights and gradients are held in while it trains; bfloat16 is rounded at random."""
+    """The dtype of the student's weights and gradients while it trains; bfloat16 is rounded at random."""
 
     loss: Loss
     kept_coordinates: Text | None = None
@@ -257,7 +257,7 @@ class TrainingPlan(EvaluationPlan):
     channels, or `matrix` [teacher's width, width], the components; null: all is kept."""
 
     track: Listed[TrackerName] | None = None
-    """Where the metrics go beside metrics.jsonl; null: TensorBoard where it is installed."""
+    """The trackers that metrics go to beside metrics.jsonl; null: TensorBoard where it is installed."""
 
     seed: NonNegativeInt
     shuffle: Shuffle = "all"
@@ -265,7 +265,7 @@ class TrainingPlan(EvaluationPlan):
 
     compute_dtype: ComputeDtype
     gradient_checkpointing: Recomputation
-    """What the backward pass computes again: layers (true), their attention, or nothing (false)."""
+    """The activations that the backward pass computes again: of layers (true), of their attention, or none (false)."""
 
     compile: bool
     """The layers of student and teacher go through torch.compile."""

@@ -15,7 +15,7 @@ from minitron.specs.blocks.distill import Recomputation
 from minitron.specs.training_plan import divisor_within
 
 WAYS: tuple[Recomputation, ...] = (False, "attention", True)
-"""What can be recomputed, the least first."""
+"""The kinds of recomputation, the least first."""
 
 MACHINES = (1, 8)
 """The devices that a training is tried on: one, and those of a machine."""

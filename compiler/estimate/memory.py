@@ -32,7 +32,8 @@ from minitron.specs.loss_chunks import BLOCK_ELEMENTS, loss_chunks
 
 FP32 = 4
 MOMENT_BYTES = {"float32": 8.0, "bfloat16": 4.0, "int8": 2 + 8 / 256}
-"""Of both moments of AdamW, a parameter: 8 bits have an fp32 scale for each block of 256. Muon's matrices have half."""
+"""The bytes of both moments of AdamW, a parameter: 8 bits have an fp32 scale for each block of 256. Muon's matrices
+have half."""
 
 # The residual stream, a layer's input and its norm's output: modules that call each other hold them through the layer; of a
 # graph the first is in its stream, and the others are let go of when they are read for the last time.

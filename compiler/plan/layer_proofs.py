@@ -45,7 +45,7 @@ class LayerProofs:
         return found
 
     def refusal(self, layers: Layers) -> UsageError | None:
-        """Why `layers` cannot be kept; None where they can."""
+        """The reason why `layers` cannot be kept; None where they can."""
         try:
             self.proof(layers)
         except UsageError as error:

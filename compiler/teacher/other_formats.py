@@ -10,16 +10,16 @@ OF_GGUF = "GGUF files are conversions for llama.cpp: name the Hugging Face folde
 
 
 def no_folder(path: Path) -> tuple[str, str]:
-    """What is wrong with a path that is no folder, and what to write."""
+    """Returns the fault of a path that is not a folder, and what to write."""
     if path.suffix == ".gguf":
-        return f"{path} is no folder", OF_GGUF
+        return f"{path} is not a folder", OF_GGUF
     if path.is_file():
         return f"{path} is a file", f"name the folder that holds it and config.json: {path.parent}"
     return f"there is no folder {path}", "write a folder relative to the spec, or a Hugging Face id (owner/name)"
 
 
 def what_to_do_instead(folder: Path) -> str:
-    """What to do about a folder in which nothing says which files are the weights."""
+    """Returns what to do about a folder in which nothing says which files are the weights."""
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
     if shards:
         return (

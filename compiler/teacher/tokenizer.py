@@ -18,13 +18,13 @@ class LackingTokens:
     """The tokens of a tokenizer that a model has no row for, in words; empty where the model has a row for every one."""
 
     ordinary: str
-    """Those that text is made of: the tokenizer is another model's."""
+    """The tokens that text is made of: the tokenizer is another model's."""
 
     added: str
-    """Those that were added to it, as a padding token is, and the model never resized."""
+    """The tokens that were added to it, as a padding token is, and the model never resized."""
 
     framing: str
-    """Those of them that stand around every document."""
+    """The tokens that stand around every document."""
 
 
 def lacking_tokens(tokenizer: Any, size: int) -> LackingTokens:

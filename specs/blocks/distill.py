@@ -94,9 +94,10 @@ class HiddenStateLoss(Block):
     `embedding: false`, `weight: 10` and `schedule: linear`."""
 
     coordinates: Literal["projected", "kept"] = "projected"
-    """Where the widths differ. `projected`: one linear projection for all pairs takes the student's states to the teacher's
-    width; it is trained with the student and discarded afterwards. `kept`: the teacher's states are reduced to what the student
-    keeps of them, its channels or, with `hidden_basis: principal`, its components; nothing is trained."""
+    """The coordinates that states of different widths are compared in. `projected`: one linear projection for all pairs
+    takes the student's states to the teacher's width; it is trained with the student and discarded afterwards. `kept`:
+    the teacher's states are reduced to what the student keeps of them, its channels or, with `hidden_basis: principal`,
+    its components; nothing is trained."""
 
     pairs: LayerPairs = "last:last"
     """`last:last`; `all`: every layer of the student with the layer of the teacher that it was cut from; or pairs of [teacher
@@ -106,7 +107,7 @@ class HiddenStateLoss(Block):
     """`cosine`: 1 - cosine similarity; `mse`: mean squared difference, in units of the teacher state's mean square."""
 
     embedding: bool = True
-    """What the first layers are given, the embeddings, is compared as well."""
+    """Compares the input of the first layers, the embeddings, as well."""
 
     weight: LossWeight = "dynamic"
     """`dynamic`: the logit loss divided by this one, for each sequence and without a gradient; or a number. Distances of
@@ -178,7 +179,7 @@ class CheckpointSettings(Block):
     """A checkpoint each time that this many tokens were trained on. Left out: twenty over the whole training."""
 
     keep_last: PositiveInt = 2
-    """How many checkpoints are kept."""
+    """The number of checkpoints that are kept."""
 
     keep_best: bool = True
     """The one with the lowest held-out loss is kept as well, of those that were saved when it was measured."""
@@ -192,7 +193,7 @@ class DistillPhase(Block):
     """A stretch of the training with settings of its own; the schedule runs on, and what is left out is as in `distill`."""
 
     tokens: Count
-    """How many tokens of the training's belong to this phase, rounded up to whole global batches."""
+    """The training's tokens that belong to this phase, rounded up to whole global batches."""
 
     sequence_length: SequenceLength | None = None
     """Tokens in a sequence. Left out: as in `distill`."""
@@ -204,8 +205,8 @@ class DistillPhase(Block):
     """At most this many sequences go through the model at one time. Left out: the compiler chooses."""
 
     data: DataSource | None = None
-    """What to train on. Left out: as in `distill`; where the length stays too, the phase goes on with the sequences that the
-    one before has left."""
+    """The data to train on. Left out: as in `distill`; where the length stays too, the phase goes on with the sequences
+    that the one before has left."""
 
 
 class Distill(Block):
@@ -213,10 +214,10 @@ class Distill(Block):
     is trained."""
 
     data: DataSource
-    """What to train on."""
+    """The data to train on."""
 
     tokens: Count
-    """How many tokens to train on."""
+    """The number of tokens to train on."""
 
     phases: Listed[DistillPhase] = ()
     """Stretches of the training, one after the other, such as longer sequences towards the end; their `tokens` make up those of
@@ -242,7 +243,7 @@ class Distill(Block):
     """The optimizer and its schedule."""
 
     weights: Literal["float32", "bfloat16"] = "float32"
-    """What the student's weights and gradients are held in while it trains. `bfloat16` halves their memory; weights are rounded
+    """The dtype of the student's weights and gradients while it trains. `bfloat16` halves their memory; weights are rounded
     at random, so that changes too small for bfloat16 are not lost (arXiv 2010.06192)."""
 
     compute: Compute = "bfloat16"
@@ -252,24 +253,24 @@ class Distill(Block):
     and moments too. A CPU emulates it."""
 
     loss: Loss = Loss()
-    """What is minimised."""
+    """The loss that is minimised."""
 
     gradient_checkpointing: Recomputation | None = None
-    """What the backward pass computes again instead of keeping it: `true` all that is inside of a layer, about a third more
-    work; `attention` its attention alone; `false` nothing. Left out: the least that fits a device of 80 GB, by the plan's
-    estimate."""
+    """The activations that the backward pass computes again instead of keeping them: `true` all inside of a layer,
+    about a third more work; `attention` those of its attention alone; `false` none. Left out: the least that fits a
+    device of 80 GB, by the plan's estimate."""
 
     compile: bool = False
     """Compile the layers of student and teacher with torch.compile: slow to start, faster afterwards."""
 
     layout: Layout = Layout()
-    """What each device holds, where several train together."""
+    """The models on each device, where several train together."""
 
     checkpoint: CheckpointSettings = CheckpointSettings()
-    """What is kept to go on from after an interruption."""
+    """The checkpoints that an interrupted training goes on from."""
 
     track: Listed[TrackerName] | None = None
-    """Where the metrics go beside train/metrics.jsonl. `wandb` and `mlflow` take their own variables (WANDB_MODE,
+    """The trackers that metrics go to beside train/metrics.jsonl. `wandb` and `mlflow` take their own variables (WANDB_MODE,
     MLFLOW_TRACKING_URI). Left out: `tensorboard` where it is installed."""
 
     seed: NonNegativeInt = 0

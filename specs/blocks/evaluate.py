@@ -14,7 +14,7 @@ class Published(Block):
     """Scores that others have published for the same student, shown next to the measured scores."""
 
     source: Text
-    """Where they stand."""
+    """The place where the scores are published."""
 
     scores: dict[str, NonNegativeFloat]
     """Task -> score, as a fraction: 0.695."""
@@ -32,7 +32,7 @@ class Evaluate(Block):
     of `suite`, and where its examples come from another split `TASK.train.jsonl`."""
 
     require: dict[str, BoundText] = Field(default_factory=dict)
-    """What the result must reach, else `eval` and `run` end with exit code 1: `held_out_loss`, `recovered` or a task of
+    """Bounds that the result must reach, else `eval` and `run` end with exit code 1: `held_out_loss`, `recovered` or a task of
     `suite` -> `"<= 1.05x teacher"`, `">= 0.95x teacher"`, `">= 0.6"`."""
 
     published: Published | None = None

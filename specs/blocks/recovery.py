@@ -15,8 +15,8 @@ class Recovery(Block):
     each on what the student itself yields up to there. Stacked experts, biases and tied matrices stay as they are cut."""
 
     merge_heads: bool = False
-    """What a dropped head differs in is folded into a kept one, W + (W - W_dropped) (Minitron, arXiv 2407.14679, section 2.3).
-    For attention whose heads have keys and values of their own, and without `refit`."""
+    """Folds the difference of a dropped head from the others into a kept one, W + (W - W_dropped) (Minitron, arXiv
+    2407.14679, section 2.3). For attention whose heads have keys and values of their own, and without `refit`."""
 
     merge_experts: bool = False
     """A dropped expert is merged into the kept one whose mean output on the calibration data is nearest: neurons are aligned,

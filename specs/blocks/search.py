@@ -54,10 +54,10 @@ class Budget(Block):
     """At most this many bytes of key-value cache for a token."""
 
     workload: Workload | None = None
-    """What the student is to be used for."""
+    """The use of the student that decides its width and depth."""
 
     tolerance: Fraction = 0.05
-    """How far the parameters may lie from the budget, either way."""
+    """The largest distance of the parameters from the budget, either way, as a share of it."""
 
 
 LIMITS = ("parameters", "active_parameters", "memory", "flops_per_token", "kv_cache", "workload")
@@ -68,13 +68,13 @@ class Rank(Block):
     """The ranking of candidates: successive halving by short distillation."""
 
     metric: Literal["kl"] = "kl"
-    """What ranks them: the divergence from the teacher on held-out data."""
+    """The measure that ranks them: the divergence from the teacher on held-out data."""
 
     tokens: Count = 1_800_000_000
     """Tokens that the longest-lived candidate is distilled on. Left out: 1.8B, and at most a quarter of `distill.tokens`."""
 
     rungs: Annotated[PositiveInt, Field(le=MOST_RUNGS)] = 3
-    """How often the field is cut down, to one candidate at last."""
+    """The number of times that the field is cut down, to one candidate at last."""
 
 
 class Search(Block):
@@ -82,10 +82,10 @@ class Search(Block):
     lists or ranges; without any, the compiler proposes shapes within the budget."""
 
     budget: Budget | None = None
-    """What the student may cost; needed where its shape is searched."""
+    """The cost that the student may have; needed where its shape is searched."""
 
     candidates: PositiveInt = 16
     """At most this many enter the first rung: spread over the grid, all within the budget."""
 
     rank: Rank = Rank()
-    """How candidates are ranked."""
+    """The ranking of the candidates."""

@@ -69,7 +69,7 @@ class Student(Block):
     """Names the layers outright, instead of `num_hidden_layers`: `{drop: [16, 17]}` or `{keep: [...]}`."""
 
     multiple_of: PositiveInt | None = None
-    """What a share of a width is rounded down to a multiple of. Left out: 64 for widths from 1024 up, else 8."""
+    """The number whose multiples a share of a width is rounded down to. Left out: 64 for widths from 1024 up, else 8."""
 
     def targets(self) -> Iterator[tuple[str, Target | tuple[Target, ...] | Span[Target]]]:
         """Yields (key, target) for each width that is set, the depth included and `layers` excluded."""

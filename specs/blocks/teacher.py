@@ -27,6 +27,7 @@ class Teacher(Block, json_schema_extra={"oneOf": [{"required": ["model"]}, {"req
     """The dtype that the teacher's weights are held in, and the student's are saved in; null: the checkpoint's own."""
 
     compute: Compute = "bfloat16"
-    """How the teacher computes beside the student and in `minitron capture`. `float8`: the weights of the linear layers inside
-    of its decoder layers are held in float8, at half the memory of bfloat16, and their products are computed so; it needs
-    what `distill.compute: float8` needs. Scores, selection and evaluation are always those of the teacher as it is."""
+    """The computation of the teacher beside the student and in `minitron capture`. `float8`: the weights of the linear
+    layers inside of its decoder layers are held in float8, at half the memory of bfloat16, and their products are
+    computed so; it needs what `distill.compute: float8` needs. Scores, selection and evaluation are always those of the
+    teacher as it is."""

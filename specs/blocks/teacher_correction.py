@@ -13,7 +13,7 @@ class TeacherCorrection(Block):
     """
 
     tokens: Count
-    """How many tokens to train the teacher on."""
+    """The number of tokens to train the teacher on."""
 
     optimizer: CorrectionOptimizer = CorrectionOptimizer()
     """The optimizer and its schedule."""

@@ -45,7 +45,7 @@ class Optimizer(Block):
     """Added to the root of the second moment."""
 
     states: Literal["float32", "bfloat16", "int8"] = "float32"
-    """What the two moments are held in: 8, 4 or 2 bytes a parameter. `bfloat16` is rounded at random, `int8` by blocks of 256
+    """The dtype of the two moments: 8, 4 or 2 bytes a parameter. `bfloat16` is rounded at random, `int8` by blocks of 256
     (arXiv 2110.02861); norms and biases stay in `float32`."""
 
     clip_grad_norm: PositiveFloat | None = 1.0

@@ -44,11 +44,11 @@ class Piece:
     content: Document
     where: str
     begins: bool = True
-    """Whether a document begins here; otherwise the piece goes on where the one before ended."""
+    """True where a document begins here; otherwise the piece goes on where the one before ended."""
 
     ends: bool = True
     lenient: bool = False
-    """Whether the document is left out and counted where it cannot be rendered (`on_error: skip`)."""
+    """True where the document is left out and counted if it cannot be rendered (`on_error: skip`)."""
 
 
 @dataclass(slots=True)
@@ -69,7 +69,7 @@ class Tally:
     """Documents in which halves of surrogate pairs were replaced by U+FFFD."""
 
     reasons: list[str] = field(default_factory=list)
-    """Why the first few were skipped."""
+    """The reasons why the first few were skipped."""
 
     open: list[Path] = field(default_factory=list)
     """Files that are being read."""

@@ -22,8 +22,8 @@ BLOCK = 1 << 18
 """Characters of a text that are in memory at one time."""
 
 _CUT = re.compile(r"(?<=\n)(?=[A-Za-z])")
-"""Where a text may be cut in two: behind a line break, before a line that begins with a letter. Most tokenizers begin a
-new word there; those that do not are given the pieces joined (`specs.encoding.cuts`)."""
+"""The places where a text may be cut in two: behind a line break, before a line that begins with a letter. Most
+tokenizers begin a new word there; those that do not are given the pieces joined (`specs.encoding.cuts`)."""
 
 
 def packages_missing(what: str) -> WorkError:

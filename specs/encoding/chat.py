@@ -17,7 +17,7 @@ from minitron.specs.encoding.recipe import EncodingRecipe
 from minitron.specs.errors import WorkError, first_line
 
 RENDER_SECONDS = 10.0
-"""For one conversation; real templates take milliseconds."""
+"""The time for one conversation; real templates take milliseconds."""
 
 RENDER_BYTES = 2 << 30
 """Memory that the process may take beyond what it has when it begins to render."""

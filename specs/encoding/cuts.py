@@ -32,7 +32,7 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 """The expression that `ByteLevel` splits by (Radford et al. 2019, the encoder published with GPT-2)."""
 
 _LINE_THEN_LETTER = re.compile("[\nĊ][A-Za-z]")
-"""In the model's vocabulary; byte-level alphabets write a line break as Ċ."""
+"""A line break and a letter in the model's vocabulary; byte-level alphabets write a line break as Ċ."""
 
 TAIL = "a"
 """Stands for the letter that the next part begins with."""

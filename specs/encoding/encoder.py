@@ -27,12 +27,12 @@ class Encoded:
 
     ids: Array
     learnt: Array | None
-    """For each token whether its prediction is trained, bool; None: all."""
+    """Marks the tokens whose prediction is trained, bool; None: all."""
 
     where: str
     ends: bool
     error: str | None = None
-    """Why there are none: the document is left out."""
+    """The reason why there are no tokens: the document is left out."""
 
     @classmethod
     def failed(cls, piece: Piece, error: WorkError) -> Encoded:

@@ -32,7 +32,7 @@ class _Element:
     """Any printable ASCII character that is no white space."""
 
     joined: bool
-    """Whether a line break may be followed by a letter inside of it."""
+    """True where a line break may be followed by a letter inside of it."""
 
     least: int
     most: int

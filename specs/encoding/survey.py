@@ -17,7 +17,7 @@ SURVEYED = 4 << 20
 """Characters that are read of a source unless all of it is asked for: a few seconds."""
 
 SHOWN_TOKENS = 64
-"""Of a document that is shown."""
+"""The tokens that are shown of a document."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Survey:
 
     longest: int = 0
     complete: bool = True
-    """Whether all of the source was read."""
+    """True where all of the source was read."""
 
     estimated_tokens: int | None = None
     """Tokens of the whole source; None where its size does not tell."""

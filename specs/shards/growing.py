@@ -25,7 +25,7 @@ class GrowingStream:
         self.number = self.documents = 0
         self.largest: Largest = NOTHING
         self.ended = False
-        """Whether all shards are there."""
+        """True once all shards are there."""
 
     def __len__(self) -> int:
         return len(self.tokens)

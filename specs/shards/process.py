@@ -106,7 +106,7 @@ class _Stream:
 # --- the request ---
 
 _PLAIN = ("limit", "until", "share", "marks")
-"""What a part has that is JSON as it is."""
+"""The fields of a part that are JSON as they are."""
 
 
 def request(rounds: Sequence[Sequence[Part]], how: Tokenizing) -> bytes:

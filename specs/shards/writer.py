@@ -37,7 +37,7 @@ is written.
 """
 
 TOKENIZING = "tokenizing"
-"""What a process that writes a stream says that it is doing, in the folder's lock."""
+"""The work that a process that writes a stream names in the folder's lock."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Part:
     """The part's share in a blend: its shards are written in proportion to it."""
 
     marks: Marks | None = None
-    """What its files looked like when their hash was taken; None: as they look when the first document is read."""
+    """The marks of its files from when their hash was taken; None: as they look when the first document is read."""
 
 
 @dataclass(frozen=True)

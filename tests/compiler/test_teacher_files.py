@@ -273,7 +273,7 @@ def test_a_model_saved_without_its_head(tmp_path: Path, prefix: str) -> None:
     ("name", "words"),
     [
         (SINGLE, r"model\.safetensors is a file; name the folder that holds it and config\.json: .*teacher$"),
-        ("x.gguf", r"x\.gguf is no folder; GGUF files are conversions for llama\.cpp: name the Hugging Face folder"),
+        ("x.gguf", r"x\.gguf is not a folder; GGUF files are conversions for llama\.cpp: name the Hugging Face folder"),
     ],
 )
 def test_a_file_is_no_teacher(folder: Path, name: str, words: str) -> None:

@@ -12,7 +12,7 @@ from .conftest import ROOT
 
 WIDTH = 120
 # A docstring begins with a verb, or is "The X of Y": these words begin a sentence that has neither.
-OPENINGS = {"As", "How", "Of", "Those", "What", "Where", "Whether", "Which"}
+OPENINGS = {"As", "How", "Of", "Those", "What", "Where", "Whether", "Which", "Why"}
 
 
 def listed(pattern: str) -> list[str]:
@@ -42,12 +42,12 @@ def test_lines_of_prose_fit_a_screen(page: str) -> None:
 
 
 def openings(text: str) -> Iterator[tuple[int, str]]:
-    """The line and the first word of every docstring of a module, its own among them."""
+    """The line and the first word of every docstring of a module: its own, those of classes, functions and values."""
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            words = (ast.get_docstring(node) or "").split(maxsplit=1)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            words = node.value.value.split(maxsplit=1)
             if words:
-                yield getattr(node, "lineno", 1), words[0]
+                yield node.lineno, words[0]
 
 
 def test_docstrings_begin_with_a_verb_or_a_noun() -> None:
