@@ -26,12 +26,12 @@ from minitron.cli import (
     search_command,
     spec_commands,
 )
-from minitron.cli.failures import DONE, INTERRUPTED, failure_of
+from minitron.cli.failures import DONE, FAILED, INTERRUPTED, failure_of
 from minitron.cli.libraries import quiet_imports
 from minitron.cli.processes import launched
 from minitron.cli.ranks import says
 from minitron.cli.render import complain, document, write
-from minitron.cli.streams import Unbreakable
+from minitron.cli.streams import Unbreakable, open_standard_streams
 from minitron.specs.errors import OtherProcessEnded, ProcessesFailed, UsageError
 
 app = typer.Typer(
@@ -93,8 +93,13 @@ def main() -> NoReturn:
     # costs little on an idle machine and was measured to double the speed of training on a shared one.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     interrupts.watch()
-    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+    open_standard_streams()
+    sys.stdout, sys.stderr = out, _ = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
     code = command_line(sys.argv[1:])
+    out.flush()
+    if out.lost is not None and not isinstance(out.lost, BrokenPipeError):
+        complain(f"error: the output could not be written ({out.lost.strerror}); the work itself is done")
+        code = code or FAILED
     if "torch" in sys.modules:
         # All is done and on disk by now. Taking torch's graph machinery down at the interpreter's end has been seen to
         # abort (torch 2.13, about one compile in three in a debug heap), which would turn a good exit code into 134.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from minitron.specs.data import STDLIB_PREFIX, DataSource, Source, divided
-from minitron.specs.errors import Problem, Refused, WorkError, placing
+from minitron.specs.errors import Problem, Refused, WorkError, first_line, placing
 from minitron.specs.file_hashes import file_hash
 from minitron.specs.load import LoadedSpec
 from minitron.specs.spec import Spec
@@ -252,4 +252,6 @@ def data_file_hash(file: Path) -> str:
 
 def unreadable(file: Path, error: OSError) -> WorkError:
     """Returns the error for a data file that exists and cannot be read."""
+    if error.strerror is None:  # of a library that has read it, and found no sense in it
+        return WorkError(f"{file}: cannot be read ({first_line(error)}); write it again, or leave it out of the data")
     return WorkError(f"{file}: cannot be read ({error.strerror}); check that the file is there and its permissions")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from minitron.compiler.teacher.tokenizer import lacking_tokens, load_tokenizer, 
 from minitron.compiler.towers.whole_config import projector_of
 from minitron.specs.blocks.distill import Distill, DistillPhase
 from minitron.specs.blocks.importance import CalibrationData
-from minitron.specs.data_files import data_sources, resolve
+from minitron.specs.data_files import data_files, data_sources, resolve
 from minitron.specs.documents import check_readable, check_share
 from minitron.specs.errors import Problem, Refused, UsageError, WorkError
 from minitron.specs.load import LoadedSpec
@@ -58,7 +59,26 @@ def check_documents(loaded: LoadedSpec) -> list[Problem]:
                 continue
             except WorkError as error:
                 errors.append(Problem(path, str(error)))
-    return errors or list(_check_held_out(loaded))
+    return [*_check_apart(loaded), *(errors or _check_held_out(loaded))]
+
+
+def _check_apart(loaded: LoadedSpec) -> Iterator[Problem]:
+    """Yields a problem where a file of the held-out text is trained on as well: patterns that are written otherwise may match
+    the same file."""
+    files: dict[str, set[str]] = {}
+    for at, source in data_sources(loaded.spec):
+        try:
+            files[at] = {os.path.normpath(file) for file in data_files(resolve(source, loaded.folder))}
+        except Refused:  # of a file that is not there: reported elsewhere
+            continue
+    held_out = files.get("evaluate.held_out", set())
+    for at, learnt in files.items():
+        if at.startswith("distill.") and (shared := sorted(held_out & learnt)):
+            name = os.path.relpath(shared[0], loaded.folder)
+            more = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
+            message = f"`{name}`{more} is trained on as well, under `{at}`"
+            yield Problem("evaluate.held_out", message, "name documents that nothing is trained on")
+            return
 
 
 def _check_held_out(loaded: LoadedSpec) -> Iterator[Problem]:

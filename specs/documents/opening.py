@@ -79,11 +79,12 @@ def _decompressed(file: Path) -> IO[bytes]:
 
 
 @contextmanager
-def open_text(file: Path) -> Iterator[IO[str]]:
-    """Opens a file as text: UTF-8 without byte order mark, every line ended by \n. WorkError for other encodings."""
+def open_text(file: Path, *, marked: bool = False) -> Iterator[IO[str]]:
+    """Opens a file as text: UTF-8 without byte order mark, every line ended by \n. WorkError for other encodings; with
+    `marked`, a byte that is none of UTF-8 is a lone surrogate in the text."""
     with open_bytes(file) as handle:
         try:
-            yield io.TextIOWrapper(handle, encoding="utf-8-sig")
+            yield io.TextIOWrapper(handle, encoding="utf-8-sig", errors="surrogateescape" if marked else "strict")
         except UnicodeDecodeError as error:
             raise not_utf8(str(file), error) from None
 

@@ -70,20 +70,33 @@ def _text(source: Source, tally: Tally) -> Iterator[Piece]:
     assert source.text is not None
     for entry in source.text:
         for file in stdlib(entry) if entry.startswith(STDLIB_PREFIX) else [Path(entry)]:
-            if source.on_error == "skip":
-                try:
+            skips = source.on_error == "skip"
+            try:
+                if skips and source.document == "file":
                     # Before any part of it is yielded: half a document must not be.
                     check_utf8(file)
-                except WorkError as error:
-                    tally.skip(str(error))
-                    continue
-            with tally.reading(file), open_text(file) as handle:
-                if source.document == "line":
-                    yield from _lines(handle, str(file), tally)
-                elif source.document == "paragraph":
-                    yield from _paragraphs(handle, str(file))
-                else:
-                    yield from _file(blocks(handle), str(file), tally)
+                with tally.reading(file), open_text(file, marked=skips) as handle:
+                    if source.document == "file":
+                        yield from _file(blocks(handle), str(file), tally)
+                    else:
+                        parts = (_lines if source.document == "line" else _paragraphs)(handle, str(file), tally)
+                        yield from _readable(parts, tally) if skips else parts
+            except WorkError as error:
+                if not skips:
+                    raise
+                tally.skip(str(error))
+
+
+def _readable(pieces: Iterator[Piece], tally: Tally) -> Iterator[Piece]:
+    """Leaves out the pieces that hold bytes which are not UTF-8, as `open_text` marks them."""
+    for piece in pieces:
+        assert isinstance(piece.content, str)
+        try:
+            piece.content.encode()
+        except UnicodeEncodeError:
+            tally.skip(f"{piece.where}: is not UTF-8 text; convert it, or leave it out of the data")
+        else:
+            yield piece
 
 
 def _lines(handle: Iterable[str], where: str, tally: Tally) -> Iterator[Piece]:
@@ -94,7 +107,7 @@ def _lines(handle: Iterable[str], where: str, tally: Tally) -> Iterator[Piece]:
             tally.empty += 1
 
 
-def _paragraphs(handle: Iterable[str], where: str) -> Iterator[Piece]:
+def _paragraphs(handle: Iterable[str], where: str, _: Tally) -> Iterator[Piece]:
     numbered = enumerate(handle, 1)
     for blank, group in itertools.groupby(numbered, key=lambda one: not one[1].strip()):
         if not blank:

@@ -14,6 +14,7 @@ from minitron.specs.suggest import closest
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MISSING = object()
+LARGEST_ID = 2**31 - 1
 CHATS = ("messages", "conversation", "conversations", "chat")  # fields that data sets of chats have
 _SHOWN_FIELDS = 20  # of a row, in a message
 
@@ -64,6 +65,10 @@ class RowReader:
         whole = isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
         if not whole:
             raise WorkError(f"{where}: `{self.name}` is not a list of token ids; name the field that is as `ids_field`")
+        if value and max(value) > LARGEST_ID:
+            raise WorkError(
+                f"{where}: `{self.name}` holds {max(value)}, which is no token of any vocabulary; write it again"
+            )
         return TokenIds(value) if value else None
 
     def _pair(self, prompt: Any, row: dict[str, Any], where: str) -> Conversation | None:
@@ -80,7 +85,7 @@ class RowReader:
     def _conversation(self, value: Any, row: dict[str, Any], where: str) -> Conversation | None:
         if value == []:
             return None
-        if not isinstance(value, list) or not all(isinstance(item, dict) and "role" in item for item in value):
+        if not isinstance(value, list) or not all(_is_message(item) for item in value):
             wanted = 'a list of messages such as {"role": "user", "content": "..."}'
             raise WorkError(f"{where}: `{self.name}` is not {wanted}; name the field that is as `messages_field`")
         messages = self._whole([_given(message) for message in value])
@@ -111,6 +116,10 @@ class RowReader:
         if repaired is not value:
             self.tally.repaired += 1
         return repaired
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str)
 
 
 def content_field(source: Source) -> tuple[str, str]:

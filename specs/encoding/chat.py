@@ -68,6 +68,11 @@ def _call(
     texts, spans = render_jinja_template(
         [plain], tools=conversation.tools, chat_template=template, **options, **recipe.special_tokens
     )
+    for content in (message.get("content") for message in plain):
+        if isinstance(content, list | dict) and str(content) in texts[0]:
+            raise ValueError(
+                "it writes a message's content, which is in parts, as a Python list: join them to one text"
+            )
     return str(texts[0]), [(int(start), int(end)) for start, end in spans[0]] if spans else []
 
 

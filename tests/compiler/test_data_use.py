@@ -35,6 +35,19 @@ def test_widths_are_priced_without_any_data(foundry: Foundry, tmp_path: Path) ->
             make_plan(loaded, build=tmp_path, weights=True)
 
 
+def test_held_out_text_that_a_pattern_of_the_training_matches_is_refused(foundry: Foundry, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(text(20))
+    teacher = foundry.teacher("llama", num_hidden_layers=2)
+    held_out = {"held_out": {"text": [f"{tmp_path}/b.txt"], "document": "line"}}
+    training = distill({"text": [f"{tmp_path}/../{tmp_path.name}/*.txt"], "document": "line"}, 4096)
+    loaded = foundry.load(teacher, {"layers": {"drop": [1]}}, distill=training, evaluate=held_out)
+    with pytest.raises(
+        SpecInvalid, match=r"evaluate\.held_out: `.*b\.txt` is trained on as well, under `distill\.data`; n"
+    ):
+        make_plan(loaded, build=tmp_path)
+
+
 def test_how_often_the_data_is_read(foundry: Foundry, tmp_path: Path) -> None:
     teacher = foundry.teacher("llama", num_hidden_layers=2)
     corpus = tmp_path / "corpus.txt"

@@ -26,6 +26,7 @@ from tests.foundry import Foundry
 from tests.runtime import processes, tiny
 from tests.runtime.processes import CONTEXT, last_word, start, train_in_process, train_on_ranks
 
+ROOT = Path(__file__).resolve().parents[2]
 LONG = {"tokens": 64 * 10_000, "checkpoint": {"every_tokens": 64 * 8_000, "keep_last": 2}, "held_out": None}
 SHORT = {"tokens": 64, "checkpoint": {"every_tokens": 64, "keep_last": 1}, "held_out": None}
 
@@ -138,6 +139,23 @@ def test_a_training_whose_output_nobody_reads_goes_on(build: Path) -> None:
     assert process.wait(120) == 0
     assert (build / "model" / "model.safetensors").is_file()
     assert train_in_process(build) == "done"
+
+
+@pytest.mark.parametrize(
+    ("redirected", "code", "words"),
+    [
+        (">&-", 0, ""),
+        ("<&- >&- 2>&-", 0, ""),
+        (">/dev/full", 1, "error: the output could not be written (No space left on device); the work itself is done"),
+        ("nowhere.yaml 2>&-", 2, ""),
+    ],
+)
+def test_streams_that_are_closed_or_full(tmp_path: Path, redirected: str, code: int, words: str) -> None:
+    (tmp_path / "spec.yaml").write_text("teacher: {model: a/b}\nstudent: {layers: {drop: [1]}}\n")
+    command = f"{sys.executable} -m minitron.cli validate spec.yaml {redirected}"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+                          text=True, timeout=60, check=False)  # fmt: skip
+    assert (done.returncode, done.stderr.strip()) == (code, words)
 
 
 def test_metrics_of_a_long_training_take_no_memory(tmp_path: Path) -> None:

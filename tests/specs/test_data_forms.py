@@ -191,6 +191,27 @@ def test_under_skip_a_text_file_is_left_out_whole(tmp_path: Path) -> None:
         read(tmp_path, text="*.txt", on_error="skip")
 
 
+def test_under_skip_a_line_is_left_out_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\n\ncaf\xe9\nbad \xff\xfe\n\ntwo\nthree")
+    for document, kept in (("line", ["one", "two", "three"]), ("paragraph", ["one", "two\nthree"])):
+        tally = Tally()
+        assert read(tmp_path, tally, text="a.txt", document=document, on_error="skip") == kept
+        assert tally.skipped == (2 if document == "line" else 1)
+    assert "a.txt:3: is not UTF-8 text; convert it" in tally.notes()[0]
+    with pytest.raises(WorkError, match=r"a\.txt: is not UTF-8 text"):
+        read(tmp_path, text="a.txt", document="line")
+
+
+def test_tokens_that_no_vocabulary_has_and_roles_that_are_none(tmp_path: Path) -> None:
+    rows(tmp_path / "a.jsonl", {"ids": [1, 2**70], "chat": [{"role": 5, "content": "a"}]})
+    with pytest.raises(
+        WorkError, match=r"a\.jsonl:1: `ids` holds 1180591620717411303424, which is no token of any voc"
+    ):
+        read(tmp_path, jsonl="a.jsonl", ids_field="ids")
+    with pytest.raises(WorkError, match=r"a\.jsonl:1: `chat` is not a list of messages such as"):
+        read(tmp_path, jsonl="a.jsonl", messages_field="chat")
+
+
 @pytest.mark.parametrize("small", [True, False], ids=["read whole", "sampled"])
 def test_faults_past_the_first_lines_are_found_before_anything_begins(
     tmp_path: Path, small: bool, monkeypatch: pytest.MonkeyPatch

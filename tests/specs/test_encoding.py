@@ -147,6 +147,16 @@ def test_a_template_that_does_not_tell_what_is_whose(recipe: EncodingRecipe) -> 
         one(encoder, Conversation(CHAT, train_on="assistant"))
 
 
+def test_a_template_that_does_not_know_contents_in_parts(recipe: EncodingRecipe) -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "the cat"}]}]
+    knows = "{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}"
+    encoder = changed(recipe, template=knows)
+    assert text(encoder, one(encoder, Conversation(parts))) == "<s>the cat</s>"
+    encoder = changed(recipe, template="{{ messages[0]['content'] }}")
+    with pytest.raises(WorkError, match=r"writes a message's content, which is in parts, as a Python list: join them"):
+        one(encoder, Conversation(parts))
+
+
 def test_a_template_that_refuses_a_document(recipe: EncodingRecipe) -> None:
     encoder = changed(recipe, template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(
