@@ -64,6 +64,8 @@ def entry_path(build: Path, kind: str, name: str) -> Path | None:
     cache = cache_folder(build)
     if cache is None:
         return None
+    if cache.exists() and not cache.is_dir():
+        raise UsageError(f"{cache}: a file, and the cache needs a folder; set {VARIABLE} to a folder, or to {NO_CACHE}")
     claim_folder(cache, KINDS, f"set {VARIABLE}")
     (cache / kind).mkdir(exist_ok=True)
     for path in abandoned(cache, [kind]):

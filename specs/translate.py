@@ -235,9 +235,8 @@ def _wants_number(kind: str) -> Callable[[_Case], Words]:
 def _bound(key: str, words: str) -> Callable[[_Case], Words]:
     def bound(case: _Case) -> Words:
         limit = case.context[key]
-        return f"{case.given} is out of range", f"write a number {words} {limit:g}" if abs(
-            limit
-        ) < 1e6 else f"write a number {words} {limit}"
+        shown = f"{limit:.0f}" if isinstance(limit, float) and limit.is_integer() else f"{limit}"
+        return f"{case.given} is out of range", f"write a number {words} {shown}"
 
     return bound
 

@@ -68,8 +68,12 @@ LayerPairs: TypeAlias = Annotated[
     ),
 ]
 
+# Beyond these bounds a loss cannot be computed in the numbers of a GPU.
+Weight: TypeAlias = Annotated[NonNegativeFloat, Field(le=1e6)]
+Temperature: TypeAlias = Annotated[PositiveFloat, Field(ge=1e-3, le=1e3)]
+
 LossWeight: TypeAlias = Annotated[
-    Annotated[Literal["dynamic"], Tag(WORD)] | Annotated[NonNegativeFloat, Tag(LONGER)],
+    Annotated[Literal["dynamic"], Tag(WORD)] | Annotated[Weight, Tag(LONGER)],
     Discriminator(is_longer),
     word_or("dynamic or a number such as 0.5", "dynamic", also=(int, float)),
 ]
@@ -81,10 +85,10 @@ class LogitLoss(Block):
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """`forward_kl`: KL(teacher || student); `reverse_kl`: KL(student || teacher); `jsd`: Jensen-Shannon."""
 
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     """Both distributions are softened by it; the loss is multiplied by its square."""
 
-    weight: NonNegativeFloat = 1.0
+    weight: Weight = 1.0
     """Share in the sum of losses."""
 
 
@@ -138,7 +142,7 @@ class Loss(Block):
     hidden_states: HiddenStateLoss | None = None
     """The distance of hidden states; null: none."""
 
-    cross_entropy: NonNegativeFloat = 0.0
+    cross_entropy: Weight = 0.0
     """Weight of the cross-entropy with the data's own next token."""
 
     chunk_tokens: PositiveInt = 1024

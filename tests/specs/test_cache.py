@@ -46,6 +46,11 @@ def test_a_folder_of_somebody_else_is_not_taken(tmp_path: Path) -> None:
         UsageError, match="holds tokens, which minitron did not make; move it away, or set MINITRON_CACHE"
     ):
         entry_path(tmp_path / "builds" / "a", SCORES, "x")
+    (tmp_path / ".minitron-cache").write_text("a file")
+    with pytest.raises(
+        UsageError, match="a file, and the cache needs a folder; set MINITRON_CACHE to a folder, or to none"
+    ):
+        entry_path(tmp_path / "a", SCORES, "x")
     with pytest.raises(UsageError, match="is not a cache of minitron"):
         entries(tmp_path / "builds" / ".cache")
 

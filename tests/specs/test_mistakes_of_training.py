@@ -65,6 +65,27 @@ WRONG = {
         "unknown key",
         "it belongs under",
     ),
+    "a weight that no loss can carry": Wrong(
+        DISTILL + "  loss: {cross_entropy: 1e300}\n",
+        "8:25",
+        "distill.loss.cross_entropy",
+        "`1e300` is out of range",
+        "write a number of at most 1000000",
+    ),
+    "a temperature that flattens all": Wrong(
+        DISTILL + "  loss: {logits: {temperature: 1e300}}\n",
+        "8:32",
+        "distill.loss.logits.temperature",
+        "`1e300` is out of range",
+        "write a number of at most 1000",
+    ),
+    "a temperature of nearly nothing": Wrong(
+        DISTILL + "  loss: {logits: {temperature: 1e-300}}\n",
+        "8:32",
+        "distill.loss.logits.temperature",
+        "`1e-300` is out of range",
+        "write a number of at least 0.001",
+    ),
     "held-out text that is trained on": Wrong(
         SMALL + "evaluate: {held_out: {text: [a.txt]}}\n",
         "6:12",
