@@ -52,9 +52,14 @@ def held_out(
                 sums += figures
     model.rest()
     loss, tokens = world.sum(sums).tolist()
+    require_tokens(tokens)
+    return HeldOut(loss / tokens, int(tokens))
+
+
+def require_tokens(tokens: float) -> None:
+    """Checks that held-out text has tokens to predict. WorkError where it has none."""
     if not tokens:
         raise WorkError("the held-out text has no token to predict; name more of it")
-    return HeldOut(loss / tokens, int(tokens))
 
 
 def _figures(model: LanguageModel, batch: Batch) -> Tensor:

@@ -19,7 +19,7 @@ from minitron.specs.blocks.student import DEPTH
 from minitron.specs.data import DataSource
 from minitron.specs.errors import Problem
 from minitron.specs.spec import Spec
-from minitron.specs.suggest import closest
+from minitron.specs.suggest import did_you_mean
 from minitron.specs.units import COUNT_UNITS, Span, format_quantity
 
 Check: TypeAlias = Callable[[Spec], Iterator[Problem]]
@@ -329,8 +329,7 @@ def requirements_are_measured(spec: Spec) -> Iterator[Problem]:
     for name in spec.evaluate.require:
         path = f"evaluate.require.{name}"
         if name not in known:
-            nearest = closest(name, known)
-            meant = f"did you mean `{nearest}`? " if nearest else ""
+            meant = did_you_mean(name, known)
             yield Problem(path, "is not measured", f"{meant}write one of {', '.join(known)}, or add it to `suite`")
         elif name in (HELD_OUT_LOSS, RECOVERED) and spec.evaluate.held_out is None:
             yield Problem(path, "needs held-out text", "add `held_out: {text: [valid.txt]}` to `evaluate`")

@@ -7,7 +7,7 @@ from typing import Any
 
 from minitron.specs.blocks.base import LONGEST_SEQUENCE
 from minitron.specs.load import LoadedSpec
-from minitron.specs.source import Mapping
+from minitron.specs.source import node_at
 
 
 def fit_lengths(loaded: LoadedSpec, positions: int | None) -> LoadedSpec:
@@ -44,9 +44,4 @@ def fit_lengths(loaded: LoadedSpec, positions: int | None) -> LoadedSpec:
 
 def is_written(loaded: LoadedSpec, path: str) -> bool:
     """Checks whether a value is written in the file, and is not a default."""
-    node: Any = loaded.tree
-    for key in path.split("."):
-        if not isinstance(node, Mapping) or key not in node.entries:
-            return False
-        node = node.entries[key].node
-    return True
+    return node_at(loaded.tree, *path.split(".")) is not None

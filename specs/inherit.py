@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minitron.specs.source import Entry, Mapping, Node, Scalar
+from minitron.specs.source import Entry, Mapping, Node, Scalar, node_at
 
 # Keys of `student` whose value needs no scores.
 _UNSCORED = {"layers", "multiple_of"}
@@ -11,11 +11,11 @@ _UNSCORED = {"layers", "multiple_of"}
 def inherit(tree: Mapping) -> Mapping:
     """Returns the tree with `importance.data` taken from `distill.data` if scores need data and none is given: the
     documents that the student is trained on, in sequences of the same length. Places stay those of `distill.data`."""
-    data, student = _at(tree, "distill", "data"), _at(tree, "student")
+    data, student = node_at(tree, "distill", "data"), node_at(tree, "student")
     scored = isinstance(student, Mapping) and not student.entries.keys() <= _UNSCORED
-    scored |= isinstance(_at(tree, "search", "budget"), Mapping)  # which proposes shapes, where none is written
-    importance = _at(tree, "importance")
-    if not scored or not isinstance(data, Mapping) or not _missing(_at(tree, "importance", "data")):
+    scored |= isinstance(node_at(tree, "search", "budget"), Mapping)  # which proposes shapes, where none is written
+    importance = node_at(tree, "importance")
+    if not scored or not isinstance(data, Mapping) or not _missing(node_at(tree, "importance", "data")):
         return tree
     if not _missing(importance) and not isinstance(importance, Mapping):
         return tree
@@ -29,14 +29,6 @@ def inherit(tree: Mapping) -> Mapping:
     kept["data"] = Entry(place, Mapping(place, taken))
     at = tree.entries["importance"].place if "importance" in tree.entries else place
     return Mapping(tree.place, dict(tree.entries) | {"importance": Entry(at, Mapping(at, kept))})
-
-
-def _at(node: Node | None, *path: str) -> Node | None:
-    for key in path:
-        if not isinstance(node, Mapping) or key not in node.entries:
-            return None
-        node = node.entries[key].node
-    return node
 
 
 def _missing(node: Node | None) -> bool:

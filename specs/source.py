@@ -104,6 +104,15 @@ Node: TypeAlias = Scalar | Sequence | Mapping
 Plain: TypeAlias = ScalarValue | list["Plain"] | dict[str, "Plain"]
 
 
+def node_at(node: Node | None, *path: str) -> Node | None:
+    """Returns the node under a path of keys; None where nothing is written there."""
+    for key in path:
+        if not isinstance(node, Mapping) or key not in node.entries:
+            return None
+        node = node.entries[key].node
+    return node
+
+
 def plain(node: Node) -> Plain:
     """Returns the tree as dicts, lists and scalars, without places."""
     match node:

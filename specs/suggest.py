@@ -15,6 +15,12 @@ def closest(word: str, known: Iterable[str]) -> str | None:
     return by_lower[found[0]] if found else None
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Returns the beginning of a hint, which ends in a space: the known word that `word` may be; empty if none is near."""
+    nearest = closest(word, known)
+    return f"did you mean `{nearest}`? " if nearest else ""
+
+
 def one_of(words: Sequence[str]) -> str:
     """Joins words for a message: `a`, `a or b`, `a, b or c`."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

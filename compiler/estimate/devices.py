@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from minitron.specs.errors import UsageError
 from minitron.specs.float8 import CAPABILITY
-from minitron.specs.suggest import closest
+from minitron.specs.suggest import did_you_mean
 
 GB = 10**9
 THIS = "this"
@@ -82,8 +82,7 @@ def read_device(text: str) -> Cluster:
     if name == THIS and count == 1:
         return this_machine(cpu=text.strip().lower() == "cpu")
     if name not in DEVICES or count > MOST_DEVICES:
-        nearest = closest(match["name"] if match else text, [*DEVICES, *ALIASES, THIS])
-        meant = f"did you mean {nearest}? " if nearest else ""
+        meant = did_you_mean(match["name"] if match else text, [*DEVICES, *ALIASES, THIS])
         raise UsageError(
             f"--device {text}: not a device that a plan can be estimated for; {meant}write one of "
             f"{', '.join(DEVICES)} or this (this machine), with a number of them behind it: h200x8"

@@ -19,7 +19,7 @@ from minitron.compiler.estimate.devices import DEVICES, Device
 from minitron.compiler.search.pricing import Prices
 from minitron.specs.blocks.search import Workload
 from minitron.specs.errors import Problem
-from minitron.specs.suggest import closest
+from minitron.specs.suggest import did_you_mean
 
 Seconds = npt.NDArray[np.float64]
 
@@ -41,8 +41,7 @@ def check_workload(workload: Workload | None) -> list[Problem]:
     """Checks that the workload names a device whose bandwidth is known."""
     if workload is None or workload.device in DEVICES:
         return []
-    nearest = closest(workload.device, list(DEVICES))
-    meant = f"did you mean {nearest}? " if nearest else ""
+    meant = did_you_mean(workload.device, list(DEVICES))
     message = f"`{workload.device}` is not a device whose bandwidth is known"
     return [Problem("search.budget.workload.device", message, f"{meant}write one of {', '.join(DEVICES)}")]
 

@@ -14,7 +14,7 @@ import yaml
 from minitron.runtime.benchmarks.programs import ALLOWS_CODE, check_confinement, code_is_allowed
 from minitron.specs.blocks.benchmarks import Benchmark
 from minitron.specs.errors import UsageError
-from minitron.specs.suggest import closest
+from minitron.specs.suggest import did_you_mean
 
 OURS = Path(__file__).with_name("tasks")
 """Task files in the harness's format, for tasks that the harness lacks."""
@@ -100,8 +100,7 @@ def _find(benchmark: Benchmark) -> Iterator[Found]:
     index = _manager().task_index
     name = benchmark.task
     if name not in index:
-        nearest = closest(name, list(index))
-        meant = f"did you mean `{nearest}`? " if nearest else ""
+        meant = did_you_mean(name, list(index))
         raise UsageError(f"evaluate.suite: lm-eval has no task `{name}`; {meant}write another, or leave it out")
     entry = index[name]
     if entry.yaml_path is None:  # a tag: a name for several tasks, without a score of its own

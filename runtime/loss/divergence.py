@@ -62,7 +62,7 @@ def jsd(log_p_RV: Tensor, p_RV: Tensor, log_q_RV: Tensor, q_RV: Tensor) -> Tenso
     (Agarwal et al., arXiv 2306.13649, equation 1, with beta = 1/2.) With d = log q - log p, log p/m is -log(1 +
     (e^d - 1) / 2): as it stands it is exact for small d, so the value comes from it. The gradient does not see a
     constant added to log p/m, so it comes from log p/m - log 2 = -log(1 + e^d), which is exact where p and q have
-    nothing in common and log p/m itself would be log 2 minus a crumb.
+    nothing in common and log p/m itself would be log 2 less a rounding error.
     """
     # Both -inf: 0. Infinite: finite, so that a probability of 0 times it is 0.
     d_RV = log_q_RV.sub_(log_p_RV).nan_to_num_(nan=0.0)

@@ -10,13 +10,12 @@ import torch
 
 from minitron.runtime.attention import fastest_attention
 from minitron.runtime.data import Batch, Corpus, Windows
-from minitron.runtime.held_out import autocast, evaluating
+from minitron.runtime.held_out import autocast, evaluating, require_tokens
 from minitron.runtime.hidden_states import Recorder, States
 from minitron.runtime.loss import DistillationLoss, Head, distillation_loss, shared_logits
 from minitron.runtime.models import LanguageModel
 from minitron.runtime.search.rider import Rider, Shared
 from minitron.runtime.world import World
-from minitron.specs.errors import WorkError
 
 
 @dataclass(frozen=True)
@@ -118,6 +117,5 @@ class Convoy:
                     teacher_SV=logits,
                 )
                 sums[index] += torch.stack([terms.divergence, terms.cross_entropy]).double().cpu()
-        if not tokens:
-            raise WorkError("the held-out text has no token to predict; name more of it")
+        require_tokens(tokens)
         return [Figures(float(kl) / tokens, float(loss) / tokens, tokens) for kl, loss in sums.tolist()]

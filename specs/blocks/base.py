@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from minitron.specs.source import YesNo
-from minitron.specs.suggest import closest
+from minitron.specs.suggest import did_you_mean
 from minitron.specs.units import (
     BYTES_UNITS,
     COUNT_UNITS,
@@ -221,8 +221,7 @@ def read_span(
     known = ("min", "max", "step") if stepped else ("min", "max")
     for key in value:
         if key not in known:
-            nearest = closest(str(key), known)
-            meant = f"did you mean `{nearest}`? " if nearest else ""
+            meant = did_you_mean(str(key), known)
             raise wrong(f"unknown key `{key}` of a range", f"{meant}write {example}")
     for key in ("min", "max"):
         if value.get(key) is None:
@@ -308,8 +307,7 @@ def word_or(hint: str, *words: str, also: type | tuple[type, ...]) -> BeforeVali
         if isinstance(value, str) and value in words:
             return value
         if isinstance(value, str | bool) or not isinstance(value, also):
-            nearest = closest(value, words) if isinstance(value, str) else None
-            meant = f"did you mean `{nearest}`? " if nearest else ""
+            meant = did_you_mean(value, words) if isinstance(value, str) else ""
             raise wrong("{given} is not a valid value", f"{meant}write {hint}")
         return value
 

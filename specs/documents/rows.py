@@ -10,7 +10,7 @@ from typing import Any
 from minitron.specs.data import Source
 from minitron.specs.documents.kinds import Conversation, Document, Message, Tally, TokenIds
 from minitron.specs.errors import WorkError
-from minitron.specs.suggest import closest
+from minitron.specs.suggest import did_you_mean
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MISSING = object()
@@ -146,8 +146,7 @@ def no_field(where: str, name: str, option: str, known: Iterable[str]) -> WorkEr
     fields = [str(key) for key in known]
     if option == "text_field" and (chat := next((one for one in fields if one in CHATS), None)) is not None:
         return WorkError(f"{where}: has no field `{name}`, and has `{chat}`: write `messages_field: {chat}` for chats")
-    nearest = closest(name, fields)
-    meant = f"did you mean `{nearest}`? " if nearest else ""
+    meant = did_you_mean(name, fields)
     shown = [f"`{key}`" for key in fields[:_SHOWN_FIELDS]] + (["..."] if len(fields) > _SHOWN_FIELDS else [])
     there = ", ".join(shown) or "nothing"
     return WorkError(f"{where}: has no field `{name}`; {meant}there is {there}: write one of them as `{option}`")

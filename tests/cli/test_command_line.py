@@ -189,7 +189,7 @@ def test_a_plan_is_estimated_for_the_devices_that_are_named(
     assert run("compile", spec, "--dry-run", "--device", "a100")[0] == 0
     assert [(one.cluster.name, one.mfu) for one in asked] == [("h200x8", 0.4), ("a100-80", 0.17)]
     code, _, err = run("plan", spec, "--device", "h300")
-    assert code == 2 and "did you mean h200?" in err and "a100-40, a100-80, h100, h200, b200 or this" in err
+    assert code == 2 and "did you mean `h200`?" in err and "a100-40, a100-80, h100, h200, b200 or this" in err
     code, _, err = run("compile", spec, "--mfu", "0.4")
     assert code == 2 and "add --dry-run" in err
 

@@ -218,7 +218,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a device that nobody knows": (
         {"budget": {"workload": {"input": 100, "output": 10, "device": "h10"}}},
         {},
-        r"search\.budget\.workload\.device: `h10` is not a device whose bandwidth is known; did you mean h100\?",
+        r"search\.budget\.workload\.device: `h10` is not a device whose bandwidth is known; did you mean `h100`\?",
     ),
 }
 
