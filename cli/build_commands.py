@@ -201,11 +201,11 @@ def export(
         typer.Option("--whole", help="Write the multimodal model with the student as its language tower."),
     ] = False,
     weight_type: Annotated[
-        Literal["f32", "bf16", "q8_0"], typer.Option("--type", help="How matrices are stored in it.")
+        Literal["f32", "bf16", "q8_0"], typer.Option("--type", help="The type that matrices are stored in.")
     ] = "bf16",
     pre: Annotated[
         str | None,
-        typer.Option("--pre", metavar="NAME", help="What llama.cpp calls the tokenizer's rules for cutting text."),
+        typer.Option("--pre", metavar="NAME", help="The name in llama.cpp of the tokenizer's rules for cutting text."),
     ] = None,
     output: Annotated[
         Path | None,

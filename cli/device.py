@@ -30,7 +30,9 @@ def pick_device(name: str | None) -> str:
     if found == 0:
         raise UsageError(f"--device {name}: this machine has no CUDA device that torch can use; write --device cpu")
     if match[1] is not None and int(match[1]) >= found:
-        raise UsageError(f"--device {name}: the last CUDA device of this machine is cuda:{found - 1}")
+        raise UsageError(
+            f"--device {name}: this machine has no such device, its last is cuda:{found - 1}; write that, or an earlier one"
+        )
     return name
 
 

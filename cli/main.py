@@ -75,7 +75,7 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and warnings; anywhere on the line.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Results and errors only; anywhere on the line.")] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", help="What libraries say as well; anywhere on the line.")
+        bool, typer.Option("--verbose", help="Messages of libraries as well; anywhere on the line.")
     ] = False,
     log_file: Annotated[
         str | None, typer.Option("--log-file", metavar="FILE", help="Add progress and messages to FILE, with the time.")

@@ -123,7 +123,9 @@ def _has_bf16() -> bool:
 
 
 def list_builds(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to look; here by default.")] = Path(),
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="The folder to search; the current one by default.")
+    ] = Path(),
     as_json: options.Json = False,
 ) -> None:
     """List the builds below a folder: their students, how far they are, and their loss."""

@@ -39,7 +39,7 @@ def export_whole(build: Path, target: Path | None, *, progress: Progress) -> Pat
     loaded = spec_of_build(build, document)
     if loaded.spec.teacher.tower is None:
         raise UsageError(
-            f"the teacher of {build} is a model of one tower: {build / MODEL} or {build / STUDENT} is whole"
+            f"the teacher of {build} is a model of one tower; take {build / MODEL} or {build / STUDENT} as it is"
         )
     checkpoint = language_tower(fetch_weights(open_teacher(loaded, weights=True, planned=_no_chain)))
     student = build / (MODEL if finished_note(build).is_file() else STUDENT)

@@ -16,7 +16,9 @@ from minitron.specs.weight_files import TensorInfo, file_mark
 def dtype_of(name: str, info: TensorInfo) -> torch.dtype:
     """The dtype of the tensor that is stored under `name`. WorkError for one that torch does not have."""
     if info.dtype not in DTYPES:
-        raise WorkError(f"{info.file}: {name} is in {info.dtype}, which torch cannot hold")
+        raise WorkError(
+            f"{info.file}: {name} is in {info.dtype}, a dtype that torch does not have; convert the weights to bfloat16"
+        )
     return DTYPES[info.dtype]
 
 
@@ -33,7 +35,9 @@ def read_stored(name: str, info: TensorInfo, rows: npt.NDArray[np.int64] | None 
     except ShortFile:
         raise WorkError(f"{info.file} ends before the last byte of {name}; copy the file again") from None
     except OSError as error:
-        raise WorkError(f"{info.file}: cannot read {name} ({error.strerror or error})") from None
+        raise WorkError(
+            f"{info.file}: {name} cannot be read ({error.strerror or error}); check the disk, or copy the file again"
+        ) from None
     if info.mark is not None and info.mark != now:
         raise WorkError(f"{info.file} changed while it was in use; let it rest and run the command again")
     return tensor

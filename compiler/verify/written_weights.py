@@ -45,10 +45,10 @@ def files_of(folder: Path) -> Written:
             with safe_open(path, framework="pt") as handle:
                 names = list(handle.keys())
         except (SafetensorError, OSError) as error:
-            raise WorkError(f"{path} cannot be read ({error})") from None
+            raise WorkError(f"{path} cannot be read ({error}); compile again") from None
         for name in names:
             if name in place:
-                raise WorkError(f"{place[name].name} and {path.name} both hold {name}")
+                raise WorkError(f"{place[name].name} and {path.name} both hold {name}; compile again")
             place[name] = path
 
     def read(name: str) -> torch.Tensor:
