@@ -15,11 +15,32 @@ from minitron.specs.training_plan import HeadPlan
 
 
 def find_head(captured: Captured) -> HeadPlan:
-    """Raises UsageError where something stands between hidden states and logits that the loss does not know."""
+    """Returns the head of a model. UsageError where something stands between hidden states and logits that the loss does
+    not know.
+    """
     backbone = str(getattr(captured.model, "base_model_prefix", ""))
     if not isinstance(getattr(captured.model, backbone, None), torch.nn.Module):  # some families name it otherwise
         backbone = captured.layer_path.split(".", 1)[0]
-    node: Any = result_of(captured.graph)
+    linear, scale, softcap = _linear_before(captured, result_of(captured.graph))
+    weight, bias_node = captured.parameter_behind(linear.args[1]), argument(linear, "bias")
+    bias = captured.parameter_behind(bias_node) if bias_node is not None else None
+    source = linear.args[0]
+    while not captured.module_of(source).startswith(backbone):
+        factor = 1.0 if is_op(source, NEUTRAL) else _factor(source) if bias is None else None
+        if factor is None:
+            raise _unknown(captured, source)
+        scale, source = scale * factor, source.args[0]
+    if weight is None:
+        raise _unknown(captured, linear)
+    return HeadPlan(
+        backbone=backbone, module=captured.module_of(linear), weight=weight, bias=bias, scale=scale, softcap=softcap
+    )
+
+
+def _linear_before(captured: Captured, node: Any) -> tuple[Any, float, float | None]:
+    """Walks back from the logits to the product with the head's matrix. Returns it, with the factor and the soft-cap behind
+    it.
+    """
     scale, softcap = 1.0, None
     while not is_op(node, {"linear"}):
         if is_op(node, {"slice"}) and argument(node, "dim", 0) in (-1, node.meta["val"].dim() - 1):
@@ -29,35 +50,28 @@ def find_head(captured: Captured) -> HeadPlan:
             )
         if is_op(node, NEUTRAL):
             node = node.args[0]
-        elif is_op(node, {"mul", "div"}) and isinstance(node.args[1], int | float):
-            factor = float(node.args[1])
-            inner = node.args[0]
-            if is_op(node, {"mul"}) and is_op(inner, {"tanh"}) and scale == 1.0 and softcap is None:
-                quotient = inner.args[0]
-                if not (is_op(quotient, {"div"}) and quotient.args[1] == node.args[1]):
-                    raise _unknown(captured, inner)
-                softcap, node = factor, quotient.args[0]
-                continue
-            scale *= factor if is_op(node, {"mul"}) else 1.0 / factor
-            node = inner
+        elif scale == 1.0 and softcap is None and (capped := _capped(node)) is not None:
+            softcap, node = float(node.args[1]), capped
+        elif (factor := _factor(node)) is not None:
+            scale, node = scale * factor, node.args[0]
         else:
             raise _unknown(captured, node)
-    weight = captured.parameter_behind(node.args[1])
-    bias_node = argument(node, "bias")
-    bias = captured.parameter_behind(bias_node) if bias_node is not None else None
-    module = captured.module_of(node)
-    source = node.args[0]
-    while not captured.module_of(source).startswith(backbone):
-        if is_op(source, NEUTRAL):
-            source = source.args[0]
-        elif is_op(source, {"mul", "div"}) and isinstance(source.args[1], int | float) and bias is None:
-            scale *= float(source.args[1]) if is_op(source, {"mul"}) else 1.0 / float(source.args[1])
-            source = source.args[0]
-        else:
-            raise _unknown(captured, source)
-    if weight is None:
-        raise _unknown(captured, node)
-    return HeadPlan(backbone=backbone, module=module, weight=weight, bias=bias, scale=scale, softcap=softcap)
+    return node, scale, softcap
+
+
+def _factor(node: Any) -> float | None:
+    """Returns the factor of a product or a quotient with a number; None for any other operator."""
+    if not (is_op(node, {"mul", "div"}) and isinstance(node.args[1], int | float)):
+        return None
+    return float(node.args[1]) if is_op(node, {"mul"}) else 1.0 / float(node.args[1])
+
+
+def _capped(node: Any) -> Any:
+    """Returns z of c * tanh(z / c), a soft-cap; None for any other operator."""
+    if not (is_op(node, {"mul"}) and isinstance(node.args[1], int | float) and is_op(node.args[0], {"tanh"})):
+        return None
+    quotient = node.args[0].args[0]
+    return quotient.args[0] if is_op(quotient, {"div"}) and quotient.args[1] == node.args[1] else None
 
 
 def _unknown(captured: Captured, node: Any) -> UsageError:

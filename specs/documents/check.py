@@ -106,14 +106,18 @@ def _look_into(file: Path, source: Source) -> None:
     elif _size(file) <= BLOCK:
         check_utf8(file)
     else:
-        with open_bytes(file) as handle:
-            for block in _blocks(handle, file):
-                try:
-                    # A block may begin and end inside a character.
-                    trimmed = block.lstrip(bytes(range(0x80, 0xC0))) if handle.tell() > len(block) else block
-                    codecs.getincrementaldecoder("utf-8")().decode(trimmed)
-                except UnicodeDecodeError as error:
-                    raise not_utf8(str(file), error) from None
+        _look_into_text(file)
+
+
+def _look_into_text(file: Path) -> None:
+    with open_bytes(file) as handle:
+        for block in _blocks(handle, file):
+            try:
+                # A block may begin and end inside a character.
+                trimmed = block.lstrip(bytes(range(0x80, 0xC0))) if handle.tell() > len(block) else block
+                codecs.getincrementaldecoder("utf-8")().decode(trimmed)
+            except UnicodeDecodeError as error:
+                raise not_utf8(str(file), error) from None
 
 
 def _look_into_json(file: Path, source: Source) -> None:
