@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import traceback
@@ -63,6 +64,15 @@ def build_model(config: Any, dtype: torch.dtype, attention: str) -> torch.nn.Mod
     )
     hold_long_frequencies(model)
     return model.eval()
+
+
+def without_grouped_products(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, its experts multiplied row by row: grouped products run on the meta device in bfloat16 only, and only with
+    rows of a multiple of 16 bytes."""
+    if getattr(model, "_can_set_experts_implementation", lambda: False)():
+        with contextlib.suppress(ValueError, NotImplementedError):  # experts of a kind that has no other product
+            model.set_experts_implementation("batched_mm")  # type: ignore[operator]
+    return model
 
 
 @contextmanager

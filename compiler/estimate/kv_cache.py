@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from minitron.compiler.capture.models import build_meta, quiet
+from minitron.compiler.capture.models import build_meta, quiet, without_grouped_products
 from minitron.compiler.estimate.activations import no_packing
 
 REMEMBERED = 256  # models: those of one plan are asked for several times
@@ -53,8 +53,8 @@ class _Key:
 def _cache_layers(key: _Key) -> Sequence[CacheLayer] | None:
     try:
         with quiet(), no_packing(), torch.no_grad():
-            # In bf16, in which experts can be multiplied there; elements are counted, not bytes.
-            model = build_meta(key.config, torch.bfloat16, key.attention)
+            # Elements are counted, not bytes: any dtype will do.
+            model = without_grouped_products(build_meta(key.config, torch.bfloat16, key.attention))
             filled = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device="meta"), use_cache=True)
         layers = filled.past_key_values.layers
     except Exception:  # code that wants to see data, or caches of another kind

@@ -3,7 +3,8 @@
     hidden     one list for the network
     widths     one list a layer; of experts' channels, one for each expert (no other expert depends on them), and so with
                the heads of a scan in each group, and the channels of each of those heads
-    groups     one list a layer: the key-value groups with the highest scores (a group's score: L2 over its query heads)
+    groups     one list a layer: the key-value groups with the highest scores (a group's score: L2 over its query heads, those
+               of all layers that read the same keys and values)
     heads      one list for each kept group: the query heads with the highest scores in that group
     layers     those that the spec names, or the highest-scored ones, or all but one run of neighbours
 
@@ -84,8 +85,9 @@ def select(
     if HEADS in targets.widths or GROUPS in targets.widths:
         for layer in layers:
             if layer in roles.heads:
+                together = [scores.heads[other] for other in roles.sharing(layer) if other in layers]
                 groups[layer], heads[layer] = select_heads(
-                    scores.heads[layer], *wanted_heads(targets, roles.heads[layer])
+                    scores.heads[layer], *wanted_heads(targets, roles.heads[layer]), together
                 )
     return Selection(layers, hidden, widths, groups, heads)
 
@@ -101,9 +103,15 @@ def wanted_heads(targets: Targets, site: Heads) -> tuple[int, int]:
     return groups, targets.widths.get(HEADS, groups * site.repeats) // groups
 
 
-def select_heads(scores_GR: npt.NDArray[np.float32], groups: int, repeats: int) -> tuple[Indices, tuple[Indices, ...]]:
-    """The best groups, and the best query heads within each."""
-    kept = top(np.sqrt(np.square(scores_GR.astype(np.float64)).sum(1)).astype(np.float32), groups)
+def select_heads(
+    scores_GR: npt.NDArray[np.float32],
+    groups: int,
+    repeats: int,
+    together: Sequence[npt.NDArray[np.float32]] = (),
+) -> tuple[Indices, tuple[Indices, ...]]:
+    """The best groups, and the best query heads within each. `together`: the scores of all layers that have these groups."""
+    squares_G = sum(np.square(one.astype(np.float64)).sum(1) for one in together or [scores_GR])
+    kept = top(np.sqrt(squares_G).astype(np.float32), groups)
     return kept, tuple(top(scores_GR[g], repeats) for g in kept)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch._export.utils import _compiling_state_context
 
 from minitron.compiler.capture.capture import Captured
-from minitron.compiler.capture.models import build_meta, modelling_line, quiet
+from minitron.compiler.capture.models import build_meta, modelling_line, quiet, without_grouped_products
 from minitron.specs.errors import UsageError, first_line
 
 # What transformers' models hand from one step to the next: (of the output, of the next call).
@@ -28,7 +28,7 @@ def check_cached_step(captured: Captured, config: Any) -> None:
 
 def _failure(captured: Captured, config: Any) -> str | None:
     """The error of two steps, with the line of the model's code that it comes from; None where both succeed."""
-    model = build_meta(config, captured.dtype, captured.attention)
+    model = without_grouped_products(build_meta(config, captured.dtype, captured.attention))
     try:
         with quiet(), torch.no_grad(), _compiling_state_context():
             first = model(input_ids=torch.zeros(1, 3, dtype=torch.long, device="meta"), use_cache=True)

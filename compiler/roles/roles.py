@@ -95,6 +95,14 @@ class Roles:
     mixtures: dict[int, Mixture] = field(default_factory=dict)
     scans: dict[int, Scan] = field(default_factory=dict)
 
+    def sharing(self, layer: int) -> list[int]:
+        """The layers whose attention has the key-value groups of this one, itself among them: a layer may read the keys and
+        values that an earlier one has made."""
+        group = self.heads[layer].group
+        if group is None:
+            return [layer]
+        return [other for other, site in self.heads.items() if site.group is group]
+
 
 def find_roles(captured: Captured, table: AxisTable) -> Roles:
     """Reads the roles off the analysed graph."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -134,6 +134,25 @@ def _guesses(config: Any, widths: Mapping[str, int], teacher_widths: Mapping[str
                     found.setdefault((part, key), new)
     for count in range(4):
         yield from map(dict, itertools.islice(itertools.combinations(found.items(), count), MOST_GUESSES))
+    # A class may hold a key against hidden_size that no tensor of this model follows, as the heads of mixers that it has not.
+    for one in _in_proportion(config, widths, teacher_widths, {key for _, key in found}):
+        for count in range(3):
+            combinations = itertools.islice(itertools.combinations(found.items(), count), MOST_GUESSES)
+            yield from (one | dict(others) for others in combinations)
+
+
+def _in_proportion(
+    config: Any, widths: Mapping[str, int], teacher: Mapping[str, int], known: Collection[str]
+) -> Iterator[dict[Key, int]]:
+    """Yields keys of mixers' heads that the model has none of, each in the proportion in which hidden_size is narrowed."""
+    if HIDDEN not in widths or SCAN_HEADS in teacher:
+        return
+    for key in (*OTHER_KEYS[SCAN_HEADS], *OTHER_KEYS[SCAN_HEAD_DIM], SCAN_HEADS, SCAN_HEAD_DIM):
+        value = vars(config).get(key)
+        mixers = "mamba" in key or key.startswith("linear_")
+        if not mixers or key in known or type(value) is not int or value * widths[HIDDEN] % teacher[HIDDEN]:
+            continue
+        yield {("", key): value * widths[HIDDEN] // teacher[HIDDEN]}
 
 
 def _made_of(widths: Mapping[str, int], teacher: Mapping[str, int]) -> Iterator[tuple[int, int]]:

@@ -132,10 +132,11 @@ class Planned:
             follows = len(layers) < count <= len(old) and not name.endswith(TOKENS)
             return follows and new == [old[layer] for layer in layers]
         plain = type(new) is int and (old is MISSING or old is None or type(old) is int)
-        return plain and self._shapes_depend_on(key.split("."), old)
+        return plain and self._model_depends_on(key.split("."), old)
 
-    def _shapes_depend_on(self, path: Sequence[str], old: Any) -> bool:
-        """Checks whether the student would have other tensors with the teacher's value of a key."""
+    def _model_depends_on(self, path: Sequence[str], old: Any) -> bool:
+        """Checks whether the student would have other tensors with the teacher's value of a key, or its configuration could
+        not be loaded: its class may hold keys against each other that no tensor of this model follows."""
         config = copy.deepcopy(self.config)
         holder = config
         for part in path[:-1]:
@@ -145,6 +146,7 @@ class Planned:
                 holder[path[-1]] = None if old is MISSING else old
             else:
                 setattr(holder, path[-1], None if old is MISSING else old)
+            config.validate()
             return shapes(build_meta(config, self.captured.dtype, self.captured.attention)) != self._shapes
         except Exception:  # a modelling file raises anything for widths that it cannot have
             return True

@@ -158,7 +158,10 @@ def _attention(layer: int, selection: Selection, scores: ScoreTable, targets: Ta
     if layer not in scores.heads or scores.heads[layer].shape != heads.shape:
         return f"{HEADS} in layer {layer} are narrowed, and there are no scores of them"
     of_heads = scores.heads[layer]
-    of_groups = np.sqrt(np.square(of_heads.astype(np.float64)).sum(1)).astype(np.float32)
+    # Layers that read the same keys and values keep the same groups of them.
+    sharing = [one for one, other in roles.heads.items() if site.group is not None and other.group is site.group]
+    joint = [scores.heads[one] for one in sharing if one in selection[LAYERS][0]] or [of_heads]
+    of_groups = np.sqrt(sum(np.square(one.astype(np.float64)).sum(1) for one in joint)).astype(np.float32)
     count = targets.widths.get(GROUPS, site.groups)
     repeats = targets.widths.get(HEADS, count * site.repeats) // count
     found = outranked(f"{GROUPS} in layer {layer}", of_groups, groups, count)

@@ -75,6 +75,13 @@ def test_the_cache_of_a_token_is_what_generation_holds(foundry: Foundry, family:
         assert said["kv_cache_bytes_per_token"] * 5 == held
 
 
+def test_the_cache_does_not_depend_on_the_width_of_experts(foundry: Foundry) -> None:
+    """Rows of 12 channels cannot be multiplied expert by expert in bfloat16, whatever the model itself is held in."""
+    teacher = foundry.teacher("deepseek_v3", num_hidden_layers=2)
+    costs = [plan_document(foundry.plan(teacher, {"moe_intermediate_size": width}))["student"] for width in (16, 12)]
+    assert costs[0]["kv_cache_bytes_per_token"] == costs[1]["kv_cache_bytes_per_token"] == 4 * 2 * (12 + 4)
+
+
 @pytest.mark.parametrize("family", ["deepseek_v3", "mistral"])
 def test_the_cache_is_what_each_layer_keeps(foundry: Foundry, family: str) -> None:
     """A latent vector instead of keys and values; of a sliding window only its last tokens, the newest beside them."""

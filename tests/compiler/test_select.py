@@ -100,6 +100,13 @@ class TestHeads:
         groups, _ = select_heads(scores(1, 2, 2, 1, 1, 2).reshape(3, 2), 2, 2)
         assert groups.tolist() == [0, 1]
 
+    def test_layers_that_read_the_same_keys_keep_the_same_groups(self) -> None:
+        """Alone the first would keep group 0 and the second group 1; each ranks the heads within them by itself."""
+        first, second = scores(4, 1, 0, 3).reshape(2, 2), scores(1, 2, 9, 0).reshape(2, 2)
+        kept = [select_heads(one, 1, 1, [first, second]) for one in (first, second)]
+        assert [groups.tolist() for groups, _ in kept] == [[1], [1]]
+        assert [lists[0].tolist() for _, lists in kept] == [[1], [0]]
+
     @pytest.mark.parametrize(
         ("wanted", "left"), [({HEADS: 2}, (2, 1)), ({GROUPS: 1}, (1, 2)), ({HEADS: 1, GROUPS: 1}, (1, 1)), ({}, (2, 2))]
     )

@@ -68,6 +68,29 @@ def test_the_decoder_of_a_pair_has_layers_of_its_own(foundry: Foundry) -> None:
         foundry.plan(teacher(foundry, "bart"), {HEADS: 2})
 
 
+def test_layers_that_read_the_keys_of_another_keep_its_groups(foundry: Foundry) -> None:
+    """The last two layers have no keys and values of their own; each has a selection of its own in plan.json."""
+    config = tiny(
+        "gemma3n_text", num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    made = foundry.build(save_teacher(foundry.root / "shared-keys", config), {GROUPS: 1}, program=False)
+    assert all(check["passed"] for check in made.checks.values())
+    groups = made.document("plan.json")["selection"][GROUPS]
+    assert groups[2] == groups[0] and groups[3] == groups[1]
+
+
+def test_mixers_that_a_model_has_none_of_follow_its_configuration(foundry: Foundry) -> None:
+    """The class holds the heads of mixers against hidden_size, whether or not a layer has one."""
+    config = tiny(
+        "granitemoehybrid", layer_types=["attention"] * 3, num_hidden_layers=3, num_local_experts=0, mamba_n_heads=8,
+        mamba_d_head=8, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, shared_intermediate_size=40,
+        mamba_expand=2, mamba_n_groups=1, vocab_size=96, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    made = foundry.build(save_teacher(foundry.root / "no-mixers", config), {HIDDEN: 16, HEADS: 2}, program=False)
+    assert all(check["passed"] for check in made.checks.values())
+    assert made.config["mamba_n_heads"] * made.config["mamba_d_head"] == 2 * 16
+
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
         "minicpm3",
