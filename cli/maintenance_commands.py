@@ -27,6 +27,7 @@ from minitron.specs.builds import (
     PARTIAL_STREAMS,
     PLAN,
     REFITTED,
+    REFITTED_AGAIN,
     RESULTS,
     SEARCH,
     STAGED,
@@ -238,7 +239,7 @@ def _needless(build: Path) -> Iterator[Path]:
     if (build / VERIFICATION).is_file():
         # What a later compile left that was interrupted: the one before it is whole.
         paths += [build / name for name in (PARTIAL_SCORES, PARTIAL_STREAMS, PARTIAL_ROUNDS)]
-        paths += [temporary_path(build / name) for name in (STAGED, REFITTED)]
+        paths += [temporary_path(build / name) for name in (STAGED, REFITTED, REFITTED_AGAIN, SEARCH)]
     for path in paths:
         if path.exists() and not path.is_symlink() and path.resolve().is_relative_to(build.resolve()):
             yield path

@@ -207,13 +207,21 @@ def training_text(plan: Plan, fingerprint: str) -> str:
     return with_mark(render(_training_plan(plan, fingerprint, narrows_hidden=False), plan.loaded.path, plan.build))
 
 
-def write_verification(build: Path, checks: Sequence[Check], student: Mapping[str, str]) -> None:
-    """Writes verification.json; `student` has the hash of every file of student/."""
+def compiled_on(device: str) -> dict[str, Any]:
+    """Returns what of this machine decides the last digits of a basis and of a refit, as verification.json keeps it."""
+    return {"device": torch.device(device).type, "threads": torch.get_num_threads()}
+
+
+def write_verification(
+    build: Path, checks: Sequence[Check], student: Mapping[str, str], compiled: Mapping[str, Any]
+) -> None:
+    """Writes verification.json; `student` has the hash of every file of student/, `compiled` is what it was `compiled_on`."""
     document = {
         "format_version": 1,
         "passed": not failed(checks),
         "checks": [check.to_json() for check in checks],
         "student": dict(student),
+        "compiled": dict(compiled),
     }
     write_text(build / VERIFICATION, as_text(document))
 

@@ -14,6 +14,7 @@ import torch
 
 from minitron.compiler.build_documents import (
     Trained,
+    compiled_on,
     guard_build,
     guard_training,
     renew_documents,
@@ -167,12 +168,17 @@ def rewrite(plan: Plan, selection: Selection, buffers: Buffers) -> RewrittenStud
 
 
 def refit(
-    compilation: Compilation, student: RewrittenStudent, samples: torch.Tensor | None, folder: Path
+    compilation: Compilation,
+    selection: Selection,
+    student: RewrittenStudent,
+    samples: torch.Tensor | None,
+    target: Path,
 ) -> Compilation:
-    """Refits the student's projections to the teacher's outputs on the calibration data; `folder` holds the fitted values, and
-    those of a process that was killed at the same."""
+    """Refits the student's projections to the teacher's outputs on the calibration data. The temporary folder of `target` holds
+    the fitted values, and those of a process that was killed at the same."""
     teacher, source, settings = compilation.plan.teacher, compilation.source, compilation.settings
     assert samples is not None
+    folder = kept_folder(target, _refit_identity(compilation, selection, samples))
     captured, whole = teacher.captured, teacher.captured.graph_module
     theirs = source.source if isinstance(source, MergedExperts) else source
     fetch: Fetch = theirs.get
@@ -318,6 +324,9 @@ def compile_spec(
         plan = with_weights(plan, progress)
         try:
             compiled = _compile(_open(plan, device, progress, work), stages)
+        except OSError:  # a full disk, say: once that is mended, the refit goes on
+            remove_leftovers(build, but=(REFITTED,))
+            raise
         except Exception:
             remove_leftovers(build)
             raise
@@ -350,7 +359,7 @@ def _compile(compilation: Compilation, stages: Stages) -> Plan:
         write_documents(folder, plan, selection, Trained(fingerprint, inputs, start), compilation.coordinates)
         checks = [*of_teacher, *stages.verify(compilation, student, samples)]
         check_unchanged(inputs, _inputs(plan))
-        write_verification(folder, checks, folder_hashes(folder / STUDENT))
+        write_verification(folder, checks, folder_hashes(folder / STUDENT), compiled_on(compilation.device))
     require_passed(checks)
     return plan
 
@@ -395,14 +404,12 @@ def prune(
     compilation = merge(compilation, selection, scores)
     student = stages.rewrite(plan, selection, compilation.buffers)
     if plan.refits:
-        assert samples is not None
-        folder = kept_folder(scratch / REFITTED, _refit_identity(compilation, selection, samples))
-        compilation = refit(compilation, student, samples, folder)
+        compilation = refit(compilation, selection, student, samples, scratch / REFITTED)
     return compilation, selection, student, rotated
 
 
 # Part of what identifies a refit: another one where the same inputs give other values.
-REFIT_DEFINITION = "ridge of the mean diagonal"
+REFIT_DEFINITION = "ridge of the mean diagonal, a block of rows at a time"
 
 
 def _refit_identity(compilation: Compilation, selection: Selection, samples: torch.Tensor) -> str:

@@ -11,6 +11,8 @@ import torch
 
 from minitron.compiler.compilation import RUN_DTYPE, Compilation, run_buffers, weight_hashes
 from minitron.compiler.estimate.estimate import Estimate
+from minitron.compiler.estimate.fit import size_words
+from minitron.compiler.estimate.memory import calibration_memory
 from minitron.compiler.graph.executor import Executor, Feeding, Settings
 from minitron.compiler.graph.memory import free_memory, host_memory, release_heap
 from minitron.compiler.graph.streams import FileStreams, MemoryStreams, Streams
@@ -21,8 +23,8 @@ from minitron.compiler.importance.room import Room, divide
 from minitron.compiler.importance.rounds_file import Rounds
 from minitron.compiler.importance.samples import SampleConfig, calibration_samples
 from minitron.compiler.importance.score_file import read_scores, write_scores
-from minitron.compiler.importance.scores import Scores, ScoreTable, WidthConfig
-from minitron.compiler.importance.taps import CalibrationConfig, DepthConfig
+from minitron.compiler.importance.scores import Scores, ScoreTable
+from minitron.compiler.importance.taps import CalibrationConfig
 from minitron.compiler.plan.checks import teacher_key
 from minitron.compiler.plan.plan import Plan
 from minitron.compiler.teacher.lock import versions
@@ -50,23 +52,14 @@ def score(compilation: Compilation, *, made_anyhow: bool = False) -> tuple[Score
     samples = calibration_samples(data, tokenizer, captured.config.vocab_size, wanted)
     if len(samples) < wanted.samples and ranks.leads:
         compilation.progress.message(f"the calibration data makes {len(samples)} samples, not {wanted.samples}")
-    config = CalibrationConfig(
-        WidthConfig(importance.width.batch, importance.width.sequence),
-        DepthConfig(importance.depth.metric, plan.layers_one_by_one),
-        () if plan.rotation is None else plan.rotation.sites,
-        None if plan.rotation is None else plan.rotation.head_site,
-        importance.selection == "greedy",
-        plan.loaded.spec.recovery.merge_experts,
-    )
-    key = _score_key(plan, content_hash(data), samples, config)
+    key = _score_key(plan, content_hash(data), samples, plan.calibration)
     path, made = compilation.build / SCORES, _made(compilation)
     shared = entry_path(plan.build, cache.SCORES, f"{hashlib.sha256(f'{key} {made}'.encode()).hexdigest()}.safetensors")
     own = read_scores(path, key) if ranks.leads and made_anyhow else None
     found = ranks.from_leader((own or _found(compilation, path, shared, (key, made))) if ranks.leads else None)
     if found is not None:
         return found, samples
-    taken = config if plan.covers else replace(config, sites=(), head_site=None)
-    scores = _calibrated(compilation, samples, taken, key)
+    scores = _calibrated(compilation, samples, plan.taken, key)
     if ranks.leads:
         share_file(path, shared)
     return scores, samples
@@ -120,6 +113,12 @@ def _calibrated(compilation: Compilation, samples: torch.Tensor, config: Calibra
     room = (saved.room() if work.memory is None else None) or divide(
         budget, sizes, kind, host=host_memory(), compared=compared, whole=config.greedy
     )
+    least = calibration_memory(sizes, room, kind, compared=compared).peak
+    if work.memory is not None and least > work.memory and work.ranks.leads:
+        compilation.progress.message(
+            f"calibrate: takes about {size_words(least)}, and --memory allows {size_words(work.memory)}: one layer's weights, "
+            "one sample and what its activations are summed up in are the least"
+        )
     settings = Settings(device, dtype, plan.dtype)
     buffers = compilation.buffers if dtype == RUN_DTYPE else run_buffers(plan, captured.config, dtype)
 

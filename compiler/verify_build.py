@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from minitron.compiler.build_documents import require_passed, write_verification
 from minitron.compiler.compilation import Compilation, run_buffers
@@ -19,7 +22,8 @@ from minitron.compiler.teacher.provenance import at_commit, observe, with_result
 from minitron.compiler.teacher_checks import verify_teacher
 from minitron.compiler.verify.checks import Check
 from minitron.compiler.weights.source import open_weights
-from minitron.specs.builds import PLAN, PROGRAM, SCORES, STUDENT, VERIFICATION, read_document
+from minitron.specs.atomic import temporary_path
+from minitron.specs.builds import PLAN, PROGRAM, REFITTED_AGAIN, SCORES, STUDENT, VERIFICATION, read_document
 from minitron.specs.errors import UsageError
 from minitron.specs.load import LoadedSpec, load_spec
 from minitron.specs.lockfile import changes
@@ -40,16 +44,42 @@ def verify_build(build: Path, *, device: str, progress: Progress) -> None:
         if not (build / name).exists():
             raise UsageError(f"{build / name} is missing; compile again")
     loaded = spec_of_build(build, document)
-    with only_one(build, "verifying"), tempfile.TemporaryDirectory() as scratch:
+    with only_one(build, "verifying"):
         plan = with_weights(make_plan(loaded, build=build, weights=True), progress)
         if plan.needs_scores and plan.loaded.spec.importance.data is not None and not (build / SCORES).exists():
             raise UsageError(f"{build / SCORES} is missing; compile again")
         now = with_result(loaded, observe(at_commit(loaded, plan.checkpoint.commit)))
         for path, _, _ in changes(document["inputs"], now):
             raise UsageError(f"{' '.join(path)} is not what {build} was compiled from; compile again, or restore it")
-        checks = _checks(plan, verified["student"], device, progress, Path(scratch))
-        write_verification(build, checks, verified["student"])
+        compiled = verified.get("compiled") or {}
+        if plan.refits and compiled.get("device") not in (None, torch.device(device).type):
+            raise UsageError(
+                f"{build} was refitted on a device of the kind {compiled['device']}, on which the last digits depend; write "
+                f"--device {compiled['device']}"
+            )
+        compilation = _open(plan, device, progress)
+        try:
+            with _threads(compiled.get("threads")):
+                checks = _checks(compilation, verified["student"])
+            write_verification(build, checks, verified["student"], compiled)
+        except OSError:  # a full disk, say: once that is mended, the refit goes on
+            raise
+        except Exception:
+            shutil.rmtree(temporary_path(build / REFITTED_AGAIN), ignore_errors=True)
+            raise
+        shutil.rmtree(temporary_path(build / REFITTED_AGAIN), ignore_errors=True)
     require_passed(checks)
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """Computes in as many threads as the compile did: sums of a basis and of a refit are split among them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def spec_of_build(build: Path, document: Mapping[str, Any]) -> LoadedSpec:
@@ -61,10 +91,19 @@ def spec_of_build(build: Path, document: Mapping[str, Any]) -> LoadedSpec:
     return loaded
 
 
-def _checks(plan: Plan, recorded: Mapping[str, str], device: str, progress: Progress, scratch: Path) -> list[Check]:
-    """Makes the student again in memory, without its files, and compares the build with it."""
-    source, stages = open_weights(plan.teacher.captured, plan.checkpoint), Stages()
-    compilation = Compilation(plan, source, run_buffers(plan, plan.teacher.captured.config), device, progress)
+def _open(plan: Plan, device: str, progress: Progress) -> Compilation:
+    """The state in which a compile begins."""
+    source = open_weights(plan.teacher.captured, plan.checkpoint)
+    return Compilation(plan, source, run_buffers(plan, plan.teacher.captured.config), device, progress)
+
+
+def _checks(compilation: Compilation, recorded: Mapping[str, str]) -> list[Check]:
+    """Makes the student again, without its files, and compares the build with it.
+
+    A refit is made again: values that a compile had kept, with a hash of its own, would be compared with their own copy. It
+    happens once, and what an interrupted verification has fitted is taken up by the next.
+    """
+    plan, stages = compilation.plan, Stages()
     of_teacher = verify_teacher(compilation)
     scores, samples = score(compilation, made_anyhow=True)
     chosen = stages.select(plan, scores)
@@ -76,5 +115,5 @@ def _checks(plan: Plan, recorded: Mapping[str, str], device: str, progress: Prog
     compilation = merge(compilation, chosen, scores)
     student = stages.rewrite(compilation.plan, chosen, compilation.buffers)
     if plan.refits:
-        compilation = refit(compilation, student, samples, scratch)
+        compilation = refit(compilation, chosen, student, samples, plan.build / REFITTED_AGAIN)
     return [*of_teacher, *run_verification(compilation, student, samples, recorded=recorded)]

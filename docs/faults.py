@@ -71,10 +71,11 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "kills": (
-        "kill -9 of a compile, a training, a capture; the same bytes in the end",
+        "kill -9 of a compile, a search, a training, a capture; the same bytes in the end",
         (
-            "tests/e2e/test_compile_killed.py", "tests/runtime/test_training_killed.py",
-            "tests/runtime/test_checkpoints.py", "tests/runtime/test_token_cache.py",
+            "tests/e2e/test_compile_killed.py", "tests/compiler/test_search_killed.py",
+            "tests/runtime/test_training_killed.py", "tests/runtime/test_checkpoints.py",
+            "tests/runtime/test_token_cache.py",
         ),
     ),
     "disks": ("full, or not writable", ("tests/compiler/test_emit.py", "tests/specs/test_atomic.py")),

@@ -202,6 +202,9 @@ def kept_folder(target: Path, made_for: str) -> Path:
         same = (folder / _MADE_FOR).read_text(encoding="utf-8") == made_for
     except (OSError, ValueError):
         same = False
+    if folder.is_symlink() or not folder.is_dir():
+        same = False
+        folder.unlink(missing_ok=True)  # whatever a link leads to is somebody else's
     if not same:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

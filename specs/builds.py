@@ -42,8 +42,9 @@ TOWER = "tower"
 WHOLE = "whole"
 
 # The hidden, temporary folders (`specs.atomic.temporary_path`) in which a compile writes everything first, and the values
-# that a refit has found; a compile that is interrupted leaves them to the next.
-STAGED, REFITTED = "compile", "refit"
+# that a refit has found, by a compile and by `minitron verify`; a command that is interrupted leaves them to the next. The
+# candidates of a search are in that of SEARCH until all are there.
+STAGED, REFITTED, REFITTED_AGAIN = "compile", "refit", "verify"
 
 COMPILED = (
     PLAN, SCORES, PARTIAL_SCORES, PARTIAL_STREAMS, PARTIAL_ROUNDS, STUDENT, PROGRAM, TRAINING, VERIFICATION,

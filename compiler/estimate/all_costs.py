@@ -33,8 +33,11 @@ def all_costs(estimate: Estimate, hardware: HardwareAssumptions) -> list[Cost]:
 
 def _phase_costs(phase: Phase, hardware: HardwareAssumptions) -> list[Cost]:
     name = phase.name.replace("_", " ")
-    found = [Cost(f"{name}: tokens", phase.tokens, "tokens", "exact")]
-    found.append(Cost(f"{name}: work per token", phase.flops // phase.tokens, "FLOPs", "estimated"))
+    if phase.tokens:
+        found = [Cost(f"{name}: tokens", phase.tokens, "tokens", "exact")]
+        found.append(Cost(f"{name}: work per token", phase.flops // phase.tokens, "FLOPs", "estimated"))
+    else:  # of weights alone
+        found = [Cost(f"{name}: work", phase.flops, "FLOPs", "estimated")]
     for part, size in phase.memory.parts.items():
         if size:
             basis = "exact" if part in EXACT_PARTS else "estimated"
@@ -45,7 +48,7 @@ def _phase_costs(phase: Phase, hardware: HardwareAssumptions) -> list[Cost]:
         found.append(Cost(f"{name}: disk", phase.disk, "bytes", basis, "at most" if phase.name == "capture" else ""))
     if phase.float8:
         found.append(Cost(f"{name}: of it in float8", phase.float8 // phase.tokens, "FLOPs", "estimated"))
-    hours, days = (of(phase.flops, phase.float8) for of in (hardware.hours, hardware.seconds))
+    hours, days = phase.hours(hardware), phase.seconds(hardware)
     found.append(Cost(f"{name}: device-hours", hours, "hours", "estimated", hardware.words))
     found.append(Cost(f"{name}: days", days / 86400, "days", "estimated", hardware.words))
     return found

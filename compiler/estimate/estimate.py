@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -37,9 +37,10 @@ from minitron.compiler.estimate.memory import (
 )
 from minitron.compiler.estimate.phases import Phase
 from minitron.compiler.estimate.plan_costs import plan_costs
+from minitron.compiler.estimate.recovery_phases import merge_phase, refit_phase
 from minitron.compiler.estimate.search_phase import Ride, search_phase
 from minitron.compiler.estimate.training_defaults import micro_batch, place_teacher
-from minitron.compiler.importance.batches import batch_size, block_size
+from minitron.compiler.importance.accumulated import accumulated
 from minitron.compiler.importance.room import Sizes, divide
 from minitron.compiler.plan.plan import Plan
 from minitron.specs.attention_modules import attention_of
@@ -51,8 +52,6 @@ CHUNK_ELEMENTS = 1 << 23  # logits that `minitron capture` holds at a time
 CONTEXT = 4096  # tokens before the one that is decoded, where no phase of the spec says how long sequences are
 MASKS = 4  # of one byte for each pair of positions, while the mask of a batch is made
 GUESSED_BYTES = 34  # a token, channel and layer, where a model cannot be run without data (arXiv 2205.05198, section 4)
-# How often a layer runs while it is refitted: attention and feed-forward each read and write, and once more.
-REFIT_RUNS = 5
 
 
 @dataclass(frozen=True)
@@ -294,8 +293,7 @@ class Estimate:
         phases = []
         if spec.importance.data is not None and plan.needs_scores:
             phases.append(self._calibrate(hardware))
-        if plan.refits and phases:
-            phases.append(self._refit(phases[-1].memory))
+            phases += self._recovery(kind)
         if spec.distill is None:
             return phases
         layout, length = self.layout(hardware.cluster.count), spec.distill.sequence_length
@@ -362,7 +360,10 @@ class Estimate:
     def devices(self, hardware: HardwareAssumptions) -> list[dict[str, Any]]:
         """The totals of all phases on the same number of devices of each kind as `hardware` has."""
         phases = self.phases(hardware)
-        flops, float8 = sum(phase.flops for phase in phases), sum(phase.float8 for phase in phases)
+        whole = Phase(
+            "all", "", 0, sum(phase.flops for phase in phases), Memory({}, 0),
+            float8=sum(phase.float8 for phase in phases), waiting=sum(phase.waiting for phase in phases),
+        )  # fmt: skip
         named = hardware.cluster.device
         kinds = [*DEVICES.values(), *([] if named.name in DEVICES else [named])]
         found = []
@@ -372,8 +373,8 @@ class Estimate:
                 {
                     "device": there.cluster.name,
                     "memory_bytes": device.memory_bytes,
-                    "device_hours": round(there.hours(flops, float8), 6),
-                    "days": round(there.seconds(flops, float8) / 86400, 6),
+                    "device_hours": round(whole.hours(there), 6),
+                    "days": round(whole.seconds(there) / 86400, 6),
                 }
             )
         return found
@@ -400,7 +401,7 @@ class Estimate:
         sizes = self.calibration_sizes(data.samples, length, dtype)
         greedy = plan.loaded.spec.importance.selection == "greedy"
         room = divide(device.memory_bytes, sizes, device.kind, compared=compared, whole=greedy)
-        memory = calibration_memory(sizes, room, compared=compared)
+        memory = calibration_memory(sizes, room, device.kind, compared=compared)
         does = f"scores every axis by the activations of {data.samples} samples of {length} tokens, layer by layer"
         if compared:
             does += ", and every layer by the harm of dropping it"
@@ -440,21 +441,18 @@ class Estimate:
             samples=samples,
             length=length,
             layers=captured.layer_count,
+            **asdict(accumulated(plan.teacher, plan.taken)),
         )
 
-    def _refit(self, calibration: Memory) -> Phase:
-        """The phase that refits: teacher and student run side by side on one block of samples, each layer up to each
-        stage, then whole."""
-        data = self.plan.loaded.spec.importance.data
-        assert data is not None
-        length = data.sequence_length
-        sequences = min(data.samples, batch_size(length))
-        tokens = min(data.samples, sequences * block_size(sequences, length, self.teacher.hidden)) * length
-        both = self.teacher_costs.flops_per_token + self.student_costs.flops_per_token
-        own = {"student": tokens * self.student.hidden * FP32 + FP32 * self.student.layer}
-        memory = Memory({**calibration.parts, **own}, calibration.peak + own["student"])
-        does = f"fits the student's projections to the teacher's on {tokens // length} samples, layer by layer"
-        return Phase("refit", does, tokens, tokens * REFIT_RUNS * both, memory)
+    def _recovery(self, kind: str) -> Iterator[Phase]:
+        """The phases that change weights before they are cut, in order."""
+        plan, data = self.plan, self.plan.loaded.spec.importance.data
+        if plan.merges_experts:
+            yield merge_phase(plan)
+        if plan.refits and data is not None:
+            both = self.teacher_costs.flops_per_token + self.student_costs.flops_per_token
+            sizes = self.calibration_sizes(data.samples, data.sequence_length, torch.float32)
+            yield refit_phase(plan, (self.teacher, self.student), both, sizes, kind)
 
     def _capturing(self, kind: str, layout: Layout) -> Memory:
         """The memory of storing the teacher's samples: the teacher, a micro batch in it, a chunk of logits and of

@@ -28,13 +28,13 @@ def fits_json(estimate: Estimate, hardware: HardwareAssumptions) -> dict[str, An
     cluster = hardware.cluster
     found: dict[str, Any] = {"device": cluster.name, "ok": False, "nearest": None, "reason": None}
     for phase in estimate.phases(hardware):
-        if phase.name in ("calibrate", "capture") and phase.memory.peak > cluster.device.memory_bytes:
-            found["reason"] = f"{phase.name} needs {_size(phase.memory.peak)} on one device"
+        if phase.name in ("calibrate", "refit", "capture") and phase.memory.peak > cluster.device.memory_bytes:
+            found["reason"] = f"{phase.name} needs {size_words(phase.memory.peak)} on one device"
             found["nearest"] = f"a device with more memory for `{phase.name}`, or --device cpu for that command"
             return found
         if phase.name == "search" and phase.memory.peak > cluster.device.memory_bytes:
             found["reason"] = (
-                f"search needs {_size(phase.memory.peak)} on one device, which holds teacher and candidate whole"
+                f"search needs {size_words(phase.memory.peak)} on one device, which holds teacher and candidate whole"
             )
             found["nearest"] = "a device with more memory for `search`, or a smaller `search.budget`"
             return found
@@ -50,7 +50,7 @@ def fits_json(estimate: Estimate, hardware: HardwareAssumptions) -> dict[str, An
         for changes, devices, changed in _changes(one, cluster, layout):
             if _why_not(name, one, Cluster(cluster.device, devices), changed) is None:
                 peak = max(_peaks(name, one, cluster, changed).values())
-                words = " and ".join(changes) + f" ({_size(peak)} per device)"
+                words = " and ".join(changes) + f" ({size_words(peak)} per device)"
                 own = f"distill.phases.{number}.micro_batch_size"
                 found["nearest"] = words if len(stretches) == 1 else words.replace("distill.micro_batch_size", own)
                 break
@@ -69,8 +69,8 @@ def _why_not(name: str, estimate: Estimate, cluster: Cluster, layout: Layout) ->
     peaks = _peaks(name, estimate, cluster, layout)
     largest = max(peaks, key=lambda phase: peaks[phase])
     if peaks[largest] > cluster.device.memory_bytes:
-        has = _size(cluster.device.memory_bytes)
-        return f"{largest} needs {_size(peaks[largest])} per device, {cluster.device.name} has {has}"
+        has = size_words(cluster.device.memory_bytes)
+        return f"{largest} needs {size_words(peaks[largest])} per device, {cluster.device.name} has {has}"
     return None
 
 
@@ -168,5 +168,6 @@ class _Change:
         yield from self.sharded(base)
 
 
-def _size(value: int) -> str:
+def size_words(value: int) -> str:
+    """Returns a number of bytes in GiB or MiB."""
     return f"{value / GIB:.1f} GiB" if value >= GIB else f"{value / 2**20:.0f} MiB"

@@ -224,9 +224,10 @@ def logits_bytes(kind: str, sequences: int, work: LossWork, student: Shape, teac
     return buffers + states
 
 
-def calibration_memory(sizes: Sizes, room: Room, *, compared: bool) -> Memory:
+def calibration_memory(sizes: Sizes, room: Room, kind: str, *, compared: bool) -> Memory:
     """The memory of scoring as `room` divides it: the weights of one part of the graph after the other, or all of them; the
-    residual stream of the batches that wait on the device; one batch at its widest, or a weight as it is stored."""
+    residual stream of the batches that wait on the device; one batch at its widest, or a weight as it is stored; what the
+    scores accumulate, of which covariances are copied in the end."""
     batch = room.batch or 1
     count = -(-sizes.samples // batch)
     ahead = sizes.layer_stored if room.ahead else 0
@@ -234,15 +235,22 @@ def calibration_memory(sizes: Sizes, room: Room, *, compared: bool) -> Memory:
     if compared:
         waiting = max(waiting, (room.lanes or count) * (sizes.layers + 1))
     stream = (waiting if room.streams == "device" else 1) * batch * sizes.stream
-    transient = max(batch * sizes.sample, sizes.stored)
+    # A covariance is taken of norm outputs, where a sample is not at its widest.
+    transient = max(batch * sizes.sample + sizes.adding, 2 * batch * sizes.stream + sizes.covering, sizes.stored)
     logits = LOGIT_COPIES * batch * sizes.logits if compared else 0
     parts = (
         (sizes.embedding, sizes.stored + ahead),
-        (sizes.layer, transient + ahead),
+        (sizes.layer, sizes.grams + max(transient, sizes.settling if kind == "cpu" else 0) + ahead),
         (sizes.head if compared else 0, max(logits, sizes.stored) if compared else 0),
     )
     if room.resident:
         parts = tuple((sizes.weights, beside) for _, beside in parts)  # type: ignore[assignment]
     weights = max(part for part, _ in parts)
-    shown = {"weights": weights + ahead, "activations": stream, "transient": transient, "logits": logits}
-    return Memory(shown, stream + max(sum(part) for part in parts))
+    shown = {
+        "weights": weights + ahead,
+        "activations": stream,
+        "transient": transient,
+        "logits": logits,
+        "scores": sizes.kept + sizes.grams,
+    }
+    return Memory(shown, max(sizes.kept + stream + max(sum(part) for part in parts), sizes.ending))

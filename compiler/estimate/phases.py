@@ -12,7 +12,8 @@ from minitron.compiler.estimate.memory import Memory
 @dataclass(frozen=True)
 class Phase:
     """One line of the plan. `does` says what for; `flops` of the whole phase, `float8` those of them that are of products in
-    float8, `disk` what it leaves there; `memory` is that of one device."""
+    float8, `disk` what it leaves there; `memory` is that of one device. `waiting`: seconds of work on the CPU that is no
+    product of matrices, while the devices wait."""
 
     name: str
     does: str
@@ -21,6 +22,15 @@ class Phase:
     memory: Memory
     disk: int = 0
     float8: int = 0
+    waiting: float = 0.0
+
+    def seconds(self, hardware: HardwareAssumptions) -> float:
+        """The seconds with all devices at work."""
+        return hardware.seconds(self.flops, self.float8) + self.waiting
+
+    def hours(self, hardware: HardwareAssumptions) -> float:
+        """Device-hours."""
+        return self.seconds(hardware) * hardware.cluster.count / 3600
 
     def to_json(self, hardware: HardwareAssumptions) -> dict[str, Any]:
         return {
@@ -31,8 +41,8 @@ class Phase:
             "float8_flops": self.float8,
             "peak_memory_bytes": self.memory.peak,
             "memory_bytes": dict(self.memory.parts),
-            "device_hours": round(hardware.hours(self.flops, self.float8), 6),
-            "days": round(hardware.seconds(self.flops, self.float8) / 86400, 6),
+            "device_hours": round(self.hours(hardware), 6),
+            "days": round(self.seconds(hardware) / 86400, 6),
             "disk_bytes": self.disk,
             "device": hardware.words,
         }

@@ -8,7 +8,7 @@ serves every width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,10 +32,22 @@ PUT_OFF = 64
 
 def eliminate(gram: torch.Tensor, weight_ON: torch.Tensor, size: int = 1) -> Scores:
     """For each unit of `size` neighbouring columns the step at which it is eliminated: [N / size], high: stays longest."""
-    ridge = RIDGE * float(gram.diagonal().mean()) or 1.0
-    inverse = torch.linalg.inv(gram.double() + ridge * torch.eye(gram.shape[0], dtype=torch.float64))
+    if size == 1:  # neither matrix has a name here: each goes when it is read for the last time
+        return _single(_inverse(gram), _products(weight_ON))
+    return eliminate_units(_inverse(gram), weight_ON.to(torch.float64, copy=True), size)
+
+
+def _inverse(gram: torch.Tensor) -> torch.Tensor:
+    """(gram + ridge)^-1 in float64."""
+    regular = gram.to(torch.float64, copy=True)
+    regular.diagonal().add_(RIDGE * float(gram.diagonal().mean()) or 1.0)
+    inverse: torch.Tensor = torch.linalg.inv(regular)
+    return inverse
+
+
+def _products(weight_ON: torch.Tensor) -> torch.Tensor:
     weight = weight_ON.double()
-    return _single(inverse, weight.T @ weight) if size == 1 else eliminate_units(inverse, weight.clone(), size)
+    return weight.T @ weight
 
 
 def _single(inverse_NN: torch.Tensor, products_NN: torch.Tensor) -> Scores:
@@ -67,8 +79,13 @@ def _single(inverse_NN: torch.Tensor, products_NN: torch.Tensor) -> Scores:
         left = there.nonzero()[:, 0]
         names = names[left]
         p_LB, a_LB, q_LB = p_NB[left], a_NB[left], q_NB[left]
-        inverse_NN = inverse_NN[left][:, left] - p_LB @ p_LB.T
-        products_NN = products_NN[left][:, left] - a_LB @ q_LB.T - q_LB @ a_LB.T
+        inverse_NN = inverse_NN[left]
+        inverse_NN = inverse_NN[:, left]
+        inverse_NN -= p_LB @ p_LB.T
+        products_NN = products_NN[left]
+        products_NN = products_NN[:, left]
+        products_NN -= a_LB @ q_LB.T
+        products_NN -= q_LB @ a_LB.T
     return steps
 
 
@@ -118,25 +135,28 @@ class Elimination:
 
     def taps(self) -> list[tuple[str, Tap]]:
         """Node names and what to do with their values, for each axis that has a projection of two dimensions behind it."""
-        found: list[tuple[str, Tap]] = []
+        return [(reader.value.name, self._tap(key, reader)) for key, reader in self.sites()]
+
+    def sites(self) -> Iterator[tuple[str, Contraction]]:
+        """Each such axis and the projection that reads it."""
         for layer, site in self.roles.heads.items():
             for reader in site.readers[:1]:
                 if self._plain(reader):
-                    found.append((reader.value.name, self._tap(f"{HEADS}.{layer}", reader, site)))
+                    yield f"{HEADS}.{layer}", reader
         for name, layers in self.roles.widths.items():
             for layer, width in layers.items():
                 if len(width.readers) != 1 or width.parents:
                     continue
                 (reader,) = width.readers
                 if tuple(self.table.space.flat(reader.dim)) == (width.leaf,) and self._plain(reader):
-                    found.append((reader.value.name, self._tap(f"{name}.{layer}", reader, None)))
-        return found
+                    yield f"{name}.{layer}", reader
 
     def _plain(self, reader: Contraction) -> bool:
         return reader.weight is not None and len(self.table.parameters[reader.weight]) == 2
 
-    def _tap(self, key: str, reader: Contraction, site: Heads | None) -> Tap:
-        self._sites[key] = (reader, site)
+    def _tap(self, key: str, reader: Contraction) -> Tap:
+        name, _, layer = key.partition(".")
+        self._sites[key] = (reader, self.roles.heads[int(layer)] if name == HEADS else None)
 
         def tap(value: torch.Tensor, number: int) -> None:
             if key not in self.orders and number < self.batches:
@@ -151,7 +171,8 @@ class Elimination:
             assert gram.total is not None
             reader, site = self._sites[key]
             tokens = ranks.sum(torch.tensor(gram.tokens))
-            total, weight = ranks.sum(gram.total.cpu()) / tokens, self._weight(reader)
+            total, weight = ranks.sum(gram.total.cpu()).div_(tokens), self._weight(reader)
+            del gram
             self.orders[key] = eliminate(total, weight) if site is None else eliminate_heads(total, weight, site)
 
     def _weight(self, reader: Contraction) -> torch.Tensor:

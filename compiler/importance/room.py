@@ -1,5 +1,6 @@
 """The memory that a calibration takes: how many samples go through the graph together, and where the others wait.
 
+    scores    covariances and sums for all axes stay from the first batch to the last; Gram matrices are those of one layer
     weights   all of them stay where they fit and more than one pass reads them; else those of one layer, and the next one's as
               they are stored
     batches   as many samples as half of the rest holds at their widest; on a CPU no more than BATCH_TOKENS, where more
@@ -57,6 +58,7 @@ class Sizes:
     stored    the largest tensor as it is stored where that is another dtype, `layer_stored` a layer
     sample    one sample at its widest, inside a layer; `stream` between two layers; `logits` its logits, where they are
     compared
+    kept, ending, covering, grams, adding, settling  what the scores accumulate (`Accumulated`)
     """
 
     weights: int
@@ -71,6 +73,12 @@ class Sizes:
     samples: int
     length: int
     layers: int
+    kept: int = 0
+    ending: int = 0
+    covering: int = 0
+    grams: int = 0
+    adding: int = 0
+    settling: int = 0
 
 
 def divide(budget: int, sizes: Sizes, kind: str, *, host: int = 0, compared: bool = False, whole: bool = False) -> Room:
@@ -79,20 +87,23 @@ def divide(budget: int, sizes: Sizes, kind: str, *, host: int = 0, compared: boo
     compared  layers are ranked by the logits without each
     whole     all batches must go through a layer before any goes through the next
     """
-    budget = int(budget * (1 - SLACK))
+    budget = int(budget * (1 - SLACK)) - sizes.kept
     usual = batch_size(sizes.length) if kind == "cpu" else max(1, DEVICE_TOKENS // sizes.length)
     widest = max(sizes.sample + sizes.stream, LOGIT_COPIES * sizes.logits if compared else 0)
-    passing = max(sizes.embedding, sizes.layer, sizes.head if compared else 0) + sizes.stored
-    batch = max(1, min(usual, sizes.samples, (budget - passing) // 2 // widest))
+    passing = max(sizes.embedding, sizes.layer + sizes.grams, sizes.head if compared else 0) + sizes.stored
+    beside = max(sizes.adding, sizes.covering)
+    batch = max(1, min(usual, sizes.samples, (budget - passing - beside) // 2 // widest))
     count = -(-sizes.samples // batch)
-    running = batch * widest
+    # A layer's matrices become orders on the CPU, once no batch runs any more.
+    running = max(batch * widest + beside, sizes.settling if kind == "cpu" else 0)
     rest = budget - passing - running
     stream = batch * sizes.stream
     lanes = stream * (sizes.layers + 1) if compared else 0
     several = rest < count * stream or (compared and rest < count * lanes)
-    resident = several and not whole and budget - sizes.weights - running - sizes.stored >= max(stream, lanes)
+    left = budget - sizes.weights - sizes.grams - running - sizes.stored
+    resident = several and not whole and left >= max(stream, lanes)
     if resident:
-        rest = budget - sizes.weights - running - sizes.stored
+        rest = left
     ahead = not resident and rest - sizes.layer_stored >= min(count, 2) * max(stream, lanes)
     if ahead:
         rest -= sizes.layer_stored

@@ -73,10 +73,12 @@ class Contributions:
     tokens: torch.Tensor | None = None
     outputs: torch.Tensor | None = None
 
-    def add(self, norms_E: torch.Tensor, tokens_E: torch.Tensor, outputs_EH: torch.Tensor) -> None:
-        """Takes in sums over the tokens of each expert, of norms and of outputs, and how many these were."""
+    def add(self, norms_E: torch.Tensor, tokens_E: torch.Tensor, outputs_EH: torch.Tensor | None = None) -> None:
+        """Takes in sums over the tokens of each expert, of norms and, where they are asked for, of outputs, and how many these
+        were."""
         self.total, self.tokens = _plus(self.total, norms_E.double()), _plus(self.tokens, tokens_E.double())
-        self.outputs = _plus(self.outputs, outputs_EH.double())
+        if outputs_EH is not None:
+            self.outputs = _plus(self.outputs, outputs_EH.double())
 
     def result(self) -> torch.Tensor:
         """The scores [E] on the CPU."""

@@ -213,18 +213,19 @@ class Taps:
 
     def _contribution(self, table: AxisTable, layer: int, mixture: Mixture) -> None:
         """The norm of what every expert adds. Where all experts see all tokens, those not sent to one add nothing to it."""
-        contributions = self.contributions.setdefault(layer, Contributions())
+        contributions, outputs = self.contributions.setdefault(layer, Contributions()), self._config.experts
 
         def tap(value: torch.Tensor, number: int) -> None:
             value = value.float()
             if mixture.ends is None:
                 added_ENH = experts_first(table, mixture.contribution, mixture, value)
                 norms_EN = added_ENH.norm(dim=-1)
-                contributions.add(norms_EN.sum(-1), (norms_EN > 0).sum(-1), added_ENH.sum(1))
+                contributions.add(norms_EN.sum(-1), (norms_EN > 0).sum(-1), added_ENH.sum(1) if outputs else None)
             else:
                 ends = self._integers[mixture.ends.name]
-                sums, outputs = (over_experts(one, ends) for one in (value.norm(dim=-1, keepdim=True), value))
-                contributions.add(sums[:, 0], torch.diff(ends, prepend=ends.new_zeros(1)), outputs)
+                sums_E = over_experts(value.norm(dim=-1, keepdim=True), ends)[:, 0]
+                tokens_E = torch.diff(ends, prepend=ends.new_zeros(1))
+                contributions.add(sums_E, tokens_E, over_experts(value, ends) if outputs else None)
 
         self._add(mixture.contribution.name, tap)
 
@@ -304,10 +305,11 @@ class Taps:
                 state[f"together/{layer}"] = together.total.cpu()
         for layer, contributions in self.contributions.items():
             if contributions.total is not None:
-                assert contributions.tokens is not None and contributions.outputs is not None
+                assert contributions.tokens is not None
                 state[f"contributed/{layer}"] = contributions.total.cpu()
                 state[f"received/{layer}"] = contributions.tokens.cpu()
-                state[f"outputs/{layer}"] = contributions.outputs.cpu()
+                if contributions.outputs is not None:
+                    state[f"outputs/{layer}"] = contributions.outputs.cpu()
         return state
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
@@ -332,7 +334,7 @@ class Taps:
         for layer, contributions in self.contributions.items():
             if f"contributed/{layer}" in state:
                 contributions.total, contributions.tokens = state[f"contributed/{layer}"], state[f"received/{layer}"]
-                contributions.outputs = state[f"outputs/{layer}"]
+                contributions.outputs = state.get(f"outputs/{layer}")
 
     def reduce(self, ranks: Ranks) -> None:
         """Sums what all processes have accumulated; each has the same afterwards."""
@@ -352,8 +354,10 @@ class Taps:
             assert together.total is not None
             together.total = ranks.sum(together.total)
         for one in self.contributions.values():
-            assert one.total is not None and one.tokens is not None and one.outputs is not None
-            one.total, one.tokens, one.outputs = (ranks.sum(part) for part in (one.total, one.tokens, one.outputs))
+            assert one.total is not None and one.tokens is not None
+            one.total, one.tokens = ranks.sum(one.total), ranks.sum(one.tokens)
+            if one.outputs is not None:
+                one.outputs = ranks.sum(one.outputs)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,9 @@ from minitron.compiler.capture import capture
 from minitron.compiler.capture.capture import FIXED_LENGTH, Captured
 from minitron.compiler.capture.models import build_meta, canonical_names
 from minitron.compiler.graph.names import dtype_of
+from minitron.compiler.importance.scores import WidthConfig
 from minitron.compiler.importance.select import Selection, leading
+from minitron.compiler.importance.taps import CalibrationConfig, DepthConfig
 from minitron.compiler.plan.checks import (
     check_documents,
     check_lengths,
@@ -106,6 +108,24 @@ class Plan:
         """Checks whether a calibration takes the covariance of the residual stream: twice the square of hidden_size operations
         for each token and norm, a sixth of a forward pass. Other scores do not depend on it."""
         return self.rotation is not None and self.loaded.spec.importance.hidden_basis == "principal"
+
+    @property
+    def calibration(self) -> CalibrationConfig:
+        """The settings that decide the scores; the covariance is taken only where the plan `covers`."""
+        importance, rotation = self.loaded.spec.importance, self.rotation
+        return CalibrationConfig(
+            WidthConfig(importance.width.batch, importance.width.sequence),
+            DepthConfig(importance.depth.metric, self.layers_one_by_one),
+            () if rotation is None else rotation.sites,
+            None if rotation is None else rotation.head_site,
+            importance.selection == "greedy",
+            self.loaded.spec.recovery.merge_experts,
+        )
+
+    @property
+    def taken(self) -> CalibrationConfig:
+        """The same without a covariance that nobody asks for: what a calibration takes."""
+        return self.calibration if self.covers else replace(self.calibration, sites=(), head_site=None)
 
     @property
     def refits(self) -> bool:

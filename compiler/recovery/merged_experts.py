@@ -96,26 +96,30 @@ def align(
     source: WeightSource, table: AxisTable, weights: ExpertWeights, pairs: Sequence[tuple[int, int]]
 ) -> dict[tuple[int, int], Indices]:
     """For each pair (a, b) of experts the order of b's neurons in which its weights are nearest to a's, by their squared
-    differences. Each parameter is read once."""
+    differences. Each parameter is read once; the neurons of one pair are compared at a time."""
+    count, found = weights.channels.size.coefficient, list[tuple[torch.Tensor, int, int, Indices]]()
+    for name, axis in weights.axes.items() if pairs else ():
+        for place, dim in enumerate(table.parameters[name]):
+            if weights.channels in table.space.leaves(dim):
+                neurons = neurons_of(table.space, weights.channels, dim)
+                found.append((source.get(name), axis, place - (place > axis), neurons))
+    return {pair: _nearest_order(found, pair, count) for pair in pairs}
+
+
+def _nearest_order(
+    found: Sequence[tuple[torch.Tensor, int, int, Indices]], pair: tuple[int, int], count: int
+) -> Indices:
+    """Solves the assignment of one pair. `found`: weights, the dimension of their experts, that of the neurons in the slice of
+    an expert, and the neuron of each index there."""
     from scipy.optimize import linear_sum_assignment
 
-    likeness: dict[tuple[int, int], torch.Tensor] = {}
-    for name, axis in weights.axes.items() if pairs else ():
-        dims, weight = table.parameters[name], source.get(name)
-        for place, dim in enumerate(dims):
-            if weights.channels not in table.space.leaves(dim):
-                continue
-            neurons = neurons_of(table.space, weights.channels, dim)
-            for a, b in pairs:
-                rows = [
-                    _by_neuron(weight.select(axis, one), place - (place > axis), neurons, weights.channels.size.coefficient)
-                    for one in (a, b)
-                ]  # fmt: skip
-                product = rows[0] @ rows[1].T
-                likeness[a, b] = likeness[a, b] + product if (a, b) in likeness else product
-    return {
-        pair: linear_sum_assignment(one.numpy(), maximize=True)[1].astype(np.int64) for pair, one in likeness.items()
-    }
+    unlikeness = torch.zeros(count, count)
+    for weight, axis, place, neurons in found:
+        a, b = (_by_neuron(weight.select(axis, one), place, neurons, count) for one in pair)
+        unlikeness.addmm_(a, b.T, alpha=-1)
+    # Costs and not gains: to turn the signs itself, scipy would copy the matrix once more.
+    order: Indices = linear_sum_assignment(unlikeness.numpy())[1].astype(np.int64)
+    return order
 
 
 def _by_neuron(part: torch.Tensor, axis: int, neurons: Indices, count: int) -> torch.Tensor:

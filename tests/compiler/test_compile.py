@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -213,6 +214,11 @@ def test_a_calibration_goes_on_where_less_memory_is_free_than_before(
     told = Interrupting(-1)
     compile_spec(loaded, tmp_path / "told", device="cpu", progress=told, stages=WITHOUT_PROGRAM, work=Work(memory=1))
     assert told.before == 0
+    (least,) = (one for one in told.messages if one.startswith("calibrate: takes about"))
+    assert re.fullmatch(
+        r"calibrate: takes about \d+ MiB, and --memory allows 0 MiB: one layer's weights, one sample .*", least
+    )
+    assert not any("--memory" in one for one in again.messages), "what is free was never promised"
     for folder in ("build", "told"):
         assert (tmp_path / folder / "scores.safetensors").read_bytes() == (
             whole.folder / "scores.safetensors"

@@ -31,8 +31,6 @@ from minitron.compiler.estimate.training_defaults import micro_batch
 from minitron.compiler.importance import calibrate
 from minitron.compiler.importance.progress_file import Interrupted
 from minitron.compiler.importance.room import Room
-from minitron.compiler.importance.scores import WidthConfig
-from minitron.compiler.importance.taps import CalibrationConfig, DepthConfig
 from minitron.compiler.plan.plan import Plan
 from minitron.compiler.plan_document import plan_document
 from minitron.specs.progress import Silent
@@ -41,6 +39,7 @@ from tests.models import tiny_config
 
 STUDENT = Shape(parameters=1000, layer=300, outside=400, hidden=10, vocabulary=20)
 TEACHER = Shape(parameters=3000, layer=900, outside=1200, hidden=30, vocabulary=20)
+REFIT = {"refit": "least_squares"}
 ONE = Layout(1, micro_batch=1, steps=2, student_sharded=True, teacher_sharded=True, recompute=False)
 LOSS = LossWork(length=4, chunk_tokens=4, cross_entropy=False, softcap=False)
 
@@ -143,26 +142,39 @@ class TestFootprint:
         ("block_influence", {"hidden_size": 128, "intermediate_size": 1024, "head_dim": 32}),  # a layer is
         ("logit_mse", {"vocab_size": 2048}),
         ("loss", {"vocab_size": 2048}),
+        (
+            "principal",
+            {"hidden_size": 384, "head_dim": 96},
+        ),  # the covariance in fp64, three times with that of a tied head
+        ("principal", {"hidden_size": 384, "head_dim": 96, "tie_word_embeddings": True}),
+        ("greedy", {"intermediate_size": 768}),  # the Gram matrix of one layer's neurons, its inverse and products
     ],
 )
 def test_scoring_holds_what_the_plan_says(foundry: Foundry, metric: str, changes: dict[str, Any]) -> None:
-    samples = 4
-    data = foundry.calibration | {"samples": samples, "sequence_length": 128}
-    importance = {"data": data, "depth": {"metric": metric}}
+    samples, length = (2, 16) if metric == "principal" else (4, 128)
+    data = foundry.calibration | {"samples": samples, "sequence_length": length}
+    importance: dict[str, Any] = {"data": data}
+    importance |= {
+        "principal": {"hidden_basis": "principal"}, "greedy": {"selection": "greedy"}
+    }.get(metric, {"depth": {"metric": metric}})  # fmt: skip
     teacher = foundry.teacher("llama", **changes)
-    plan = foundry.plan(teacher, {"num_hidden_layers": 2, "intermediate_size": 24}, importance=importance)
-    planned = calibration_memory(
-        Estimate(plan).calibration_sizes(samples, 128, torch.float32),
-        Room(batch=samples),
-        compared=metric != "block_influence",
-    )
-    living, run, ids = Living(), executor(plan, fast=True), token_ids(samples, 128)
+    student = {"num_hidden_layers": 2, "intermediate_size": 24} | ({"hidden_size": 24} if metric == "principal" else {})
+    plan = foundry.plan(teacher, student, importance=importance, recovery=REFIT if metric == "greedy" else {})
+    sizes = Estimate(plan).calibration_sizes(samples, length, torch.float32)
+    room = Room(
+        batch=1 if metric == "principal" else samples
+    )  # several: the first product is what the next is added to
+    planned = calibration_memory(sizes, room, "cpu", compared=metric in ("loss", "logit_mse"))
+    living, run, ids = Living(), executor(plan, fast=True), token_ids(samples, length)
     with living:
         calibrate.calibrate(
-            plan.teacher, run, ids, CalibrationConfig(WidthConfig(), DepthConfig(metric)),
-            calibrate.Run(True, Interrupted(plan.build / "partial.safetensors", "k"), Silent()),
+            plan.teacher, run, ids, plan.taken,
+            calibrate.Run(True, Interrupted(plan.build / "partial.safetensors", "k"), Silent(), room),
         )  # fmt: skip
     assert planned.peak == pytest.approx(living.peak, rel=0.1)
+    if metric in ("principal", "greedy"):
+        accumulated = sizes.kept + sizes.covering + sizes.grams + max(sizes.adding, sizes.settling)
+        assert accumulated > planned.peak / 2, "they decide it here"
 
 
 Planned = Callable[..., Plan]

@@ -12,10 +12,22 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from minitron.compiler.axes.narrowing import Narrowing
+from minitron.compiler.estimate.activations import Living
+from minitron.compiler.estimate.all_costs import all_costs
+from minitron.compiler.estimate.estimate import Estimate
+from minitron.compiler.estimate.hardware import HardwareAssumptions
+from minitron.compiler.estimate.recovery_phases import assignment_seconds
 from minitron.compiler.importance.samples import SampleConfig, calibration_samples
 from minitron.compiler.importance.scores import Seen
 from minitron.compiler.plan.plan import Plan
-from minitron.compiler.recovery.merged_experts import Joined, MergedExperts, MergedLayer, group_experts, merge_layer
+from minitron.compiler.recovery.merged_experts import (
+    Joined,
+    MergedExperts,
+    MergedLayer,
+    align,
+    group_experts,
+    merge_layer,
+)
 from minitron.compiler.recovery.refit import RIDGE
 from minitron.compiler.roles.expert_weights import find_expert_weights, neurons_of
 from minitron.compiler.teacher.tokenizer import load_tokenizer
@@ -264,3 +276,34 @@ def test_no_expert_is_dropped(foundry: Foundry) -> None:
     plan = foundry.plan(foundry.teacher("mixtral"), {"intermediate_size": 24}, recovery=MERGE)
     assert not plan.merges_experts
     assert any(one.startswith("merge_experts changes nothing here") for one in plan.remarks)
+
+
+# -- the plan -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_alignment_holds_what_the_plan_says(foundry: Foundry, family: str) -> None:
+    """However many experts are dropped: one pair at a time."""
+    count = 320
+    teacher = foundry.teacher(family, num_hidden_layers=2, intermediate_size=count)
+    plan = foundry.plan(teacher, {"num_experts": 2}, recovery=MERGE)
+    source = open_weights(plan.teacher.captured, plan.checkpoint)
+    weights = find_expert_weights(plan.teacher.table, plan.teacher.roles, 1)
+    dropped = weights.count - plan.targets.widths["num_experts"]
+    with Living() as living:
+        align(source, plan.teacher.table, weights, [(0, one) for one in range(weights.count - dropped, weights.count)])
+    hardware = HardwareAssumptions()
+    phases = {phase.name: phase for phase in Estimate(plan).phases(hardware)}
+    merging = phases["merge_experts"]
+    # The copy in fp64 that scipy makes is none of torch's.
+    assert living.peak == pytest.approx(merging.memory.peak - 8 * count**2, rel=0.15)
+    assert merging.memory.parts["matrices"] < 2 * 12 * count**2
+    assert merging.waiting == pytest.approx(2 * dropped * assignment_seconds(count))
+    assert assignment_seconds(14336) == pytest.approx(30, rel=0.05)
+    neuron = (2 * 3 * plan.teacher.roles.hidden.size + (2 * 2 if family == "gpt_oss" else 0)) * count
+    assert merging.flops >= 2 * dropped * count * neuron
+    assert merging.to_json(hardware)["device_hours"] == pytest.approx(merging.waiting / 3600, abs=1e-5)
+    costs = {cost.name: cost for cost in all_costs(Estimate(plan), hardware)}
+    assert costs["merge experts: work"].value == merging.flops and "merge experts: tokens" not in costs
+    without = foundry.plan(teacher, {"num_experts": 2})
+    assert "merge_experts" not in {phase.name for phase in Estimate(without).phases(hardware)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +13,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minitron.compiler import compile as compile_module
 from minitron.compiler.axes.narrowing import Narrowing
 from minitron.compiler.compilation import run_buffers
+from minitron.compiler.compile import refit
+from minitron.compiler.estimate import recovery_phases
+from minitron.compiler.estimate.activations import Living
+from minitron.compiler.estimate.devices import Cluster, Device
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.estimate.hardware import HardwareAssumptions
 from minitron.compiler.graph.executor import Executor, Settings
 from minitron.compiler.importance import progress_file
 from minitron.compiler.importance.select import Selection
-from minitron.compiler.recovery.refit import Refit, find_stages
+from minitron.compiler.importance.tensor_file import write_tensors
+from minitron.compiler.recovery import refit as refit_module
+from minitron.compiler.recovery.refit import Refit, find_stages, row_blocks
 from minitron.compiler.recovery.refit_progress import RefitProgress
 from minitron.compiler.recovery.refitted_weights import RefittedWeights
 from minitron.compiler.teacher.tokenizer import load_tokenizer
@@ -149,10 +157,10 @@ NARROW = {"hidden_size": 24, "intermediate_size": 24}
 @pytest.mark.parametrize(
     ("at", "half", "again"),
     [
-        (2, None, [1, 2, 3]),  # in the first layer: two layers and the head are run
-        (6, None, [2, 3]),
-        (6, "model.layers.1.self_attn.k_proj.weight", [2, 3]),  # killed between two projections of a stage
-        (6, "model.layers.0.mlp.down_proj.weight", [0, 1, 2, 3]),  # a layer that was finished is damaged
+        (2, None, [1, 2]),  # in the first layer: two layers are run up to the head
+        (6, None, [2]),
+        (6, "model.layers.1.self_attn.k_proj.weight", [2]),  # killed between two projections of a stage
+        (6, "model.layers.0.mlp.down_proj.weight", [0, 1, 2]),  # a layer that was finished is damaged
     ],
 )
 def test_a_refit_that_was_interrupted_goes_on_with_the_same_bytes(
@@ -185,6 +193,25 @@ def test_a_refit_that_was_interrupted_goes_on_with_the_same_bytes(
     assert not list(folder.glob(".minitron-*")), "no temporary file is left"
 
 
+def test_a_full_disk_keeps_what_was_fitted(foundry: Foundry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = foundry.build(foundry.teacher("llama", num_hidden_layers=2), NARROW, program=False, recovery=REFIT)
+    folder, left = tmp_path / "build", [4]
+
+    def full(path: Path, *rest: Any, **more: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_tensors(path, *rest, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("minitron.compiler.recovery.refitted_weights.write_tensors", full)
+        foundry.compile(whole.loaded, folder, program=False)
+    calm = Stopping(9)
+    foundry.compile(whole.loaded, folder, calm, program=False)
+    assert calm.before == 2, "queries, keys and values are one stage, the output projection is the next"
+    assert contents(folder) == contents(whole.folder)
+
+
 def test_the_values_of_another_refit_are_not_taken_up(foundry: Foundry, tmp_path: Path) -> None:
     teacher, folder = foundry.teacher("llama", num_hidden_layers=2), tmp_path / "build"
     whole = foundry.build(teacher, NARROW, program=False, recovery=REFIT)
@@ -215,3 +242,38 @@ def test_what_a_dropped_layer_yields_is_what_it_was_given(foundry: Foundry, drop
         foundry.teacher("llama", num_hidden_layers=4), student, program=False, recovery={"refit": "least_squares"}
     )
     assert all(check["passed"] for check in build.checks.values())
+
+
+@pytest.mark.parametrize(
+    ("shape", "student"),
+    [
+        ({"intermediate_size": 768}, {"intermediate_size": 512}),  # the products of a layer's neurons decide it
+        ({"vocab_size": 4096, "hidden_size": 96, "head_dim": 24}, {"hidden_size": 80}),  # the head's rows
+    ],
+)
+def test_a_refit_holds_what_the_plan_says(
+    foundry: Foundry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: dict[str, Any], student: dict[str, Any]
+) -> None:
+    data = foundry.calibration | {"samples": 4, "sequence_length": 64}
+    teacher = foundry.teacher("llama", num_hidden_layers=2, **shape)
+    loaded = foundry.load(teacher, student, recovery=REFIT, importance={"data": data})
+    peaks: list[int] = []
+
+    def measured(*given: Any) -> Any:
+        with Living() as living:
+            result = refit(*given)
+        peaks.append(living.peak)
+        return result
+
+    monkeypatch.setattr(compile_module, "refit", measured)
+    monkeypatch.setattr(refit_module, "BLOCK_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(recovery_phases, "FITTED_AT_ONCE", 1 << 14)
+    build = foundry.compile(loaded, tmp_path / "build", program=False)
+    cpu = HardwareAssumptions(Cluster(Device("this machine", 1 << 40, 1e12, kind="cpu")))
+    (phase,) = (one for one in Estimate(build.plan).phases(cpu) if one.name == "refit")
+    assert phase.memory.peak == pytest.approx(peaks[0], rel=0.15)
+
+
+def test_rows_are_fitted_a_block_at_a_time() -> None:
+    assert [*row_blocks(700, 1 << 30)] == [slice(0, 256), slice(256, 512), slice(512, 700)]
+    assert [*row_blocks(700, 64)] == [slice(0, 700)]

@@ -20,8 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from minitron.compiler import verify_build
 from minitron.compiler.importance.tensor_file import write_tensors
+from minitron.compiler.verify.checks import Check
 from minitron.specs.errors import UsageError, WorkError
 from minitron.specs.progress import Silent
+from tests.compiler.test_refit import Stopping
 from tests.foundry import CHECK_NAMES, Build, Folder, Foundry
 
 WIDTHS = {"hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 2, "layers": {"drop": [1]}}
@@ -67,6 +69,56 @@ def test_so_do_fused_tied_repaired_rotated_and_refitted_ones(
     student = {"hidden_size": 24, "intermediate_size": 24}
     made = foundry.build(foundry.teacher(family, num_hidden_layers=2), student, **blocks)
     verified(foundry, shutil.copytree(made.folder, tmp_path / "copy"))
+
+
+def test_an_interrupted_verification_goes_on_with_the_refit(foundry: Foundry, tmp_path: Path) -> None:
+    refit = {"recovery": {"refit": "least_squares"}}
+    made = foundry.build(foundry.teacher("llama", num_hidden_layers=2), {"intermediate_size": 24}, **refit)
+    folder = copied(made, tmp_path)
+    with pytest.raises(KeyboardInterrupt), foundry.shortened():
+        verify_build(folder, device="cpu", progress=Stopping(2))
+    assert list(folder.glob(".minitron-verify.tmp/values/*"))
+    calm = Stopping(9)
+    with foundry.shortened():
+        verify_build(folder, device="cpu", progress=calm)
+    assert calm.before == 3 and not list(folder.glob(".minitron-*"))
+
+    def broken(*_: object, **__: object) -> None:
+        raise WorkError("the disk is full")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(WorkError, match="full"), foundry.shortened():
+        patch.setitem(
+            verify_build.__globals__, "run_verification", broken
+        )  # the module stands behind a function of its name
+        verify_build(folder, device="cpu", progress=Silent())
+    assert not list(folder.glob(".minitron-*"))
+
+
+def test_it_computes_as_the_compile_did(foundry: Foundry, build: Build, tmp_path: Path) -> None:
+    refit = {"recovery": {"refit": "least_squares"}}
+    refitted = foundry.build(foundry.teacher("llama", num_hidden_layers=2), {"intermediate_size": 24}, **refit)
+    before, seen = torch.get_num_threads(), list[int]()
+    assert refitted.document("verification.json")["compiled"] == {"device": "cpu", "threads": before}
+
+    def checks(*_: object) -> list[Check]:
+        seen.append(torch.get_num_threads())
+        return []
+
+    for number, made in enumerate((build, refitted)):
+        folder = shutil.copytree(made.folder, tmp_path / str(number))
+        json_key(lambda document: document.update(compiled={"device": "cuda", "threads": before + 2}))(
+            folder / "verification.json"
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(verify_build.__globals__, "_checks", checks)
+            if made is build:  # nothing of it depends on the device
+                verified(foundry, folder)
+                continue
+            with pytest.raises(
+                UsageError, match=r"was refitted on a device of the kind cuda, .*; write --device cuda$"
+            ):
+                verified(foundry, folder)
+    assert seen == [before + 2] and torch.get_num_threads() == before
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:

@@ -111,6 +111,18 @@ def test_what_was_kept_for_something_else_is_removed(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+def test_a_link_in_the_place_of_what_was_kept_is_not_followed(tmp_path: Path) -> None:
+    (somebody := tmp_path / "somebody").mkdir()
+    (somebody / "made-for").write_text("a")
+    place = tmp_path / ".minitron-refit.tmp"
+    place.symlink_to(somebody)
+    assert names(kept_folder(tmp_path / "refit", "a")) == ["made-for"] and not place.is_symlink()
+    assert names(somebody) == ["made-for"]
+    remove_leftovers(tmp_path)
+    place.write_text("a file")
+    assert kept_folder(tmp_path / "refit", "a").is_dir()
+
+
 def test_the_old_folder_is_never_there_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed while the old one is being removed, the new one is there."""
     target = tmp_path / "build"
