@@ -132,10 +132,10 @@ def atomic_path(target: Path) -> Iterator[Path]:
     try:
         with _errors_of(target, temporary):
             yield temporary
-        _usual_mode(temporary)
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(target)
+            _usual_mode(temporary)
+            with temporary.open("rb") as handle:
+                os.fsync(handle.fileno())
+            temporary.replace(target)
         sync_folder(target.parent)
     finally:
         with contextlib.suppress(OSError):  # the first error is the one to tell

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -138,6 +139,8 @@ def read_checkpoint(
     name: str, folder: Path, *, weights: bool, commit: str | None = None, tower: bool = False
 ) -> Checkpoint:
     """Reads the checkpoint in a folder. Errors as for `open_checkpoint`."""
+    if folder.exists() and not os.access(folder, os.R_OK | os.X_OK):
+        raise UsageError(f"{folder} cannot be read (permission denied); check its permissions")
     config, whole = _read_config(name, folder, tower)
     taken_from = None if whole is None else Tower(whole)
     empty = Checkpoint(name, folder, config, {}, commit, tower=taken_from)

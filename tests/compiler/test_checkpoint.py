@@ -190,6 +190,13 @@ def test_a_folder_that_is_not_there(tmp_path: Path, name: str) -> None:
     assert str(caught.value) == f"there is no folder {tmp_path / name}; {words}"
 
 
+def test_a_folder_that_may_not_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system is asked through `os.access`, whose answer nobody can change for root."""
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != folder)
+    with pytest.raises(UsageError, match=rf"{folder} cannot be read \(permission denied\); check its permissions$"):
+        open_checkpoint(str(folder), None, folder, weights=False)
+
+
 # -- weight files -------------------------------------------------------------------------------------------------------
 
 

@@ -111,6 +111,13 @@ def test_what_was_kept_for_something_else_is_removed(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+def test_a_folder_in_the_place_of_a_file_is_named_and_not_the_hidden_file(tmp_path: Path) -> None:
+    (tmp_path / "scores").mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        write_text(tmp_path / "scores", "text")
+    assert caught.value.filename == str(tmp_path / "scores") and names(tmp_path) == ["scores"]
+
+
 def test_a_link_in_the_place_of_what_was_kept_is_not_followed(tmp_path: Path) -> None:
     (somebody := tmp_path / "somebody").mkdir()
     (somebody / "made-for").write_text("a")
