@@ -86,7 +86,13 @@ def fit(
         except UsageError as error:
             first = first or error
     assert first is not None
-    unnamed = [name for name in widths if not _has_key(teacher.captured.config, name, teacher.widths)]
+    # Where another key has the value of a width it was tried, and what stands in the way may be another width.
+    values = {value for value, _ in _values(teacher.captured.config)}
+    unnamed = [
+        name
+        for name in widths
+        if teacher.widths[name] not in values and not _has_key(teacher.captured.config, name, teacher.widths)
+    ]
     if unnamed:
         raise UsageError(f"{teacher.captured.config.model_type} has no configuration key for {unnamed[0]}")
     raise UsageError(str(first) + _mixer_tie(widths, teacher.widths))
@@ -124,14 +130,10 @@ def _guesses(config: Any, widths: Mapping[str, int], teacher_widths: Mapping[str
     pairs = [(teacher_widths[name], widths[name]) for name in order]
     pairs += _made_of(widths, teacher_widths)
     found: dict[Key, int] = {}
-    parts = {"": config} | {name: part for name, part in vars(config).items() if isinstance(part, PreTrainedConfig)}
     for old, new in pairs:
-        for part, holder in parts.items():
-            for key, value in vars(holder).items():
-                if key.startswith("_") or key in keys.values() or type(value) is not int or value < 1:
-                    continue
-                if value == old and value != new:
-                    found.setdefault((part, key), new)
+        for value, (part, key) in _values(config):
+            if value == old and value != new and key not in keys.values():
+                found.setdefault((part, key), new)
     for count in range(4):
         yield from map(dict, itertools.islice(itertools.combinations(found.items(), count), MOST_GUESSES))
     # A class may hold a key against hidden_size that no tensor of this model follows, as the heads of mixers that it has not.
@@ -139,6 +141,15 @@ def _guesses(config: Any, widths: Mapping[str, int], teacher_widths: Mapping[str
         for count in range(3):
             combinations = itertools.islice(itertools.combinations(found.items(), count), MOST_GUESSES)
             yield from (one | dict(others) for others in combinations)
+
+
+def _values(config: Any) -> Iterator[tuple[int, Key]]:
+    """Yields the positive numbers that a configuration and its parts say, each with its key."""
+    parts = {"": config} | {name: part for name, part in vars(config).items() if isinstance(part, PreTrainedConfig)}
+    for part, holder in parts.items():
+        for key, value in vars(holder).items():
+            if type(value) is int and value > 0 and not key.startswith("_"):
+                yield value, (part, key)
 
 
 def _in_proportion(

@@ -12,7 +12,10 @@ from minitron.compiler.teacher.checkpoint import Checkpoint
 from minitron.specs.errors import UsageError
 
 # Tables that older versions of transformers saved in every layer, and that are computed today.
-OLD_TABLES = (re.compile(r"rotary_emb\.inv_freq$"), re.compile(r"(attn|attention)\.(masked_)?bias$"))
+OLD_TABLES = (
+    re.compile(r"\.(inv_freq|causal_mask|masked_bias|position_ids)$"),
+    re.compile(r"(attn|attention)\.bias$"),
+)
 # The key for layers behind the last one that predict further tokens, which no model of transformers runs.
 FURTHER_LAYERS = "num_nextn_predict_layers"
 

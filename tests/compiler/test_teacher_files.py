@@ -237,7 +237,9 @@ def test_tensors_that_config_json_does_not_speak_of_are_another_model(folder: Pa
 
 
 def test_layers_that_predict_further_tokens_and_old_tables_are_passed_over(folder: Path) -> None:
-    rewritten(folder, with_more("model.layers.2.eh_proj.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"))
+    parts = ("rotary_emb.inv_freq", "bias", "masked_bias", "causal_mask")
+    tables = [f"model.layers.0.self_attn.{part}" for part in parts]
+    rewritten(folder, with_more("model.layers.2.eh_proj.weight", *tables))
     change_config(folder, num_nextn_predict_layers=1)
     assert check_headers(captured(opened(folder)), opened(folder))
 

@@ -108,6 +108,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {LAYERS: 2},
         "from the last hidden state through layer_norm, which the distillation loss does not know",
     ),
+    # Of the feed-forward width another key speaks, which was tried; hidden_size is what stands in the way.
+    ("whisper", {HIDDEN: 24, FFN: 24}, "32 / 4: narrow both in that proportion"),
+    ("bloom", {FFN: 24}, "bloom has no configuration key for intermediate_size"),
     ("rwkv", {HIDDEN: 24}, "a student of these widths could not generate with a cache: "),
     ("zaya", {NUM_EXPERTS: 2}, "the graph does not show which rows each expert takes, so nothing ranks the experts"),
 ]

@@ -131,7 +131,11 @@ WRONG = {
     "half a token": Wrong(SMALL.replace("1B", "0.5"), "5:42", "distill.tokens", "`0.5` is not a count", "whole number"),
     "no value": Wrong(DISTILL + "  seed:\n", "8:8", "distill.seed", "nothing is written here", "write a whole number"),
     "no tokens": Wrong(
-        SMALL.replace(", tokens: 1B", ""), "5:1", "distill.tokens", "`tokens` is missing", "add `tokens:` (the number of tokens"
+        SMALL.replace(", tokens: 1B", ""),
+        "5:1",
+        "distill.tokens",
+        "`tokens` is missing",
+        "add `tokens:` (the number of tokens",
     ),
     "no data": Wrong(
         SMALL.replace("data: {text: [a.txt]}, tok", "tok"), "5:1", "distill.data", "is missing", "add `data:`"
