@@ -91,7 +91,9 @@ def fit(
     unnamed = [
         name
         for name in widths
-        if teacher.widths[name] not in values and not _has_key(teacher.captured.config, name, teacher.widths)
+        if teacher.widths[name] not in values
+        and not any(_own_keys(teacher.captured.config, name))
+        and not _has_key(teacher.captured.config, name, teacher.widths)
     ]
     if unnamed:
         raise UsageError(f"{teacher.captured.config.model_type} has no configuration key for {unnamed[0]}")
@@ -123,13 +125,19 @@ def _has_key(config: Any, name: str, teacher_widths: Mapping[str, int]) -> bool:
 
 def _guesses(config: Any, widths: Mapping[str, int], teacher_widths: Mapping[str, int]) -> Iterator[dict[Key, int]]:
     """Nothing, then one, two and three keys that have in the teacher the value of a narrowed width, or of one that it
-    makes."""
+    makes; a width's own key that says another number, from which the model's code computes it, in the same proportion."""
     keys = {name: config_key(config, name, teacher_widths[name]) for name in widths}
     # Widths without a key of their own first: one of these keys has to say them, and there may be many others.
     order = sorted(widths, key=lambda name: keys[name] is not None)
     pairs = [(teacher_widths[name], widths[name]) for name in order]
     pairs += _made_of(widths, teacher_widths)
-    found: dict[Key, int] = {}
+    found: dict[Key, int] = {
+        ("", key): -(-value * widths[name] // teacher_widths[name])
+        for name in order
+        if keys[name] is None
+        for key, value in _own_keys(config, name)
+        if key not in keys.values()
+    }
     for old, new in pairs:
         for value, (part, key) in _values(config):
             if value == old and value != new and key not in keys.values():
@@ -141,6 +149,14 @@ def _guesses(config: Any, widths: Mapping[str, int], teacher_widths: Mapping[str
         for count in range(3):
             combinations = itertools.islice(itertools.combinations(found.items(), count), MOST_GUESSES)
             yield from (one | dict(others) for others in combinations)
+
+
+def _own_keys(config: Any, name: str) -> Iterator[tuple[str, int]]:
+    """Yields the keys that a width is known by, with the numbers that they say."""
+    for key in (name, *OTHER_KEYS.get(name, ())):
+        value = vars(config).get(config.attribute_map.get(key, key))
+        if type(value) is int and value > 0:
+            yield config.attribute_map.get(key, key), value
 
 
 def _values(config: Any) -> Iterator[tuple[int, Key]]:

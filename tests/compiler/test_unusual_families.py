@@ -31,6 +31,8 @@ def teacher(foundry: Foundry, family: str) -> Path:
 
 
 RIGHT: list[tuple[str, dict[str, Any]]] = [
+    # The key says twice the width, and the model's code divides it.
+    ("recurrent_gemma", {FFN: 10}),
     ("opt (factored embedding)", {HIDDEN: 36, HEADS: 3, FFN: 24}),
     ("falcon (new decoder)", {HIDDEN: 16, HEADS: 2, GROUPS: 1, FFN: 24}),
     ("bart", {FFN: 24, LAYERS: 1}),
@@ -77,6 +79,16 @@ def test_layers_that_read_the_keys_of_another_keep_its_groups(foundry: Foundry) 
     assert all(check["passed"] for check in made.checks.values())
     groups = made.document("plan.json")["selection"][GROUPS]
     assert groups[2] == groups[0] and groups[3] == groups[1]
+
+
+def test_a_width_that_is_computed_from_its_key(foundry: Foundry) -> None:
+    """Two thirds of the key, rounded up to a multiple of 8: as published checkpoints of this family have it."""
+    keys = {"block_auto_adjust_ff_dim": True, "block_multiple_of": 8, "layer_types": ["conv", "full_attention"]}
+    config = tiny("lfm2", num_hidden_layers=2, hidden_size=32, intermediate_size=60, vocab_size=96, **keys)
+    made = foundry.build(save_teacher(foundry.root / "computed", config), {FFN: 24}, program=False)
+    assert all(check["passed"] for check in made.checks.values())
+    assert made.tensors["model.layers.0.feed_forward.w1.weight"].shape == (24, 32)
+    assert made.config["intermediate_size"] == 36 and made.config["block_auto_adjust_ff_dim"]
 
 
 def test_mixers_that_a_model_has_none_of_follow_its_configuration(foundry: Foundry) -> None:
