@@ -205,22 +205,22 @@ def together(arguments: Any, work: Path) -> None:
     assert file is not None
     file = file.model_copy(update={"judged_tokens": 2 * plan.sequence_length})
     with opened_rungs(build, file) as rungs:
-        riders = [replace_state(rungs, one.number) for one in file.candidates[:count]]
+        learners = [replace_state(rungs, one.number) for one in file.candidates[:count]]
         steps = arguments.steps
-        sequences = {id(rider): rider.samples for rider in riders}
+        sequences = {id(learner): learner.samples for learner in learners}
 
-        def ride(some: list[Any]) -> float:
+        def seconds_of(some: list[Any]) -> float:
             begun = time.perf_counter()
-            rungs.convoy.ride(
-                some, lambda rider: sequences[id(rider)] + steps * rider.plan.global_batch_size, lambda _: None
+            rungs.shared_teacher.train(
+                some, lambda learner: sequences[id(learner)] + steps * learner.plan.global_batch_size, lambda _: None
             )
-            for rider in some:
-                sequences[id(rider)] = rider.samples
+            for learner in some:
+                sequences[id(learner)] = learner.samples
             return time.perf_counter() - begun
 
-        ride(riders)  # warm-up
+        seconds_of(learners)  # warm-up
         # In turn, so that whatever else the machine does slows both.
-        pairs = [(ride(riders), sum(ride([rider]) for rider in riders)) for _ in range(5)]
+        pairs = [(seconds_of(learners), sum(seconds_of([learner]) for learner in learners)) for _ in range(5)]
     tokens = count * steps * plan.global_batch_size * plan.sequence_length
     one, other = (tokens / min(times) for times in zip(*pairs, strict=True))
     ratio = statistics.median(alone / beside for beside, alone in pairs)
@@ -230,10 +230,10 @@ def together(arguments: Any, work: Path) -> None:
 
 
 def replace_state(rungs: Rungs, number: int) -> Any:
-    """A rider at its beginning, whatever checkpoint the benchmark has left."""
-    rider = rungs.rider(number)
-    rider.samples = 0
-    return rider
+    """A learner at its beginning, whatever checkpoint the benchmark has left."""
+    learner = rungs.learner(number)
+    learner.samples = 0
+    return learner
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 GROWTH = 2.0  # a rung is twice as long as the one before it
 WARMUP_SHARE = 0.2  # of the first rung's steps, at most: what follows must tell learning rates apart
 BRANCH_SHARE = 0.1  # of a rung, over which the rate of the branch that judges it decays (arXiv 2405.18392)
-RIDERS_SHARE = 0.7  # of a device's free memory that candidates take; activations and logits have the rest
+LEARNERS_SHARE = 0.7  # of a device's free memory that candidates take; activations and logits have the rest
 
 
 @dataclass(frozen=True)

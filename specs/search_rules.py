@@ -127,7 +127,7 @@ def _searches_depth(spec: Spec) -> bool:
 
 @constraint("search", "student", "distill", "teacher_correction")
 def candidates_share_a_teacher(spec: Spec) -> Iterator[Problem]:
-    """Refuses what candidates cannot share: they ride on one pass of the teacher, each whole on its device."""
+    """Refuses what candidates cannot share: they learn from one pass of the teacher, each whole on its device."""
     if spec.search is None or spec.distill is None:
         return
     distill = spec.distill

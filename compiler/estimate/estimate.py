@@ -38,7 +38,7 @@ from minitron.compiler.estimate.memory import (
 from minitron.compiler.estimate.phases import Phase
 from minitron.compiler.estimate.plan_costs import plan_costs
 from minitron.compiler.estimate.recovery_phases import merge_phase, refit_phase
-from minitron.compiler.estimate.search_phase import Ride, search_phase
+from minitron.compiler.estimate.search_phase import SharedPass, search_phase
 from minitron.compiler.estimate.training_defaults import micro_batch, place_teacher
 from minitron.compiler.importance.accumulated import accumulated
 from minitron.compiler.importance.room import Sizes, divide
@@ -345,13 +345,13 @@ class Estimate:
     def _search(self, device: Device, rungs: Sequence[Mapping[str, int]]) -> Phase:
         """The phase of a search, counted as if all candidates were as large as this plan's student."""
         length, layout = self.distill.sequence_length, self._layout(1, self.candidate)
-        ride = Ride(
+        shared = SharedPass(
             self.training(device.kind, layout),
             self.teacher_costs.forward_flops_per_token(length),
             self.student_flops(),
             layout.micro_batch * length * self.teacher.vocabulary,
         )
-        return search_phase(device, rungs, ride)
+        return search_phase(device, rungs, shared)
 
     def _steps(self, tokens: int) -> str:
         batch, length = self.distill.batch, self.distill.sequence_length

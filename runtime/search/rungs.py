@@ -1,6 +1,6 @@
 """Successive halving: `minitron search BUILD` carries out the rungs that BUILD/search/search.json asks for.
 
-Every candidate is trained alone, on the same samples in the same order, whichever others ride beside it and on whichever
+Every candidate is trained alone, on the same samples in the same order, whichever others learn beside it and on whichever
 process: so the ranking does not depend on how many processes there are, nor on how often the search was killed.
 
 At the end of a rung a branch leaves the trunk a tenth before its end and lowers the learning rate to zero; the branch is judged
@@ -29,8 +29,15 @@ from minitron.runtime.hidden_states import record_teacher
 from minitron.runtime.identity import resume_identity
 from minitron.runtime.interrupt import interrupts
 from minitron.runtime.plan import LoadedPlan, read_training_plan
-from minitron.runtime.search.ride import Convoy, Figures
-from minitron.runtime.search.rider import Rider, Stable, branch_progress, branch_rate, saved_step, trunk_rate
+from minitron.runtime.search.learner import (
+    CandidateStore,
+    Learner,
+    branch_progress,
+    branch_rate,
+    saved_step,
+    trunk_rate,
+)
+from minitron.runtime.search.shared_teacher import Figures, SharedTeacher
 from minitron.runtime.setup import Session, compute_dtype_of, held_out_windows, load_teacher, loss_of
 from minitron.runtime.world import World, join_world, locked
 from minitron.specs.atomic import remove_leftovers
@@ -38,7 +45,7 @@ from minitron.specs.blocks.distill import Loss
 from minitron.specs.builds import CHECKPOINTS, COORDINATES, RANKING, SEARCH, STUDENT, WORK
 from minitron.specs.cache import tokens_folder
 from minitron.specs.errors import UsageError, WorkError, placing
-from minitron.specs.halving import RIDERS_SHARE, branch_steps
+from minitron.specs.halving import LEARNERS_SHARE, branch_steps
 from minitron.specs.progress import Progress, Task
 from minitron.specs.search_files import (
     CandidatePlan,
@@ -97,8 +104,8 @@ class Rungs:
     loaded: LoadedPlan
     session: Session
     alone: World
-    convoy: Convoy
-    stable: Stable
+    shared_teacher: SharedTeacher
+    store: CandidateStore
     windows: Windows
     build: Path
 
@@ -122,13 +129,13 @@ class Rungs:
             of for one in file.candidates if (of := _loss(one, plan).hidden_states) is not None and of.weight != 0
         ]
         recorder = record_teacher(teacher, compared) if compared else None
-        convoy = Convoy(teacher, corpus, loss_of(plan), alone, part, recorder)
+        shared_teacher = SharedTeacher(teacher, corpus, loss_of(plan), alone, part, recorder)
 
         def identity(own: TrainingPlan) -> dict[str, Any]:
             return dict(json.loads(json.dumps(resume_identity(own, digest))))
 
-        stable = Stable(loaded, alone, identity, teacher, recorder)
-        return cls(file, loaded, session, alone, convoy, stable, windows, build)
+        store = CandidateStore(loaded, alone, identity, teacher, recorder)
+        return cls(file, loaded, session, alone, shared_teacher, store, windows, build)
 
     # -- the rungs --------------------------------------------------------------------------------------------------------
 
@@ -198,68 +205,78 @@ class Rungs:
 
     def train(self, numbers: Sequence[int], rung: RungPlan) -> None:
         """Trains candidates side by side up to the end of a rung and judges them."""
-        riders = [self.rider(number) for number in numbers]
-        unjudged = [rider for rider in riders if not (self._folder(rider.number) / ZERO_SHOT).exists()]
-        for rider, figures in zip(unjudged, self._judge(unjudged), strict=True):
-            self._note(rider.number, ZERO_SHOT, Judged(tokens=0, kl=figures.kl, loss=figures.loss))
-        begins = {rider.number: self._branch(rider.plan, rung) for rider in riders}
+        learners = [self.learner(number) for number in numbers]
+        unjudged = [learner for learner in learners if not (self._folder(learner.number) / ZERO_SHOT).exists()]
+        for learner, figures in zip(unjudged, self._judge(unjudged), strict=True):
+            self._note(learner.number, ZERO_SHOT, Judged(tokens=0, kl=figures.kl, loss=figures.loss))
+        begins = {learner.number: self._branch(learner.plan, rung) for learner in learners}
         name = f"search, rung {rung.number} of {len(self.file.rungs)}"
         sequence = self.loaded.training().sequence_length
         total = sequence * sum(
-            2 * self._end(rider.plan, rung) - rider.samples - begins[rider.number] * rider.plan.global_batch_size
-            for rider in riders
+            2 * self._end(learner.plan, rung)
+            - learner.samples
+            - begins[learner.number] * learner.plan.global_batch_size
+            for learner in learners
         )
         with self.session.progress.task(name, total, "tokens") as task:
-            self._advance(riders, lambda rider: begins[rider.number] * rider.plan.global_batch_size, task, saves=True)
-            for rider in riders:
-                if rider.diverged is None:
-                    self.stable.save(rider, self._folder(rider.number))
-            living = [rider for rider in riders if rider.diverged is None]
-            branches = [self.rider(rider.number) for rider in living]
+            self._advance(
+                learners, lambda learner: begins[learner.number] * learner.plan.global_batch_size, task, saves=True
+            )
+            for learner in learners:
+                if learner.diverged is None:
+                    self.store.save(learner, self._folder(learner.number))
+            living = [learner for learner in learners if learner.diverged is None]
+            branches = [self.learner(learner.number) for learner in living]
             for branch in branches:
                 begin, end = begins[branch.number], self._end(branch.plan, rung) // branch.plan.global_batch_size
                 branch.rate = partial(branch_rate, plan=branch.plan, begin=begin, end=end)
                 branch.progress = partial(branch_progress, plan=branch.plan, begin=begin, end=end)
-            self._advance([*living, *branches], lambda rider: self._end(rider.plan, rung), task, saves=False)
-        judged = iter(self._judge([rider for rider in (*branches, *living) if rider.diverged is None]))
-        of_branch = {rider.number: next(judged) for rider in branches if rider.diverged is None}
-        of_trunk = {rider.number: next(judged) for rider in living if rider.diverged is None}
-        for rider in riders:
-            tokens = self._end(rider.plan, rung) * sequence
-            own, trunk = of_branch.get(rider.number), of_trunk.get(rider.number)
+            self._advance([*living, *branches], lambda learner: self._end(learner.plan, rung), task, saves=False)
+        judged = iter(self._judge([learner for learner in (*branches, *living) if learner.diverged is None]))
+        of_branch = {learner.number: next(judged) for learner in branches if learner.diverged is None}
+        of_trunk = {learner.number: next(judged) for learner in living if learner.diverged is None}
+        for learner in learners:
+            tokens = self._end(learner.plan, rung) * sequence
+            own, trunk = of_branch.get(learner.number), of_trunk.get(learner.number)
             # A trunk that diverges after its branch has left cannot go on: the candidate is out.
             alive = own is not None and trunk is not None and math.isfinite(own.kl)
             note = Judged(tokens=tokens, kl=None, loss=None)
             if alive and own is not None and trunk is not None:
                 note = Judged(tokens=tokens, kl=own.kl, loss=own.loss, trunk_kl=_finite(trunk.kl))
-            self._note(rider.number, _rung_file(rung), note)
+            self._note(learner.number, _rung_file(rung), note)
             if alive:
-                self.stable.save(rider, self._folder(rider.number))
+                self.store.save(learner, self._folder(learner.number))
 
-    def _advance(self, riders: Sequence[Rider], until: Callable[[Rider], int], task: Task, *, saves: bool) -> None:
-        """Trains riders, with a checkpoint after each of the plan's intervals where `saves`, and where the user interrupts."""
+    def _advance(
+        self, learners: Sequence[Learner], until: Callable[[Learner], int], task: Task, *, saves: bool
+    ) -> None:
+        """Trains learners, with a checkpoint after each interval of the plan where `saves`, and when interrupted."""
         interrupt, plan = self.session.interrupt, self.loaded.training()
         every, sequence = plan.checkpoint.every_tokens, plan.sequence_length
         learnt = 0
 
         def after_part(students: int) -> None:
             nonlocal learnt
-            before, learnt = learnt, learnt + self.convoy.part * sequence
-            task.advance(self.convoy.part * sequence * students)
-            between = all(rider.diverged is not None or not rider._micro for rider in riders)
+            before, learnt = learnt, learnt + self.shared_teacher.part * sequence
+            task.advance(self.shared_teacher.part * sequence * students)
+            between = all(learner.diverged is not None or not learner._micro for learner in learners)
             if saves and between and (before // every < learnt // every or interrupt.requested):
-                for rider in riders:
-                    if rider.diverged is None:
-                        self.stable.save(rider, self._folder(rider.number))
+                for learner in learners:
+                    if learner.diverged is None:
+                        self.store.save(learner, self._folder(learner.number))
             if interrupt.requested and (between or not saves):
                 self.session.progress.message("interrupted; search again to go on from there")
                 raise KeyboardInterrupt
 
-        self.convoy.ride(riders, until, after_part)
+        self.shared_teacher.train(learners, until, after_part)
 
-    def _judge(self, riders: Sequence[Rider]) -> list[Figures]:
+    def _judge(self, learners: Sequence[Learner]) -> list[Figures]:
         dtype = compute_dtype_of(self.loaded.training(), self.alone)
-        return self.convoy.judge([rider.student for rider in riders], self.windows, dtype) if riders else []
+        return (
+            self.shared_teacher.judge([learner.student for learner in learners], self.windows, dtype)
+            if learners
+            else []
+        )
 
     # -- candidates -------------------------------------------------------------------------------------------------------
 
@@ -282,9 +299,9 @@ class Rungs:
         }
         return shared.model_copy(update=changes)
 
-    def rider(self, number: int) -> Rider:
+    def learner(self, number: int) -> Learner:
         plan = self._plan(number)
-        return self.stable.ride(number, plan, self._folder(number), lambda step: trunk_rate(step, plan))
+        return self.store.load(number, plan, self._folder(number), lambda step: trunk_rate(step, plan))
 
     def _end(self, plan: TrainingPlan, rung: RungPlan) -> int:
         """The samples of a candidate at the end of a rung: whole global batches."""
@@ -300,7 +317,7 @@ class Rungs:
         if self.alone.device.type != "cuda" or not numbers:
             return [list(numbers)] if numbers else []
         torch.cuda.empty_cache()  # what the rung before has left
-        free = RIDERS_SHARE * torch.cuda.mem_get_info(self.alone.device)[0]
+        free = LEARNERS_SHARE * torch.cuda.mem_get_info(self.alone.device)[0]
         groups: list[list[int]] = []
         taken = math.inf
         for number in numbers:

@@ -302,7 +302,7 @@ class TestChoice:
         searched = replace(plan, search={"rungs": rungs})
         need = next(one for one in plan_document(searched)["phases"] if one["name"] == "search")["peak_memory_bytes"]
         logits = 4 * 128 * 96 * 4
-        assert need == alone.peak + 9 * states + logits, "five trunks and their branches ride together where they fit"
+        assert need == alone.peak + 9 * states + logits, "five trunks and their branches learn together where they fit"
         tight = Device("card", alone.peak + 2 * states, 1e12)
         ((grouped,),) = [[one for one in Estimate(searched).phases(on(tight)) if one.name == "search"]]
         assert grouped.memory.peak < need

@@ -15,8 +15,8 @@ from minitron.runtime.hidden_states import record_teacher
 from minitron.runtime.interrupt import interrupts
 from minitron.runtime.loss import DistillationLoss
 from minitron.runtime.plan import read_training_plan
-from minitron.runtime.search.ride import Convoy
-from minitron.runtime.search.rider import Stable, branch_progress, trunk_rate
+from minitron.runtime.search.learner import CandidateStore, branch_progress, trunk_rate
+from minitron.runtime.search.shared_teacher import SharedTeacher
 from minitron.runtime.setup import Session, load_teacher
 from minitron.runtime.tokens import TextEncoder
 from minitron.runtime.world import join_world
@@ -34,7 +34,7 @@ WAYS = {
 
 
 def ridden(build: Path, folder: Path) -> list[dict[str, torch.Tensor]]:
-    """The weights of two students that ride side by side over all of the training's samples."""
+    """The weights of two students that learn side by side over all of the training's samples."""
     loaded = read_training_plan(build)
     plan = loaded.training()
     assert plan.loss.hidden_states is not None
@@ -45,13 +45,13 @@ def ridden(build: Path, folder: Path) -> list[dict[str, torch.Tensor]]:
         (corpus,) = session.open_corpora(plan)
         teacher = load_teacher(loaded, world)
         recorder = record_teacher(teacher, [plan.loss.hidden_states])
-        stable = Stable(loaded, world, lambda _: {}, teacher, recorder)
-        riders = [stable.ride(number, plan, folder / str(number), partial(trunk_rate, plan=plan)) for number in (1, 2)]
+        store = CandidateStore(loaded, world, lambda _: {}, teacher, recorder)
+        learners = [store.load(number, plan, folder / str(number), partial(trunk_rate, plan=plan)) for number in (1, 2)]
         loss = DistillationLoss(divergence="forward_kl", temperature=1.0, weight=1.0, cross_entropy=0.0)
-        convoy = Convoy(teacher, corpus, loss, world, plan.micro_batch_size, recorder)
-        convoy.ride(riders, lambda _: plan.steps * plan.global_batch_size, lambda _: None)
-        assert [rider.diverged for rider in riders] == [None, None]
-        return [dict(rider.student.module.state_dict()) for rider in riders]
+        shared_teacher = SharedTeacher(teacher, corpus, loss, world, plan.micro_batch_size, recorder)
+        shared_teacher.train(learners, lambda _: plan.steps * plan.global_batch_size, lambda _: None)
+        assert [learner.diverged for learner in learners] == [None, None]
+        return [dict(learner.student.module.state_dict()) for learner in learners]
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -1,4 +1,4 @@
-"""The loop of several riders: samples come in order, the teacher reads each once, and every rider learns from it."""
+"""The loop of several learners: samples come in order, the teacher reads each once, and every learner learns from it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minitron.runtime.held_out import autocast, evaluating, require_tokens
 from minitron.runtime.hidden_states import Recorder, States
 from minitron.runtime.loss import DistillationLoss, Head, distillation_loss, shared_logits
 from minitron.runtime.models import LanguageModel
-from minitron.runtime.search.rider import Rider, Shared
+from minitron.runtime.search.learner import Learner, Shared
 from minitron.runtime.world import World
 
 
@@ -28,9 +28,9 @@ class Figures:
 
 
 @dataclass
-class Convoy:
-    """The things that riders share: the teacher, the samples and the loss. `part` sequences go through the models at a time;
-    `recorder` takes the teacher's hidden states that any rider is compared with."""
+class SharedTeacher:
+    """The things that learners share: the teacher, the samples and the loss. `part` sequences go through the models at a time;
+    `recorder` takes the teacher's hidden states that any learner is compared with."""
 
     teacher: LanguageModel | None
     corpus: Corpus
@@ -40,31 +40,33 @@ class Convoy:
     recorder: Recorder | None = None
     _valid: dict[tuple[int, int], int] = field(default_factory=dict)
 
-    def ride(self, riders: Sequence[Rider], until: Callable[[Rider], int], after_part: Callable[[int], None]) -> None:
-        """Trains every rider up to the sample that `until` names. `after_part` is called after each part of the samples with
-        the number of riders that learnt it; where it raises, riders stand between two parts."""
-        ends = {id(rider): until(rider) for rider in riders}
-        first = min((rider.samples for rider in riders), default=0)
+    def train(
+        self, learners: Sequence[Learner], until: Callable[[Learner], int], after_part: Callable[[int], None]
+    ) -> None:
+        """Trains every learner up to the sample that `until` names. `after_part` is called after each part of the samples with
+        the number of learners that learnt it; where it raises, learners stand between two parts."""
+        ends = {id(learner): until(learner) for learner in learners}
+        first = min((learner.samples for learner in learners), default=0)
         with torch.random.fork_rng([self.world.device] if self.world.device.type == "cuda" else []):
             for start in range(first, max(ends.values(), default=0), self.part):
-                here = [rider for rider in riders if rider.wants(start, ends[id(rider)])]
+                here = [learner for learner in learners if learner.wants(start, ends[id(learner)])]
                 if not here:
                     continue
                 shared = self._shared(start, len(here))
                 with fastest_attention(self.world.device):
-                    for rider in here:
-                        size = rider.plan.global_batch_size
-                        rider.learn(shared, self.settings, self._count(start // size * size, size))
+                    for learner in here:
+                        size = learner.plan.global_batch_size
+                        learner.learn(shared, self.settings, self._count(start // size * size, size))
                 after_part(len(here))
 
-    def _shared(self, start: int, riders: int) -> Shared:
+    def _shared(self, start: int, learners: int) -> Shared:
         batch = self.corpus.batch(range(start, start + self.part)).to(self.world.device)
         recording: AbstractContextManager[States] = (
             nullcontext({}) if self.recorder is None else self.recorder.recording()
         )
         with recording as states:
             teacher_TE, head = self._read(batch)
-        return Shared(start, batch, teacher_TE, head, self._logits(teacher_TE, head, riders), states)
+        return Shared(start, batch, teacher_TE, head, self._logits(teacher_TE, head, learners), states)
 
     def _logits(self, teacher_TE: torch.Tensor | None, head: Head | None, students: int) -> torch.Tensor | None:
         """The teacher's product with its head, where several students read it."""

@@ -35,7 +35,7 @@ from minitron.specs.training_plan import TrainingPlan
 
 @dataclass(frozen=True)
 class Shared:
-    """A part of the samples, from `first` on, and what the teacher makes of it: what all riders are given."""
+    """A part of the samples, from `first` on, and what the teacher makes of it: what all learners are given."""
 
     first: int
     batch: Batch
@@ -43,7 +43,7 @@ class Shared:
     teacher: Head | None
     teacher_SV: Tensor | None = None
     states: States = field(default_factory=dict)
-    """The teacher's hidden states that any of the riders is compared with."""
+    """The teacher's hidden states that any of the learners is compared with."""
 
 
 def trunk_rate(step: int, plan: TrainingPlan) -> float:
@@ -65,7 +65,7 @@ def branch_progress(step: int, plan: TrainingPlan, begin: int, end: int) -> floa
 
 
 @dataclass
-class Rider:
+class Learner:
     """One student, its optimizer, and how far it is. `rate` gives the learning rate of a step, `progress` the share of the
     training that is over at it, for a weight that falls; `diverged` says what was not finite, and the student then learns no
     more."""
@@ -150,8 +150,8 @@ class Rider:
 
 
 @dataclass(frozen=True)
-class Stable:
-    """The folders of the candidates, from which riders are made and where their checkpoints lie; and the teacher, hooked by
+class CandidateStore:
+    """The folders of the candidates, from which learners are made and where their checkpoints lie; and the teacher, hooked by
     `recorder` where their hidden states are compared with its own."""
 
     loaded: LoadedPlan
@@ -160,13 +160,13 @@ class Stable:
     teacher: LanguageModel
     recorder: Recorder | None = None
 
-    def ride(self, number: int, plan: TrainingPlan, folder: Path, rate: Callable[[int], float]) -> Rider:
+    def load(self, number: int, plan: TrainingPlan, folder: Path, rate: Callable[[int], float]) -> Learner:
         """Loads a candidate's student, with weights and moments of its newest checkpoint where there is one."""
         student = load_student(replace(self.loaded, plan=plan), self.world)
         hidden = self._hidden(plan, student)
         student.module.train()
         optimizer = optimizer_of(plan, student)
-        rider = Rider(number, plan, student, optimizer, self.world, rate, hidden)
+        learner = Learner(number, plan, student, optimizer, self.world, rate, hidden)
         checkpoint = Checkpoints(folder / CHECKPOINTS, 1).newest(Silent(), self.world)
         if checkpoint is not None:
             if checkpoint.identity != self.identity(plan):
@@ -174,8 +174,8 @@ class Stable:
                     f"{folder} holds the training of another candidate; remove {folder.parent} to search again"
                 )
             load(checkpoint, student.module, optimizer)
-            rider.samples = checkpoint.state.samples
-        return rider
+            learner.samples = checkpoint.state.samples
+        return learner
 
     def _hidden(self, plan: TrainingPlan, student: LanguageModel) -> HiddenStates | None:
         settings = plan.loss.hidden_states
@@ -185,12 +185,12 @@ class Stable:
         chunk = plan.loss.chunk_tokens
         return prepare_hidden_states(settings, self.teacher, student, chunk, plan.seed, kept, self.recorder)
 
-    def save(self, rider: Rider, folder: Path) -> None:
-        """Writes a checkpoint of a rider between two steps, and removes the one before it."""
-        plan = rider.plan
-        state = TrainerState(rider.step, rider.samples, rider.samples * plan.sequence_length)
-        module = rider.student.module
-        pieces = {"model": model_pieces(module), "optimizer": optimizer_pieces(module, rider.optimizer)}
+    def save(self, learner: Learner, folder: Path) -> None:
+        """Writes a checkpoint of a learner between two steps, and removes the one before it."""
+        plan = learner.plan
+        state = TrainerState(learner.step, learner.samples, learner.samples * plan.sequence_length)
+        module = learner.student.module
+        pieces = {"model": model_pieces(module), "optimizer": optimizer_pieces(module, learner.optimizer)}
         on_host = {
             kind: {name: replace(piece, tensor=piece.tensor.cpu()) for name, piece in of.items()}
             for kind, of in pieces.items()
