@@ -50,14 +50,6 @@ PLAN: dict[str, Any] = {
 FIRST_STEPS = BLOCK // 64
 """The steps of the first block; it lies in the first two shards, and the second block ends in the fourth."""
 
-Result = tuple[list[dict[str, Any]], bytes]
-
-
-def result(build: Path) -> Result:
-    """Every line of the metrics but for the clock, and the bytes of the final weights."""
-    lines = tiny.without_speed(read_metrics(build / "train" / "metrics.jsonl"))
-    return lines, (build / "model" / "model.safetensors").read_bytes()
-
 
 def tokenized_before(build: Path, **changes: Any) -> Path:
     """Makes all tokens that the plan names, before any training."""
@@ -73,12 +65,12 @@ def tokenized_before(build: Path, **changes: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_build: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+def whole(tiny_build: Path, tmp_path_factory: pytest.TempPathFactory) -> tiny.Result:
     """What a training ends with whose tokens were all there."""
     root = tmp_path_factory.mktemp("whole") / "here"
     shutil.copytree(tiny_build.parent, root)
     assert train_in_process(tokenized_before(root / "build")) == "done"
-    return result(root / "build")
+    return tiny.result(root / "build")
 
 
 class Gate:
@@ -161,7 +153,7 @@ def is_running(process: int) -> bool:
         return False
 
 
-def test_the_first_steps_come_before_the_last_shard(gate: Gate, whole: Result) -> None:
+def test_the_first_steps_come_before_the_last_shard(gate: Gate, whole: tiny.Result) -> None:
     gate.close(3)
     process, pipe = gate.begin(FIRST_STEPS)
     assert len(shards(gate.stream)) == 3 and not (gate.stream / "stream.json").exists()
@@ -169,7 +161,7 @@ def test_the_first_steps_come_before_the_last_shard(gate: Gate, whole: Result) -
     gate.open()
     assert last_word(process, pipe) == "done"
     assert len(shards(gate.stream)) == 9 and (gate.stream / "stream.json").exists()
-    assert result(gate.build) == whole
+    assert tiny.result(gate.build) == whole
 
 
 def test_two_ranks_that_wait_learn_what_two_ranks_learn(gate: Gate, tiny_build: Path, tmp_path: Path) -> None:
@@ -179,10 +171,10 @@ def test_two_ranks_that_wait_learn_what_two_ranks_learn(gate: Gate, tiny_build: 
     gate.close(3)
     with gate.opened_after(FIRST_STEPS):
         assert train_on_ranks(gate.build, 2, gate.hook) == ["done", "done"]
-    assert result(gate.build) == result(before)
+    assert tiny.result(gate.build) == tiny.result(before)
 
 
-def test_machines_with_a_cache_of_their_own_tokenize_each(gate: Gate, whole: Result, tmp_path: Path) -> None:
+def test_machines_with_a_cache_of_their_own_tokenize_each(gate: Gate, whole: tiny.Result, tmp_path: Path) -> None:
     own = partial(tokenize_early, gate.folder, tmp_path / "own")
     gate.close(3)
     words = []
@@ -216,7 +208,7 @@ def first_or(first: Callable[[], None], other: Callable[[], None]) -> None:
     (first if os.environ["RANK"] == "0" else other)()
 
 
-def test_killed_while_it_tokenizes_it_ends_with_the_same_bytes(gate: Gate, whole: Result) -> None:
+def test_killed_while_it_tokenizes_it_ends_with_the_same_bytes(gate: Gate, whole: tiny.Result) -> None:
     gate.close(3)
     process, pipe = gate.begin(FIRST_STEPS)
     writer, there = tokenizer_process(gate.stream), shards(gate.stream)
@@ -228,11 +220,11 @@ def test_killed_while_it_tokenizes_it_ends_with_the_same_bytes(gate: Gate, whole
     assert shards(gate.stream) == there, "nothing goes on writing"
     gate.open()
     assert train_in_process(gate.build, gate.hook) == "done"
-    assert result(gate.build) == whole
+    assert tiny.result(gate.build) == whole
     assert [(gate.stream / name).stat().st_ino for name in there] == inodes, "what was there was not made again"
 
 
-def test_a_tokenizer_that_is_killed_ends_the_training(gate: Gate, whole: Result) -> None:
+def test_a_tokenizer_that_is_killed_ends_the_training(gate: Gate, whole: tiny.Result) -> None:
     gate.close(3)
     process, pipe = gate.begin(FIRST_STEPS)
     os.kill(tokenizer_process(gate.stream), signal.SIGKILL)
@@ -243,10 +235,10 @@ def test_a_tokenizer_that_is_killed_ends_the_training(gate: Gate, whole: Result)
     assert (gate.build / "train" / "checkpoints" / f"step-{FIRST_STEPS:08}").is_dir(), "what was learnt is kept"
     gate.open()
     assert train_in_process(gate.build, gate.hook) == "done"
-    assert result(gate.build) == whole
+    assert tiny.result(gate.build) == whole
 
 
-def test_a_signal_is_heard_while_a_step_waits(gate: Gate, whole: Result) -> None:
+def test_a_signal_is_heard_while_a_step_waits(gate: Gate, whole: tiny.Result) -> None:
     gate.close(3)
     process, pipe = gate.begin(FIRST_STEPS)
     writer = tokenizer_process(gate.stream)
@@ -256,7 +248,7 @@ def test_a_signal_is_heard_while_a_step_waits(gate: Gate, whole: Result) -> None
     assert (gate.build / "train" / "checkpoints" / f"step-{FIRST_STEPS:08}").is_dir()
     gate.open()
     assert train_in_process(gate.build, gate.hook) == "done"
-    assert result(gate.build) == whole
+    assert tiny.result(gate.build) == whole
 
 
 def test_a_disk_that_fills_up_ends_all_ranks(gate: Gate) -> None:
@@ -332,7 +324,7 @@ def test_blends_chats_and_phases_begin_early_too(build: Path, tiny_build: Path, 
     tiny.write_plan(build, **PLAN | blends_and_phases(build))
     gate = Gate(build)
     assert train_in_process(build, gate.hook) == "done"
-    assert result(build) == result(before)
+    assert tiny.result(build) == tiny.result(before)
 
 
 def test_a_corrected_teacher_begins_early_too(build: Path, tiny_build: Path, tmp_path: Path) -> None:
@@ -349,7 +341,7 @@ def test_a_corrected_teacher_begins_early_too(build: Path, tiny_build: Path, tmp
     gate.close(3)
     with gate.opened_after(FIRST_STEPS):
         assert train_in_process(build, gate.hook) == "done"
-    assert result(build) == result(before)
+    assert tiny.result(build) == tiny.result(before)
     assert read_metrics(build / "train" / "teacher" / "metrics.jsonl")[-1]["step"] == 4
 
 

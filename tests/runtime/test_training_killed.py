@@ -14,7 +14,6 @@ import pytest
 from minitron.runtime.order import mix, shuffled
 from tests.runtime import processes, tiny
 from tests.runtime.processes import last_word, start, train_in_process, train_on_ranks
-from tests.runtime.tiny import read_metrics
 
 STEPS = 24
 
@@ -37,19 +36,13 @@ def whole(origin: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[
     root = tmp_path_factory.mktemp("whole") / "here"
     shutil.copytree(origin, root)
     assert train_in_process(root / "build") == "done"
-    return result(root / "build")
+    return tiny.result(root / "build")
 
 
 @pytest.fixture
 def build(origin: Path, tmp_path: Path) -> Path:
     shutil.copytree(origin, tmp_path / "here")
     return tmp_path / "here" / "build"
-
-
-def result(build: Path) -> tuple[list[dict[str, Any]], bytes]:
-    """Every line of the metrics but for the clock, and the bytes of the final weights."""
-    lines = tiny.without_speed(read_metrics(build / "train" / "metrics.jsonl"))
-    return lines, (build / "model" / "model.safetensors").read_bytes()
 
 
 def kill_after(build: Path, steps: int, spin: int) -> bool:
@@ -74,7 +67,7 @@ def test_killed_five_times_at_random_points(build: Path, whole: tuple[list[dict[
     kills = [kill_after(build, random.randrange(1, 7), random.randrange(200_000)) for _ in range(5)]
     assert any(kills)
     assert train_in_process(build) == "done"
-    assert result(build) == whole
+    assert tiny.result(build) == whole
     leftovers = [path.name for path in build.rglob("*") if path.name.endswith(".tmp")]
     assert not leftovers
 
@@ -84,7 +77,7 @@ def test_killed_while_a_checkpoint_is_written(build: Path, whole: tuple[list[dic
     checkpoints = build / "train" / "checkpoints"
     assert sorted(path.name.endswith(".tmp") for path in checkpoints.iterdir()) == [False, True]
     assert train_in_process(build) == "done"
-    assert result(build) == whole
+    assert tiny.result(build) == whole
 
 
 def test_a_disk_that_fills_up_while_training_goes_on(build: Path, whole: tuple[list[dict[str, Any]], bytes]) -> None:
@@ -93,14 +86,14 @@ def test_a_disk_that_fills_up_while_training_goes_on(build: Path, whole: tuple[l
     assert "the disk is full; the last good one, " in word and "step-00000003, was kept. Make room" in word
     assert [path.name for path in (build / "train" / "checkpoints").iterdir()] == ["step-00000003"]
     assert train_in_process(build) == "done"
-    assert result(build) == whole
+    assert tiny.result(build) == whole
 
 
 def test_killed_while_the_model_is_written(build: Path, whole: tuple[list[dict[str, Any]], bytes]) -> None:
     assert train_in_process(build, processes.kill_before_the_model_is_named) is None
     assert not (build / "model").exists()
     assert train_in_process(build) == "done"
-    assert result(build) == whole
+    assert tiny.result(build) == whole
     assert not list(build.glob(".*.tmp"))
 
 
@@ -111,7 +104,7 @@ def test_terminated_it_saves_first(build: Path, whole: tuple[list[dict[str, Any]
     assert last_word(process, pipe) == "interrupted"
     assert len(list((build / "train" / "checkpoints").glob("step-*"))) >= 1
     assert train_in_process(build) == "done"
-    assert result(build) == whole
+    assert tiny.result(build) == whole
 
 
 def losses(lines: list[dict[str, Any]]) -> list[float]:
@@ -121,7 +114,7 @@ def losses(lines: list[dict[str, Any]]) -> list[float]:
 def test_begun_on_one_rank_and_ended_on_two(build: Path, whole: tuple[list[dict[str, Any]], bytes]) -> None:
     assert kill_after(build, 8, 0)
     assert train_on_ranks(build, 2) == ["done", "done"]
-    assert losses(result(build)[0]) == pytest.approx(losses(whole[0]), rel=1e-5)
+    assert losses(tiny.result(build)[0]) == pytest.approx(losses(whole[0]), rel=1e-5)
 
 
 def test_a_micro_batch_of_the_whole_batch_is_shared_by_ranks(
@@ -131,7 +124,7 @@ def test_a_micro_batch_of_the_whole_batch_is_shared_by_ranks(
     plan = (build / "training.yaml").read_text(encoding="utf-8")
     (build / "training.yaml").write_text(plan.replace("micro_batch_size: 2", "micro_batch_size: 4"), encoding="utf-8")
     assert train_on_ranks(build, 2) == ["done", "done"]
-    assert losses(result(build)[0]) == pytest.approx(losses(whole[0]), rel=1e-5)
+    assert losses(tiny.result(build)[0]) == pytest.approx(losses(whole[0]), rel=1e-5)
 
 
 def test_a_batch_that_ranks_cannot_share(build: Path) -> None:

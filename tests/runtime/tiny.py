@@ -139,3 +139,12 @@ CLOCKED = ("tokens_per_second", "data_seconds", "seconds_left", "memory_bytes", 
 def without_speed(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """metrics.jsonl without what the machine decides."""
     return [{key: value for key, value in line.items() if key not in CLOCKED} for line in lines]
+
+
+Result = tuple[list[dict[str, Any]], bytes]
+
+
+def result(build: Path) -> Result:
+    """Every line of the metrics but for the clock, and the bytes of the final weights."""
+    lines = without_speed(read_metrics(build / "train" / "metrics.jsonl"))
+    return lines, (build / "model" / "model.safetensors").read_bytes()
