@@ -25,7 +25,6 @@ from minitron.specs.builds import (
     TRAINING,
     VERIFICATION,
     WORK,
-    build_of,
     finished_note,
     metrics_file,
     read_document,
@@ -63,7 +62,7 @@ def build_folder(output: Path | None, loaded: LoadedSpec) -> Path:
     """Returns the folder that a spec is compiled into: `output`, or builds/NAME beside the spec. UsageError where
     something else is there.
     """
-    build = output or build_of(loaded)
+    build = output or loaded.build
     if build.exists() and not build.is_dir():
         raise UsageError(f"{build}: a file, and the build needs a folder; name another with -o")
     whole = build.absolute().resolve()

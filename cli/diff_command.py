@@ -13,7 +13,7 @@ from minitron.cli.drafts import load_whole
 from minitron.cli.lock_command import follow_lock
 from minitron.cli.render import show_sections
 from minitron.cli.sections import part
-from minitron.specs.builds import PLAN, RESULTS, build_of, read_document
+from minitron.specs.builds import PLAN, RESULTS, read_document
 from minitron.specs.errors import UsageError
 
 Compared = Annotated[Path, typer.Argument(help="A spec file or a build folder.", show_default=False)]
@@ -42,5 +42,5 @@ def _side(path: Path) -> Side:
     quiet_libraries()
     from minitron.compiler import make_plan, plan_document
 
-    plan = plan_document(make_plan(follow_lock(loaded, locked=False), build=build_of(loaded)))
+    plan = plan_document(make_plan(follow_lock(loaded, locked=False), build=loaded.build))
     return Side(str(path), plan, loaded.resolved, None)

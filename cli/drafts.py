@@ -7,7 +7,6 @@ from pathlib import Path
 
 from minitron.cli.failures import failure_of
 from minitron.specs import LoadedSpec, load_spec
-from minitron.specs.builds import build_of
 from minitron.specs.data_files import data_sources
 from minitron.specs.errors import MinitronError, SpecError, SpecInvalid
 from minitron.specs.load import STAND_INS, InvalidDraft
@@ -50,7 +49,7 @@ def _against_the_teacher(draft: LoadedSpec, *, compiles: bool) -> Sequence[SpecE
 
     try:
         # (A teacher that another spec makes may not be made yet: `run` makes it.)
-        make_plan(draft, build=build_of(draft), weights=compiles and draft.spec.teacher.spec is None)
+        make_plan(draft, build=draft.build, weights=compiles and draft.spec.teacher.spec is None)
     except MinitronError as error:
         return failure_of(error).errors
     return ()

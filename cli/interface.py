@@ -15,13 +15,14 @@ from rich.console import Console
 
 from minitron.cli import builds
 from minitron.cli.build_sections import build_sections
+from minitron.cli.consoles import stderr_console
 from minitron.cli.device import pick_device, use_threads
 from minitron.cli.libraries import quiet_libraries
 from minitron.cli.lock_command import follow_lock
 from minitron.cli.markdown import markdown
 from minitron.cli.plan_summary import shown_plan
 from minitron.cli.progress import progress_for
-from minitron.cli.render import stderr_console, terminal
+from minitron.cli.render import terminal
 from minitron.cli.search_command import chosen_plan, is_compiled, opened_search
 from minitron.cli.sections import Document, Section
 from minitron.specs import LoadedSpec, load_spec

@@ -94,8 +94,8 @@ def stamp() -> str:
 
 def progress() -> Progress:
     """Returns the progress display of long work: on stderr, in the log, in both, or nowhere."""
+    from minitron.cli.consoles import stderr_console
     from minitron.cli.progress import LineProgress, progress_for
-    from minitron.cli.render import stderr_console
 
     shown: Progress = Silent() if _now.quiet else progress_for(stderr_console(), stamp)
     return shown if _now.log is None else _Both(shown, LineProgress(_now.log, stamp=stamp))

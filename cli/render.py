@@ -7,11 +7,12 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from minitron.cli import output
+from minitron.cli.consoles import stdout_console
 from minitron.cli.markdown import markdown
 from minitron.cli.sections import Document, Section
 from minitron.cli.text import printable
@@ -52,21 +53,6 @@ def _table(section: Section) -> Table:
     for row in section.rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     return table
-
-
-def stdout_console() -> Console:
-    """Returns the console for results. A pipe has no width, so tables are not folded there as they are on a narrow
-    terminal.
-    """
-    console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = 200
-    return console
-
-
-def stderr_console() -> Console:
-    """Returns the console for messages and progress."""
-    return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def write(*lines: str) -> None:

@@ -16,7 +16,7 @@ from minitron.cli.render import say, show_sections, write
 from minitron.cli.results_sections import results_sections
 from minitron.cli.sections import Document
 from minitron.specs import LoadedSpec
-from minitron.specs.builds import RESULTS, build_of, read_document, result_of
+from minitron.specs.builds import RESULTS, read_document
 from minitron.specs.chain import chain
 from minitron.specs.errors import SpecInvalid, located
 from minitron.specs.spec import float8_uses
@@ -101,10 +101,10 @@ def _run_above(upper: LoadedSpec, machine: _Machine, *, locked: bool) -> None:
     from minitron.compiler import why_not_finished
 
     if why_not_finished(upper) is None:
-        say(f"{upper.path}: {result_of(upper)} is finished and becomes the teacher, skipped")
+        say(f"{upper.path}: {upper.result} is finished and becomes the teacher, skipped")
         return
     say(f"{upper.path}: its result becomes the teacher, so it runs first")
-    _make(upper, build_of(upper), machine, locked=locked)
+    _make(upper, upper.build, machine, locked=locked)
     write("")
 
 

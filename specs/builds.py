@@ -18,12 +18,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minitron.specs.errors import WorkError
-
-if TYPE_CHECKING:
-    from minitron.specs.load import LoadedSpec
 
 # What a compile writes.
 PLAN = "plan.json"
@@ -91,17 +88,6 @@ CARD = "README.md"
 def default_build(spec_file: Path, name: str) -> Path:
     """Returns the default build folder of a spec: `builds/NAME` beside the spec."""
     return spec_file.parent / "builds" / name
-
-
-def build_of(loaded: LoadedSpec) -> Path:
-    """Returns the default build folder of a spec that was read."""
-    return default_build(loaded.path, loaded.spec.name)
-
-
-def result_of(loaded: LoadedSpec) -> Path:
-    """Returns the folder of the model that a spec results in: the distilled student, or the pruned one if nothing is
-    trained."""
-    return build_of(loaded) / (STUDENT if loaded.spec.distill is None else MODEL)
 
 
 def finished_note(build: Path) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from minitron.specs import shape, source
-from minitron.specs.builds import PLAN
+from minitron.specs.builds import MODEL, PLAN, STUDENT, default_build
 from minitron.specs.errors import SpecError, SpecInvalid, UsageError, located
 from minitron.specs.extends import read_with_bases
 from minitron.specs.inherit import inherit
@@ -48,6 +48,17 @@ class LoadedSpec:
     def folder(self) -> Path:
         """Returns the folder that relative paths in the spec start at."""
         return self.path.parent
+
+    @property
+    def build(self) -> Path:
+        """Returns the default build folder of the spec."""
+        return default_build(self.path, self.spec.name)
+
+    @property
+    def result(self) -> Path:
+        """Returns the folder of the model that the spec results in: the distilled student, or the pruned one if nothing is
+        trained."""
+        return self.build / (STUDENT if self.spec.distill is None else MODEL)
 
     @cached_property
     def resolved(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from minitron.compiler.teacher.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
 from minitron.compiler.teacher.freshness import staleness
 from minitron.compiler.teacher.hub import WrongRevision
-from minitron.specs.builds import CONFIG, build_of, finished_note, result_of
+from minitron.specs.builds import CONFIG, finished_note
 from minitron.specs.chain import chain
 from minitron.specs.errors import SpecInvalid
 from minitron.specs.load import LoadedSpec
@@ -42,20 +42,20 @@ def _result(
     assert name is not None
     reason = why_not_finished(upper)
     if reason is None:
-        return read_checkpoint(name, result_of(upper), weights=weights)
+        return read_checkpoint(name, upper.result, weights=weights)
     if weights:
         message = f"`{name}` has no result yet: {reason}"
         hint = f"`minitron run {name}` first, or `minitron run {loaded.path.name}`, which runs both"
         raise SpecInvalid([loaded.error("teacher.spec", message, hint)])
-    config = copy.deepcopy(planned(upper, build_of(upper)))
+    config = copy.deepcopy(planned(upper, upper.build))
     remark = f"the teacher is the student that {name} plans: {reason}"
-    return Checkpoint(name, result_of(upper), config, {}, remark=remark)
+    return Checkpoint(name, upper.result, config, {}, remark=remark)
 
 
 def why_not_finished(loaded: LoadedSpec) -> str | None:
     """Explains why the result of a spec cannot be a teacher yet; None where it can: compiled from this spec and these
     inputs, verified, and trained where the spec trains."""
-    build, result = build_of(loaded), result_of(loaded)
+    build, result = loaded.build, loaded.result
     found = staleness(build, loaded)
     if found is not None and found.changed:  # a training plan that was edited by hand trains a teacher as well
         return f"{build} is {found.reason}"

@@ -14,7 +14,7 @@ from minitron.compiler.teacher.checkpoint import SMALL_FILES
 from minitron.compiler.teacher.hub import WrongRevision, commit_of, is_commit, is_path, snapshot
 from minitron.compiler.teacher.other_formats import no_folder
 from minitron.compiler.teacher.tokenizer import tokenizer_files
-from minitron.specs.builds import CONFIG, PLAN, build_of, finished_note, result_of
+from minitron.specs.builds import CONFIG, PLAN, finished_note
 from minitron.specs.chain import above
 from minitron.specs.data import STDLIB_PREFIX, Source
 from minitron.specs.data_files import data_file_hash, data_files, data_sources, files_hash, resolve_data, stdlib
@@ -152,7 +152,7 @@ def _teacher(loaded: LoadedSpec) -> tuple[Inputs, Path | None]:
 
 def _result(upper: LoadedSpec) -> str:
     """Returns a hash of the result of the spec above: its student, its training and the shape of its model."""
-    build, model = build_of(upper), result_of(upper)
+    build, model = upper.build, upper.result
     texts = [path.read_bytes() for path in (finished_note(build), model / CONFIG) if path.is_file()]
     plan = build / PLAN
     if plan.is_file():

@@ -14,7 +14,7 @@ from minitron.compiler import Plan, make_plan, why_not_finished, why_stale
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.teacher.lock import renew
 from minitron.specs import LoadedSpec, load_spec
-from minitron.specs.builds import build_of, finished_note, result_of
+from minitron.specs.builds import finished_note
 from minitron.specs.chain import chain
 from minitron.specs.errors import SpecInvalid
 from tests.foundry import Build, Folder, Foundry
@@ -47,7 +47,7 @@ def specs(made: Path, tmp_path: Path) -> Path:
 
 def compiled(foundry: Foundry, spec: Path) -> Build:
     loaded = load_spec(spec)
-    return foundry.compile(loaded, build_of(loaded), program=False)
+    return foundry.compile(loaded, loaded.build, program=False)
 
 
 def refused(call: Callable[[], object]) -> tuple[str, int, str, str]:
@@ -60,7 +60,7 @@ def refused(call: Callable[[], object]) -> tuple[str, int, str, str]:
 
 def planned(foundry: Foundry, loaded: LoadedSpec) -> Plan:
     with foundry.shortened():
-        return make_plan(loaded, build=build_of(loaded))
+        return make_plan(loaded, build=loaded.build)
 
 
 # -- order --------------------------------------------------------------------------------------------------------------
@@ -148,12 +148,12 @@ def test_what_is_trained_is_finished_once_its_training_is(specs: Path) -> None:
         LARGE + "distill: {data: {text: [corpus.txt]}, tokens: 1M, sequence_length: 32, global_batch_size: 8}\n"
     )
     loaded = load_spec(path)
-    build = build_of(loaded)
+    build = loaded.build
     plan = json.loads((build / "plan.json").read_text())
     plan["spec"]["sha256"] = loaded.sha256
     plan["inputs"]["data"]["distill.data"] = plan["inputs"]["data"]["importance.data"]
     (build / "plan.json").write_text(json.dumps(plan))
-    assert result_of(loaded) == build / "model"
+    assert loaded.result == build / "model"
     assert why_not_finished(loaded) == f"{build} is not trained to its end"
     shutil.copytree(build / "student", build / "model")
     finished_note(build).parent.mkdir()
@@ -197,7 +197,7 @@ def test_what_changes_above_is_noticed_below(
 ) -> None:
     def reasons() -> dict[str, str | None]:
         both = {name: load_spec(specs / f"{name}.yaml") for name in ("large", "middle")}
-        return {name: why_stale(build_of(one), one) for name, one in both.items()}
+        return {name: why_stale(one.build, one) for name, one in both.items()}
 
     assert reasons() == {"large": None, "middle": None}
     change(specs)
@@ -209,7 +209,7 @@ def test_what_changes_above_is_noticed_below(
 
 def test_why_a_build_is_not_up_to_date(specs: Path) -> None:
     large = load_spec(specs / "large.yaml")
-    build = build_of(large)
+    build = large.build
     assert why_stale(build, large) is None
     verification = json.loads((build / "verification.json").read_text())
     (build / "verification.json").write_text(json.dumps(verification | {"passed": False}))
