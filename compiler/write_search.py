@@ -104,7 +104,7 @@ def write_search(search: SearchPlan, *, device: str, progress: Progress, stages:
             )
         require_replaceable(build / SEARCH)
         if before is not None:
-            progress.message(f"search: {build / SEARCH} is of another spec, teacher or data, and is made anew")
+            progress.message(f"search: {build / SEARCH} is of another spec, teacher or data, and is made again")
         try:
             _write(search, plan, (inputs, identity), device, progress, stages)
         except OSError:  # a full disk, say: once that is mended, candidates that are whole are not made again

@@ -52,7 +52,7 @@ class Fitted:
         return FP64 * self.own_read * (self.own_read + self.read + lacks)
 
     def adding_bytes(self, tokens: int, hidden: int) -> int:
-        """What both models read in one batch, and the residual streams; a product of them, in fp32 and then in fp64."""
+        """The values that both models read in a batch, and residual streams; a product of them, in fp32 and then in fp64."""
         values = FP32 * tokens * (self.read + self.own_read + 2 * hidden)
         return values + (FP32 + FP64) * self.own_read * max(self.own_read, self.read)
 

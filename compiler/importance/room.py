@@ -3,9 +3,9 @@
     scores    covariances and sums for all axes stay from the first batch to the last; Gram matrices are those of one layer
     weights   all of them stay where they fit and more than one pass reads them; else those of one layer, and the next one's as
               they are stored
-    batches   as many samples as half of the rest holds at their widest; on a CPU no more than BATCH_TOKENS, where more
-    is not faster streams   what is known of each batch between two layers waits on the device, else in host memory,
-    else in files
+    batches   as many samples as half of the rest holds at their widest; on a CPU no more than BATCH_TOKENS, where more is
+              not faster
+    streams   the values of each batch between two layers wait on the device, else in host memory, else in files
 
 None of it decides the scores beyond the order of sums.
 """
@@ -56,8 +56,8 @@ class Sizes:
     weights   all parameters in the dtype that graphs run in
     embedding, layer, head  the parts that are there one after the other; a tied embedding counts with the others
     stored    the largest tensor as it is stored where that is another dtype, `layer_stored` a layer
-    sample    one sample at its widest, inside a layer; `stream` between two layers; `logits` its logits, where they are
-    compared
+    sample    one sample at its widest, inside a layer; `stream` between two layers; `logits` its logits, where they
+              are compared
     kept, ending, covering, grams, adding, settling  what the scores accumulate (`Accumulated`)
     """
 
