@@ -35,7 +35,7 @@ from minitron.compiler.plan.recovery import (
     recovery_remarks,
     rotation_of,
 )
-from minitron.compiler.plan.remarks import data_remarks, float8_remarks, remarks_on
+from minitron.compiler.plan.remarks import data_remarks, float8_remarks, folder_remarks, remarks_on
 from minitron.compiler.roles.analysed import AnalysedTeacher, analyse_teacher
 from minitron.compiler.roles.names import GROUPS, HEADS, HIDDEN, LAYERS, NUM_EXPERTS
 from minitron.compiler.roles.residual_stream import first_rescaling_layer
@@ -255,7 +255,7 @@ def _remarks(plan: Plan) -> tuple[str, ...]:
         *unread(plan.data, plan.loaded.spec.distill),
         *plan.missing,
     )
-    of_spec = (*float8_remarks(plan.loaded.spec), *map(str, idle_keys(plan.loaded)))
+    of_spec = (*float8_remarks(plan.loaded.spec), *map(str, idle_keys(plan.loaded)), *folder_remarks(plan.loaded))
     of_layers = plan.proofs.limits(contiguous=plan.loaded.spec.importance.depth.contiguous)
     of_teacher = remarks_on(plan.checkpoint, plan.teacher.captured)
     return (*of_teacher, *plan.of_tokenizer, *of_layers, *of_recovery, *of_data, *of_spec)

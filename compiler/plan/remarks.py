@@ -66,6 +66,17 @@ def data_remarks(loaded: LoadedSpec) -> Iterator[str]:
                 )
 
 
+def folder_remarks(loaded: LoadedSpec) -> Iterator[str]:
+    """Yields a sentence on each revision of what is a folder, which has none."""
+    teacher = loaded.spec.teacher
+    named = [("teacher", teacher.model, teacher.revision)]
+    parts = (part for at, one in data_sources(loaded.spec) for part in source_parts(at, one))
+    named += [(path, part.dataset, part.revision) for path, _, part in parts]
+    for path, name, revision in named:
+        if name is not None and revision is not None and (loaded.folder / name).expanduser().is_dir():
+            yield f"{path}.revision: changes nothing here: {name} is a folder, as it lies there; leave it out"
+
+
 def float8_remarks(spec: Spec) -> tuple[str, ...]:
     """A sentence on a training in float8 that nothing makes fast."""
     if spec.distill is None or spec.distill.compile or "float8" not in (spec.distill.compute, spec.teacher.compute):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from minitron.compiler import make_plan, plan_document
+from minitron.specs import load_spec
 from minitron.specs.errors import SpecInvalid
 from tests.foundry import Foundry
 from tests.models import text
@@ -33,6 +34,19 @@ def test_widths_are_priced_without_any_data(foundry: Foundry, tmp_path: Path) ->
         assert plan_document(plan)["student"]["parameters"] > 0
         with pytest.raises(SpecInvalid, match=re.escape(words)):
             make_plan(loaded, build=tmp_path, weights=True)
+
+
+def test_a_folder_has_no_revision(foundry: Foundry, tmp_path: Path) -> None:
+    teacher = foundry.teacher("llama", num_hidden_layers=2)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_text('{"text": "the cat"}\n')
+    training = distill({"dataset": str(tmp_path / "rows"), "revision": "v1"}, 4096)
+    path = foundry.load(teacher, {"layers": {"drop": [1]}}, distill=training).path
+    loaded = load_spec(path, ["teacher.revision=main"])
+    with foundry.shortened():
+        remarks = make_plan(loaded, build=tmp_path).remarks
+    idle = [one.partition(":")[0] for one in remarks if "changes nothing here" in one and "is a folder" in one]
+    assert idle == ["teacher.revision", "distill.data.revision"]
 
 
 def test_held_out_text_that_a_pattern_of_the_training_matches_is_refused(foundry: Foundry, tmp_path: Path) -> None:
