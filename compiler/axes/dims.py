@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch.utils._sympy.functions import FloorDiv
+
 
 @dataclass(frozen=True)
 class Size:
@@ -31,7 +33,7 @@ class Size:
         symbol."""
         if isinstance(value, int):
             return Size(value)
-        expression = value.node.expr
+        expression = value.node.expr.replace(FloorDiv, _quotient)
         coefficient, rest = expression.as_coeff_Mul()
         if not coefficient.is_Integer:
             return Size(1, (str(expression),))
@@ -66,6 +68,12 @@ class Size:
         return "*".join(
             [*([str(self.coefficient)] if self.coefficient != 1 or not self.symbols else []), *self.symbols]
         )
+
+
+def _quotient(dividend: Any, divisor: Any) -> Any:
+    """The quotient of two expressions where nothing is left over: torch leaves (s**2) // s as it is."""
+    exact = (dividend / divisor).cancel()
+    return exact if exact.as_numer_denom()[1] == 1 else FloorDiv(dividend, divisor)
 
 
 ONE = Size(1)

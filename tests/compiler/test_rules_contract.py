@@ -114,6 +114,18 @@ class TestEinsum:
         traced = tokens(Toy(lambda s, x: torch.einsum("bsi,hid->bshd", x, s.w), w=(2, 1, 4)), X[..., :1])
         assert traced.describe("w") == ["2", "1", "4"]
 
+    def test_the_sequence_twice_is_the_sequence(self) -> None:
+        """Heads that talk to each other: torch writes the number of keys of their scores as (s**2) // s."""
+
+        def talk(s: Toy, x: torch.Tensor) -> torch.Tensor:
+            q = torch.einsum("bsi,hid->bhsd", x, s.q)
+            scores = torch.einsum("bhqd,bhkd->bhqk", q, q)
+            return torch.einsum("bhqk,hg->bgqk", scores, s.w)
+
+        traced = tokens(Toy(talk, q=(4, 6, 3), w=(4, 5)))
+        assert traced.same(("q", 0), ("w", 0)) and traced.same(("y", 1), ("w", 1))
+        assert traced.same(("y", 3), ("x", 1)) and not traced.pins("w", 0)
+
     def test_an_ellipsis_is_not_looked_into(self) -> None:
         traced = tokens(Toy(lambda s, x: torch.einsum("...i,ij->...j", x, s.w), w=(6, 4)))
         assert "no rule" in traced.pins("w", 1)
