@@ -1,10 +1,11 @@
 """Decides from the graph whether the residual stream can be rotated, and what a rotation does to every parameter.
 
 A decoder whose norms take the root mean square only is the same function after x -> x Q for an orthogonal Q, once every
-norm weight is folded into the projections that read the norm (SliceGPT, arXiv 2401.15024, with one Q for the network):
+norm weight is folded into the projections that read the norm (SliceGPT, arXiv 2401.15024, with one Q for the network), up
+to one number for the whole norm, which commutes with Q:
 
     the embedding, and whatever writes into the stream, yields x Q
-    a projection that reads the stream takes x Q, or x Q after a norm whose weight is one
+    a projection that reads the stream takes x Q, or x Q after a norm whose weight is the same for all channels
     sums, products with scalars, copies and gathers of whole rows commute with Q; a mean square does not see it
 
 `find_rotation` walks the graph once and holds each operator on the hidden axis against this list. One that is not on it
@@ -53,11 +54,6 @@ class Fold:
     parameter: str
     shift: float
     site: Site
-
-    @property
-    def neutral(self) -> float:
-        """The value of the parameter at which the norm multiplies by one."""
-        return 1.0 - self.shift
 
 
 @dataclass(frozen=True)
