@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch.fx import Graph, GraphModule, Node
 
@@ -26,33 +24,17 @@ def principal_weights(
 
     Where the head is tied, the kept columns of the one matrix and the last norm's weight are fitted to both uses.
     """
-    covariance = {site: torch.from_numpy(found) for site, found in scores.covariance.items()}
-    basis = principal_basis(covariance["hidden"])
+    basis = principal_basis(torch.from_numpy(scores.covariance["hidden"]))
     rotated = RotatedWeights(source, rotation, basis)
-    replaced = {
-        name: rotated.get(name) + (stretch(covariance["hidden"], basis, kept) - 1) * rotated.common_multiplier(fold)
-        for name, fold in rotation.folds.items()
-    }
-    if rotation.tied is not None:
-        name, fold = rotation.tied.parameter, rotation.tied.fold
-        embedding, head = rotated.get(name), rotated.behind(name, fold)
-        gram = basis.T @ covariance["head"] @ basis
-        fit = fit_tied(embedding, head, gram, token_shares(ids, embedding.shape[0]), kept)
-        embedding[:, :kept] = fit.matrix
-        stretched = stretch(covariance["head"], basis, kept) * rotated.common_multiplier(fold)
-        replaced[fold.parameter][:kept] = fit.weight * stretched - fold.shift
-        replaced[name] = embedding
-    return RotatedWeights(source, rotation, basis, replaced)
-
-
-def stretch(covariance: torch.Tensor, basis: torch.Tensor, kept: int) -> float:
-    """Returns the root mean square that the teacher's normalised values have over the leading `kept` components.
-
-    A student's norm gives them one of 1, since its mean is over these components alone. They carry more than their share, so
-    a norm weight without this factor would leave everything behind it too small.
-    """
-    leading = basis[:, :kept]
-    return math.sqrt(float(((covariance @ leading) * leading).sum()) / kept)
+    if rotation.tied is None:
+        return rotated
+    name, fold = rotation.tied.parameter, rotation.tied.fold
+    embedding, head = rotated.get(name), rotated.behind(name, fold)
+    gram = basis.T @ torch.from_numpy(scores.covariance["head"]) @ basis
+    fit = fit_tied(embedding, head, gram, token_shares(ids, embedding.shape[0]), kept)
+    matrix, weight = embedding.clone(), rotated.get(fold.parameter)
+    matrix[:, :kept], weight[:kept] = fit.matrix, fit.weight * rotated.common_multiplier(fold) - fold.shift
+    return RotatedWeights(source, rotation, basis, {name: matrix, fold.parameter: weight})
 
 
 def rotated_reference(
