@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 NOISE = 0.02  # relative, by which a figure may be off that was judged on a few thousand tokens
-EXPONENTS = np.geomspace(0.05, 2.0, 80)
+EXPONENTS = np.geomspace(0.05, 2.0, 400)
 FLOORS = np.linspace(0.0, 0.99, 100)  # of the lowest figure
 
 

@@ -53,9 +53,10 @@ def trunk_rate(step: int, plan: TrainingPlan) -> float:
 
 
 def branch_rate(step: int, plan: TrainingPlan, begin: int, end: int) -> float:
-    """Returns the rate of a step of a branch that leaves the trunk at step `begin` and ends, at zero, at `end`: the trunk's
-    times 1 - sqrt(progress) (arXiv 2405.18392, section 3)."""
-    return trunk_rate(step, plan) * (1.0 - math.sqrt((step + 1 - begin) / (end - begin)))
+    """Returns the rate of a step of a branch that leaves the trunk at step `begin` and has come down to zero at `end`: the
+    trunk's times 1 - sqrt(progress) (arXiv 2405.18392, section 3). No step has a rate of zero: it would learn nothing, and a
+    branch may have one step only."""
+    return trunk_rate(step, plan) * (1.0 - math.sqrt((step - begin) / (end - begin)))
 
 
 def branch_progress(step: int, plan: TrainingPlan, begin: int, end: int) -> float:

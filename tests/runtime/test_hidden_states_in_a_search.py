@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from minitron.runtime.hidden_states import record_teacher
 from minitron.runtime.interrupt import interrupts
 from minitron.runtime.loss import DistillationLoss
 from minitron.runtime.plan import read_training_plan
-from minitron.runtime.search.learner import CandidateStore, branch_progress, trunk_rate
+from minitron.runtime.search.learner import CandidateStore, branch_progress, branch_rate, trunk_rate
 from minitron.runtime.search.shared_teacher import SharedTeacher
 from minitron.runtime.setup import Session, load_teacher
 from minitron.runtime.tokens import TextEncoder
@@ -69,3 +70,11 @@ def test_on_a_branch_a_weight_falls_to_nothing() -> None:
     assert plan.steps == 12
     on_the_way = [1.0 - branch_progress(step, plan, begin=6, end=10) for step in range(6, 11)]
     assert on_the_way == pytest.approx([0.5, 0.375, 0.25, 0.125, 0.0])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_branch_falls_from_the_rate_of_the_trunk_and_learns_at_each_of_its_steps(steps: int) -> None:
+    plan = TrainingPlan.model_validate(tiny.plan())
+    rates = [branch_rate(step, plan, begin=12 - steps, end=12) for step in range(12 - steps, 12)]
+    assert rates[0] == trunk_rate(12 - steps, plan)
+    assert all(before > after > 0 for before, after in pairwise(rates))
