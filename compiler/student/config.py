@@ -131,17 +131,16 @@ def _guesses(config: Any, widths: Mapping[str, int], teacher_widths: Mapping[str
     order = sorted(widths, key=lambda name: keys[name] is not None)
     pairs = [(teacher_widths[name], widths[name]) for name in order]
     pairs += _made_of(widths, teacher_widths)
-    found: dict[Key, int] = {
-        ("", key): -(-value * widths[name] // teacher_widths[name])
-        for name in order
-        if keys[name] is None
-        for key, value in _own_keys(config, name)
-        if key not in keys.values()
-    }
+    found: dict[Key, int] = {}
     for old, new in pairs:
         for value, (part, key) in _values(config):
             if value == old and value != new and key not in keys.values():
                 found.setdefault((part, key), new)
+    for name in order:
+        if keys[name] is None:
+            for key, value in _own_keys(config, name):
+                if key not in keys.values():
+                    found.setdefault(("", key), -(-value * widths[name] // teacher_widths[name]))
     for count in range(4):
         yield from map(dict, itertools.islice(itertools.combinations(found.items(), count), MOST_GUESSES))
     # A class may hold a key against hidden_size that no tensor of this model follows, as the heads of mixers that it has not.

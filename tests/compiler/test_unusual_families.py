@@ -55,7 +55,8 @@ def test_a_family_is_narrowed(foundry: Foundry, family: str, student: dict[str, 
 
 
 def test_an_embedding_narrower_than_the_stream_keeps_its_width(foundry: Foundry) -> None:
-    build = foundry.build(teacher(foundry, RIGHT[0][0]), RIGHT[0][1], program=False)
+    family = "opt (factored embedding)"
+    build = foundry.build(teacher(foundry, family), dict(RIGHT)[family], program=False)
     assert build.config["hidden_size"] == 36 and build.config["word_embed_proj_dim"] == 24
     assert build.tensors["model.decoder.project_in.weight"].shape == (36, 24)
     assert build.plan.teacher.roles.hidden.size == 48, "not the 24 of the embedding"
