@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -27,9 +27,6 @@ from minitron.specs.builds import (
     read_document,
 )
 from minitron.specs.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 
 def compile_command(

@@ -72,8 +72,8 @@ def build_folder(output: Path | None, loaded: LoadedSpec) -> Path:
         if (above / PLAN).is_file() and whole.relative_to(above).parts[0] in _PARTS:
             raise UsageError(f"{build}: lies inside of the build {above}, whose files these are; name another with -o")
     teacher = None if loaded.spec.teacher.model is None else (loaded.folder / loaded.spec.teacher.model).expanduser()
-    if teacher is not None and teacher.is_dir() and whole.is_relative_to(teacher.resolve()):
-        raise UsageError(f"{build}: is the teacher's folder, or lies in it; name another with -o")
+    if teacher is not None and teacher.is_dir() and whole == teacher.resolve():
+        raise UsageError(f"{build}: is the teacher's folder; name another with -o")
     return build
 
 

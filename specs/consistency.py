@@ -6,6 +6,7 @@ already found wrong, so that no error is reported that only follows from another
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -16,7 +17,7 @@ from minitron.specs.blocks.choices import rates, sizes
 from minitron.specs.blocks.distill import Distill
 from minitron.specs.blocks.requirements import HELD_OUT_LOSS, RECOVERED
 from minitron.specs.blocks.student import DEPTH
-from minitron.specs.data import DataSource
+from minitron.specs.data import DataSource, Source, are_apart
 from minitron.specs.errors import Problem
 from minitron.specs.spec import Spec
 from minitron.specs.suggest import did_you_mean
@@ -312,11 +313,14 @@ def held_out_is_held_out(spec: Spec) -> Iterator[Problem]:
     """Refuses held-out data that is also trained on."""
     if spec.distill is None or spec.evaluate is None or spec.evaluate.held_out is None:
         return
-    learnt = {origin: at for at, source in reversed(_learnt(spec.distill)) for origin in _origins(source)}
-    shared = learnt.keys() & set(_origins(spec.evaluate.held_out))
-    if shared:
-        message = f"{(first := min(shared))} is trained on as well, under `{learnt[first]}`"
-        yield Problem("evaluate.held_out", message, "name documents that nothing is trained on")
+    held_out = spec.evaluate.held_out
+    for at, source in _learnt(spec.distill):
+        pairs = itertools.product(source.blend or [source], held_out.blend or [held_out])
+        shared = {origin for one, other in pairs if not are_apart(one, other) for origin in _shared(one, other)}
+        if shared:
+            message = f"{min(shared)} is trained on as well, under `{at}`"
+            yield Problem("evaluate.held_out", message, "name documents that nothing is trained on")
+            return
 
 
 @constraint("evaluate.suite", "evaluate.require", "evaluate.held_out")
@@ -354,11 +358,15 @@ def _learnt(distill: Distill) -> list[tuple[str, DataSource]]:
     return [("distill.data", distill.data), *of_phases]
 
 
-def _origins(source: DataSource) -> Iterator[str]:
+def _shared(one: Source, other: Source) -> set[str]:
+    """Returns the file patterns and splits that both sources read."""
+    return {*_origins(one)} & {*_origins(other)}
+
+
+def _origins(part: Source) -> Iterator[str]:
     """Yields each file pattern or split that a source reads, spelled so that equal ones compare equal."""
-    for part in source.blend or [source]:
-        if part.dataset is not None:
-            subset = f" ({part.subset})" if part.subset else ""
-            yield f"the split `{part.split}` of `{part.dataset}`{subset}"
-        for pattern in (part.text or ()) + (part.jsonl or ()) + (part.parquet or ()) + (part.megatron or ()):
-            yield f"`{pattern}`"
+    if part.dataset is not None:
+        subset = f" ({part.subset})" if part.subset else ""
+        yield f"the split `{part.split}` of `{part.dataset}`{subset}"
+    for pattern in (part.text or ()) + (part.jsonl or ()) + (part.parquet or ()) + (part.megatron or ()):
+        yield f"`{pattern}`"

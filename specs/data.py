@@ -46,6 +46,8 @@ _DEFAULTS = {
     "on_error": "fail",
 }
 _OPTIONS = sorted({option for options in _KINDS.values() for option in options})
+# Options that do not decide what the documents of a file are.
+_NOT_THE_DOCUMENTS = {"only", "leave_out", "on_error", "streaming", "train_on"}
 # Which of the row options go with what a row holds; `on_error` goes with all of them.
 _BELONGS: Mapping[str, tuple[str, ...]] = {
     "completion_field": ("prompt_field",),
@@ -258,6 +260,17 @@ class HeldOutSource(DataSource):
 
     fraction: Fraction | None = None
     """This share of the documents of `distill.data`, chosen by a hash of their text; training leaves them out."""
+
+
+def are_apart(one: Source, other: Source) -> bool:
+    """Checks whether two sources share no document whatever files they read: one has only a share that the other, which reads
+    them in the same way, leaves out."""
+    if any(getattr(one, key) != getattr(other, key) for key in _OPTIONS if key not in _NOT_THE_DOCUMENTS):
+        return False
+    return any(
+        kept.only is not None and rest.leave_out is not None and kept.only <= rest.leave_out
+        for kept, rest in ((one, other), (other, one))
+    )
 
 
 def divided(source: DataSource, **share: float) -> DataSource:

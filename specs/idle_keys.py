@@ -54,12 +54,11 @@ def _chooses_layers(spec: Spec) -> bool:
     return not named and (proposes_shapes(spec) or spec.student.num_hidden_layers is not None)
 
 
-def _shares(spec: Spec) -> bool:
+def _rounds(spec: Spec) -> bool:
+    """Checks whether a width is a share, which is rounded to a multiple, or a range, which is walked through in multiples."""
     for _, width in spec.student.targets():
-        values = (
-            (width.least, width.most) if isinstance(width, Span) else width if isinstance(width, tuple) else (width,)
-        )
-        if any(isinstance(value, Share) for value in values):
+        values = width if isinstance(width, tuple) else (width,)
+        if any(isinstance(value, Share | Span) for value in values):
             return True
     return False
 
@@ -80,7 +79,7 @@ RULES = (
     Rule(
         "teacher.compute", lambda spec: spec.distill is None, "without `distill` the teacher computes beside no student"
     ),
-    Rule("student.multiple_of", lambda spec: not _shares(spec), "no width is a share of the teacher's"),
+    Rule("student.multiple_of", lambda spec: not _rounds(spec), "no width is a share of the teacher's, or a range"),
     Rule("importance.width", lambda spec: not _narrows(spec), "no width is narrowed"),
     Rule("importance.depth", lambda spec: not _chooses_layers(spec), "no layers are chosen by scores"),
     Rule("recovery.refit", lambda spec: not _narrows(spec), "no width is narrowed"),
@@ -106,7 +105,8 @@ RULES = (
     ),
     Rule(
         "distill.layout.teacher",
-        _of_distill(lambda distill: not distill.needs_teacher),
+        # (`minitron capture` lays the teacher out in the same way.)
+        _of_distill(lambda distill: not distill.needs_teacher and distill.teacher_logits == "online"),
         "no teacher runs beside the student",
     ),
     Rule(
@@ -121,8 +121,8 @@ RULES = (
     ),
     Rule(
         "evaluate.continuation_tokens",
-        lambda spec: spec.evaluate is not None and spec.evaluate.prompt is None,
-        "there is no `prompt` to continue",
+        lambda spec: _without_held_out(spec) and spec.evaluate is not None and spec.evaluate.prompt is None,
+        "there is neither a `prompt` to continue nor `held_out` text, whose beginning is one",
     ),
     Rule("evaluate.max_tokens", _without_held_out, _NO_HELD_OUT),
     Rule(

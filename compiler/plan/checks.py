@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +14,7 @@ from minitron.compiler.teacher.tokenizer import lacking_tokens, load_tokenizer, 
 from minitron.compiler.towers.whole_config import projector_of
 from minitron.specs.blocks.distill import Distill, DistillPhase
 from minitron.specs.blocks.importance import CalibrationData
+from minitron.specs.data import DataSource, Source, are_apart
 from minitron.specs.data_files import data_files, data_sources, resolve
 from minitron.specs.documents import check_readable, check_share
 from minitron.specs.errors import Problem, Refused, UsageError, WorkError
@@ -65,20 +68,27 @@ def check_documents(loaded: LoadedSpec) -> list[Problem]:
 def _check_apart(loaded: LoadedSpec) -> Iterator[Problem]:
     """Yields a problem where a file of the held-out text is trained on as well: patterns that are written otherwise may match
     the same file."""
-    files: dict[str, set[str]] = {}
-    for at, source in data_sources(loaded.spec):
-        try:
-            files[at] = {os.path.normpath(file) for file in data_files(resolve(source, loaded.folder))}
-        except Refused:  # of a file that is not there: reported elsewhere
-            continue
-    held_out = files.get("evaluate.held_out", set())
-    for at, learnt in files.items():
-        if at.startswith("distill.") and (shared := sorted(held_out & learnt)):
+    read = {at: [*_files_of(loaded, at, source)] for at, source in data_sources(loaded.spec)}
+    for at in (one for one in read if one.startswith("distill.")):
+        pairs = itertools.product(read[at], read.get("evaluate.held_out", ()))
+        shared = sorted(
+            {file for (one, own), (other, held) in pairs if not are_apart(one, other) for file in own & held}
+        )
+        if shared:
             name = os.path.relpath(shared[0], loaded.folder)
             more = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
             message = f"`{name}`{more} is trained on as well, under `{at}`"
             yield Problem("evaluate.held_out", message, "name documents that nothing is trained on")
             return
+
+
+def _files_of(loaded: LoadedSpec, at: str, source: DataSource) -> Iterator[tuple[Source, set[str]]]:
+    """Yields each part of a source with the files that it reads; none of the folder of a data set, which holds several splits,
+    and none where a file is not there, which is reported elsewhere."""
+    for _, _, part in source_parts(at, source):
+        with contextlib.suppress(Refused):
+            if part.dataset is None:
+                yield part, {os.path.normpath(file) for file in data_files(resolve(part, loaded.folder))}
 
 
 def _check_held_out(loaded: LoadedSpec) -> Iterator[Problem]:

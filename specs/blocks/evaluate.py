@@ -49,7 +49,7 @@ class Evaluate(Block):
     checkpoints, no more often than that two held-out tokens are read for each one that is trained on."""
 
     prompt: Text | None = None
-    """A text that each of the three models continues, to be read by people."""
+    """A text that each of the three models continues, to be read by people. Left out: the beginning of `held_out`."""
 
     continuation_tokens: PositiveInt = 64
     """Length of that continuation."""

@@ -88,15 +88,21 @@ def _text(source: Source, tally: Tally) -> Iterator[Piece]:
 
 
 def _readable(pieces: Iterator[Piece], tally: Tally) -> Iterator[Piece]:
-    """Leaves out the pieces that hold bytes which are not UTF-8, as `open_text` marks them."""
+    """Leaves out the pieces that hold bytes which are not UTF-8, as `open_text` marks them; behind the first, those with NUL
+    as well: most lines of a file in UTF-16 would be UTF-8 otherwise.
+    """
+    foreign = False
     for piece in pieces:
         assert isinstance(piece.content, str)
         try:
             piece.content.encode()
+            readable = not (foreign and "\0" in piece.content)
         except UnicodeEncodeError:
-            tally.skip(f"{piece.where}: is not UTF-8 text; convert it, or leave it out of the data")
-        else:
+            foreign, readable = True, False
+        if readable:
             yield piece
+        else:
+            tally.skip(f"{piece.where}: is not UTF-8 text; convert it, or leave it out of the data")
 
 
 def _lines(handle: Iterable[str], where: str, tally: Tally) -> Iterator[Piece]:

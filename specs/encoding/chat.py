@@ -69,7 +69,7 @@ def _call(
         [plain], tools=conversation.tools, chat_template=template, **options, **recipe.special_tokens
     )
     for content in (message.get("content") for message in plain):
-        if isinstance(content, list | dict) and str(content) in texts[0]:
+        if isinstance(content, list | dict) and content and str(content) in texts[0]:
             raise ValueError(
                 "it writes a message's content, which is in parts, as a Python list: join them to one text"
             )

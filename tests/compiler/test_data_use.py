@@ -62,6 +62,19 @@ def test_held_out_text_that_a_pattern_of_the_training_matches_is_refused(foundry
         make_plan(loaded, build=tmp_path)
 
 
+def test_held_out_text_may_be_another_split_or_share_of_the_same_files(foundry: Foundry, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(f'{{"text": "the {split} cat {n}"}}\n' for n in range(20)))
+    teacher, rows = foundry.teacher("llama", num_hidden_layers=2), {"dataset": str(tmp_path)}
+    text = {"text": [f"{tmp_path}/*.jsonl"], "document": "line"}
+    for learnt, held in ((rows, rows | {"split": "test"}), (text | {"leave_out": 0.5}, text | {"only": 0.5})):
+        loaded = foundry.load(
+            teacher, {"layers": {"drop": [1]}}, distill=distill(learnt, 4096), evaluate={"held_out": held}
+        )
+        with foundry.shortened():
+            make_plan(loaded, build=tmp_path)
+
+
 def test_how_often_the_data_is_read(foundry: Foundry, tmp_path: Path) -> None:
     teacher = foundry.teacher("llama", num_hidden_layers=2)
     corpus = tmp_path / "corpus.txt"

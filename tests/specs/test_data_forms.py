@@ -202,6 +202,17 @@ def test_under_skip_a_line_is_left_out_by_itself(tmp_path: Path) -> None:
         read(tmp_path, text="a.txt", document="line")
 
 
+@pytest.mark.parametrize("document", ["line", "paragraph"])
+def test_under_skip_nothing_is_read_of_a_text_in_utf_16(tmp_path: Path, document: str) -> None:
+    """Most of its lines are UTF-8 as well, with a NUL between any two letters."""
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree\n", encoding="utf-16")
+    (tmp_path / "b.txt").write_text("four\nfi\0ve\n")  # UTF-8, whatever it means
+    tally = Tally()
+    kept = {"line": ["four", "fi\0ve"], "paragraph": ["four\nfi\0ve"]}
+    assert read(tmp_path, tally, text=["a.txt", "b.txt"], document=document, on_error="skip") == kept[document]
+    assert tally.skipped == (6 if document == "line" else 1)
+
+
 def test_tokens_that_no_vocabulary_has_and_roles_that_are_none(tmp_path: Path) -> None:
     rows(tmp_path / "a.jsonl", {"ids": [1, 2**70], "chat": [{"role": 5, "content": "a"}]})
     with pytest.raises(

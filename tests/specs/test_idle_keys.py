@@ -46,7 +46,7 @@ CASES = {
     ),
     "distill.layout.teacher": (
         "layout: {teacher: sharded}",
-        TRAINED.replace("{}", "teacher_logits: {sampled: 4}, {}"),
+        TRAINED.replace("{}", "loss: {cross_entropy: 1, logits: {weight: 0}}, {}"),
         TRAINED,
     ),
     "evaluate.data_dir": ("data_dir: here", JUDGED, JUDGED.replace("{}", "suite: [hellaswag], {}")),
@@ -55,7 +55,11 @@ CASES = {
         JUDGED,
         JUDGED.replace("{}", "suite: [hellaswag], {}"),
     ),
-    "evaluate.continuation_tokens": ("continuation_tokens: 8", JUDGED, JUDGED.replace("{}", "prompt: Once, {}")),
+    "evaluate.continuation_tokens": (
+        "continuation_tokens: 8",
+        SMALL + "evaluate: {suite: [hellaswag], {}}\n",
+        SMALL + "evaluate: {prompt: Once, {}}\n",
+    ),
     "evaluate.max_tokens": ("max_tokens: 9", SMALL + "evaluate: {prompt: Once, {}}\n", JUDGED),
     "evaluate.every_tokens": ("every_tokens: 1M", SMALL + "evaluate: {prompt: Once, {}}\n", JUDGED),
 }
@@ -77,6 +81,21 @@ def test_it_is_said_where_it_changes_nothing(load: Load, path: str) -> None:
     assert error.path == path and error.line >= 1 and error.message.startswith("changes nothing here: ")
     assert error.hint == "leave it out"
     assert list(idle_keys(load(written(busy, key)))) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        # The beginning of the held-out text is continued where there is no prompt.
+        ("continuation_tokens: 8", JUDGED),
+        # `minitron capture` shards the teacher too.
+        ("layout: {teacher: sharded}", TRAINED.replace("{}", "teacher_logits: {sampled: 4}, {}")),
+        # A range without a step is walked through in multiples.
+        ("multiple_of: 16", BUDGET.replace(", {}}}", "}}").replace("48}", "{min: 16, max: 48}, {}}")),
+    ],
+)
+def test_keys_that_decide_something_elsewhere_are_not_idle(load: Load, key: str, text: str) -> None:
+    assert [one.path for one in idle_keys(load(written(text, key)))] == []
 
 
 def test_a_default_that_is_written_out_is_no_mistake(load: Load) -> None:

@@ -120,6 +120,30 @@ def test_fractions_that_are_none(load: Load, distill: str, held_out: str, messag
         load(spec + f"evaluate: {{held_out: {held_out}}}\n")
 
 
+@pytest.mark.parametrize(
+    ("learnt", "held_out", "apart"),
+    [
+        ("leave_out: 1%", "only: 1%", True),
+        ("leave_out: 2%", "only: 1%", True),
+        ("only: 90%", "leave_out: 90%", True),
+        ("leave_out: 1%", "only: 2%", False),
+        ("leave_out: 1%", "leave_out: 1%", False),
+        ("leave_out: 1%, document: line", "only: 1%", False),  # other documents of the same file
+        ("on_error: skip", "only: 1%", False),
+    ],
+)
+def test_the_shares_of_a_file_that_are_written_apart(load: Load, learnt: str, held_out: str, apart: bool) -> None:
+    spec = SMALL.replace("distill: {data: {text: [a.txt]}", f"distill: {{data: {{text: [a.txt], {learnt}}}")
+    spec += f"evaluate: {{held_out: {{text: [a.txt], {held_out}}}}}\n"
+    if apart:
+        load(spec)
+    else:
+        with pytest.raises(
+            SpecInvalid, match=r"evaluate\.held_out: `a\.txt` is trained on as well, under `distill\.data`"
+        ):
+            load(spec)
+
+
 def test_what_is_only_trained_on_needs_no_held_out_document(tmp_path: Path) -> None:
     """The data of a phase: documents are left out of it that are held out of the training's."""
     (tmp_path / "a.txt").write_text("one document")
