@@ -39,6 +39,7 @@ from minitron.compiler.importance.layer_order import choices
 from minitron.compiler.importance.ranking import equal_scores, unreached_experts
 from minitron.compiler.importance.scores import ScoreTable, WidthConfig
 from minitron.compiler.importance.select import Selection, narrowing_of, select, selection_json
+from minitron.compiler.out_of_memory import told_in_a_sentence
 from minitron.compiler.plan.checks import teacher_key
 from minitron.compiler.plan.plan import Plan, settled, with_weights
 from minitron.compiler.plan_document import plan_document
@@ -308,7 +309,8 @@ def compile_spec(
     plan, ranks = plan or make_plan(loaded, build=build, weights=True), work.ranks
     if not ranks.leads:
         if ranks.from_leader(None):
-            stages.score(_open(with_weights(plan, progress), device, progress, work))
+            with told_in_a_sentence(device):
+                stages.score(_open(with_weights(plan, progress), device, progress, work))
         return plan
     claim_folder(build, COMPILED, "name another with -o")
     with only_one(build, "compiling"):
@@ -323,7 +325,8 @@ def compile_spec(
             return plan
         plan = with_weights(plan, progress)
         try:
-            compiled = _compile(_open(plan, device, progress, work), stages)
+            with told_in_a_sentence(device):
+                compiled = _compile(_open(plan, device, progress, work), stages)
         except OSError:  # a full disk, say: once that is mended, the refit goes on
             remove_leftovers(build, but=(REFITTED,))
             raise

@@ -15,6 +15,7 @@ from minitron.compiler.build_documents import require_passed, write_verification
 from minitron.compiler.compilation import Compilation, run_buffers
 from minitron.compiler.compile import Stages, kept_coordinates, merge, refit, rotate
 from minitron.compiler.compile import verify as run_verification
+from minitron.compiler.out_of_memory import told_in_a_sentence
 from minitron.compiler.plan.plan import Plan, settled, with_weights
 from minitron.compiler.planning import make_plan
 from minitron.compiler.score import score
@@ -59,7 +60,7 @@ def verify_build(build: Path, *, device: str, progress: Progress) -> None:
             )
         compilation = _open(plan, device, progress)
         try:
-            with _threads(compiled.get("threads")):
+            with _threads(compiled.get("threads")), told_in_a_sentence(device, calibrates=False):
                 checks = _checks(compilation, verified["student"])
             write_verification(build, checks, verified["student"], compiled)
         except OSError:  # a full disk, say: once that is mended, the refit goes on

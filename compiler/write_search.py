@@ -29,6 +29,7 @@ from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.estimate.model_costs import ModelCosts
 from minitron.compiler.estimate.plan_costs import plan_costs
 from minitron.compiler.importance.scores import ScoreTable
+from minitron.compiler.out_of_memory import told_in_a_sentence
 from minitron.compiler.plan.plan import Plan, settled, with_weights
 from minitron.compiler.planning import SearchPlan
 from minitron.compiler.recovery.refit import RIDGE
@@ -106,7 +107,8 @@ def write_search(search: SearchPlan, *, device: str, progress: Progress, stages:
         if before is not None:
             progress.message(f"search: {build / SEARCH} is of another spec, teacher or data, and is made again")
         try:
-            _write(search, plan, (inputs, identity), device, progress, stages)
+            with told_in_a_sentence(device, calibrates=False):
+                _write(search, plan, (inputs, identity), device, progress, stages)
         except OSError:  # a full disk, say: once that is mended, candidates that are whole are not made again
             remove_leftovers(build, but=(SEARCH, REFITTED))
             raise
@@ -121,7 +123,7 @@ def _write(
 ) -> None:
     build, (inputs, identity) = search.build, known
     # Candidates that differ in their training alone share a student, and the proof that it can be built.
-    shapes: dict[str, Plan] = {}
+    shapes = {_shape(search.candidate(1)): first}
     for one in search.candidates.found:
         if _shape(one) not in shapes:
             shapes[_shape(one)] = replace(search.plan(one.number), checkpoint=first.checkpoint)

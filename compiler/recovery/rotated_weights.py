@@ -10,6 +10,8 @@ import torch
 from minitron.compiler.roles.rotation import Fold, Rotation
 from minitron.compiler.weights.source import WeightSource, find_source
 
+# Part of what identifies a student: another one where the same basis gives other weights.
+DEFINITION = "norms folded up to their common multiplier"
 # Rows of a matrix that are turned at a time, in float64: fewer where they are long, and enough to fill the cores.
 BLOCK_ROWS, LEAST_ROWS, BLOCK_ELEMENTS = 8192, 256, 1 << 21
 
@@ -50,8 +52,8 @@ class RotatedWeights:
         return self._turned(name, weight, None if norm is None else self._rotation.folds[norm])
 
     def digest(self) -> str:
-        """A hash of the basis and of what is replaced."""
-        digest = hashlib.sha256(self.basis.numpy().tobytes())
+        """A hash of the basis, of what is replaced, and of how norms are folded."""
+        digest = hashlib.sha256(DEFINITION.encode() + self.basis.numpy().tobytes())
         for name in sorted(self._replaced):
             digest.update(name.encode() + self._replaced[name].contiguous().numpy().tobytes())
         return digest.hexdigest()

@@ -9,7 +9,7 @@ from functools import cached_property
 from minitron.compiler.axes.analysis import analyse
 from minitron.compiler.axes.table import AxisTable
 from minitron.compiler.capture.capture import Captured
-from minitron.compiler.roles.lm_head import find_head
+from minitron.compiler.roles.lm_head import check_backbone, find_head
 from minitron.compiler.roles.residual_stream import LayerEnds, layer_ends
 from minitron.compiler.roles.roles import Roles, find_roles
 from minitron.compiler.roles.widths import teacher_widths
@@ -47,6 +47,7 @@ def analyse_teacher(captured: Captured) -> AnalysedTeacher:
     table = analyse(captured)
     roles = find_roles(captured, table)
     head = find_head(captured)
+    check_backbone(captured, head.backbone)
     try:
         return AnalysedTeacher(captured, table, roles, tuple(layer_ends(captured)), head)
     except UsageError as error:  # refused only where layers are dropped

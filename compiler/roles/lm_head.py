@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from minitron.compiler.capture.capture import Captured
+from minitron.compiler.capture.models import quiet
 from minitron.compiler.graph.aten import NEUTRAL, argument, is_op, op_name
 from minitron.compiler.graph.graph_module import result_of
-from minitron.specs.errors import UsageError
+from minitron.specs.errors import UsageError, first_line
 from minitron.specs.training_plan import HeadPlan
 
 
@@ -34,6 +36,33 @@ def find_head(captured: Captured) -> HeadPlan:
         raise _unknown(captured, linear)
     return HeadPlan(
         backbone=backbone, module=captured.module_of(linear), weight=weight, bias=bias, scale=scale, softcap=softcap
+    )
+
+
+def check_backbone(captured: Captured, backbone: str) -> None:
+    """Checks that the backbone yields its last hidden states by name, as every model of transformers does: the loss reads
+    them there. UsageError where a class of somebody else's does not.
+    """
+    if type(captured.model).__module__.startswith("transformers."):
+        return
+    module = captured.model.get_submodule(backbone)
+    call = {"input_ids": torch.zeros(1, captured.length or 3, dtype=torch.long, device="meta"), "use_cache": False}
+    try:
+        inspect.signature(module.forward).bind(**call)
+    except TypeError as error:
+        reason = f"cannot be called with input_ids and use_cache ({first_line(error)})"
+    else:
+        try:
+            with quiet(), torch.no_grad():
+                found = module(**call)
+        except Exception:  # on the meta device code may want to see data
+            return
+        if isinstance(getattr(found, "last_hidden_state", None), torch.Tensor):
+            return
+        reason = f"yields a {type(found).__name__} without `last_hidden_state`"
+    raise UsageError(
+        f"the backbone of {captured.config.model_type} ({type(module).__name__}, `{backbone}`) {reason}: the distillation loss "
+        "could not read its hidden states; return a BaseModelOutputWithPast of transformers"
     )
 
 

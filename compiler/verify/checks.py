@@ -22,10 +22,12 @@ class Check:
     detail: str
 
     def __str__(self) -> str:
-        numbers = (
-            f" (error {self.max_error:.2e}, allowed {self.tolerance:.0e})" if math.isfinite(self.max_error) else ""
-        )
-        return f"`{self.name}`: {self.detail}{numbers}"
+        if not math.isfinite(self.max_error):
+            return f"`{self.name}`: {self.detail}"
+        # As many digits as tell the two apart: an error beyond what is allowed must not be shown as less than that.
+        digits = next((n for n in (2, 5) if f"{self.max_error:.{n}e}" != f"{self.tolerance:.{n}e}"), 2)
+        error, allowed = (f"{value:.{digits}e}" for value in (self.max_error, self.tolerance))
+        return f"`{self.name}`: {self.detail} (error {error}, allowed {allowed})"
 
     def to_json(self) -> dict[str, Any]:
         return {

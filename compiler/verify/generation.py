@@ -29,6 +29,7 @@ class CannotGenerate(NotRunnable):
 def generation(routes: Routes) -> Check:
     """Compares a few steps with a cache with the same tokens read at once. What the teacher itself cannot do is not asked."""
     name, detail = "generation", "steps with a cache against the same tokens without one"
+    wrong = "with a cache the student's next tokens have other logits than without one"
     trouble = ""
     try:
         got, wanted = routes.wide.run(lambda _: steps(routes.model, routes.prompt))
@@ -52,7 +53,7 @@ def generation(routes: Routes) -> Check:
         float((distance(ours, theirs) / routes.teacher.floor.typical(ours).allowed).max()) for ours, theirs in teachers
     )
     floor = routes.floor.typical(got)
-    return compare(name, got, wanted, detail, Floor(floor.rows * max(1.0, AS_FAR * off)))
+    return compare(name, got, wanted, detail, Floor(floor.rows * max(1.0, AS_FAR * off)), wrong=wrong)
 
 
 def steps(model: Any, prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

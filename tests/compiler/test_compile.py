@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from minitron.compiler import compile_spec, score
 from minitron.compiler.compilation import Work
 from minitron.compiler.importance import batches, progress_file
 from minitron.compiler.importance.select import Selection
+from minitron.compiler.out_of_memory import told_in_a_sentence
 from minitron.specs.atomic import MARKER, temporary_path
-from minitron.specs.errors import UsageError
+from minitron.specs.errors import UsageError, WorkError
 from minitron.specs.locks import LOCK, only_one
 from minitron.specs.progress import Silent
 from tests.foundry import WITHOUT_PROGRAM, Build, Foundry, load_model, logits, teacher_model, token_ids
@@ -44,6 +46,42 @@ class Words(Silent):
     def task(self, name: str, total: float, unit: str, done: float = 0.0) -> Any:
         self.tasks.append(name)
         return super().task(name, total, unit, done)
+
+
+# -- memory -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "error", "words"),
+    [
+        (
+            "cuda:1",
+            torch.OutOfMemoryError("CUDA out of memory"),
+            r"the device cuda:1 has .*--memory 8GiB`, say, or write --dev",
+        ),
+        (
+            "cuda:1",
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"),
+            r"this machine has .* say$",
+        ),
+        ("cpu", MemoryError(), r"this machine has no memory left; make memory free, or let calibration take"),
+    ],
+)
+def test_a_lack_of_memory_is_told_with_what_takes_less(device: str, error: Exception, words: str) -> None:
+    with pytest.raises(WorkError, match=words), told_in_a_sentence(device):
+        raise error
+    with pytest.raises(RuntimeError, match="another"), told_in_a_sentence(device):
+        raise RuntimeError("another")
+
+
+def test_a_compile_without_memory_leaves_nothing_half_done(foundry: Foundry, tmp_path: Path) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    loaded = foundry.load(foundry.teacher("llama", num_hidden_layers=2), FFN)
+    with pytest.raises(WorkError, match="this machine has no memory left; make memory free"):
+        foundry.compile(loaded, tmp_path / "build", stages=replace(WITHOUT_PROGRAM, score=full))
+    assert not list((tmp_path / "build").rglob("*.tmp"))
 
 
 # -- layers -------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from minitron.compiler.capture.capture import capture
 from minitron.compiler.capture.models import build_meta, canonical_names, find_layers
 from minitron.compiler.roles import analysed
-from minitron.compiler.roles.lm_head import find_head
+from minitron.compiler.roles.lm_head import check_backbone, find_head
 from minitron.compiler.student.config import prove
 from minitron.compiler.teacher.checkpoint import open_checkpoint
 from minitron.compiler.verify.hugging_face import load_model as load_student
@@ -73,6 +73,49 @@ def test_logits_that_the_loss_cannot_compute(operator: Any) -> None:
         UsageError, match=f"odd: .*through {operator._opname}, which the distillation loss does not know"
     ):
         find_head(SimpleNamespace(graph=graph, model=model, config=config, module_of=lambda node: ""))  # type: ignore[arg-type]
+
+
+class _Bare(torch.nn.Module):
+    """A backbone of somebody's own."""
+
+    def __init__(self, yielded: Any) -> None:
+        super().__init__()
+        self.yielded = yielded
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = True) -> Any:
+        return self.yielded(input_ids)
+
+
+class _WithoutCache(torch.nn.Module):
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return input_ids
+
+
+@pytest.mark.parametrize(
+    ("backbone", "words"),
+    [
+        (
+            _Bare(lambda ids: ids),
+            r"\(_Bare, `model`\) yields a Tensor without `last_hidden_state`: .*; return a BaseModelO",
+        ),
+        (_Bare(lambda ids: (ids,)), "yields a tuple without `last_hidden_state`"),
+        (
+            _WithoutCache(),
+            r"cannot be called with input_ids and use_cache \(.*unexpected keyword argument 'use_cache'\)",
+        ),
+    ],
+)
+def test_a_backbone_whose_hidden_states_cannot_be_read(backbone: torch.nn.Module, words: str) -> None:
+    model, config = torch.nn.ModuleDict({"model": backbone}), SimpleNamespace(model_type="odd")
+    with pytest.raises(UsageError, match=f"the backbone of odd .*{words}"):
+        check_backbone(SimpleNamespace(model=model, config=config, length=None), "model")  # type: ignore[arg-type]
+
+
+def test_a_backbone_of_somebody_s_own_that_names_its_hidden_states() -> None:
+    named, blind = _Bare(lambda ids: SimpleNamespace(last_hidden_state=ids)), _Bare(lambda ids: int(ids[0, 0]))
+    for backbone in (named, blind):  # code that wants to see data cannot be asked
+        model = torch.nn.ModuleDict({"model": backbone})
+        check_backbone(SimpleNamespace(model=model, length=None), "model")  # type: ignore[arg-type]
 
 
 def test_widths_that_transformers_cannot_build() -> None:

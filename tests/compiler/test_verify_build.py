@@ -34,6 +34,15 @@ def build(foundry: Foundry) -> Build:
     return foundry.build(foundry.teacher("llama"), WIDTHS)
 
 
+def test_an_error_beyond_what_is_allowed_is_not_shown_within_it() -> None:
+    for error, allowed, shown in (
+        (1.83, 1.6, "error 1.83e+00, allowed 1.60e+00"),
+        (1.604, 1.601, "error 1.60400e+00, allowed 1.60100e+00"),
+        (0.0, 0.0, "error 0.00e+00, allowed 0.00e+00"),
+    ):
+        assert str(Check("generation", error <= allowed, True, error, allowed, "it")) == f"`generation`: it ({shown})"
+
+
 def copied(build: Build, tmp_path: Path) -> Path:
     return shutil.copytree(build.folder, tmp_path / "copy")
 
