@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from minitron.compiler import make_search, write_search
+from minitron.compiler.compile import Stages
 from minitron.compiler.importance import progress_file
 from minitron.compiler.planning import SearchPlan
 from minitron.compiler.storage import shards
@@ -25,6 +26,7 @@ from tests.e2e.test_compile_killed import contents
 from tests.foundry import Foundry
 
 WRITING, REFITTING = "write candidates", "refit"
+Write = Callable[[SearchPlan, "Watching"], "Watching"]
 
 
 class Watching(Silent):
@@ -106,13 +108,22 @@ def found(
     return search
 
 
-def write(search: SearchPlan, progress: Watching) -> Watching:
-    write_search(search, device="cpu", progress=progress)
-    return progress
+@pytest.fixture
+def write(foundry: Foundry) -> Write:
+    """Writes a search. Models are captured once for all of them, whichever process writes, and the teacher is not checked again
+    and again."""
+    stages = Stages(verify_teacher=lambda _: [])
+
+    def write(search: SearchPlan, progress: Watching) -> Watching:
+        with foundry.shortened():
+            write_search(search, device="cpu", progress=progress, stages=stages)
+        return progress
+
+    return write
 
 
 def test_killed_while_candidates_are_refitted_and_written(
-    found: Callable[[str], SearchPlan], monkeypatch: pytest.MonkeyPatch
+    found: Callable[[str], SearchPlan], write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     undisturbed, search = found("undisturbed"), found("killed")
     assert write(undisturbed, Watching()).of(REFITTING) == [0, 0], "candidates of one shape share a refit"
@@ -153,7 +164,7 @@ def test_killed_while_candidates_are_refitted_and_written(
 
 
 def test_interrupted_between_the_last_student_and_the_whole(
-    found: Callable[[str], SearchPlan], monkeypatch: pytest.MonkeyPatch
+    found: Callable[[str], SearchPlan], write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     search = found("last")
 
@@ -171,7 +182,7 @@ def test_interrupted_between_the_last_student_and_the_whole(
 
 
 def test_what_is_there_stays_until_the_new_search_is_whole(
-    found: Callable[[str], SearchPlan], foundry: Foundry, loaded: LoadedSpec, monkeypatch: pytest.MonkeyPatch
+    found: Callable[[str], SearchPlan], write: Write, foundry: Foundry, loaded: LoadedSpec
 ) -> None:
     search = found("old")
     write(search, Watching())
