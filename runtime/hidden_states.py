@@ -86,12 +86,6 @@ class HiddenStates:
         """Returns the same comparison with the weight that it has after the share `progress` of all steps."""
         return replace(self, settings=replace(self.settings, factor=1.0 - progress)) if self.fades else self
 
-    @contextmanager
-    def recording(self) -> Iterator[tuple[States, States]]:
-        """Yields the states of the teacher and of the student; each mapping is filled once its model has run."""
-        with self.teacher.recording() as theirs, self.student.recording() as ours:
-            yield theirs, ours
-
     def loss(
         self,
         batch: Batch,

@@ -22,7 +22,7 @@ from minitron.runtime.float8 import (
     hold_teacher_in_float8,
     student_computes_in,
 )
-from minitron.runtime.hidden_states import HiddenStates, prepare_hidden_states, read_coordinates
+from minitron.runtime.hidden_states import HiddenStates, Recorder, prepare_hidden_states, read_coordinates
 from minitron.runtime.identity import require_same_start, require_same_training
 from minitron.runtime.interrupt import Interrupt
 from minitron.runtime.loss import DistillationLoss
@@ -183,7 +183,7 @@ def prepare(session: Session, loaded: LoadedPlan, identity: dict[str, Any]) -> R
     if arrivals is not None:
         arrivals.check = lambda largest: check_read(student, encoder.tokenizer, [largest])
     _check_lengths(plan, student)
-    hidden = None if teacher is None else _hidden_states(loaded, teacher, student)
+    hidden = None if teacher is None else hidden_states_of(loaded, teacher, student)
     student.module.train()
     return Run(
         plan=plan,
@@ -211,14 +211,17 @@ def prepare(session: Session, loaded: LoadedPlan, identity: dict[str, Any]) -> R
     )
 
 
-def _hidden_states(loaded: LoadedPlan, teacher: LanguageModel, student: LanguageModel) -> HiddenStates | None:
-    """Hooks the models where the plan compares hidden states; else returns None."""
+def hidden_states_of(
+    loaded: LoadedPlan, teacher: LanguageModel, student: LanguageModel, recorder: Recorder | None = None
+) -> HiddenStates | None:
+    """Hooks the models where the plan compares hidden states; else returns None. With a `recorder` the teacher is hooked
+    already.
+    """
     plan = loaded.training()
-    settings = plan.loss.hidden_states
-    if settings is None or settings.weight == 0:
+    if (settings := plan.loss.compared) is None:
         return None
     kept = None if plan.kept_coordinates is None else read_coordinates(loaded.folder / plan.kept_coordinates)
-    return prepare_hidden_states(settings, teacher, student, plan.loss.chunk_tokens, plan.seed, kept)
+    return prepare_hidden_states(settings, teacher, student, plan.loss.chunk_tokens, plan.seed, kept, recorder)
 
 
 def loss_of(plan: TrainingPlan) -> DistillationLoss:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from safetensors.torch import save_file
@@ -17,7 +18,7 @@ from minitron.runtime.feed import Given
 from minitron.runtime.gradients import clip, sum_gradients
 from minitron.runtime.held_out import autocast
 from minitron.runtime.hidden_states import HiddenStates, States
-from minitron.runtime.loss import Head, SampledTargets, distillation_loss
+from minitron.runtime.loss import DistillationLoss, Head, SampledTargets, distillation_loss
 from minitron.runtime.models import LanguageModel
 from minitron.runtime.optimizer import set_learning_rate
 from minitron.runtime.order import mix
@@ -84,57 +85,69 @@ def _take(run: Run, step: int) -> tuple[Given | None, WorkError | None]:
         return None, error
 
 
+@dataclass(frozen=True)
+class TeacherSide:
+    """The teacher's side of a micro batch: its hidden states [T, E] and head, or samples of its distribution that were stored;
+    its logits, where several students share them; and the states [B, L, E] of the layers that the student's are compared
+    with."""
+
+    hidden_TE: Tensor | None = None
+    head: Head | None = None
+    targets: SampledTargets | None = None
+    logits_SV: Tensor | None = None
+    states: States = field(default_factory=dict)
+
+
 def micro_batch_loss(
     run: Run, batch: Batch, targets: SampledTargets | None, normaliser: float, hidden: HiddenStates | None
 ) -> tuple[Tensor, list[Tensor]]:
     """The share of one micro batch in the loss of the global batch, and of its terms: divergence, cross-entropy,
     hidden states."""
-    recording: AbstractContextManager[tuple[States, States]] = (
-        nullcontext(({}, {})) if hidden is None else hidden.recording()
-    )
-    with recording as (theirs, ours):
-        teacher_TE, teacher_head = None, None
+    recording: AbstractContextManager[States] = nullcontext({}) if hidden is None else hidden.teacher.recording()
+    teacher_TE, teacher_head = None, None
+    with recording as states:
         if (teacher := run.teacher) is not None:
             with torch.no_grad():
                 teacher_TE = teacher.gathered(lambda: batch.pick(teacher.hidden_states(batch.input_ids_BL)))
             teacher_head = teacher.head  # stays gathered: see `shard_teacher`
-        # All of the student's part in there: the loss reads the weight of the head.
-        return run.student.gathered(
-            lambda: _student_loss(run, batch, teacher_TE, teacher_head, targets, hidden, theirs, ours, normaliser)
-        )
+    theirs = TeacherSide(teacher_TE, teacher_head, targets, states=states)
+    # All of the student's part in there: the loss reads the weight of the head.
+    return run.student.gathered(
+        lambda: student_loss(run.student, batch, theirs, run.loss, hidden, normaliser, run.compute_dtype)
+    )
 
 
-# parameters: the tensors and heads of both models, as the loss takes them
-def _student_loss(
-    run: Run,
+def student_loss(
+    student: LanguageModel,
     batch: Batch,
-    teacher_TE: Tensor | None,
-    teacher_head: Head | None,
-    targets: SampledTargets | None,
+    theirs: TeacherSide,
+    settings: DistillationLoss,
     hidden: HiddenStates | None,
-    theirs: States,
-    ours: States,
     normaliser: float,
+    compute_dtype: torch.dtype,
 ) -> tuple[Tensor, list[Tensor]]:
-    with autocast(run.world.device, run.compute_dtype):
-        student_TD = batch.pick(run.student.hidden_states(batch.input_ids_BL))
+    """Runs the student on a micro batch. Returns the loss and its terms, as `micro_batch_loss` does."""
+    recording: AbstractContextManager[States] = nullcontext({}) if hidden is None else hidden.student.recording()
+    with recording as ours, autocast(batch.input_ids_BL.device, compute_dtype):
+        student_TD = batch.pick(student.hidden_states(batch.input_ids_BL))
     terms = distillation_loss(
-        run.loss,
+        settings,
         student_TD,
-        run.student.head,
-        teacher_TE,
-        teacher_head,
+        student.head,
+        theirs.hidden_TE,
+        theirs.head,
         batch.pick(batch.labels_BL),
         normaliser=normaliser,
-        compute_dtype=run.compute_dtype,
-        targets=targets,
-        head_gradient_VD=head_gradient(run.student),
+        compute_dtype=compute_dtype,
+        targets=theirs.targets,
+        head_gradient_VD=head_gradient(student),
+        teacher_SV=theirs.logits_SV,
     )
     if hidden is None:
         return terms.total, [terms.divergence, terms.cross_entropy, torch.zeros_like(terms.divergence)]
-    logits_T = terms.divergence_T * (run.loss.weight * run.loss.temperature**2)
+    logits_T = terms.divergence_T * (settings.weight * settings.temperature**2)
     distance = hidden.loss(
-        batch, theirs, run.student, ours, logits_T, normaliser=normaliser, compute_dtype=run.compute_dtype
+        batch, theirs.states, student, ours, logits_T, normaliser=normaliser, compute_dtype=compute_dtype
     )
     return terms.total + distance.total, [terms.divergence, terms.cross_entropy, distance.distance]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,15 @@ from minitron.runtime.checkpoint import Checkpoints, TrainerState, load
 from minitron.runtime.data import Batch
 from minitron.runtime.disk import writing
 from minitron.runtime.gradients import clip, sum_gradients
-from minitron.runtime.held_out import autocast
-from minitron.runtime.hidden_states import HiddenStates, Recorder, States, prepare_hidden_states, read_coordinates
-from minitron.runtime.loss import DistillationLoss, Head, distillation_loss
+from minitron.runtime.hidden_states import HiddenStates, Recorder
+from minitron.runtime.loss import DistillationLoss
 from minitron.runtime.models import LanguageModel
 from minitron.runtime.optimizer import set_learning_rate
 from minitron.runtime.order import mix
 from minitron.runtime.pieces import model_pieces, optimizer_pieces
 from minitron.runtime.plan import LoadedPlan
-from minitron.runtime.setup import compute_dtype_of, load_student, optimizer_of
-from minitron.runtime.step import head_gradient
+from minitron.runtime.setup import compute_dtype_of, hidden_states_of, load_student, optimizer_of
+from minitron.runtime.step import TeacherSide, student_loss
 from minitron.runtime.world import World
 from minitron.specs.builds import CHECKPOINTS
 from minitron.specs.errors import WorkError
@@ -35,15 +33,12 @@ from minitron.specs.training_plan import TrainingPlan
 
 @dataclass(frozen=True)
 class Shared:
-    """A part of the samples, from `first` on, and what the teacher makes of it: what all learners are given."""
+    """A part of the samples, from `first` on, and what the teacher makes of it, with the hidden states that any of the learners
+    is compared with: what all learners are given."""
 
     first: int
     batch: Batch
-    teacher_TE: Tensor | None
-    teacher: Head | None
-    teacher_SV: Tensor | None = None
-    states: States = field(default_factory=dict)
-    """The teacher's hidden states that any of the learners is compared with."""
+    teacher: TeacherSide
 
 
 def trunk_rate(step: int, plan: TrainingPlan) -> float:
@@ -97,37 +92,11 @@ class Learner:
         batch, plan = shared.batch, self.plan
         rows = batch.input_ids_BL.shape[0]
         torch.manual_seed(mix(plan.seed, self.samples, 0, self._micro // rows))
-        dtype, normaliser = compute_dtype_of(plan, self.world), float(max(1, valid))
-        recording: AbstractContextManager[States] = (
-            nullcontext({}) if self.hidden is None else self.hidden.student.recording()
-        )
-        with recording as states, autocast(self.world.device, dtype):
-            student_TD = batch.pick(self.student.hidden_states(batch.input_ids_BL))
-        terms = distillation_loss(
-            settings,
-            student_TD,
-            self.student.head,
-            shared.teacher_TE,
-            shared.teacher,
-            batch.pick(batch.labels_BL),
-            normaliser=normaliser,
-            compute_dtype=dtype,
-            head_gradient_VD=head_gradient(self.student),
-            teacher_SV=shared.teacher_SV,
-        )
-        total = terms.total
-        if self.hidden is not None:
-            progress = self.step / plan.steps if self.progress is None else self.progress(self.step)
-            distance = self.hidden.at(progress).loss(
-                batch,
-                shared.states,
-                self.student,
-                states,
-                terms.divergence_T * (settings.weight * settings.temperature**2),
-                normaliser=normaliser,
-                compute_dtype=dtype,
-            )
-            total = total + distance.total
+        hidden = self.hidden
+        if hidden is not None:
+            hidden = hidden.at(self.step / plan.steps if self.progress is None else self.progress(self.step))
+        dtype = compute_dtype_of(plan, self.world)
+        total, _terms = student_loss(self.student, batch, shared.teacher, settings, hidden, float(max(1, valid)), dtype)
         total.backward()  # type: ignore[no-untyped-call]
         loss = total.detach()
         self._loss = loss if self._loss is None else self._loss + loss
@@ -163,8 +132,9 @@ class CandidateStore:
 
     def load(self, number: int, plan: TrainingPlan, folder: Path, rate: Callable[[int], float]) -> Learner:
         """Loads a candidate's student, with weights and moments of its newest checkpoint where there is one."""
-        student = load_student(replace(self.loaded, plan=plan), self.world)
-        hidden = self._hidden(plan, student)
+        own = replace(self.loaded, plan=plan)
+        student = load_student(own, self.world)
+        hidden = None if self.recorder is None else hidden_states_of(own, self.teacher, student, self.recorder)
         student.module.train()
         optimizer = optimizer_of(plan, student)
         learner = Learner(number, plan, student, optimizer, self.world, rate, hidden)
@@ -177,14 +147,6 @@ class CandidateStore:
             load(checkpoint, student.module, optimizer)
             learner.samples = checkpoint.state.samples
         return learner
-
-    def _hidden(self, plan: TrainingPlan, student: LanguageModel) -> HiddenStates | None:
-        settings = plan.loss.hidden_states
-        if settings is None or self.recorder is None:
-            return None
-        kept = None if plan.kept_coordinates is None else read_coordinates(self.loaded.folder / plan.kept_coordinates)
-        chunk = plan.loss.chunk_tokens
-        return prepare_hidden_states(settings, self.teacher, student, chunk, plan.seed, kept, self.recorder)
 
     def save(self, learner: Learner, folder: Path) -> None:
         """Writes a checkpoint of a learner between two steps, and removes the one before it."""

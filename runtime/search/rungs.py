@@ -125,9 +125,7 @@ class Rungs:
         shared = math.gcd(*(one.global_batch_size for one in file.candidates))
         part = divisor_within(shared, plan.micro_batch_size)
         teacher = load_teacher(loaded, alone)
-        compared = [
-            of for one in file.candidates if (of := _loss(one, plan).hidden_states) is not None and of.weight != 0
-        ]
+        compared = [of for one in file.candidates if (of := _loss(one, plan).compared) is not None]
         recorder = record_teacher(teacher, compared) if compared else None
         shared_teacher = SharedTeacher(teacher, corpus, loss_of(plan), alone, part, recorder)
 

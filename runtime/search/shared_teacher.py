@@ -15,6 +15,7 @@ from minitron.runtime.hidden_states import Recorder, States
 from minitron.runtime.loss import DistillationLoss, Head, distillation_loss, shared_logits
 from minitron.runtime.models import LanguageModel
 from minitron.runtime.search.learner import Learner, Shared
+from minitron.runtime.step import TeacherSide
 from minitron.runtime.world import World
 
 
@@ -66,7 +67,8 @@ class SharedTeacher:
         )
         with recording as states:
             teacher_TE, head = self._read(batch)
-        return Shared(start, batch, teacher_TE, head, self._logits(teacher_TE, head, learners), states)
+        logits_SV = self._logits(teacher_TE, head, learners)
+        return Shared(start, batch, TeacherSide(teacher_TE, head, logits_SV=logits_SV, states=states))
 
     def _logits(self, teacher_TE: torch.Tensor | None, head: Head | None, students: int) -> torch.Tensor | None:
         """The teacher's product with its head, where several students read it."""

@@ -148,10 +148,14 @@ class Loss(Block):
     chunk_tokens: PositiveInt = 1024
     """Tokens whose logits exist at one time: more is faster, less takes less memory."""
 
+    @property
+    def compared(self) -> HiddenStateLoss | None:
+        """Returns the term of hidden states; None where there is none, or its weight is 0."""
+        return self.hidden_states if self.hidden_states is not None and self.hidden_states.weight != 0 else None
+
     def reads_teacher(self, teacher_logits: TeacherLogits) -> bool:
         """Checks whether a term is computed from the teacher itself, not from stored samples or the text alone."""
-        hidden = self.hidden_states is not None and self.hidden_states.weight != 0
-        return hidden or (self.logits.weight != 0 and teacher_logits == "online")
+        return self.compared is not None or (self.logits.weight != 0 and teacher_logits == "online")
 
 
 def _check_recomputation(value: Any) -> Any:
