@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -441,7 +441,7 @@ class Estimate:
             samples=samples,
             length=length,
             layers=captured.layer_count,
-            **asdict(accumulated(plan.teacher, plan.taken)),
+            scores=accumulated(plan.teacher, plan.taken),
         )
 
     def _recovery(self, kind: str) -> Iterator[Phase]:

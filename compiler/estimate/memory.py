@@ -236,11 +236,13 @@ def calibration_memory(sizes: Sizes, room: Room, kind: str, *, compared: bool) -
         waiting = max(waiting, (room.lanes or count) * (sizes.layers + 1))
     stream = (waiting if room.streams == "device" else 1) * batch * sizes.stream
     # A covariance is taken of norm outputs, where a sample is not at its widest.
-    transient = max(batch * sizes.sample + sizes.adding, 2 * batch * sizes.stream + sizes.covering, sizes.stored)
+    transient = max(
+        batch * sizes.sample + sizes.scores.adding, 2 * batch * sizes.stream + sizes.scores.covering, sizes.stored
+    )
     logits = LOGIT_COPIES * batch * sizes.logits if compared else 0
     parts = (
         (sizes.embedding, sizes.stored + ahead),
-        (sizes.layer, sizes.grams + max(transient, sizes.settling if kind == "cpu" else 0) + ahead),
+        (sizes.layer, sizes.scores.grams + max(transient, sizes.scores.settling if kind == "cpu" else 0) + ahead),
         (sizes.head if compared else 0, max(logits, sizes.stored) if compared else 0),
     )
     if room.resident:
@@ -251,6 +253,6 @@ def calibration_memory(sizes: Sizes, room: Room, kind: str, *, compared: bool) -
         "activations": stream,
         "transient": transient,
         "logits": logits,
-        "scores": sizes.kept + sizes.grams,
+        "scores": sizes.scores.kept + sizes.scores.grams,
     }
-    return Memory(shown, max(sizes.kept + stream + max(sum(part) for part in parts), sizes.ending))
+    return Memory(shown, max(sizes.scores.kept + stream + max(sum(part) for part in parts), sizes.scores.ending))

@@ -7,23 +7,22 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from minitron.compiler.capture.models import stored_tensors
 from minitron.compiler.estimate.memory import FP32, Memory, Shape
 from minitron.compiler.estimate.phases import Phase
 from minitron.compiler.graph.aten import op_name
+from minitron.compiler.importance.accumulated import FP64
 from minitron.compiler.importance.batches import batch_size, block_size
 from minitron.compiler.importance.room import Sizes
+from minitron.compiler.importance.row_blocks import fitted_at_once
 from minitron.compiler.plan.plan import Plan
 from minitron.compiler.roles.expert_weights import find_expert_weights
 from minitron.compiler.roles.names import NUM_EXPERTS
 
-FP64 = 8
 # How often a layer runs while it is refitted: attention and feed-forward each read and write, and once more.
 REFIT_RUNS = 5
-# Elements of a matrix that are fitted at a time, in fp64, and what each of them is: read, sliced, left over, solved.
-FITTED_AT_ONCE, FITTED_COPIES = 1 << 22, 5
+# Matrices in fp64 of the rows that are fitted at a time: read, sliced, left over, solved.
+FITTED_COPIES = 5
 # Bytes for each pair of two experts' neurons that are compared: in fp32, and as the assignment takes it, in fp64.
 COMPARED_BYTES = FP32 + FP64
 # Seconds of assigning n neurons to n others on one core are this times n^2.5: measured on random weights, which have nothing in
@@ -58,9 +57,9 @@ class Fitted:
 
     def fitting_bytes(self, element: int) -> int:
         """Its regularised Gram matrix and the factor; the projection as it is stored, sliced, and fitted a block at a time."""
-        block = max(256 * self.read, FITTED_AT_ONCE) * FITTED_COPIES * FP64
+        block = min(fitted_at_once(self.read), self.written) * self.read * FITTED_COPIES * FP64
         whole = self.written * self.read * element + self.own_written * self.own_read * 2 * FP32
-        return 2 * FP64 * self.own_read**2 + whole + min(block, FITTED_COPIES * FP64 * self.written * self.read)
+        return 2 * FP64 * self.own_read**2 + whole + block
 
 
 def fitted_projections(plan: Plan) -> Iterator[Fitted]:
@@ -88,7 +87,7 @@ def refit_phase(plan: Plan, sides: tuple[Shape, Shape], flops: int, sizes: Sizes
     sequences = min(data.samples, batch_size(length))
     tokens = min(data.samples, sequences * block_size(sequences, length, teacher.hidden)) * length
     found = list(fitted_projections(plan))
-    element = torch.empty(0, dtype=plan.dtype).element_size()
+    element = plan.dtype.itemsize
     held = [one.gram_bytes(student.hidden) if kind == "cpu" else 0 for one in found]  # on CUDA they are in host memory
     adding = max(
         (gram + one.adding_bytes(sequences * length, teacher.hidden) for gram, one in zip(held, found, strict=True)),
@@ -111,7 +110,7 @@ def refit_phase(plan: Plan, sides: tuple[Shape, Shape], flops: int, sizes: Sizes
 def merge_phase(plan: Plan) -> Phase:
     """The phase that merges dropped experts into kept ones: each pair's neurons are compared and assigned, in host memory and
     on one core."""
-    teacher, element = plan.teacher, torch.empty(0, dtype=plan.dtype).element_size()
+    teacher, element = plan.teacher, plan.dtype.itemsize
     pairs = flops = matrices = experts = 0
     seconds = 0.0
     for layer in plan.layers:

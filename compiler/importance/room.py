@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from minitron.compiler.importance.accumulated import Accumulated
 from minitron.compiler.importance.batches import batch_size
 
 # Tokens that go through a GPU together: matrix products of more rows are not faster.
@@ -58,7 +59,7 @@ class Sizes:
     stored    the largest tensor as it is stored where that is another dtype, `layer_stored` a layer
     sample    one sample at its widest, inside a layer; `stream` between two layers; `logits` its logits, where they
               are compared
-    kept, ending, covering, grams, adding, settling  what the scores accumulate (`Accumulated`)
+    scores    what the scores accumulate
     """
 
     weights: int
@@ -73,12 +74,7 @@ class Sizes:
     samples: int
     length: int
     layers: int
-    kept: int = 0
-    ending: int = 0
-    covering: int = 0
-    grams: int = 0
-    adding: int = 0
-    settling: int = 0
+    scores: Accumulated
 
 
 def divide(budget: int, sizes: Sizes, kind: str, *, host: int = 0, compared: bool = False, whole: bool = False) -> Room:
@@ -87,20 +83,20 @@ def divide(budget: int, sizes: Sizes, kind: str, *, host: int = 0, compared: boo
     compared  layers are ranked by the logits without each
     whole     all batches must go through a layer before any goes through the next
     """
-    budget = int(budget * (1 - SLACK)) - sizes.kept
+    budget = int(budget * (1 - SLACK)) - sizes.scores.kept
     usual = batch_size(sizes.length) if kind == "cpu" else max(1, DEVICE_TOKENS // sizes.length)
     widest = max(sizes.sample + sizes.stream, LOGIT_COPIES * sizes.logits if compared else 0)
-    passing = max(sizes.embedding, sizes.layer + sizes.grams, sizes.head if compared else 0) + sizes.stored
-    beside = max(sizes.adding, sizes.covering)
+    passing = max(sizes.embedding, sizes.layer + sizes.scores.grams, sizes.head if compared else 0) + sizes.stored
+    beside = max(sizes.scores.adding, sizes.scores.covering)
     batch = max(1, min(usual, sizes.samples, (budget - passing - beside) // 2 // widest))
     count = -(-sizes.samples // batch)
     # A layer's matrices become orders on the CPU, once no batch runs any more.
-    running = max(batch * widest + beside, sizes.settling if kind == "cpu" else 0)
+    running = max(batch * widest + beside, sizes.scores.settling if kind == "cpu" else 0)
     rest = budget - passing - running
     stream = batch * sizes.stream
     lanes = stream * (sizes.layers + 1) if compared else 0
     several = rest < count * stream or (compared and rest < count * lanes)
-    left = budget - sizes.weights - sizes.grams - running - sizes.stored
+    left = budget - sizes.weights - sizes.scores.grams - running - sizes.stored
     resident = several and not whole and left >= max(stream, lanes)
     if resident:
         rest = left

@@ -16,7 +16,7 @@ stacked experts (their rows are other tokens in the student), and a matrix that 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +28,7 @@ from minitron.compiler.axes.table import AxisTable, Contraction
 from minitron.compiler.graph.aten import MOVES, op_name
 from minitron.compiler.graph.executor import Environment, Executor
 from minitron.compiler.graph.names import Fetch
+from minitron.compiler.importance.row_blocks import fitted_rows
 from minitron.compiler.recovery.refit_progress import Reached, RefitProgress
 from minitron.compiler.recovery.refitted_weights import RefittedWeights
 from minitron.compiler.roles.residual_stream import LayerEnds
@@ -37,8 +38,6 @@ from minitron.specs.progress import Task
 # Share of the mean of the Gram matrix's diagonal that is added to it. From 1e-4 to 1e-1 the excess loss of a refitted student
 # moved by 1%.
 RIDGE = 1e-2
-# Rows of a matrix that are fitted at a time: 32 MB in float64, and enough of them to fill the cores.
-LEAST_ROWS, BLOCK_ELEMENTS = 256, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -217,7 +216,7 @@ class Refit:
             if one.read == 0:
                 sliced, weight = sliced.T, weight.T
             fitted = torch.empty(sliced.shape)
-            for rows in row_blocks(*sliced.shape):
+            for rows in fitted_rows(*sliced.shape):
                 there = weight[rows] if kept is None else weight.index_select(0, torch.from_numpy(kept[rows]))
                 own_rows = sliced[rows].double().cpu()
                 left_over = there.double().cpu() @ cross - own_rows @ gram
@@ -234,13 +233,6 @@ def skipped_values(ends: Sequence[LayerEnds], layers: Collection[int]) -> dict[s
         if layer not in layers:
             found[end.leave] = found.get(end.entry, end.entry)
     return found
-
-
-def row_blocks(count: int, width: int) -> Iterator[slice]:
-    """Yields the rows of a matrix that are fitted at a time, in float64: a head has as many as there are tokens."""
-    size = max(LEAST_ROWS, BLOCK_ELEMENTS // width)
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
 
 
 def factorised(gram: torch.Tensor) -> torch.Tensor | None:

@@ -173,7 +173,8 @@ def test_scoring_holds_what_the_plan_says(foundry: Foundry, metric: str, changes
         )  # fmt: skip
     assert planned.peak == pytest.approx(living.peak, rel=0.1)
     if metric in ("principal", "greedy"):
-        accumulated = sizes.kept + sizes.covering + sizes.grams + max(sizes.adding, sizes.settling)
+        scores = sizes.scores
+        accumulated = scores.kept + scores.covering + scores.grams + max(scores.adding, scores.settling)
         assert accumulated > planned.peak / 2, "they decide it here"
 
 

@@ -17,17 +17,16 @@ from minitron.compiler import compile as compile_module
 from minitron.compiler.axes.narrowing import Narrowing
 from minitron.compiler.compilation import run_buffers
 from minitron.compiler.compile import refit
-from minitron.compiler.estimate import recovery_phases
 from minitron.compiler.estimate.activations import Living
 from minitron.compiler.estimate.devices import Cluster, Device
 from minitron.compiler.estimate.estimate import Estimate
 from minitron.compiler.estimate.hardware import HardwareAssumptions
 from minitron.compiler.graph.executor import Executor, Settings
-from minitron.compiler.importance import progress_file
+from minitron.compiler.importance import progress_file, row_blocks
+from minitron.compiler.importance.row_blocks import fitted_rows
 from minitron.compiler.importance.select import Selection
 from minitron.compiler.importance.tensor_file import write_tensors
-from minitron.compiler.recovery import refit as refit_module
-from minitron.compiler.recovery.refit import Refit, find_stages, row_blocks
+from minitron.compiler.recovery.refit import Refit, find_stages
 from minitron.compiler.recovery.refit_progress import RefitProgress
 from minitron.compiler.recovery.refitted_weights import RefittedWeights
 from minitron.compiler.teacher.tokenizer import load_tokenizer
@@ -266,8 +265,7 @@ def test_a_refit_holds_what_the_plan_says(
         return result
 
     monkeypatch.setattr(compile_module, "refit", measured)
-    monkeypatch.setattr(refit_module, "BLOCK_ELEMENTS", 1 << 14)
-    monkeypatch.setattr(recovery_phases, "FITTED_AT_ONCE", 1 << 14)
+    monkeypatch.setattr(row_blocks, "FITTED_ELEMENTS", 1 << 14)
     build = foundry.compile(loaded, tmp_path / "build", program=False)
     cpu = HardwareAssumptions(Cluster(Device("this machine", 1 << 40, 1e12, kind="cpu")))
     (phase,) = (one for one in Estimate(build.plan).phases(cpu) if one.name == "refit")
@@ -275,5 +273,5 @@ def test_a_refit_holds_what_the_plan_says(
 
 
 def test_rows_are_fitted_a_block_at_a_time() -> None:
-    assert [*row_blocks(700, 1 << 30)] == [slice(0, 256), slice(256, 512), slice(512, 700)]
-    assert [*row_blocks(700, 64)] == [slice(0, 700)]
+    assert [*fitted_rows(700, 1 << 30)] == [slice(0, 256), slice(256, 512), slice(512, 700)]
+    assert [*fitted_rows(700, 64)] == [slice(0, 700)]
