@@ -37,7 +37,8 @@ def run(
     loaded = load_whole(spec, overrides or (), compiles=True)
     build = builds.build_folder(output, loaded)
     quiet_libraries()
-    machine = _Machine(pick_device(device), devices, threads, count=process_count(devices, pick_device(device), device))
+    chosen = pick_device(device)
+    machine = _Machine(chosen, devices, threads, count=process_count(devices, chosen, device))
     for one in (*chain(loaded), loaded):
         _require_float8(one, machine.device)
     for upper in chain(loaded):
